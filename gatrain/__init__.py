@@ -1,0 +1,29 @@
+"""gatrain: name the effective batch size, train at exactly that size.
+
+Importing this package imports nothing heavy. The library names below load torch on first use.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from gatrain.train.accumulate import WindowResult as WindowResult
+    from gatrain.train.accumulate import accumulate as accumulate
+    from gatrain.train.windows import windows as windows
+
+_LIBRARY = {
+    "accumulate": "gatrain.train.accumulate",
+    "WindowResult": "gatrain.train.accumulate",
+    "windows": "gatrain.train.windows",
+}
+
+__all__ = ["WindowResult", "__version__", "accumulate", "windows"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LIBRARY:
+        import importlib
+
+        return getattr(importlib.import_module(_LIBRARY[name]), name)
+    raise AttributeError(f"module 'gatrain' has no attribute {name!r}")

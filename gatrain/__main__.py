@@ -1,0 +1,5 @@
+"""`python -m gatrain` is the same as `gatrain`."""
+
+from gatrain.cli import main
+
+main()

@@ -1,0 +1,84 @@
+"""The arithmetic of the effective batch: pure functions, integers only.
+
+``E`` effective batch (samples per optimizer step, over all ranks), ``W`` world size, ``b`` micro-batch,
+``K`` accumulation steps of the rank that has most. Whatever the numbers, primes included, the micro-batches
+of all ranks sum to the window exactly: a remainder becomes a smaller last micro-batch, never a rounding.
+"""
+
+from __future__ import annotations
+
+from gatrain.errors import PlanError
+
+
+def rank_shares(window: int, world_size: int) -> list[int]:
+    """Split ``window`` samples over the ranks; shares differ by at most one sample and may be zero."""
+    base, extra = divmod(window, world_size)
+    return [base + (rank < extra) for rank in range(world_size)]
+
+
+def micro_batch_sizes(share: int, micro_batch: int) -> list[int]:
+    """Cut one rank's share into micro-batches of ``micro_batch`` samples; the last may be smaller.
+
+    No entry is zero; a share of zero gives an empty list.
+    """
+    full, rest = divmod(share, micro_batch)
+    return [micro_batch] * full + ([rest] if rest else [])
+
+
+def split_window(window: int, world_size: int, micro_batch: int) -> list[list[int]]:
+    """Sizes of all micro-batches, by rank. Their sum is ``window``."""
+    return [micro_batch_sizes(share, micro_batch) for share in rank_shares(window, world_size)]
+
+
+def largest_share(effective_batch: int, world_size: int) -> int:
+    """Samples of the busiest rank: the largest micro-batch that can be of use."""
+    return -(-effective_batch // world_size)
+
+
+def check_micro_batch(effective_batch: int, world_size: int, micro_batch: int) -> None:
+    """Refuse a fixed micro-batch that no rank could fill.
+
+    Raises:
+        PlanError: ``micro_batch`` exceeds the largest share; the message names what is allowed.
+    """
+    share = largest_share(effective_batch, world_size)
+    if micro_batch > share:
+        raise PlanError(
+            f"batch.micro={micro_batch} is larger than a rank's share of the effective batch: "
+            f"{effective_batch} samples over {world_size} rank(s) leave at most {share} each. "
+            f"Use batch.micro={share} or less, or batch.micro=auto."
+        )
+
+
+def equation(effective_batch: int, micro_batches: list[list[int]]) -> str:
+    """Write the split as a sum that a person can check.
+
+    >>> equation(512, [[16] * 16] * 2)
+    '512 = 2 ranks x 16 accumulation steps x 16'
+    >>> equation(23, [[5, 3], [5, 3], [5, 2]])
+    '23 = 2 ranks x (5 + 3) + 1 rank x (5 + 2)'
+    """
+    if all(sizes == micro_batches[0] for sizes in micro_batches) and len(set(micro_batches[0])) == 1:
+        ranks, steps, size = len(micro_batches), len(micro_batches[0]), micro_batches[0][0]
+        return (
+            f"{effective_batch} = {ranks} rank{'s' * (ranks > 1)} x "
+            f"{steps} accumulation step{'s' * (steps > 1)} x {size}"
+        )
+    groups: list[tuple[list[int], int]] = []
+    for sizes in micro_batches:
+        if groups and groups[-1][0] == sizes:
+            groups[-1] = (sizes, groups[-1][1] + 1)
+        else:
+            groups.append((sizes, 1))
+    terms = [f"{count} rank{'s' * (count > 1)} x ({_sum_of(sizes)})" for sizes, count in groups]
+    return f"{effective_batch} = " + " + ".join(terms)
+
+
+def _sum_of(sizes: list[int]) -> str:
+    if not sizes:
+        return "0"
+    parts = []
+    for size in dict.fromkeys(sizes):
+        count = sizes.count(size)
+        parts.append(f"{count} x {size}" if count > 1 else str(size))
+    return " + ".join(parts)

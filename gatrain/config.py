@@ -1,0 +1,226 @@
+"""The typed configuration of a run: frozen dataclasses and the checks that cross fields. No I/O.
+
+`gatrain.compose` fills them from a recipe and overrides; nothing writes a derived value back.
+``model``, ``data``, ``loss`` and ``task`` are open nodes with a ``_target_``: the place for the user's own work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from gatrain.errors import ConfigError, nearest
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+CHECKPOINTING = ("auto", "none", "selective", "full")
+SYNCS = ("auto", "overlap", "window")
+DEVICES = ("auto", "cpu", "cuda")
+SCHEDULES = ("constant", "warmup_cosine")
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    effective: int = 32
+    """Samples per optimizer step over all ranks and micro-steps. Nothing changes it."""
+    micro: Any = "auto"
+    """Samples in one forward and backward on one rank: ``auto`` (measured) or a number."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int | None = None
+    """Optimizer steps to train. Give this or ``epochs``."""
+    epochs: float | None = None
+    """Passes over the training data, fractions allowed; rounded up to whole windows."""
+    seed: int = 0
+    log_every: int = 10
+    """Optimizer steps between two readings of the metrics from the device."""
+    data_workers: int = 0
+    """Processes per rank that load samples; 0 loads in a thread of the rank itself."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    name: str = "adamw"
+    lr: float = 1e-3
+    """Peak learning rate. It belongs to the effective batch, so the split never changes it."""
+    weight_decay: float = 0.0
+    """Applied to parameters of two or more dimensions only."""
+    clip_norm: float | None = None
+    """Clip the norm of the whole reduced gradient to this; null for no clipping."""
+
+
+@dataclass(frozen=True)
+class AdamWConfig(OptimizerConfig):
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+
+@dataclass(frozen=True)
+class SGDConfig(OptimizerConfig):
+    name: str = "sgd"
+    momentum: float = 0.0
+    nesterov: bool = False
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    name: str = "constant"
+    warmup_steps: int = 0
+    """Optimizer steps of linear warm-up. Give this or ``warmup_samples``."""
+    warmup_samples: int | None = None
+    """Samples of linear warm-up: keeps the curve when the effective batch changes."""
+    final_fraction: float = 0.1
+    """Learning rate at the end, as a fraction of the peak."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every: int = 0
+    """Optimizer steps between evaluations on the held-out split; 0 evaluates at the end only."""
+    samples: int | None = None
+    """Held-out samples per evaluation; null uses the whole split."""
+
+
+@dataclass(frozen=True)
+class SaveConfig:
+    every: int = 0
+    """Optimizer steps between saved states; 0 saves at the end only."""
+    keep: int = 2
+    """Newest saved states to keep; 0 keeps all."""
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    max_seconds: float | None = None
+    """Time allowed for trials; null means 30 on a CPU and 120 on a GPU."""
+    memory_fraction: float = 0.92
+    """Share of the free memory that a plan may use at its peak."""
+
+
+@dataclass(frozen=True)
+class RunFolderConfig:
+    dir: str | None = None
+    """Folder of this run; null means ``outputs/<recipe>/<name or time>``."""
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    model: Any = None
+    data: Any = None
+    loss: Any = None
+    task: Any = None
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=AdamWConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    save: SaveConfig = field(default_factory=SaveConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
+    run: RunFolderConfig = field(default_factory=RunFolderConfig)
+    precision: str = "auto"
+    """``fp32``, ``bf16`` or ``fp16`` (autocast over fp32 parameters and gradients); ``auto`` is bf16 where the
+    GPU computes it natively, else fp32."""
+    checkpointing: str = "auto"
+    """Activation checkpointing: ``none``, ``selective`` (keep matrix products), ``full`` (keep block inputs)."""
+    compile: Any = "auto"
+    """torch.compile of the loss computation: true, false, or ``auto`` (on a GPU, when trials show a gain)."""
+    sync: str = "auto"
+    """How gradients are reduced: ``overlap`` (DDP) or ``window`` (one explicit reduction after agreement)."""
+    device: str = "auto"
+    """``cpu``, ``cuda``, or ``auto``: the GPUs if there are any."""
+
+
+def validate(config: RunConfig) -> None:
+    """Check values and their combinations; composition has already checked names and types.
+
+    Raises:
+        ConfigError: names the key, the value given and the values allowed.
+    """
+    _one_of("precision", config.precision, PRECISIONS)
+    _one_of("checkpointing", config.checkpointing, CHECKPOINTING)
+    _one_of("sync", config.sync, SYNCS)
+    _one_of("device", config.device, DEVICES)
+    _one_of("schedule.name", config.schedule.name, SCHEDULES)
+    _one_of("optimizer.name", config.optimizer.name, ("adamw", "sgd"))
+    if config.compile not in (True, False, "auto") or config.compile in (0, 1) and config.compile is not bool(
+        config.compile
+    ):
+        raise ConfigError(f"compile={config.compile!r} is not one of true, false, auto.")
+    _at_least("batch.effective", config.batch.effective, 1)
+    micro = config.batch.micro
+    if micro != "auto" and (isinstance(micro, bool) or not isinstance(micro, int) or micro < 1):
+        raise ConfigError(f"batch.micro={micro!r} is not 'auto' or a whole number of at least 1.")
+    if isinstance(micro, int) and micro > config.batch.effective:
+        raise ConfigError(
+            f"batch.micro={micro} is larger than batch.effective={config.batch.effective}. "
+            f"Use batch.micro={config.batch.effective} or less, or batch.micro=auto."
+        )
+    train = config.train
+    if train.steps is not None and train.epochs is not None:
+        raise ConfigError(
+            f"train.steps={train.steps} and train.epochs={train.epochs} are both given. "
+            "Keep one and set the other to null."
+        )
+    if train.steps is None and train.epochs is None:
+        raise ConfigError("Neither train.steps nor train.epochs is given. Add for example train.steps=1000.")
+    if train.steps is not None:
+        _at_least("train.steps", train.steps, 1)
+    if train.epochs is not None:
+        _above_zero("train.epochs", train.epochs)
+    _at_least("train.seed", train.seed, 0)
+    _at_least("train.log_every", train.log_every, 1)
+    _at_least("train.data_workers", train.data_workers, 0)
+    _above_zero("optimizer.lr", config.optimizer.lr)
+    _at_least("optimizer.weight_decay", config.optimizer.weight_decay, 0)
+    if config.optimizer.clip_norm is not None:
+        _above_zero("optimizer.clip_norm", config.optimizer.clip_norm)
+    schedule = config.schedule
+    _at_least("schedule.warmup_steps", schedule.warmup_steps, 0)
+    if schedule.warmup_samples is not None:
+        _at_least("schedule.warmup_samples", schedule.warmup_samples, 0)
+        if schedule.warmup_steps:
+            raise ConfigError(
+                "schedule.warmup_steps and schedule.warmup_samples are both given. Keep one of them."
+            )
+    if not 0 <= schedule.final_fraction <= 1:
+        raise ConfigError(f"schedule.final_fraction={schedule.final_fraction} is not between 0 and 1.")
+    _at_least("eval.every", config.eval.every, 0)
+    if config.eval.samples is not None:
+        _at_least("eval.samples", config.eval.samples, 1)
+    _at_least("save.every", config.save.every, 0)
+    _at_least("save.keep", config.save.keep, 0)
+    if config.tune.max_seconds is not None:
+        _above_zero("tune.max_seconds", config.tune.max_seconds)
+    if not 0 < config.tune.memory_fraction <= 1:
+        raise ConfigError(f"tune.memory_fraction={config.tune.memory_fraction} is not above 0 and at most 1.")
+    for key in ("model", "data", "task"):
+        _has_target(key, getattr(config, key))
+    if config.loss is not None:
+        _has_target("loss", config.loss)
+
+
+def _has_target(key: str, node: Any) -> None:
+    if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
+        raise ConfigError(
+            f"{key} has no _target_ (given: {node!r}). Name a class or function, "
+            f"for example {key}: {{_target_: my_module.MyClass}}."
+        )
+
+
+def _one_of(key: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(
+            f"{key}={value} is not one of {', '.join(allowed)}.{nearest(str(value), allowed)}"
+        )
+
+
+def _at_least(key: str, value: float, lowest: int) -> None:
+    if not value >= lowest:  # written so that nan is refused too
+        raise ConfigError(f"{key}={value} is below {lowest}, the smallest value allowed.")
+
+
+def _above_zero(key: str, value: float) -> None:
+    if not 0 < value < float("inf"):
+        raise ConfigError(f"{key}={value} is not a positive finite number.")

@@ -1,0 +1,135 @@
+"""The plan: the chosen split with its reasons and all trials. Plain data that survives JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from gatrain import batch
+
+FITS, DOES_NOT_FIT, FAILED, SKIPPED = "fits", "does_not_fit", "failed", "skipped"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate and what was measured of it, on the slowest rank.
+
+    ``outcome`` is one of ``fits``, ``does_not_fit``, ``failed`` (with ``error``) and ``skipped`` (predicted not
+    to fit, or out of time; ``error`` says which). Times are seconds, memory is bytes; None where not measured.
+    """
+
+    micro_batch: int
+    precision: str
+    checkpointing: str
+    compile: bool
+    outcome: str
+    peak_memory_bytes: int | None = None
+    micro_step_s: float | None = None
+    reduce_s: float | None = None
+    optimizer_s: float | None = None
+    samples_per_s: float | None = None
+    """Samples per second over all ranks, whole optimizer steps included."""
+    step_s: float | None = None
+    """Predicted seconds of one optimizer step at the effective batch with this micro-batch."""
+    loss: float | None = None
+    """Loss of the trial's samples per unit of weight: equal samples must give equal losses."""
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """How one micro-step is computed, apart from its size. No value is ``auto``."""
+
+    precision: str
+    checkpointing: str
+    compile: bool
+    sync: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one effective batch is computed. ``micro_batches[rank]`` lists that rank's micro-batch sizes."""
+
+    effective_batch: int
+    world_size: int
+    micro_batch: int
+    micro_batches: list[list[int]]
+    precision: str
+    checkpointing: str
+    compile: bool
+    sync: str
+    reason: str
+    trials: list[Trial] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """Advice and observations, one sentence each."""
+
+    def __post_init__(self) -> None:
+        total = sum(map(sum, self.micro_batches))
+        if total != self.effective_batch:  # a programmer's error: the arithmetic in batch.py forbids it
+            raise AssertionError(f"plan sums to {total}, not to the effective batch {self.effective_batch}")
+
+    @property
+    def accumulation_steps(self) -> int:
+        """K: micro-steps per optimizer step on the rank that has most."""
+        return max(map(len, self.micro_batches))
+
+    @property
+    def equation(self) -> str:
+        """The split written out, e.g. ``512 = 2 ranks x 16 accumulation steps x 16``."""
+        return batch.equation(self.effective_batch, self.micro_batches)
+
+    @property
+    def settings(self) -> StepSettings:
+        """What the training core needs to know besides the split."""
+        return StepSettings(self.precision, self.checkpointing, self.compile, self.sync)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form; ``accumulation_steps`` and ``equation`` are included for readers."""
+        derived = {"accumulation_steps": self.accumulation_steps, "equation": self.equation}
+        return {**dataclasses.asdict(self), **derived}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Plan:
+        """Inverse of `to_dict`; unknown keys (of a newer version) are ignored."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        values = {key: value for key, value in data.items() if key in known}
+        trial_fields = {f.name for f in dataclasses.fields(Trial)}
+        values["trials"] = [
+            Trial(**{k: v for k, v in trial.items() if k in trial_fields}) for trial in data.get("trials", [])
+        ]
+        return cls(**values)
+
+
+def make_plan(
+    *,
+    effective_batch: int,
+    world_size: int,
+    micro_batch: int,
+    precision: str,
+    checkpointing: str,
+    compile: bool,
+    sync: str,
+    reason: str,
+    trials: list[Trial] | None = None,
+    notes: list[str] | None = None,
+) -> Plan:
+    """Build the plan for a micro-batch; the split itself comes from `gatrain.batch`.
+
+    Raises:
+        PlanError: the micro-batch is larger than a rank's share.
+    """
+    batch.check_micro_batch(effective_batch, world_size, micro_batch)
+    return Plan(
+        effective_batch=effective_batch,
+        world_size=world_size,
+        micro_batch=micro_batch,
+        micro_batches=batch.split_window(effective_batch, world_size, micro_batch),
+        precision=precision,
+        checkpointing=checkpointing,
+        compile=compile,
+        sync=sync,
+        reason=reason,
+        trials=trials or [],
+        notes=notes or [],
+    )

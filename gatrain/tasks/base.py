@@ -1,0 +1,99 @@
+"""The seam for the user's own work: a task builds the model, reads samples and defines the loss.
+
+Exactness rests on two methods. `Task.weight` counts, on the host and before any forward, what a batch adds to
+the loss's denominator; `Task.loss_sum` returns a SUM over loss terms, never a mean, with the weight that it
+really used. The training core divides by the total over the whole window and all ranks, and checks that both
+counts agree, so a loss that shifts, masks or averages differently from its count is caught, not trained.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+Batch = Any
+"""What `Task.collate` returns: any nesting of dicts, lists and tuples with tensors as leaves."""
+
+Weights = float | Mapping[str, float]
+"""One number, or one for each named loss term (each term has a denominator of its own)."""
+
+LossSum = tuple[Tensor, Tensor | float]
+"""(sum of weighted losses: scalar tensor with graph, weight used: number or scalar tensor)."""
+
+LossSums = LossSum | Mapping[str, LossSum]
+
+
+@runtime_checkable
+class Samples(Protocol):
+    """A map-style dataset. ``__getitems__(indices)`` is used instead where it exists.
+
+    Set ``deterministic = True`` on a dataset whose samples involve no random number; otherwise reading sample
+    ``i`` in epoch ``e`` is seeded by (seed, e, i), so augmentation does not depend on who reads it.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+class Task(abc.ABC):
+    """What gatrain trains. Subclass it, or use a ready one such as `gatrain.tasks.Supervised`."""
+
+    train_data: Samples
+    eval_data: Samples | None = None
+    variable_length: bool = False
+    """True if batches differ in shape from one to the next, beyond their number of samples."""
+
+    @abc.abstractmethod
+    def build_model(self) -> nn.Module:
+        """Make the model on the CPU with fresh weights (the random seed is set by the caller)."""
+
+    @abc.abstractmethod
+    def weight(self, batch: Batch) -> Weights:
+        """Count what ``batch`` (on the host) adds to the denominator of each loss term."""
+
+    @abc.abstractmethod
+    def loss_sum(self, model: nn.Module, batch: Batch) -> LossSums:
+        """Run the model and return the summed loss with the weight used. Runs under autocast."""
+
+    def collate(self, samples: list[Any]) -> Batch:
+        """Make one batch of a list of samples."""
+        return torch.utils.data.default_collate(samples)
+
+    def tokens(self, batch: Batch) -> int | None:
+        """Number of input tokens in a host batch, for the metrics; None where it means nothing."""
+        return None
+
+    def worst_case_indices(self, count: int) -> Sequence[int]:
+        """Indices of ``count`` training samples that need the most memory (repeats allowed)."""
+        return [index % len(self.train_data) for index in range(count)]
+
+    def eval_metrics(self, model: nn.Module, batch: Batch) -> Mapping[str, LossSum]:
+        """Further sums for evaluation, such as correct answers, each with its denominator."""
+        return {}
+
+    def baseline(self) -> tuple[str, float] | None:
+        """A name and a loss that a trivial model reaches on the held-out split, for comparison."""
+        return None
+
+    def showcase(self, model: nn.Module, device: torch.device) -> str | None:
+        """Text that shows a person what the trained model does, such as a generated sample."""
+        return None
+
+    def shortened(self, batch: Batch) -> Batch:
+        """A cheaper batch of the same samples for `gatrain verify`, such as shorter sequences."""
+        return batch
+
+
+def named_weights(weights: Weights) -> dict[str, float]:
+    """Give the single unnamed term the name ``loss``."""
+    return dict(weights) if isinstance(weights, Mapping) else {"loss": weights}
+
+
+def named_loss_sums(sums: LossSums) -> dict[str, LossSum]:
+    """Give the single unnamed term the name ``loss``."""
+    return dict(sums) if isinstance(sums, Mapping) else {"loss": sums}

@@ -1,0 +1,59 @@
+"""What the training loop tells the world, and the shape of a listener. Listeners never touch the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """Facts of a run that do not change while it runs."""
+
+    recipe: str
+    run_dir: Path
+    device: str
+    """For people, such as ``2 x NVIDIA H100 80GB HBM3`` or ``CPU (2 threads)``."""
+    world_size: int
+    effective_batch: int
+    equation: str
+    precision: str
+    checkpointing: str
+    compile: bool
+    sync: str
+    parameters: int
+    train_samples: int
+    eval_samples: int
+    first_step: int
+    """Steps already done when this process started (0 unless resumed)."""
+    total_steps: int
+    steps_per_epoch: int
+    baseline_name: str | None = None
+    baseline_loss: float | None = None
+
+
+class Sink(Protocol):
+    """A listener of the training loop, on rank 0 only. Called on the host, outside the hot path."""
+
+    def start(self, info: RunInfo) -> None: ...
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl: ``step``, ``loss``, ``grad_norm``, ``lr``, ``samples``, ``tokens``
+        (where it applies), ``samples_per_s``, ``step_s``, ``peak_memory_bytes``, ``window``.
+
+        Records arrive in order, several at once when the metrics leave the device.
+        """
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Metrics of the held-out split after ``step``; ``loss`` is always among them."""
+
+    def saved(self, step: int, path: Path) -> None: ...
+
+    def notice(self, text: str) -> None:
+        """Something a person should know, such as a short last window or a save that failed."""
+
+    def end(self, summary: Mapping[str, Any]) -> None:
+        """The run is over: ``status`` (completed or stopped), ``step``, ``loss``, ``eval_loss``,
+        ``showcase`` (text or None), ``elapsed_s``."""
