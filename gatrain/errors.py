@@ -88,6 +88,10 @@ class WorkerError(GatrainError):
     exit_code = 11
 
 
+class PeerFailed(WorkerError):
+    """Another rank failed; that rank's own error is the one to show."""
+
+
 class Interrupted(GatrainError):
     """The run was asked to stop (SIGINT or SIGTERM) and did so after saving its state."""
 

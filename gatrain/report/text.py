@@ -1,0 +1,196 @@
+"""Numbers, names and untrusted text as a person reads them; the words that all displays share."""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gatrain.train.events import RunInfo
+
+# Whatever could move the cursor, colour, retitle or reorder a terminal: C0 and C1 controls (escape sequences
+# begin with one), line separators, bidirectional overrides, and lone surrogates, which no encoding can carry.
+_UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def clean(text: object, *, lines: bool = False) -> str:
+    """Make text from outside safe to print: control characters become visible escapes such as ``\\x1b``.
+
+    With ``lines`` the line breaks stay and tabs become four spaces; without it the result is one line.
+    """
+    value = str(text)
+    if not lines:
+        return _UNSAFE.sub(_escape, value)
+    value = value.replace("\r\n", "\n").expandtabs(4)
+    return "\n".join(_UNSAFE.sub(_escape, line) for line in value.split("\n"))
+
+
+def _escape(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+
+def number(value: object) -> float | None:
+    """Give the finite float in ``value``, or None for anything else (None, NaN, text)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def decimal(value: object) -> str:
+    """Write a loss or a norm with about four significant digits; NaN and infinity stay visible."""
+    if not isinstance(value, int | float):
+        return "-"
+    if not math.isfinite(value):
+        return str(float(value))
+    size = abs(value)
+    if size >= 1e6 or 0 < size < 1e-3:
+        return scientific(value)
+    return f"{value:,.1f}" if size >= 100 else f"{value:.3f}" if size >= 1 else f"{value:.4f}"
+
+
+def scientific(value: float) -> str:
+    """Write three significant digits with a short exponent: ``2.9e-3``."""
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
+def learning_rate(value: float) -> str:
+    """Write a learning rate: ``0.1``, ``0.05``, ``2.9e-3``."""
+    return f"{value:.3g}" if value >= 0.01 or value == 0 else scientific(value)
+
+
+def rate(value: float) -> str:
+    """Write a rate with a thousands separator where it is large and digits where it is small."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.3g}"
+
+
+def size(count: float) -> str:
+    """Write bytes: ``1.9 GiB`` or ``312 MiB``."""
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.0f} MiB"
+
+
+def short_time(seconds: float) -> str:
+    """Write the time of one step: ``8.12 ms``, ``413 ms`` or ``2.31 s``."""
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
+def duration(seconds: float) -> str:
+    """Write a span: ``42s``, ``1m 12s``, ``2h 05m``, ``3d 04h``."""
+    whole = int(seconds + 0.5)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d {whole % 86400 // 3600:02d}h"
+
+
+def plural(count: int, noun: str) -> str:
+    """Write ``1 step``, ``1,200 steps``."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def shown_path(path: Path, base: Path | None = None) -> str:
+    """Write a path relative to ``base`` (the current folder) where it lies inside it."""
+    try:
+        return str(path.relative_to(Path.cwd() if base is None else base))
+    except (ValueError, OSError):
+        return str(path)
+
+
+def resume_command(run_dir: Path) -> str:
+    """The command that continues a run, quoted for a shell."""
+    return clean(f"gatrain resume {shlex.quote(shown_path(run_dir))}")
+
+
+def baseline_phrase(name: str | None, loss: float | None) -> str:
+    """Write ``unigram baseline 6.140``, or nothing where there is none."""
+    if loss is None:
+        return ""
+    words = clean(name or "")
+    words = words if words.endswith("baseline") else f"{words} baseline".strip()
+    return f"{words} {decimal(loss)}"
+
+
+def against_baseline(loss: object, info: RunInfo) -> str:
+    """Write ``1.43 below the unigram baseline 6.140``; empty without a baseline."""
+    value, base = number(loss), number(info.baseline_loss)
+    if value is None or base is None:
+        return ""
+    gap = base - value
+    relation = "below" if gap >= 0 else "above"
+    return f"{abs(gap):.3g} {relation} the {baseline_phrase(info.baseline_name, base)}"
+
+
+def header_rows(info: RunInfo) -> list[tuple[str, str]]:
+    """Label and value for each fact that stands above the progress."""
+    how = [
+        clean(info.precision),
+        "no checkpointing" if info.checkpointing == "none" else f"{clean(info.checkpointing)} checkpointing",
+        "compiled" if info.compile else "not compiled",
+        f"sync {clean(info.sync)}",
+    ]
+    data = [f"{plural(info.train_samples, 'sample')} to train on"]
+    if info.eval_samples:
+        data.append(f"{info.eval_samples:,} held out")
+    steps = f"{info.total_steps:,}"
+    if info.steps_per_epoch:
+        epochs = info.total_steps / info.steps_per_epoch
+        steps += f", {epochs:.3g} epoch{'s' * (epochs != 1)} of {plural(info.steps_per_epoch, 'step')}"
+    if info.first_step:
+        steps += f"; going on after step {info.first_step:,}"
+    rows = [
+        ("batch", clean(info.equation)),
+        ("device", clean(info.device)),
+        ("computed in", ", ".join(how)),
+        ("parameters", f"{info.parameters:,}"),
+        ("data", ", ".join(data)),
+        ("steps", steps),
+    ]
+    if info.baseline_loss is not None:
+        phrase = baseline_phrase(info.baseline_name, info.baseline_loss)
+        rows.append(("to beat", f"{phrase} (held-out loss)"))
+    return rows
+
+
+def evaluation_text(metrics: Mapping[str, float], info: RunInfo) -> str:
+    """Write one evaluation: the held-out loss, its baseline, and what else was measured."""
+    compared = against_baseline(metrics.get("loss"), info)
+    parts = [f"held-out loss {decimal(metrics.get('loss'))}" + (f", {compared}" if compared else "")]
+    parts += [f"{clean(name)} {decimal(value)}" for name, value in metrics.items() if name != "loss"]
+    return "  ".join(parts)
+
+
+def summary_rows(summary: Mapping[str, Any], info: RunInfo) -> list[tuple[str, str]]:
+    """Label and value for each line of the closing block, the generated sample excepted."""
+    status = clean(summary.get("status", "ended"))
+    step = summary.get("step")
+    done = f"{step:,} of {plural(info.total_steps, 'step')}" if isinstance(step, int) else ""
+    elapsed = number(summary.get("elapsed_s"))
+    took = f"in {duration(elapsed)}" if elapsed is not None else ""
+    rows = [(status, " ".join(part for part in (done, took) if part))]
+    if summary.get("loss") is not None:
+        rows.append(("loss", f"{decimal(summary['loss'])} at the last step"))
+    if summary.get("eval_loss") is not None:
+        compared = against_baseline(summary["eval_loss"], info)
+        rows.append(("held-out loss", decimal(summary["eval_loss"]) + (f", {compared}" if compared else "")))
+    further = summary.get("evaluation") or {}
+    rows += [(f"held-out {clean(name)}", decimal(value)) for name, value in further.items() if name != "loss"]
+    rows.append(("results", clean(shown_path(info.run_dir))))
+    if summary.get("status") == "stopped":
+        rows.append(("to go on", resume_command(info.run_dir)))
+    return rows
+
+
+def showcase_lines(summary: Mapping[str, Any], limit: int = 40) -> list[str]:
+    """Lines of the generated sample, safe to print; at most ``limit`` of them."""
+    text = summary.get("showcase")
+    if not text:
+        return []
+    lines = clean(text, lines=True).strip("\n").split("\n")
+    return lines if len(lines) <= limit else [*lines[:limit], f"... {len(lines) - limit} more lines"]

@@ -1,0 +1,296 @@
+"""Exact accumulation: a window of micro-batches, on one or many ranks, to the gradient of the whole window.
+
+The target is ``sum_i w_i * grad(l_i) / T`` with T the sum of the weights over all micro-batches of all ranks.
+Weights are counted on the host before the first forward, each micro-batch's loss SUM is divided by T, and the
+ranks' gradients are added: whatever the split, ragged or empty, the result is the same up to the order of
+floating-point sums. The weights that the losses really used are compared with the counts.
+
+This is the plain one of several ways from a window to its gradient; `WindowToGradient` is the seam.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils import _pytree as pytree
+
+from gatrain.errors import ExactnessError, PeerFailed
+from gatrain.tasks.base import Batch, LossSums, Weights, named_loss_sums, named_weights
+from gatrain.train.ranks import Ranks
+from gatrain.train.windows import derive_seed
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One micro-batch on the host with the weight it adds to each loss term's denominator."""
+
+    batch: Batch
+    weights: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class RankWindow:
+    """This rank's part of one window. ``micro_batches`` may be empty."""
+
+    micro_batches: Sequence[MicroBatch]
+    seed: tuple[int, ...] | None = None
+    """Random numbers of micro-step i are keyed by these integers and i; None leaves the generators alone."""
+    counts: Mapping[str, float] = field(default_factory=dict)
+    """Further host numbers to be summed over the ranks with the weights, such as samples or a stop request."""
+
+
+@dataclass
+class WindowResult:
+    """What a window came to. The gradients are in ``.grad``, already reduced, the same on every rank."""
+
+    weight_totals: dict[str, float]
+    """T of each loss term, over all ranks."""
+    counts: dict[str, float]
+    """`RankWindow.counts`, summed over all ranks."""
+    local_loss_sums: dict[str, Tensor]
+    """This rank's summed loss of each term: float64 scalars on the device, not yet added over the ranks."""
+    ranks: Ranks = field(repr=False)
+
+    @property
+    def is_empty(self) -> bool:
+        """True if every weight of the window is zero: there is no gradient and no step to take."""
+        return not any(self.weight_totals.values())
+
+    def loss(self) -> float:
+        """Mean loss of the window over all ranks. Synchronises with the device; every rank must call it."""
+        names = list(self.weight_totals)
+        local = [float(self.local_loss_sums[name]) if name in self.local_loss_sums else 0.0 for name in names]
+        sums = dict(zip(names, self.ranks.sum(local), strict=True))
+        return sum(sums[name] / total for name, total in self.weight_totals.items() if total)
+
+
+class WindowToGradient(Protocol):
+    """A way to compute the gradient of a window. All ranks call it together."""
+
+    def __call__(self, window: RankWindow) -> WindowResult: ...
+
+    def check_counts(self) -> None: ...
+
+
+class PlainAccumulation:
+    """A backward for each micro-batch into ``.grad``, then one reduction.
+
+    Args:
+        model: the module (or DistributedDataParallel around it) whose parameters get gradients.
+        loss_sum: gives summed losses and the weights used for one batch on the device.
+        term_names: names of the loss terms, the same on every rank; needed where a rank may be empty.
+        sync: ``window`` runs all micro-steps without communication, lets the ranks agree that nobody failed,
+            then adds the gradients once. ``overlap`` needs a DistributedDataParallel model and lets the last
+            backward reduce. With one process both mean the same.
+        stage: starts to move a host batch to the device and returns a function that gives it there; called
+            one micro-step ahead of its use.
+        autocast: makes a context manager for the forward.
+        scaler: fp16 loss scaler; one scale for the whole window.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_sum: Callable[[Batch], LossSums],
+        *,
+        term_names: Sequence[str],
+        ranks: Ranks,
+        sync: str = "window",
+        stage: Callable[[Batch], Callable[[], Batch]],
+        autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        self._ddp = model if isinstance(model, DistributedDataParallel) else None
+        if sync == "overlap" and self._ddp is None and ranks.world_size > 1:
+            raise ValueError("sync='overlap' needs a model wrapped in DistributedDataParallel")
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._device = self._parameters[0].device if self._parameters else torch.device("cpu")
+        self._loss_sum = loss_sum
+        self._term_names = list(term_names)
+        self._ranks = ranks
+        self._overlap = sync == "overlap" and ranks.world_size > 1
+        self._stage = stage
+        self._autocast = autocast
+        self._scaler = scaler
+        self._checked_once = False
+        self._counted: dict[str, float] = {}
+        self._used: dict[str, Tensor | float] = {}
+        self._loss_sums: dict[str, Tensor] = {}
+
+    def __call__(self, window: RankWindow) -> WindowResult:
+        """Compute the gradient of one window. Collective: one host sum, the micro-steps, one reduction.
+
+        Raises:
+            ExactnessError: the weights used differ from the weights counted (on a GPU after the first window,
+                only `check_counts` tells).
+        """
+        totals, counts, empty_ranks = self._count(window)
+        # a rank without samples has no backward for DDP to reduce in: this window is reduced explicitly
+        overlap = self._overlap and not empty_ranks
+        if any(totals.values()):
+            # DistributedDataParallel averages over the ranks; the explicit reduction adds
+            factor = self._ranks.world_size if overlap else 1
+            scale = {name: factor / total if total else 0.0 for name, total in totals.items()}
+            self._run_micro_steps(window, scale, overlap)
+            if not overlap:
+                self.reduce()
+            if self._device.type == "cpu" or not self._checked_once:
+                self.check_counts()
+                self._checked_once = True
+        sums, self._loss_sums = self._loss_sums, {}
+        return WindowResult(totals, counts, sums, self._ranks)
+
+    def micro_step(self, batch: Batch, scale: Mapping[str, float], *, reduce_in_backward: bool = False) -> None:
+        """Forward and backward of one batch on the device; gradients add up in ``.grad``.
+
+        Args:
+            batch: on the device.
+            scale: factor of each loss term, 1/T (or world size / T where DDP averages).
+            reduce_in_backward: lets DDP reduce in this backward; collective.
+        """
+        silent = self._ddp is not None and not reduce_in_backward
+        # both passes: DDP reads the flag in the forward
+        with self._ddp.no_sync() if silent and self._ddp is not None else contextlib.nullcontext():
+            with self._autocast():
+                terms = named_loss_sums(self._loss_sum(batch))
+            unknown = [name for name in terms if name not in scale]
+            if unknown:
+                raise ExactnessError(f"loss_sum returned the term {unknown[0]!r}, which weight() did not count.")
+            loss = torch.stack([total * scale[name] for name, (total, _) in terms.items()]).sum()
+            (self._scaler.scale(loss) if self._scaler else loss).backward()  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            for name, (total, weight) in terms.items():
+                self._loss_sums[name] = total.detach().double() + self._loss_sums.get(name, 0.0)
+                used = weight.detach().double() if isinstance(weight, Tensor) else float(weight)
+                self._used[name] = used + self._used.get(name, 0.0)
+
+    def reduce(self) -> None:
+        """Add the gradients over the ranks after they agreed that nobody failed. Collective."""
+        if self._ranks.world_size == 1:
+            return
+        flags = [0.0, *(float(p.grad is not None) for p in self._parameters)]
+        failed, *used = self._ranks.sum(flags)
+        if failed:
+            raise PeerFailed("another rank failed in this window; its own error says why.")
+        self._ranks.reduce_gradients(self._parameters, [count > 0 for count in used])
+
+    def take_sums(self) -> tuple[Tensor | float, Tensor | float]:
+        """Summed losses and weights used, over all terms, since the last window; forgets both. For trials."""
+        losses, weights = sum(self._loss_sums.values()), sum(self._used.values())
+        self._loss_sums, self._used = {}, {}
+        return losses, weights
+
+    def check_counts(self) -> None:
+        """Compare the weights counted on the host with those that the losses used, since the last check.
+
+        Synchronises with the device. Not collective.
+
+        Raises:
+            ExactnessError: they differ; the message names both.
+        """
+        counted, self._counted = self._counted, {}
+        used, self._used = self._used, {}
+        for name in counted.keys() | used.keys():
+            before, after = counted.get(name, 0.0), float(used.get(name, 0.0))
+            if not abs(before - after) <= 1e-6 * abs(before) * (not before.is_integer()):
+                raise ExactnessError(
+                    f"weight() counted {before:g} for the loss term {name!r}, but loss_sum() used {after:g}. "
+                    "Both must apply the same mask (mind shifted labels and ignored positions); "
+                    "the step would be wrong by that factor."
+                )
+
+    def _count(self, window: RankWindow) -> tuple[dict[str, float], dict[str, float], float]:
+        """Sum weights, counts and the number of empty ranks: one small collective on the host."""
+        local = dict.fromkeys(self._term_names, 0.0)
+        for micro_batch in window.micro_batches:
+            for name, weight in micro_batch.weights.items():
+                if name not in local:
+                    raise ExactnessError(f"weight() counted an unknown loss term {name!r}.")
+                local[name] += float(weight)
+        is_empty = float(not window.micro_batches)
+        empty_ranks, *summed = self._ranks.sum([is_empty, *local.values(), *window.counts.values()])
+        totals = dict(zip(local, summed[: len(local)], strict=True))
+        for name, total in totals.items():
+            if not 0 <= total < float("inf"):
+                raise ExactnessError(f"weight() gave {total} for the loss term {name!r}; weights are 0 or more.")
+        if any(totals.values()):
+            for name, weight in local.items():
+                self._counted[name] = self._counted.get(name, 0.0) + weight
+        return totals, dict(zip(window.counts, summed[len(local) :], strict=True)), empty_ranks
+
+    def _run_micro_steps(self, window: RankWindow, scale: Mapping[str, float], overlap: bool) -> None:
+        last = len(window.micro_batches) - 1
+        try:
+            staged = [self._stage(micro_batch.batch) for micro_batch in window.micro_batches[:1]]
+            for index in range(len(window.micro_batches)):
+                batch = staged.pop()()
+                if index < last:  # started now, so that the copy overlaps this micro-step
+                    staged.append(self._stage(window.micro_batches[index + 1].batch))
+                if window.seed is not None:
+                    torch.manual_seed(derive_seed(*window.seed, index))
+                self.micro_step(batch, scale, reduce_in_backward=overlap and index == last)
+        except Exception:
+            if self._ranks.world_size > 1 and not overlap:
+                # the others wait in reduce(): tell them, so that all leave the window together
+                self._ranks.sum([1.0, *(0.0 for _ in self._parameters)])
+            raise
+
+
+def accumulate(
+    model: nn.Module,
+    micro_batches: Iterable[Batch],
+    *,
+    loss_sum: Callable[[nn.Module, Batch], LossSums],
+    weight: Callable[[Batch], Weights],
+    term_names: Sequence[str] = ("loss",),
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    scaler: torch.amp.GradScaler | None = None,
+) -> WindowResult:
+    """Put the exact gradient of one window into ``.grad``: for people who keep their own training loop.
+
+    Works in one process, under torch.distributed with a plain model (gradients are added once, after all
+    micro-steps), and with a model in DistributedDataParallel (its last backward reduces). A rank may have no
+    micro-batch at all. Clip, step and zero the gradients yourself.
+
+    Args:
+        model: parameters on one device; the same parameters on every rank.
+        micro_batches: this rank's part of the window, on the host or the device; sizes may differ.
+        loss_sum: ``(model, batch) -> (sum of weighted losses, weight used)``; never a mean. Several terms with
+            denominators of their own: a mapping from name to such a pair.
+        weight: counts the weight of a batch beforehand: samples, label tokens, or a mapping for several terms.
+        term_names: names of the terms where ``weight`` returns a mapping.
+        autocast: for example ``lambda: torch.autocast("cuda", torch.bfloat16)``.
+        scaler: fp16 scaler; call ``scaler.unscale_``, ``step`` and ``update`` once per window yourself.
+
+    Returns:
+        The totals over all ranks; ``loss()`` gives the mean loss of the window.
+
+    Raises:
+        ExactnessError: ``loss_sum`` used another weight than ``weight`` counted.
+    """
+    listed = [MicroBatch(batch, named_weights(weight(batch))) for batch in micro_batches]
+    device = next(model.parameters()).device
+    strategy = PlainAccumulation(
+        model,
+        lambda batch: loss_sum(model, batch),
+        term_names=term_names,
+        ranks=Ranks.current(),
+        sync="overlap" if isinstance(model, DistributedDataParallel) else "window",
+        stage=lambda batch: lambda: move_to(batch, device),
+        autocast=autocast,
+        scaler=scaler,
+    )
+    return strategy(RankWindow(listed))
+
+
+def move_to(batch: Batch, device: torch.device) -> Batch:
+    """Copy every tensor of a nested batch to ``device``, without waiting where its memory is pinned."""
+    return pytree.tree_map(
+        lambda leaf: leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf, batch
+    )

@@ -1,0 +1,120 @@
+"""Activation checkpointing: recompute a block's activations in the backward instead of storing them.
+
+``full`` keeps only the inputs of each block; ``selective`` also keeps the results of matrix products,
+convolutions and attention, which are dear to recompute, and recomputes the cheap rest
+(https://pytorch.org/blog/activation-checkpointing-techniques/). Blocks are the elements of the largest
+ModuleList or Sequential of like modules; a model may name its own through ``checkpoint_blocks()``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from gatrain.errors import ConfigError
+
+_aten = torch.ops.aten
+_KEPT = {
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten.bmm.default,
+    _aten.baddbmm.default,
+    _aten.convolution.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+}
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The modules that checkpointing wraps; empty if the model has no repeated block."""
+    if callable(own := getattr(model, "checkpoint_blocks", None)):
+        return list(own())
+    blocks: list[nn.Module] = []
+    for container in model.modules():
+        if isinstance(container, nn.ModuleList | nn.Sequential):
+            children = [child for child in container if any(True for _ in child.parameters())]
+            like = len({type(child) for child in children}) == 1
+            # a block is more than one layer: wrapping single Linears would store as much as it saves
+            deep = all(any(True for _ in child.children()) for child in children)
+            if like and deep and not any(_inside(container, block) for block in blocks):
+                blocks.extend(children)
+    return blocks
+
+
+def _inside(module: nn.Module, block: nn.Module) -> bool:
+    return any(module is part for part in block.modules())
+
+
+def available_modes(model: nn.Module) -> tuple[str, ...]:
+    """Which values of ``checkpointing`` the model offers."""
+    return ("none", "selective", "full") if blocks_of(model) else ("none",)
+
+
+def apply_checkpointing(model: nn.Module, mode: str) -> None:
+    """Make the model's blocks recompute in the backward, in place; parameter names do not change.
+
+    Raises:
+        ConfigError: the model has no repeated block.
+    """
+    if mode == "none":
+        return
+    blocks = blocks_of(model)
+    if not blocks:
+        raise ConfigError(
+            f"checkpointing={mode}: {type(model).__name__} has no list of repeated blocks to recompute. "
+            "Use checkpointing=none, or give the model a checkpoint_blocks() method that returns its blocks."
+        )
+    for block in blocks:
+        block.forward = _checkpointed(block, block.forward, mode)  # type: ignore[method-assign]
+
+
+def _checkpointed(block: nn.Module, forward: Callable[..., Any], mode: str) -> Callable[..., Any]:
+    norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
+    options: dict[str, Any] = {"use_reentrant": False}
+
+    def contexts() -> tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]:
+        if mode == "selective":
+            first, second = create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
+        else:
+            first, second = contextlib.nullcontext(), contextlib.nullcontext()
+        return first, (_recompute(second, norms) if norms else second)
+
+    if mode == "selective" or norms:  # torch.compile follows a context function only where there is a need
+        options["context_fn"] = contexts
+
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, **options, **kwargs)
+
+    return run
+
+
+def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@contextlib.contextmanager
+def _recompute(
+    inner: contextlib.AbstractContextManager[Any], norms: Sequence[_BatchNorm]
+) -> Iterator[None]:
+    """The second forward must not count the batch into BatchNorm's running statistics again."""
+    tracking = [norm.track_running_stats for norm in norms]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        with inner:
+            yield
+    finally:
+        for norm, was_tracking in zip(norms, tracking, strict=True):
+            norm.track_running_stats = was_tracking

@@ -1,0 +1,233 @@
+"""The step: one window in, one update of the parameters out. Nothing here waits for the device.
+
+`Engine.step` is what training runs; its parts (`micro_step`, `reduce`, `update`) are what trials time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils import _pytree as pytree
+
+from gatrain.config import OptimizerConfig, ScheduleConfig
+from gatrain.plan import StepSettings
+from gatrain.tasks.base import Batch, LossSum, LossSums, Task, named_loss_sums
+from gatrain.train.accumulate import PlainAccumulation, RankWindow, WindowResult, WindowToGradient, move_to
+from gatrain.train.checkpointing import apply_checkpointing
+from gatrain.train.optimizer import build_optimizer, learning_rate
+from gatrain.train.precision import autocast_for, forbid_tf32, scaler_for
+from gatrain.train.ranks import Ranks
+
+INFINITY = float("inf")
+
+
+@dataclass(frozen=True)
+class StepClock:
+    """What the learning rate of a step depends on."""
+
+    schedule: ScheduleConfig
+    total_steps: int
+    effective_batch: int
+
+
+class Engine:
+    """Model, optimizer and the way from a window to its gradient, on this rank's device.
+
+    Args:
+        task: the loss.
+        model: on the device, the same on every rank. Wrapped here, never replaced: its state dict keeps its names.
+        settings: precision, checkpointing, compile, sync.
+        optimizer_config: which optimizer.
+        clock: for the learning rate; None leaves it at its peak.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        model: nn.Module,
+        settings: StepSettings,
+        optimizer_config: OptimizerConfig,
+        ranks: Ranks,
+        device: torch.device,
+        clock: StepClock | None = None,
+    ) -> None:
+        self.task = task
+        self.model = model
+        self.device = device
+        self.ranks = ranks
+        self.settings = settings
+        self.scaler = scaler_for(settings.precision, device)
+        self._config = optimizer_config
+        self._clock = clock
+        self._autocast = autocast_for(settings.precision, device)
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        forbid_tf32(settings.precision)
+        apply_checkpointing(model, settings.checkpointing)
+        ranks.broadcast_from_first([p.data for p in model.parameters()])
+        self.share_buffers()
+        self.optimizer = build_optimizer(optimizer_config, model)
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        wrapped = self._wrap(model)
+        self._loss_sum = self._loss_function(wrapped)
+        self._plain = PlainAccumulation(
+            wrapped,
+            self._loss_sum,
+            term_names=self._term_names(),
+            ranks=ranks,
+            sync=settings.sync,
+            stage=self.stage,
+            autocast=self._autocast,
+            scaler=self.scaler,
+        )
+        self.gradient: WindowToGradient = self._plain
+
+    def _wrap(self, model: nn.Module) -> nn.Module:
+        if self.settings.sync != "overlap" or self.ranks.world_size == 1:
+            return model
+        device_ids = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(
+            model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+
+    def _loss_function(self, model: nn.Module) -> Callable[[Batch], LossSums]:
+        def loss_sum(batch: Batch) -> LossSums:
+            return self.task.loss_sum(model, batch)
+
+        if not self.settings.compile:
+            return loss_sum
+        # model and loss together, so that logits and cross-entropy fuse; a window has at most two shapes
+        # unless lengths vary, so dynamic shapes would only cost speed
+        return torch.compile(loss_sum, dynamic=None if self.task.variable_length else False)
+
+    def _term_names(self) -> list[str]:
+        return list(getattr(self.task, "loss_terms", ("loss",)))
+
+    def stage(self, batch: Batch) -> Callable[[], Batch]:
+        """Start copying a host batch to the device; the returned function gives it to the current stream."""
+        if self._copies is None:
+            return lambda: move_to(batch, self.device)
+        with torch.cuda.stream(self._copies):
+            moved = move_to(batch, self.device)
+            arrived = torch.cuda.Event()
+            arrived.record(self._copies)
+
+        def ready() -> Batch:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(arrived)
+            for leaf in pytree.tree_leaves(moved):
+                if isinstance(leaf, Tensor):
+                    leaf.record_stream(stream)  # its memory must not be reused for copies before then
+            return moved
+
+        return ready
+
+    def to_device(self, batch: Batch) -> Batch:
+        """Copy a host batch to the device, for use on the current stream."""
+        return self.stage(batch)()
+
+    def step(self, window: RankWindow, step: int) -> tuple[WindowResult, Tensor]:
+        """One optimizer step. Collective.
+
+        Args:
+            window: this rank's part of it.
+            step: index of the window, from 0; sets the learning rate.
+
+        Returns:
+            The window's result and the norm of its gradient before clipping, a scalar on the device. A window
+            whose weights are all zero takes no step and has norm 0.
+        """
+        result = self.gradient(window)
+        if result.is_empty:
+            return result, torch.zeros((), device=self.device)
+        return result, self.update(step)
+
+    def update(self, step: int) -> Tensor:
+        """Unscale, clip the whole reduced gradient, step the optimizer, drop the gradients.
+
+        Returns:
+            Norm of the gradient before clipping: a scalar on the device, the same on every rank.
+        """
+        lr = self.learning_rate(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self.scaler:
+            self.scaler.unscale_(self.optimizer)
+        limit = self._config.clip_norm
+        norm = nn.utils.clip_grad_norm_(self._parameters, INFINITY if limit is None else limit)
+        if self.scaler:
+            self.scaler.step(self.optimizer)  # skips the step where the gradient is not finite
+            self.scaler.update()
+        else:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of optimizer step ``step`` (from 0)."""
+        if self._clock is None:
+            return self._config.lr
+        return learning_rate(
+            self._clock.schedule,
+            self._config.lr,
+            step=step,
+            total_steps=self._clock.total_steps,
+            effective_batch=self._clock.effective_batch,
+        )
+
+    def micro_step(self, batch: Batch, scale: Mapping[str, float]) -> None:
+        """Forward and backward of one batch on the device, without any reduction."""
+        self._plain.micro_step(batch, scale)
+
+    def reduce(self) -> None:
+        """Let the ranks agree, then add their gradients. Collective."""
+        self._plain.reduce()
+
+    def last_loss_sums(self) -> tuple[Tensor, Tensor]:
+        """Summed loss and weight of the micro-steps since the last call: float64 scalars."""
+        losses, weights = self._plain.take_sums()
+        return torch.as_tensor(losses, dtype=torch.float64), torch.as_tensor(weights, dtype=torch.float64)
+
+    def agree(self, failed: bool) -> bool:
+        """Whether any rank says that it failed. Collective on the host."""
+        return self.ranks.sum([float(failed)])[0] > 0
+
+    def evaluate(self, batch: Batch) -> tuple[dict[str, LossSum], dict[str, LossSum]]:
+        """Loss sums and further metric sums of one batch on the device; no gradients, evaluation mode."""
+        with evaluating(self.model), torch.no_grad(), self._autocast():
+            losses = named_loss_sums(self._loss_sum(batch))
+            return losses, dict(self.task.eval_metrics(self.model, batch))
+
+    def showcase(self) -> str | None:
+        """What the task has to show of the model (a generated sample, say). One rank alone may call it."""
+        with evaluating(self.model), torch.no_grad():
+            return self.task.showcase(self.model, self.device)
+
+    def share_buffers(self) -> None:
+        """Give every rank rank 0's buffers (BatchNorm's running statistics). Collective."""
+        self.ranks.broadcast_from_first(buffer for buffer in self.model.buffers())
+
+
+class evaluating:  # noqa: N801 - reads as a verb: `with evaluating(model):`
+    """Context in which a model is in evaluation mode; restores each module's own mode."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def __enter__(self) -> None:
+        self._training = [module for module in self._model.modules() if module.training]
+        self._model.eval()
+
+    def __exit__(self, *exception: Any) -> None:
+        for module in self._training:
+            module.training = True
+
+
+def batch_norms(model: nn.Module) -> list[str]:
+    """Names of the modules that mix the samples of a micro-batch: their results depend on its size."""
+    return [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]

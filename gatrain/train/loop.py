@@ -1,0 +1,267 @@
+"""The training loop: windows in order, one step each, metrics once per interval, saved states on the way."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gatrain.config import RunConfig
+from gatrain.errors import ExactnessError, SavedStateError
+from gatrain.plan import Plan
+from gatrain.rundir import RunDir
+from gatrain.train import saved_state
+from gatrain.train.accumulate import RankWindow, WindowResult
+from gatrain.train.engine import Engine
+from gatrain.train.evaluate import evaluate
+from gatrain.train.events import Sink
+from gatrain.train.loader import LoadedWindow, WindowLoader
+from gatrain.train.meter import Mark, Meter
+from gatrain.train.saved_state import Progress
+from gatrain.train.windows import WindowSchedule
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A step whose metrics are still on the device."""
+
+    index: int
+    result: WindowResult
+    norm: Tensor
+    start: Mark
+    end: Mark
+
+
+@dataclass
+class Trainer:
+    """One run on this rank, from ``progress`` to ``total_steps``. All ranks call its methods together.
+
+    ``sinks`` hears of it on rank 0; ``stop_requested`` may turn true on any rank, and then all stop after the
+    window in hand.
+    """
+
+    engine: Engine
+    config: RunConfig
+    plan: Plan
+    schedule: WindowSchedule
+    total_steps: int
+    progress: Progress
+    run_dir: RunDir
+    sinks: Sink
+    stop_requested: Callable[[], bool]
+    _pending: list[_Pending] = field(default_factory=list)
+    _evaluation: dict[str, float] = field(default_factory=dict)
+    _last_loss: float | None = None
+    _saved_step: int = -1
+
+    def run(self) -> dict[str, Any]:
+        """Train, evaluate, save; return the summary that tells how it ended.
+
+        Raises:
+            ExactnessError: weights differ from their counts, or a gradient is not finite.
+            SavedStateError: the final state could not be written.
+        """
+        began = time.perf_counter()
+        self._meter = Meter(self.engine.device)
+        self._saved_step = self.progress.step
+        stopped = self._train()
+        self._flush()
+        completed = self.progress.step >= self.total_steps
+        if not stopped:
+            self._evaluate()
+        if self._saved_step != self.progress.step and not self._save():
+            raise SavedStateError(
+                f"the final state could not be written to {self.run_dir.saved}. "
+                f"Free some space, then: gatrain resume {self.run_dir.path}"
+            )
+        showcase = self._showcase() if completed else None
+        return {
+            "status": "completed" if completed else "stopped",
+            "step": self.progress.step,
+            "total_steps": self.total_steps,
+            "loss": self._last_loss,
+            "eval_loss": self._evaluation.get("loss"),
+            "evaluation": self._evaluation,
+            "showcase": showcase,
+            "elapsed_s": time.perf_counter() - began,
+        }
+
+    def _train(self) -> bool:
+        """Run the steps; returns whether a stop was asked for."""
+        loader = WindowLoader(
+            self.engine.task,
+            self.schedule,
+            self.engine.ranks,
+            micro_batch=self.plan.micro_batch,
+            start=self.progress.step,
+            stop=self.total_steps,
+            workers=self.config.train.data_workers,
+            pin_memory=self.engine.device.type == "cuda",
+        )
+        every = self.config
+        previous = self._meter.mark()
+        for loaded in loader:
+            result, norm = self.engine.step(self._rank_window(loaded), loaded.index)
+            end = self._meter.mark()
+            self._pending.append(_Pending(loaded.index, result, norm, previous, end))
+            previous = end
+            self._advance(result)
+            step = self.progress.step
+            stop = result.counts["stop"] > 0
+            save_due = stop or _is_due(step, every.save.every)
+            eval_due = _is_due(step, every.eval.every) and step < self.total_steps
+            if save_due or eval_due or step == 1 or step % every.train.log_every == 0:
+                self._flush()
+            if eval_due:
+                self._evaluate()
+            if save_due:
+                self._save()
+            if save_due or eval_due:
+                previous = self._meter.mark()  # pauses are not part of the next step
+            if stop:
+                return True
+        return False
+
+    def _rank_window(self, loaded: LoadedWindow) -> RankWindow:
+        counts = {
+            "samples": loaded.samples if self.engine.ranks.rank == 0 else 0,
+            "digest": loaded.digest,
+            "tokens": loaded.tokens or 0,
+            "has_tokens": loaded.tokens is not None and bool(loaded.micro_batches),
+            "stop": self.stop_requested(),
+        }
+        return RankWindow(
+            loaded.micro_batches,
+            seed=(self.schedule.seed, loaded.index, self.engine.ranks.rank),
+            counts=counts,
+        )
+
+    def _advance(self, result: WindowResult) -> None:
+        before = self.progress
+        self.progress = Progress(
+            step=before.step + 1,
+            samples=before.samples + int(result.counts["samples"]),
+            tokens=before.tokens + int(result.counts["tokens"]),
+            effective_batch=before.effective_batch,
+            seed=before.seed,
+            data_samples=before.data_samples,
+        )
+
+    def _flush(self) -> None:
+        """Bring the pending steps' metrics to the host: the one place where the loop waits for the device."""
+        pending, self._pending = self._pending, []
+        if not pending:
+            return
+        self.engine.gradient.check_counts()
+        names = list(pending[0].result.weight_totals)
+        zero = torch.zeros((), dtype=torch.float64, device=self.engine.device)
+        local = [p.result.local_loss_sums.get(name, zero) for p in pending for name in names]
+        device_values = torch.stack([*local, *(p.norm.double() for p in pending)]).tolist()
+        norms = device_values[len(local) :]
+        memory = self._peak_memory_of_ranks()
+        sums = self.engine.ranks.sum(device_values[: len(local)])
+        samples, tokens = self._counts_before(pending)
+        for nth, item in enumerate(pending):
+            totals = item.result.weight_totals
+            loss = sum(
+                sums[nth * len(names) + place] / totals[name]
+                for place, name in enumerate(names)
+                if totals[name]
+            )
+            samples += int(item.result.counts["samples"])
+            tokens += int(item.result.counts["tokens"])
+            self._record(item, loss, norms[nth], samples, tokens, memory)
+
+    def _counts_before(self, pending: list[_Pending]) -> tuple[int, int]:
+        samples = self.progress.samples - sum(int(p.result.counts["samples"]) for p in pending)
+        tokens = self.progress.tokens - sum(int(p.result.counts["tokens"]) for p in pending)
+        return samples, tokens
+
+    def _record(
+        self, item: _Pending, loss: float, norm: float, samples: int, tokens: int, memory: int
+    ) -> None:
+        step_s = self._meter.seconds(item.start, item.end)
+        counts = item.result.counts
+        record = {
+            "step": item.index + 1,
+            "loss": loss,
+            "grad_norm": norm,
+            "lr": self.engine.learning_rate(item.index),
+            "samples": samples,
+            "tokens": tokens if counts["has_tokens"] else None,
+            "samples_per_s": counts["samples"] / step_s,
+            "tokens_per_s": counts["tokens"] / step_s if counts["has_tokens"] else None,
+            "step_s": step_s,
+            "peak_memory_bytes": memory,
+            "window": f"{int(counts['digest']):013x}",
+        }
+        self.sinks.step(record)
+        self._last_loss = loss
+        if item.result.is_empty:
+            self.sinks.notice(f"step {item.index + 1}: every label of the window is masked; no update was made.")
+        elif counts["samples"] < self.schedule.effective_batch:
+            self.sinks.notice(
+                f"step {item.index + 1} ends epoch {item.index // self.schedule.per_epoch + 1} with a window of "
+                f"{int(counts['samples'])} samples; its gradient is the exact mean over those."
+            )
+        scaler_handles_it = self.engine.scaler is not None and math.isfinite(loss)
+        if not (math.isfinite(norm) and math.isfinite(loss)) and not scaler_handles_it:
+            raise ExactnessError(
+                f"step {item.index + 1}: the loss is {loss:g} and the gradient norm {norm:g}. "
+                "No state was saved since then. Lower optimizer.lr, set optimizer.clip_norm, or use "
+                f"precision=fp32, then: gatrain resume {self.run_dir.path}"
+            )
+
+    def _peak_memory_of_ranks(self) -> int:
+        ranks = self.engine.ranks
+        slots = [0.0] * ranks.world_size
+        slots[ranks.rank] = float(self._meter.peak_memory_bytes())
+        return int(max(ranks.sum(slots)))
+
+    def _evaluate(self) -> None:
+        found = evaluate(
+            self.engine,
+            samples=self.config.eval.samples,
+            micro_batch=self.plan.micro_batch,
+            workers=self.config.train.data_workers,
+        )
+        if found:
+            self._evaluation = found
+            self.sinks.evaluation(self.progress.step, found)
+
+    def _save(self) -> bool:
+        """Write the state on rank 0, after everything before it was checked. A full disk is not fatal."""
+        self.engine.share_buffers()
+        problem = ""
+        if self.engine.ranks.rank == 0:
+            scaler = self.engine.scaler.state_dict() if self.engine.scaler else None
+            progress = Progress(**{**vars(self.progress), "scaler": scaler})
+            try:
+                path = saved_state.save(
+                    self.run_dir.saved, progress, self.engine.model, self.engine.optimizer, self.config.save.keep
+                )
+                self.sinks.saved(self.progress.step, path)
+            except OSError as error:
+                problem = error.strerror or str(error)
+                self.sinks.notice(
+                    f"could not save the state of step {self.progress.step}: {problem}. "
+                    "Training goes on; earlier saved states are kept."
+                )
+        problem = self.engine.ranks.share_object(problem)
+        if not problem:
+            self._saved_step = self.progress.step
+        return not problem
+
+    def _showcase(self) -> str | None:
+        if self.engine.ranks.rank:
+            return None
+        return self.engine.showcase()
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,0 +1,49 @@
+"""Optimizers and learning-rate schedules, counted in optimizer steps or samples, never in micro-steps."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from gatrain.config import AdamWConfig, OptimizerConfig, ScheduleConfig, SGDConfig
+
+
+def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW (fused on a GPU) or SGD; weight decay on parameters of two or more dimensions only."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    fused = all(p.is_cuda for p in parameters) or None
+    if isinstance(config, AdamWConfig):
+        first, second = config.betas
+        return torch.optim.AdamW(groups, lr=config.lr, betas=(first, second), eps=config.eps, fused=fused)
+    if isinstance(config, SGDConfig):
+        return torch.optim.SGD(
+            groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused
+        )
+    raise TypeError(f"no optimizer for {type(config).__name__}")
+
+
+def learning_rate(
+    config: ScheduleConfig, peak: float, *, step: int, total_steps: int, effective_batch: int
+) -> float:
+    """Learning rate of optimizer step ``step`` (from 0): linear warm-up, then constant or cosine decay.
+
+    With ``warmup_samples`` the warm-up covers the same samples whatever the effective batch.
+    """
+    warmup = float(config.warmup_steps)
+    if config.warmup_samples is not None:
+        warmup = config.warmup_samples / effective_batch
+    if step < warmup:
+        return peak * min(1.0, (step + 1) / warmup)
+    if config.name == "constant":
+        return peak
+    progress = min(1.0, (step - warmup) / max(1.0, total_steps - warmup))
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * (config.final_fraction + (1 - config.final_fraction) * cosine)

@@ -1,0 +1,136 @@
+"""The collectives of a job: small host sums that every rank joins, and the one gradient reduction.
+
+All of them are called by every rank, in the same order; a rank that leaves one out blocks the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+BUCKET_BYTES = 64 * 2**20
+"""Gradient bytes per all-reduce: large enough for full bandwidth, small enough to bound the extra copy."""
+
+
+class Ranks:
+    """This process's place among the ranks. With one process every method is a local no-op."""
+
+    def __init__(self, rank: int = 0, world_size: int = 1, host_group: dist.ProcessGroup | None = None) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self._host_group = host_group
+
+    @classmethod
+    def current(cls) -> Ranks:
+        """The ranks of torch.distributed's default group, or a single one where none is initialised."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls()
+        return _ranks_of_default_group(dist.distributed_c10d._get_default_group())
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Sum host numbers over all ranks, exactly for integers below 2**53. Never touches the device."""
+        if self.world_size == 1:
+            return [float(value) for value in values]
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, group=self._host_group)
+        return [float(value) for value in tensor.tolist()]
+
+    def share_object(self, value: T) -> T:
+        """Give every rank rank 0's small Python value."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._host_group, device=torch.device("cpu"))
+        return box[0]
+
+    def broadcast_from_first(self, tensors: Iterable[Tensor]) -> None:
+        """Give every rank rank 0's values, in place."""
+        if self.world_size == 1:
+            return
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
+
+    def reduce_gradients(self, parameters: Sequence[nn.Parameter], used: Sequence[bool]) -> None:
+        """Sum ``.grad`` over all ranks, each parameter once, 16-bit gradients in fp32.
+
+        Args:
+            parameters: the same ones in the same order on every rank.
+            used: whether ANY rank has a gradient for the parameter; where it is False ``.grad`` stays None, as
+                in one process, so that no optimizer decays a parameter that took no part.
+        """
+        if self.world_size == 1:
+            return
+        taking_part = [p for p, is_used in zip(parameters, used, strict=True) if is_used]
+        pending = []
+        for bucket in _buckets(taking_part):
+            flat = _flatten(bucket)
+            pending.append((dist.all_reduce(flat, async_op=True), bucket, flat))
+        for work, bucket, flat in pending:
+            work.wait()  # makes the current stream wait; the host goes on
+            _unflatten_16_bit(bucket, flat)
+
+
+@lru_cache(maxsize=4)
+def _ranks_of_default_group(group: dist.ProcessGroup) -> Ranks:
+    """Collective where the default group cannot reduce host tensors: all ranks then make a gloo group."""
+    has_cpu = any(device.type == "cpu" for device in group._device_types)
+    host_group = group if has_cpu else dist.new_group(backend="gloo")
+    return Ranks(dist.get_rank(), dist.get_world_size(), host_group)
+
+
+def _buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Group consecutive parameters of one dtype and device into buckets, last layers first."""
+    buckets: list[list[nn.Parameter]] = []
+    size, kind = 0, None
+    for parameter in reversed(parameters):
+        this_kind = (parameter.dtype, parameter.device)
+        if not buckets or this_kind != kind or size >= BUCKET_BYTES:
+            buckets.append([])
+            size, kind = 0, this_kind
+        buckets[-1].append(parameter)
+        size += parameter.numel() * parameter.element_size()
+    return buckets
+
+
+def _reduction_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def _flatten(bucket: list[nn.Parameter]) -> Tensor:
+    """Copy the gradients into one buffer and point ``.grad`` at it, so that the originals are freed at once."""
+    first = bucket[0]
+    dtype = _reduction_dtype(first.dtype)
+    flat = torch.zeros(sum(p.numel() for p in bucket), dtype=dtype, device=first.device)
+    views, gradients, offset = [], [], 0
+    for parameter in bucket:
+        # the parameter's own strides: fused optimizers want gradients laid out like parameters
+        view = flat.as_strided(parameter.size(), _dense_strides(parameter), offset)
+        offset += parameter.numel()
+        if parameter.grad is not None:
+            views.append(view)
+            gradients.append(parameter.grad)
+        if dtype == parameter.dtype:
+            parameter.grad = view
+    if views:
+        torch._foreach_copy_(views, gradients)
+    return flat
+
+
+def _dense_strides(parameter: Tensor) -> tuple[int, ...]:
+    return torch.empty_like(parameter, device="meta").stride()
+
+
+def _unflatten_16_bit(bucket: list[nn.Parameter], flat: Tensor) -> None:
+    offset = 0
+    for parameter in bucket:
+        if flat.dtype != parameter.dtype:
+            view = flat.as_strided(parameter.size(), _dense_strides(parameter), offset)
+            parameter.grad = view.to(parameter.dtype)
+        offset += parameter.numel()

@@ -1,0 +1,111 @@
+"""`gatrain verify`: proof, on the user's own recipe, that the split gradient is the gradient of the whole window.
+
+    run_verify (parent: chooses the splits) -> rank processes (gatrain.verify.ranks) -> VerifyReport
+
+The reference is one forward and backward over the whole window, written without any of the training core. Each
+case computes the same window with the training core, in fp64 and fp32. A mutation, the usual mean of means, has to
+be caught: a check that nothing can fail proves nothing.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gatrain.compose import Composed
+from gatrain.config import RunConfig
+from gatrain.inspection import inspect_run
+from gatrain.launch.local import run_workers
+from gatrain.launch.nodes import Nodes
+from gatrain.rundir import read_json, write_json, write_text
+from gatrain.tune.hardware import Hardware, detect_hardware
+from gatrain.verify.report import Case, VerifyReport
+
+__all__ = ["TOLERANCES", "Case", "VerifyReport", "run_verify"]
+
+TOLERANCES = {"fp64": 1e-12, "fp32": 2e-6}
+"""Largest relative L2 error of a gradient; what reordering sums costs is some hundred times less."""
+DEFAULT_SECONDS = 60.0
+"""Time for all cases together; a window that would take longer is cut to its first samples."""
+
+
+def run_verify(
+    composed: Composed,
+    *,
+    micro_batch: int | None = None,
+    seconds: float = DEFAULT_SECONDS,
+    cwd: Path | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> VerifyReport:
+    """Compare split gradients with the one-shot gradient for the composed recipe.
+
+    Args:
+        composed: the recipe; its first window is the one that is computed.
+        micro_batch: the planned micro-batch; None takes ``batch.micro``, or what the tuner remembers, or a
+            quarter of the window where nothing is planned yet.
+        seconds: rough limit on the time; decides how many samples of the window are used.
+        cwd: folder of the user's own modules.
+        progress: told one sentence at a time.
+
+    Raises:
+        ConfigError, DataError: the recipe cannot be built.
+        WorkerError: the user's code failed.
+    """
+    config = composed.config
+    progress("Looking at the model and the data")
+    facts = inspect_run(composed.yaml, cwd)
+    hardware = detect_hardware(config.device)
+    planned, planned_by = micro_batch, "asked for"
+    if planned is None:
+        planned, planned_by = _planned(config, facts, hardware, cwd)
+    with tempfile.TemporaryDirectory(prefix="gatrain-verify-") as name:
+        folder = Path(name)
+        write_text(folder / "config.yaml", composed.yaml)
+        spec: dict[str, Any] = {"planned": planned, "seconds": seconds, "processes": 1}
+        progress("Comparing splits in one process")
+        found = _run(folder, spec, hardware.device, 1, cwd)
+        # two processes: on two GPUs if there are two, else on the CPU
+        device = hardware.device if len(hardware.gpus) >= 2 else "cpu"
+        progress("Comparing two processes")
+        two = _run(folder, {**spec, **found["window"], "processes": 2}, device, 2, cwd)
+    return _report(composed, found, two, planned_by)
+
+
+def _planned(
+    config: RunConfig, facts: Any, hardware: Hardware, cwd: Path | None
+) -> tuple[int | None, str]:
+    """The micro-batch that training would use, if that is known without measuring."""
+    if isinstance(config.batch.micro, int):
+        return config.batch.micro, f"batch.micro={config.batch.micro}"
+    from gatrain.tune import remembered_plan
+
+    nodes = Nodes(max(1, len(hardware.gpus)))
+    plan = remembered_plan(config, facts, hardware, nodes, cwd=cwd)
+    if plan is not None:
+        return plan.micro_batch, "the remembered plan"
+    return None, "no plan yet (gatrain autotune makes one); a quarter of the window stands in"
+
+
+def _run(folder: Path, spec: dict[str, Any], device: str, nproc: int, cwd: Path | None) -> dict[str, Any]:
+    write_json(folder / "verify.json", spec)
+    run_workers("gatrain.verify.ranks", folder, Nodes(nproc), device=device, cwd=cwd)
+    return read_json(folder / "result.json")
+
+
+def _report(
+    composed: Composed, found: dict[str, Any], two: dict[str, Any], planned_by: str
+) -> VerifyReport:
+    cases = []
+    for raw in [*found["cases"], *two["cases"]]:
+        tolerance = TOLERANCES[raw["precision"]]
+        cases.append(Case(**raw, tolerance=tolerance))
+    return VerifyReport(
+        recipe=composed.recipe,
+        samples=found["window"]["samples"],
+        effective_batch=composed.config.batch.effective,
+        planned_by=planned_by,
+        cases=cases,
+        notes=list(dict.fromkeys([*found["notes"], *two["notes"]])),
+    )

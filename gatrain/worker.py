@@ -1,0 +1,99 @@
+"""The entry of each training rank: `python -m gatrain.worker RUN_DIR` under torchrun. The folder is all it gets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gatrain import rank as rank_process
+from gatrain.rundir import RunDir, write_json
+
+
+def work(folder: Path, rank: rank_process.Rank) -> None:
+    """Build, resume from the newest saved state if there is one, train, and write the summary."""
+    from gatrain import build
+    from gatrain.compose import load_config
+    from gatrain.report import make_sinks, save_plots
+    from gatrain.train import saved_state
+    from gatrain.train.engine import StepClock
+    from gatrain.train.events import RunInfo
+    from gatrain.train.loop import Trainer
+    from gatrain.train.saved_state import Progress
+    from gatrain.train.windows import WindowSchedule
+
+    run_dir = RunDir(folder)
+    config = load_config(run_dir.config)
+    plan = run_dir.load_plan()
+    task = build.build_task(config)
+    schedule = WindowSchedule(len(task.train_data), config.batch.effective, config.train.seed)
+    total_steps = schedule.steps(config.train.steps, config.train.epochs)
+    clock = StepClock(config.schedule, total_steps, config.batch.effective)
+    engine = build.build_engine(task, config, plan.settings, rank.device, clock)
+
+    fresh = Progress(0, 0, 0, config.batch.effective, config.train.seed, schedule.samples)
+    # rank 0 chooses, so that all ranks resume from the same state
+    found = saved_state.newest_valid(run_dir.saved) if engine.ranks.rank == 0 else (None, [])
+    path, problems = engine.ranks.share_object(found)
+    progress = saved_state.load(path, engine.model, engine.optimizer) if path else fresh
+    saved_state.check_same_run(progress, fresh)
+    if engine.scaler and progress.scaler:
+        engine.scaler.load_state_dict(progress.scaler)
+
+    with make_sinks(
+        run_dir if rank.rank == 0 else None, progress.step, log_every=config.train.log_every
+    ) as sinks:
+        baseline = task.baseline() if rank.rank == 0 else None
+        info = RunInfo(
+            recipe=run_dir.recipe(),
+            run_dir=run_dir.path,
+            device=_describe_device(rank),
+            world_size=rank.world_size,
+            effective_batch=plan.effective_batch,
+            equation=plan.equation,
+            precision=plan.precision,
+            checkpointing=plan.checkpointing,
+            compile=plan.compile,
+            sync=plan.sync,
+            parameters=sum(p.numel() for p in engine.model.parameters()),
+            train_samples=schedule.samples,
+            eval_samples=len(task.eval_data) if task.eval_data is not None else 0,
+            first_step=progress.step,
+            total_steps=total_steps,
+            steps_per_epoch=schedule.per_epoch,
+            baseline_name=baseline[0] if baseline else None,
+            baseline_loss=baseline[1] if baseline else None,
+        )
+        sinks.start(info)
+        for problem in problems:
+            sinks.notice(f"skipped a damaged saved state, {problem}")
+        trainer = Trainer(
+            engine=engine,
+            config=config,
+            plan=plan,
+            schedule=schedule,
+            total_steps=total_steps,
+            progress=progress,
+            run_dir=run_dir,
+            sinks=sinks,
+            stop_requested=lambda: rank.stop_requested,
+        )
+        summary = trainer.run()
+        if summary["status"] == "stopped":
+            rank.request_stop()
+        if rank.rank == 0:
+            summary["baseline"] = {"name": baseline[0], "loss": baseline[1]} if baseline else None
+            write_json(run_dir.summary, summary)
+            save_plots(run_dir.path)
+            sinks.end(summary)
+
+
+def _describe_device(rank: rank_process.Rank) -> str:
+    import torch
+
+    if rank.device.type == "cuda":
+        return f"{rank.world_size} x {torch.cuda.get_device_name(rank.device)}"
+    processes = f"{rank.world_size} processes, " if rank.world_size > 1 else ""
+    return f"CPU ({processes}{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)} each)"
+
+
+if __name__ == "__main__":
+    rank_process.main(work)
