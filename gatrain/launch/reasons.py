@@ -1,0 +1,61 @@
+"""Say what went wrong in a rank: exit code, message, the user's own lines, cause or consequence."""
+
+from __future__ import annotations
+
+import re
+import sys
+import sysconfig
+import traceback
+from pathlib import Path
+
+from gatrain.errors import DoesNotFitError, GatrainError, WorkerError
+
+
+def describe(error: BaseException) -> tuple[int, str, str]:
+    """Exit code, kind and message of an error."""
+    if isinstance(error, GatrainError):
+        return error.exit_code, type(error).__name__, str(error)
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        text = re.split(r"(?<=\.) (?=GPU|Of the|Including|If)", str(error))[0]
+        hint = "Use a smaller batch.micro, checkpointing=full, or batch.micro=auto to have it measured."
+        return DoesNotFitError.exit_code, DoesNotFitError.__name__, f"out of GPU memory: {text} {hint}"
+    if is_consequence(error):
+        first = str(error).partition("\n")[0].partition(" This is typically")[0]
+        text = f"lost the connection to another rank, or waited too long for it ({first})"
+        return WorkerError.exit_code, type(error).__name__, text
+    lines = [f"{type(error).__name__}: {error}".rstrip(": ")]
+    lines += [f"  at {f.filename}:{f.lineno} in {f.name}: {f.line}" for f in user_frames(error)]
+    return WorkerError.exit_code, type(error).__name__, "\n".join(lines)
+
+
+def user_frames(error: BaseException, most: int = 3) -> list[traceback.FrameSummary]:
+    """The innermost frames of the user's own code; where there are none, the innermost frame."""
+    frames = list(traceback.extract_tb(error.__traceback__))
+    torch_file = getattr(sys.modules.get("torch"), "__file__", None)
+    libraries = [Path(__file__).parents[1], *([Path(torch_file).parent] if torch_file else [])]
+    standard = [Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")]
+
+    def is_user(frame: traceback.FrameSummary) -> bool:
+        path = Path(frame.filename)
+        if frame.filename.startswith("<") or any(path.is_relative_to(folder) for folder in libraries):
+            return False
+        installed = "site-packages" in path.parts
+        return installed or not any(path.is_relative_to(folder) for folder in standard)
+
+    return [frame for frame in frames if is_user(frame)][-most:] or frames[-1:]
+
+
+def is_consequence(error: BaseException) -> bool:
+    """Whether the error only says that another rank is gone; the launcher looks for the cause elsewhere."""
+    if getattr(error, "secondary", False):
+        return True
+    if isinstance(error, GatrainError):
+        return error.__cause__ is not None and is_consequence(error.__cause__)
+    if isinstance(error, ConnectionError):
+        return True
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and isinstance(error, dist.DistError):
+        return True
+    peer_gone = r"gloo|Connection (closed|reset) by peer|Broken pipe|NCCL|process group.*(abort|shut)"
+    return isinstance(error, RuntimeError) and re.search(peer_gone, str(error)) is not None

@@ -1,0 +1,338 @@
+"""What every rank process does around its work: set-up, signals, error reports, a clean end.
+
+A module that is started as ``python -m MODULE FOLDER`` on each rank ends with
+
+    if __name__ == "__main__":
+        rank.main(work)
+
+Exit codes: 0 when ``work`` returned, also after a stop that was asked for (the launcher knows from the
+rank's state file); the code of the `GatrainError` that it raised; 11 for any other error; 128 + n on a second
+signal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
+
+from gatrain.errors import GatrainError, Interrupted, LaunchError, WorkerError
+from gatrain.launch import protocol
+from gatrain.launch.net import listen
+from gatrain.launch.reasons import describe, is_consequence
+from gatrain.rundir import RunDir, read_json, write_json
+
+if TYPE_CHECKING:
+    import torch
+    from torch._C._distributed_c10d import TCPStore
+
+SAME_SIGNAL_S = 1.0
+"""Signals this close count as one: a scheduler signals the rank and its launcher, which passes it on."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class StopFlag:
+    """Set by a signal handler and read by the work; nothing is interrupted."""
+
+    signum: int | None = None
+    since: float = 0.0
+    on_hangup: Callable[[], None] | None = None
+
+    def install(self) -> None:
+        for signum in STOP_SIGNALS:
+            signal.signal(signum, self.handle)
+
+    def handle(self, signum: int, frame: FrameType | None) -> None:
+        if signum == signal.SIGHUP and self.on_hangup is not None:
+            self.on_hangup()
+        # SIGUSR1 is an early notice: the SIGTERM that follows at the limit must not cut the save short
+        if self.signum in (None, signal.SIGUSR1):
+            self.signum, self.since = signum, time.monotonic()
+        elif time.monotonic() - self.since >= SAME_SIGNAL_S:
+            os._exit(128 + signum)
+
+
+@dataclass
+class Rank:
+    """This process within the world, and whether it was asked to stop."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    device: torch.device
+    stop: StopFlag = field(default_factory=StopFlag)
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether this rank was told to stop: by a signal, or by another rank through `stop_anywhere`."""
+        return self.stop.signum is not None
+
+    @property
+    def stop_signal(self) -> int | None:
+        """The signal that asked for the stop."""
+        return self.stop.signum
+
+    def request_stop(self, signum: int = signal.SIGTERM) -> None:
+        """Note that the world agreed to stop, so that this rank's launcher reports a stop too."""
+        if self.stop.signum is None:
+            self.stop.signum, self.stop.since = signum, time.monotonic()
+
+    def stop_anywhere(self) -> bool:
+        """Whether any rank was told to stop; then every rank's flag is set.
+
+        A collective on host memory (gloo): every rank must call it, at the same point of its work.
+        """
+        if self.world_size > 1:
+            import torch
+            import torch.distributed as dist
+
+            signum = torch.tensor([self.stop.signum or 0])
+            dist.all_reduce(signum, op=dist.ReduceOp.MAX)
+            if signum.item():
+                self.request_stop(int(signum.item()))
+        return self.stop_requested
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where torchrun put this process; a process started by hand is a world of one."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    state_folder: Path | None
+
+    @classmethod
+    def from_environ(cls) -> _Place:
+        get = os.environ.get
+        local_rank, local_size = int(get("LOCAL_RANK", "0")), int(get("LOCAL_WORLD_SIZE", "1"))
+        # torchrun numbers nodes by address; going by node rank keeps rank 0 at the user's terminal
+        rank = int(get(protocol.NODE_RANK, "0")) * local_size + local_rank
+        folder = get(protocol.RANK_STATE)
+        return cls(
+            rank, local_rank, int(get("WORLD_SIZE", "1")), local_size, Path(folder) if folder else None
+        )
+
+    def tell(self, state: str, signum: int | None = None) -> None:
+        if self.state_folder is not None:
+            protocol.write_rank_state(
+                self.state_folder, protocol.RankState(os.getpid(), self.rank, state, signum)
+            )
+
+
+def main(work: Callable[[Path, Rank], None]) -> NoReturn:
+    """Run ``work(folder, rank)`` as this rank of the world, then end the process.
+
+    The folder is the only command-line argument. Ranks other than 0 write to ``logs/rank_N.log`` from the
+    start; rank 0 keeps the console, and its log records and warnings go to ``logs/rank_0.log``. With more
+    than one rank the default process group exists while ``work`` runs: gloo for CPU tensors, NCCL for CUDA
+    tensors. An exception of ``work`` becomes ``logs/error_rank_N.json``, which the launcher reads.
+    """
+    if len(sys.argv) != 2:
+        sys.exit(
+            "usage: python -m MODULE FOLDER (gatrain starts this; use `gatrain launch` or `gatrain train`)"
+        )
+    _die_with_launcher()
+    place, run_dir, stop = _Place.from_environ(), RunDir(Path(sys.argv[1])), StopFlag()
+    if place.state_folder is not None and not place.state_folder.is_dir():
+        os._exit(0)  # the launcher gave up before this process was ready
+    stop.install()
+    try:
+        place.tell(protocol.RUNNING)
+        _end_if_hopeless(run_dir.rank_error(place.rank))
+        _redirect(run_dir, place.rank, stop)
+        rank = _join_world(place, stop)
+        with contextlib.suppress(Interrupted):  # another way of saying "stopped as asked"
+            work(run_dir.path, rank)
+        place.tell(protocol.STOPPED if stop.signum else protocol.DONE, stop.signum)
+        _leave_world()
+    except BaseException as error:
+        if isinstance(error, SystemExit) and error.code in (None, 0):
+            place.tell(protocol.STOPPED if stop.signum else protocol.DONE, stop.signum)
+        else:
+            _fail(error, run_dir, place.rank)
+    # Exit handlers of libraries run, but a thread of theirs that never ends must not keep the world waiting.
+    _exit_within(10.0)
+    for signum in STOP_SIGNALS:  # the work is done and said to be: nothing is left to stop
+        signal.signal(signum, signal.SIG_IGN)
+    sys.exit(0)
+
+
+def _exit_within(limit_s: float) -> None:
+    watchdog = threading.Timer(limit_s, os._exit, (0,))
+    watchdog.daemon = True
+    watchdog.start()
+
+
+def _die_with_launcher() -> None:
+    """Let the kernel kill this process when its launcher is gone, even by SIGKILL (Linux)."""
+    launcher = os.environ.get(protocol.LAUNCHER_PID)
+    if launcher is None:
+        return
+    if sys.platform == "linux":
+        import ctypes
+
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGKILL))
+    else:
+
+        def follow() -> None:
+            while os.getppid() == int(launcher):
+                time.sleep(1)
+            os._exit(128 + signal.SIGKILL)
+
+        threading.Thread(target=follow, daemon=True).start()
+    if os.getppid() != int(launcher):  # it died before the call above
+        os._exit(128 + signal.SIGKILL)
+
+
+def _end_if_hopeless(report: Path) -> None:
+    """On a restart, end at once where the last attempt failed with an error that a restart cannot cure."""
+    if report.exists() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        code = read_json(report).get("exit_code")
+        if isinstance(code, int) and code not in (GatrainError.exit_code, WorkerError.exit_code):
+            os._exit(code)
+    report.unlink(missing_ok=True)
+
+
+def _redirect(run_dir: RunDir, rank: int, stop: StopFlag) -> None:
+    """Send output where it belongs, below Python, so that C++ libraries and crashes land there too."""
+    run_dir.logs.mkdir(parents=True, exist_ok=True)
+    path = run_dir.rank_log(rank)
+    log = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (open until the process ends)
+
+    def to_log() -> None:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+
+    if rank != 0:
+        to_log()
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    else:
+        stop.on_hangup = to_log  # the terminal is gone: writing to it would fail while the state is saved
+    log.write(f"{protocol.LOG_START} rank {rank}, pid {os.getpid()}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+    faulthandler.enable(log, all_threads=False)
+    logging.basicConfig(
+        level=logging.INFO,
+        handlers=[logging.StreamHandler(log)],
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        force=True,
+    )
+    logging.captureWarnings(True)
+
+
+def _join_world(place: _Place, stop: StopFlag) -> Rank:
+    device = _choose_device(place)
+    if place.world_size > 1:
+        import torch.distributed as dist
+
+        # Every rank of the world takes part. The store is given, not found through the environment, because
+        # ranks are numbered differently from torchrun's (see _Place): its server may be on another than 0.
+        timeout = timedelta(seconds=protocol.seconds(protocol.TIMEOUT_S, 600))
+        dist.init_process_group(
+            backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=_open_store(place, timeout),
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=timeout,
+            device_id=device if device.type == "cuda" else None,
+        )
+        os.environ["RANK"] = str(place.rank)
+    return Rank(place.rank, place.local_rank, place.world_size, place.local_world_size, device, stop)
+
+
+def _choose_device(place: _Place) -> torch.device:
+    import torch
+
+    wanted = os.environ.get(protocol.DEVICE) or ("cuda" if torch.cuda.is_available() else "cpu")
+    if wanted == "cpu":
+        return torch.device("cpu")
+    visible = torch.cuda.device_count()
+    if wanted != "cuda" or not visible:
+        raise LaunchError(
+            f"device {wanted!r} is not available here: PyTorch {torch.__version__} sees {visible} GPU(s). "
+            "Use device=cpu, or check nvidia-smi and CUDA_VISIBLE_DEVICES."
+        )
+    if place.local_rank >= visible:
+        raise LaunchError(
+            f"{place.local_world_size} processes need {place.local_world_size} GPUs, and {visible} are "
+            f"visible. Use --nproc {visible} or less, or device=cpu."
+        )
+    device = torch.device("cuda", place.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _open_store(place: _Place, timeout: timedelta) -> TCPStore:
+    """Open the key-value store of the world; on one node it listens to this machine only."""
+    from torch._C._distributed_c10d import TCPStore  # torch.distributed.TCPStore, typed
+
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if os.environ["RANK"] != "0":
+        return TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
+    one_node = place.world_size == place.local_world_size
+    try:
+        listener = listen("127.0.0.1" if one_node else "", port)
+    except OSError as error:
+        raise LaunchError(
+            f"port {port}, chosen for the ranks, was taken meanwhile ({error}). Start again."
+        ) from error
+    return TCPStore(
+        host,
+        port,
+        is_master=True,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+
+
+def _leave_world() -> None:
+    # No barrier: a rank that ends late, or never, must not hold the others.
+    if "torch" in sys.modules:
+        import torch.distributed as dist
+
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _fail(error: BaseException, run_dir: RunDir, rank: int) -> NoReturn:
+    """Report the error and end at once: threads waiting in a collective would block a normal exit."""
+    code = WorkerError.exit_code
+    try:
+        now, full = time.time(), "".join(traceback.format_exception(error))
+        code, kind, message = describe(error)
+        _log.error("rank %d failed\n%s", rank, full)
+        report = {
+            "rank": rank,
+            "pid": os.getpid(),
+            "time": now,
+            "exit_code": code,
+            "kind": kind,
+            "message": message,
+            "secondary": is_consequence(error),
+            "traceback": full,
+        }
+        write_json(run_dir.rank_error(rank), report)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
