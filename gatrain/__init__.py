@@ -8,17 +8,19 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from gatrain.tasks.base import Task as Task
     from gatrain.train.accumulate import WindowResult as WindowResult
     from gatrain.train.accumulate import accumulate as accumulate
     from gatrain.train.windows import windows as windows
 
 _LIBRARY = {
+    "Task": "gatrain.tasks.base",
     "accumulate": "gatrain.train.accumulate",
     "WindowResult": "gatrain.train.accumulate",
     "windows": "gatrain.train.windows",
 }
 
-__all__ = ["WindowResult", "__version__", "accumulate", "windows"]
+__all__ = ["Task", "WindowResult", "__version__", "accumulate", "windows"]
 
 
 def __getattr__(name: str) -> Any:

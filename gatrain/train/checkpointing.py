@@ -108,13 +108,13 @@ def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
 def _recompute(
     inner: contextlib.AbstractContextManager[Any], norms: Sequence[_BatchNorm]
 ) -> Iterator[None]:
-    """The second forward must not count the batch into BatchNorm's running statistics again."""
-    tracking = [norm.track_running_stats for norm in norms]
-    for norm in norms:
-        norm.track_running_stats = False
+    """The second forward must not count the batch into BatchNorm's running statistics again: it gets copies."""
+    originals = [dict(norm._buffers) for norm in norms]
+    for norm, buffers in zip(norms, originals, strict=True):
+        norm._buffers.update({name: None if b is None else b.clone() for name, b in buffers.items()})
     try:
         with inner:
             yield
     finally:
-        for norm, was_tracking in zip(norms, tracking, strict=True):
-            norm.track_running_stats = was_tracking
+        for norm, buffers in zip(norms, originals, strict=True):
+            norm._buffers.update(buffers)

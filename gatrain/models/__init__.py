@@ -1,0 +1,1 @@
+"""The built-in models that recipes name, one family a file."""

@@ -1,0 +1,7 @@
+"""Tasks: what gatrain trains. Use a ready one, or subclass `Task` for anything else."""
+
+from gatrain.tasks.base import Task
+from gatrain.tasks.language_model import LanguageModel
+from gatrain.tasks.supervised import Supervised
+
+__all__ = ["LanguageModel", "Supervised", "Task"]

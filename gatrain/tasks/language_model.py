@@ -1,0 +1,205 @@
+"""Next-token prediction with a sum over label tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gatrain.errors import ConfigError
+from gatrain.tasks.base import Batch, LossSum, Task
+from gatrain.tasks.parts import check_factory, find_splits, make_model
+
+IGNORED = -100
+MOST_LOGITS = 2**31 - 1
+"""Entries of the logits in one call of a loss kernel; some count with 32 bits."""
+
+SHORT = 128
+"""Positions that `LanguageModel.shortened` keeps."""
+
+
+class LanguageModel(Task):
+    """A model from int64 tokens ``[B, L]`` to logits ``[B, L, V]``, trained on the following tokens.
+
+    A batch is one of two things. A tensor ``[B, L + 1]``: positions 0 to L-1 are inputs, 1 to L are labels.
+    Or a dict of ``tokens`` and ``labels``, both ``[B, L]``, with labels ALREADY aligned: ``labels[:, t]`` is
+    what the model must predict at position ``t``, and -100 where nothing is predicted. They are not shifted
+    again.
+
+    Args:
+        model: function without arguments that makes the module.
+        data: a data source such as `gatrain.data.TextWindows` or `gatrain.data.PaddedText`, or a map-style
+            dataset
+            whose samples are equally long tensors of tokens.
+        loss: must be None: the loss is cross-entropy.
+        eval_fraction: of a plain dataset, the share at its end that is held out.
+
+    Raises:
+        ConfigError: a model or dataset that cannot be used, or a loss.
+    """
+
+    def __init__(self, model: Any, data: Any, loss: Any = None, eval_fraction: float = 0.0) -> None:
+        if loss is not None:
+            raise ConfigError(
+                "task=language_model computes its own cross-entropy, but a loss is given. Set loss=null, or "
+                "use task=supervised."
+            )
+        self._factory = check_factory(model)
+        self.train_data, self.eval_data = find_splits(data, eval_fraction)
+        self.data = data
+        self._collate = getattr(data, "collate", None)
+        self.variable_length = bool(getattr(data, "variable_length", False))
+
+    def build_model(self) -> nn.Module:
+        model = make_model(self._factory)
+        given, needed = getattr(model, "vocab_size", None), getattr(self.data, "vocab_size", None)
+        if isinstance(given, int) and isinstance(needed, int) and given < needed:
+            raise ConfigError(
+                f"model.vocab_size={given} is smaller than data.vocab_size={needed}. "
+                f"Use model.vocab_size={-(-needed // 64) * 64} (a multiple of 64 is fastest)."
+            )
+        given, needed = getattr(model, "context", None), getattr(self.data, "context", None)
+        if isinstance(given, int) and isinstance(needed, int) and given < needed:
+            raise ConfigError(
+                f"model.context={given} is smaller than data.context={needed}. "
+                f"Use model.context={needed}, or data.context={given}."
+            )
+        return model
+
+    def collate(self, samples: list[Any]) -> Batch:
+        return self._collate(samples) if self._collate is not None else super().collate(samples)
+
+    def weight(self, batch: Batch) -> int:
+        """Label tokens of a batch on the host."""
+        return int(label_count(split(batch)[1]))
+
+    def loss_sum(self, model: nn.Module, batch: Batch) -> LossSum:
+        tokens, labels = split(batch)
+        return summed_cross_entropy(model(tokens), labels), label_count(labels)
+
+    def tokens(self, batch: Batch) -> int:
+        """Positions that the model computes, padding included."""
+        return int(split(batch)[0].numel())
+
+    def worst_case_indices(self, count: int) -> Sequence[int]:
+        """The longest samples, where they differ; one of them makes the whole micro-batch as long."""
+        lengths = getattr(self.train_data, "lengths", None)
+        if lengths is None:
+            return super().worst_case_indices(count)
+        longest = np.argsort(-np.asarray(lengths), kind="stable")[:count]
+        return [int(longest[index % len(longest)]) for index in range(count)]
+
+    def baseline(self) -> tuple[str, float] | None:
+        unigram_loss = getattr(self.data, "unigram_loss", None)
+        if unigram_loss is None or self.eval_data is None:
+            return None
+        return "unigram", float(unigram_loss())
+
+    def showcase(self, model: nn.Module, device: torch.device) -> str | None:
+        """About 200 tokens that the model writes, starting from nothing; None without a tokenizer."""
+        tokenizer = getattr(self.data, "tokenizer", None)
+        context = getattr(self.data, "context", None)
+        if tokenizer is None or not isinstance(context, int):
+            return None
+        ids = generate(model, device, tokenizer.end_of_text, tokenizer.size, context)
+        return str(tokenizer.decode(ids))
+
+    def shortened(self, batch: Batch) -> Batch:
+        """At most the first 128 positions. Where that leaves padded batches without a label, the last 128."""
+        if isinstance(batch, Tensor):
+            return batch[:, : SHORT + 1]
+        tokens, labels = split(batch)
+        if not bool((labels[:, :SHORT] != IGNORED).any()):
+            return {"tokens": tokens[:, -SHORT:], "labels": labels[:, -SHORT:]}
+        return {"tokens": tokens[:, :SHORT], "labels": labels[:, :SHORT]}
+
+
+def split(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Inputs and aligned labels, int64 ``[B, L]`` each, of either form of batch.
+
+    Raises:
+        ConfigError: it has another form.
+    """
+    if isinstance(batch, Tensor) and batch.dim() == 2:
+        return batch[:, :-1], batch[:, 1:]
+    if isinstance(batch, dict) and "tokens" in batch and "labels" in batch:
+        return batch["tokens"], batch["labels"]
+    given = f"tensor of shape {list(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
+    raise ConfigError(
+        f"a batch is a {given}, but task=language_model needs a tensor [batch, length + 1] of tokens, or a "
+        "dict of tokens and labels. Let the dataset return token tensors, or write a task: class "
+        "MyTask(gatrain.tasks.Task)."
+    )
+
+
+def label_count(labels: Tensor) -> Tensor:
+    """Number of labels that count, as a tensor on their device: the one mask of count and loss."""
+    return (labels != IGNORED).sum()
+
+
+def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy in nats, summed over the labels that are not -100, in fp32 (fp64 for fp64 logits).
+
+    Under torch.compile the conversion to fp32 is fused into the softmax and costs no memory. Rows are taken
+    in as few pieces as keep every kernel's index below 2**31.
+
+    Args:
+        logits: ``[B, L, V]``.
+        labels: int64 ``[B, L]``.
+    """
+    rows, labels = logits.flatten(0, 1), labels.flatten()
+    piece = max(1, MOST_LOGITS // rows.shape[1])
+    if rows.shape[0] <= piece:
+        return _summed(rows, labels)
+    total = rows.new_zeros((), dtype=torch.promote_types(rows.dtype, torch.float32))
+    for start in range(0, rows.shape[0], piece):
+        total = total + _summed(rows[start : start + piece], labels[start : start + piece])
+    return total
+
+
+def _summed(rows: Tensor, labels: Tensor) -> Tensor:
+    wide = rows.float() if rows.dtype in (torch.bfloat16, torch.float16) else rows
+    return F.cross_entropy(wide, labels, ignore_index=IGNORED, reduction="sum")
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    device: torch.device,
+    end_of_text: int,
+    vocab_size: int,
+    context: int,
+    count: int = 200,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    seed: int = 0,
+) -> list[int]:
+    """Sample ``count`` tokens of one document from the model, always the same ones for the same weights.
+
+    The input is padded to a multiple of 64 positions, which causal attention does not see: a compiled model
+    then meets few shapes.
+
+    Returns:
+        token ids without the end-of-text token that starts the document.
+    """
+    was_training = model.training
+    model.eval()
+    generator = torch.Generator().manual_seed(seed)  # of the CPU, so that devices draw alike
+    ids = [end_of_text]
+    try:
+        for _ in range(count):
+            window = ids[-context:]
+            padded = torch.zeros(1, min(context, -(-len(window) // 64) * 64), dtype=torch.int64)
+            padded[0, : len(window)] = torch.tensor(window)
+            logits = model(padded.to(device))[0, len(window) - 1, :vocab_size].float().cpu()
+            logits[end_of_text] = -torch.inf
+            best, candidates = logits.topk(min(top_k, vocab_size - 1))
+            choice = torch.multinomial(torch.softmax(best / temperature, dim=0), 1, generator=generator)
+            ids.append(int(candidates[choice]))
+    finally:
+        model.train(was_training)
+    return ids[1:]

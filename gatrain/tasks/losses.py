@@ -1,0 +1,228 @@
+"""A loss as a sum, and the weight that its mean would divide by: the two numbers that exactness needs.
+
+``sum / weight`` equals what the loss returns with ``reduction="mean"`` (stated by tests for every loss here).
+Source for cross-entropy: PyTorch's aten/src/ATen/native/LossNLL.cpp. With class indices, the plain and the
+smoothed part are both divided by the summed class weights of the targets that are not ignored; with class
+probabilities the sum is divided by the number of samples, whatever the class weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gatrain.errors import ConfigError
+
+Weight = Tensor | float
+WeightFunction = Callable[[Any], Weight]
+
+ELEMENTWISE = (
+    nn.MSELoss,
+    nn.L1Loss,
+    nn.SmoothL1Loss,
+    nn.HuberLoss,
+    nn.BCELoss,
+    nn.BCEWithLogitsLoss,
+    nn.PoissonNLLLoss,
+    nn.SoftMarginLoss,
+)
+"""Their mean divides by the number of elements of the targets."""
+
+FUNCTIONS: dict[Callable[..., Any], type[nn.Module]] = {
+    F.cross_entropy: nn.CrossEntropyLoss,
+    F.nll_loss: nn.NLLLoss,
+    F.mse_loss: nn.MSELoss,
+    F.l1_loss: nn.L1Loss,
+    F.smooth_l1_loss: nn.SmoothL1Loss,
+    F.huber_loss: nn.HuberLoss,
+    F.binary_cross_entropy: nn.BCELoss,
+    F.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
+}
+"""Losses as functions mean the same as their modules with the same options."""
+
+
+class SummedLoss:
+    """Calls a loss so that it returns a sum, and counts the weight of targets on any device.
+
+    Args:
+        loss: a loss module, a function ``(outputs, targets)`` that returns a mean over samples, or None for
+            cross-entropy.
+        weight: for a loss whose mean is over something else: a function of the targets that gives what the
+            mean
+            divides by.
+
+    Raises:
+        ConfigError: a loss that is not a mean, or has parameters.
+    """
+
+    def __init__(self, loss: Any = None, weight: WeightFunction | None = None) -> None:
+        loss = _as_module(nn.CrossEntropyLoss() if loss is None else loss)
+        if not callable(loss):
+            raise ConfigError(
+                f"loss={loss!r} is not callable. Give a loss module or a function (outputs, targets)."
+            )
+        if weight is not None and not callable(weight):
+            raise ConfigError(f"task.weight={weight!r} is not callable. Give a function of the targets.")
+        if isinstance(loss, nn.Module) and any(True for _ in loss.parameters()):
+            raise ConfigError(
+                f"{type(loss).__name__} has parameters, which would not be trained. Put it into the model "
+                "and let the model return what the loss needs."
+            )
+        self.name = getattr(loss, "__name__", type(loss).__name__)
+        self.kind = "custom" if weight is not None else _kind(loss)
+        self._weight = weight
+        if self.kind in ("classes", "elements"):
+            _check_reduction(loss)
+            loss = copy.deepcopy(loss)
+            loss.reduction = "sum"
+        elif getattr(loss, "reduction", "mean") not in ("mean", "batchmean"):
+            _check_reduction(loss)
+        self._loss = loss
+
+    @property
+    def ignore_index(self) -> int | None:
+        """The target that does not count, where the loss has one."""
+        return self._loss.ignore_index if self.kind == "classes" else None
+
+    def weight(self, targets: Any) -> Weight:
+        """What the mean over ``targets`` divides by; a tensor on their device only where class weights or
+        ignored targets must be summed."""
+        if self._weight is not None:
+            return self._weight(targets)
+        if self.kind == "samples":
+            return samples_in(targets)
+        if not isinstance(targets, Tensor):
+            raise ConfigError(
+                f"{self.name} needs a tensor of targets, but the data gives a {type(targets).__name__}."
+            )
+        if self.kind == "elements":
+            return targets.numel()
+        if targets.is_floating_point():  # class probabilities [B, C, ...]
+            return targets.numel() // targets.shape[1] if targets.dim() > 1 else 1
+        counted = targets != self._loss.ignore_index
+        if self._loss.weight is None:
+            count: Tensor = counted.sum()
+            return count
+        # fp64, so that host and device agree although they add in different orders.
+        class_weights = self._loss.weight.to(targets.device, torch.float64)
+        total: Tensor = (class_weights[torch.where(counted, targets, 0)] * counted).sum()
+        return total
+
+    def sum(self, outputs: Any, targets: Any) -> tuple[Tensor, Weight]:
+        """(summed loss, weight used) of one micro-batch, in fp32 or better.
+
+        Raises:
+            ConfigError: shapes that the loss would broadcast, or a result that is not one number.
+        """
+        outputs, targets = _widened(outputs), targets
+        if isinstance(outputs, Tensor) and isinstance(targets, Tensor) and targets.is_floating_point():
+            targets = targets.to(outputs.dtype)
+        weight = self.weight(targets)
+        if self.kind == "classes":
+            return self._class_loss(outputs, targets), weight
+        if self.kind == "elements":
+            if outputs.shape != targets.shape:
+                raise ConfigError(
+                    f"{self.name} compares element by element, but the model gives {list(outputs.shape)} "
+                    f"and the data {list(targets.shape)}. Make them equal, for example with unsqueeze(1) on "
+                    "the targets."
+                )
+            return self._element_loss(outputs, targets), weight
+        value = self._loss(outputs, targets)
+        if isinstance(value, Tensor) and value.dim() == 0:
+            return value * weight, weight
+        if isinstance(value, Tensor) and self.kind == "samples" and value.shape == (samples_in(targets),):
+            return value.sum(), weight  # one loss for each sample
+        given = f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise ConfigError(
+            f"{self.name} returned {given}. A loss must return its mean over the samples (a tensor with one "
+            "number), or one number for each sample."
+        )
+
+    def _class_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        loss = self._loss
+        weight = None if loss.weight is None else loss.weight.to(outputs.device, outputs.dtype)
+        options = {"weight": weight, "ignore_index": loss.ignore_index, "reduction": "sum"}
+        if isinstance(loss, nn.NLLLoss):
+            return F.nll_loss(outputs, targets, **options)
+        return F.cross_entropy(outputs, targets, label_smoothing=loss.label_smoothing, **options)
+
+    def _element_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        loss = self._loss
+        if isinstance(loss, nn.BCEWithLogitsLoss):  # the one with buffers that must follow the outputs
+            moved = [
+                None if buffer is None else buffer.to(outputs.device, outputs.dtype)
+                for buffer in (loss.weight, loss.pos_weight)
+            ]
+            return F.binary_cross_entropy_with_logits(
+                outputs, targets, weight=moved[0], pos_weight=moved[1], reduction="sum"
+            )
+        return loss(outputs, targets)  # type: ignore[no-any-return]
+
+
+def samples_in(targets: Any) -> int:
+    """Number of samples in a batch of targets: the first size of its first tensor.
+
+    Raises:
+        ConfigError: there is no tensor with a batch dimension.
+    """
+    if isinstance(targets, Tensor) and targets.dim() > 0:
+        return int(targets.shape[0])
+    parts = targets.values() if isinstance(targets, dict) else targets
+    if isinstance(parts, (list, tuple)) or isinstance(targets, dict):
+        for part in parts:
+            return samples_in(part)
+    raise ConfigError(
+        f"cannot count the samples in targets of type {type(targets).__name__}: expected a tensor whose "
+        "first dimension is the batch, or a list, tuple or dict of them."
+    )
+
+
+def _kind(loss: Any) -> str:
+    """How the loss forms its mean: over class targets, over elements, or over samples."""
+    if isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss)) and _own_forward(loss):
+        return "classes"
+    if isinstance(loss, ELEMENTWISE) and _own_forward(loss):
+        return "elements"
+    if isinstance(loss, nn.KLDivLoss) and loss.reduction == "mean":
+        return "elements" if _own_forward(loss) else "samples"
+    return "samples"
+
+
+def _own_forward(loss: nn.Module) -> bool:
+    """False for a user's subclass that computes something else: its mean is taken to be over samples."""
+    return type(loss).forward.__module__.startswith("torch.")
+
+
+def _check_reduction(loss: Any) -> None:
+    if loss.reduction != "mean":
+        raise ConfigError(
+            f"{type(loss).__name__}(reduction={loss.reduction!r}): gatrain trains the mean over the "
+            "effective batch and forms the sums itself. Leave loss.reduction at 'mean', its default."
+        )
+
+
+def _as_module(loss: Any) -> Any:
+    """A function of torch.nn.functional, alone or with options, as its module."""
+    function, options = loss, {}
+    if isinstance(loss, functools.partial):
+        if loss.args:
+            return loss
+        function, options = loss.func, loss.keywords
+    module = FUNCTIONS.get(function) if callable(function) and getattr(function, "__hash__", None) else None
+    if module is None:
+        return loss
+    return module(**options)
+
+
+def _widened(outputs: Any) -> Any:
+    """bf16 and fp16 outputs in fp32, so that sums over many terms keep their digits; others as they are."""
+    if isinstance(outputs, Tensor) and outputs.dtype in (torch.bfloat16, torch.float16):
+        return outputs.float()
+    return outputs

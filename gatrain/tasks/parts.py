@@ -1,0 +1,123 @@
+"""What the ready tasks share: calling the user's model factory, and finding the splits in the user's data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from gatrain.errors import ConfigError, DataError
+from gatrain.tasks.base import Samples
+
+ModelFactory = Callable[[], nn.Module]
+
+
+class Part:
+    """Map-style dataset: the samples ``start <= index < stop`` of another one, with its traits."""
+
+    def __init__(self, dataset: Samples, start: int, stop: int) -> None:
+        self.dataset = dataset
+        self.start = start
+        self.stop = stop
+        self.deterministic = bool(getattr(dataset, "deterministic", False))
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, index: int) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        return self.dataset[self.start + index]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        shifted = [self.start + index for index in indices]
+        fetch = getattr(self.dataset, "__getitems__", None)
+        return list(fetch(shifted)) if fetch is not None else [self.dataset[index] for index in shifted]
+
+
+def check_factory(model: Any) -> ModelFactory:
+    """Refuse anything but a function without arguments that makes the model.
+
+    Raises:
+        ConfigError: a finished module, or something that cannot be called.
+    """
+    if isinstance(model, nn.Module):
+        name = type(model).__name__
+        raise ConfigError(
+            f"model is a finished {name}; give a function that makes it, so that its weights follow from "
+            f"the seed: lambda: {name}(...), or in a recipe model: {{_target_: my_module.{name}}}."
+        )
+    if not callable(model):
+        raise ConfigError(f"model={model!r} is not callable. Give a function that returns an nn.Module.")
+    return model  # type: ignore[no-any-return]
+
+
+def make_model(factory: ModelFactory) -> nn.Module:
+    """Call the factory and check what it returns.
+
+    Raises:
+        ConfigError: it is not an nn.Module.
+    """
+    model = factory()
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"model gave a {type(model).__name__}, not a torch.nn.Module. "
+            "Its _target_ must be a module class, or a function that returns a module."
+        )
+    return model
+
+
+def find_splits(data: Any, eval_fraction: float = 0.0) -> tuple[Samples, Samples | None]:
+    """The training and the held-out samples of a data source, or of a plain dataset.
+
+    Args:
+        data: an object with ``train`` and perhaps ``eval``, or a map-style dataset.
+        eval_fraction: of a plain dataset, the share at its end that is held out.
+
+    Raises:
+        ConfigError: neither of these; an iterable dataset; a fraction that does not apply.
+        DataError: nothing to train on.
+    """
+    if not 0 <= eval_fraction < 1:
+        raise ConfigError(f"task.eval_fraction={eval_fraction} is not at least 0 and below 1. Try 0.1.")
+    held_out: Samples | None = None
+    if hasattr(data, "train") and not hasattr(data, "__getitem__"):
+        if eval_fraction:
+            raise ConfigError(
+                f"task.eval_fraction={eval_fraction} applies to a plain dataset, but {type(data).__name__} "
+                "brings its own splits. Remove task.eval_fraction, or set data.eval_fraction if the data "
+                "has it."
+            )
+        train = map_style(data.train, f"{type(data).__name__}.train")
+        held_out = getattr(data, "eval", None)
+        if held_out is not None:
+            held_out = map_style(held_out, f"{type(data).__name__}.eval")
+            if len(held_out) == 0:
+                held_out = None
+    else:
+        train = map_style(data, "data")
+        if eval_fraction:
+            total = len(train)
+            cut = round(total * (1 - eval_fraction))
+            whole = train
+            train = Part(whole, 0, cut)
+            held_out = Part(whole, cut, total) if cut < total else None
+    if len(train) == 0:
+        raise DataError("the training data has no samples. Check data.path, or use a smaller eval_fraction.")
+    return train, held_out
+
+
+def map_style(dataset: Any, name: str) -> Samples:
+    """Refuse what cannot be read by index.
+
+    Raises:
+        ConfigError: says what a dataset needs.
+    """
+    if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
+        return dataset  # type: ignore[no-any-return]
+    what = "an iterable dataset" if hasattr(dataset, "__iter__") else f"a {type(dataset).__name__}"
+    raise ConfigError(
+        f"{name} is {what}. gatrain reads samples by number, so that any number of GPUs sees the same ones "
+        "in the same order: give a dataset with __len__ and __getitem__, or an object whose `train` is one."
+    )

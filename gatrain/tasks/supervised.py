@@ -1,0 +1,95 @@
+"""The ordinary task: a module, a dataset of (inputs, targets), and a loss that returns a mean."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gatrain.errors import ConfigError
+from gatrain.tasks.base import Batch, LossSum, Task, Weights
+from gatrain.tasks.losses import SummedLoss, WeightFunction
+from gatrain.tasks.parts import check_factory, find_splits, make_model
+
+
+class Supervised(Task):
+    """Adapter from a plain ``nn.Module`` and a mean-reduced loss to an exact sum with its weight.
+
+    Args:
+        model: function without arguments that makes the module; it is called as ``module(inputs)``.
+        data: a data source (``train``, perhaps ``eval`` and ``collate``), or a map-style dataset of
+            (inputs, targets).
+        loss: a loss module or a function ``(outputs, targets)``; None is cross-entropy. PyTorch's losses
+            count as
+            their own mean does (class weights, ignored targets, elements); any other is taken to be a mean
+            over samples.
+        weight: for a loss whose mean is over something else: a function of the targets that gives what the
+            mean
+            divides by.
+        eval_fraction: of a plain dataset, the share at its end that is held out.
+
+    Raises:
+        ConfigError: a model, dataset or loss that cannot be used; the message says what to do.
+        DataError: nothing to train on.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        data: Any,
+        loss: Any = None,
+        weight: WeightFunction | None = None,
+        eval_fraction: float = 0.0,
+    ) -> None:
+        self._factory = check_factory(model)
+        self.train_data, self.eval_data = find_splits(data, eval_fraction)
+        self._collate = getattr(data, "collate", None)
+        self._loss = SummedLoss(loss, weight)
+        self.variable_length = bool(getattr(data, "variable_length", False))
+
+    def build_model(self) -> nn.Module:
+        return make_model(self._factory)
+
+    def collate(self, samples: list[Any]) -> Batch:
+        return self._collate(samples) if self._collate is not None else super().collate(samples)
+
+    def weight(self, batch: Batch) -> Weights:
+        weight = self._loss.weight(_pair(batch)[1])
+        return weight.item() if isinstance(weight, Tensor) else weight
+
+    def loss_sum(self, model: nn.Module, batch: Batch) -> LossSum:
+        inputs, targets = _pair(batch)
+        return self._loss.sum(model(inputs), targets)
+
+    def eval_metrics(self, model: nn.Module, batch: Batch) -> Mapping[str, LossSum]:
+        """``accuracy``, where targets are class numbers and outputs are scores ``[B, classes, ...]``."""
+        inputs, targets = _pair(batch)
+        if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.dtype == torch.bool:
+            return {}
+        if self._loss.kind == "elements":
+            return {}
+        scores = model(inputs)
+        if not isinstance(scores, Tensor) or scores.shape[:1] + scores.shape[2:] != targets.shape:
+            return {}
+        correct = scores.argmax(dim=1) == targets
+        if self._loss.ignore_index is None:
+            return {"accuracy": (correct.sum(), targets.numel())}
+        counted = targets != self._loss.ignore_index
+        return {"accuracy": ((correct & counted).sum(), counted.sum())}
+
+
+def _pair(batch: Batch) -> tuple[Any, Any]:
+    """(inputs, targets) of a batch.
+
+    Raises:
+        ConfigError: it has another form.
+    """
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return batch[0], batch[1]
+    size = f" of {len(batch)}" if isinstance(batch, (tuple, list, dict)) else ""
+    raise ConfigError(
+        f"a batch is a {type(batch).__name__}{size}, but task=supervised needs (inputs, targets). Let the "
+        "dataset return such pairs, or write a task: class MyTask(gatrain.tasks.Task)."
+    )

@@ -1,0 +1,171 @@
+"""One step: checkpointing, precision, clipping and schedules change cost or rounding, never the mathematics."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+
+import pytest
+import torch
+from test_exact_gradient import gradient, relative_error
+from torch import Tensor, nn
+
+from gatrain.config import AdamWConfig, ScheduleConfig, SGDConfig
+from gatrain.errors import ConfigError
+from gatrain.models.gpt import GPT
+from gatrain.plan import StepSettings
+from gatrain.tasks.base import Batch, Task
+from gatrain.train.accumulate import MicroBatch, RankWindow
+from gatrain.train.checkpointing import apply_checkpointing, available_modes
+from gatrain.train.engine import Engine
+from gatrain.train.optimizer import learning_rate
+from gatrain.train.ranks import Ranks
+
+CPU = torch.device("cpu")
+
+
+class Regression(Task):
+    def __init__(self, factory) -> None:  # type: ignore[no-untyped-def]
+        self.factory = factory
+
+    def build_model(self) -> nn.Module:
+        torch.manual_seed(0)
+        model: nn.Module = self.factory()
+        return model
+
+    def weight(self, batch: Batch) -> int:
+        return len(batch)
+
+    def loss_sum(self, model: nn.Module, batch: Batch) -> tuple[Tensor, float]:
+        return model(batch).float().square().sum(), float(len(batch))
+
+
+def small_gpt() -> nn.Module:
+    return GPT(vocab_size=17, context=8, layers=2, heads=2, width=16)
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+def convolutional() -> nn.Module:
+    return nn.Sequential(*(Residual() for _ in range(3)), nn.Flatten())
+
+
+def engine(factory, **settings) -> Engine:  # type: ignore[no-untyped-def]
+    task = Regression(factory)
+    values = {"precision": "fp32", "checkpointing": "none", "compile": False, "sync": "window", **settings}
+    optimizer = values.pop("optimizer", SGDConfig(lr=0.1))
+    return Engine(task, task.build_model(), StepSettings(**values), optimizer, Ranks(), CPU)
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_checkpointing_gives_the_same_gradient(mode: str) -> None:
+    tokens = torch.randint(17, (3, 8), generator=torch.Generator().manual_seed(0))
+    found = []
+    for checkpointing in ("none", mode):
+        one = engine(small_gpt, checkpointing=checkpointing)
+        one.micro_step(tokens, {"loss": 1 / 3})
+        found.append(gradient(one.model))
+    assert relative_error(found[1], found[0]) < 1e-6
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_recomputation_does_not_count_a_batch_twice_in_batch_norm(mode: str) -> None:
+    images = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    buffers = []
+    for checkpointing in ("none", mode):
+        one = engine(convolutional, checkpointing=checkpointing)
+        one.micro_step(images, {"loss": 0.25})
+        buffers.append({name: value.clone() for name, value in one.model.named_buffers()})
+    assert int(buffers[0]["0.body.1.num_batches_tracked"]) == 1
+    for name, value in buffers[0].items():
+        assert torch.equal(value, buffers[1][name]), name
+
+
+def test_checkpointing_keeps_parameter_names_and_refuses_models_without_blocks() -> None:
+    model = small_gpt()
+    names = list(model.state_dict())
+    assert available_modes(model) == ("none", "selective", "full")
+    apply_checkpointing(model, "full")
+    assert list(model.state_dict()) == names
+    assert available_modes(nn.Linear(2, 2)) == ("none",)
+    with pytest.raises(ConfigError, match="no list of repeated blocks"):
+        apply_checkpointing(nn.Linear(2, 2), "full")
+
+
+def window(batch: Tensor, sizes: list[int]) -> RankWindow:
+    return RankWindow([MicroBatch(part, {"loss": float(len(part))}) for part in batch.split(sizes)])
+
+
+def test_clipping_is_done_once_on_the_whole_gradient() -> None:
+    batch = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
+    after = []
+    for sizes in ([12], [5, 5, 2], [1] * 12):
+        one = engine(lambda: nn.Linear(5, 5), optimizer=SGDConfig(lr=1.0, clip_norm=0.01))
+        before = copy.deepcopy(one.model.state_dict())
+        _, norm = one.step(window(batch, sizes), 0)
+        assert float(norm) > 0.01
+        moved = torch.cat([(before[k] - v).flatten() for k, v in one.model.state_dict().items()])
+        assert float(moved.norm()) == pytest.approx(0.01, rel=1e-4)
+        after.append(moved)
+    assert relative_error(after[1], after[0]) < 1e-6
+    assert relative_error(after[2], after[0]) < 1e-6
+
+
+def test_bf16_accumulates_in_fp32() -> None:
+    batch = torch.randn(64, 5, generator=torch.Generator().manual_seed(0))
+    fine, coarse = engine(lambda: nn.Linear(5, 5)), engine(lambda: nn.Linear(5, 5), precision="bf16")
+    for one in (fine, coarse):
+        one.gradient(window(batch, [1] * 64))
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in coarse.model.parameters())
+    assert 1e-5 < relative_error(gradient(coarse.model), gradient(fine.model)) < 1e-2
+
+
+def test_fp16_takes_one_scaling_decision_per_window() -> None:
+    one = engine(lambda: nn.Linear(5, 5), precision="fp16")
+    assert one.scaler is not None
+    scale = one.scaler.get_scale()
+    before = copy.deepcopy(one.model.state_dict())
+    overflowing = torch.full((4, 5), 200.0)  # squares near the fp16 limit, times the scale of 65536
+    one.step(window(overflowing, [1, 1, 1, 1]), 0)
+    assert one.scaler.get_scale() == scale / 2  # once, though all four micro-batches overflow
+    assert all(torch.equal(before[k], v) for k, v in one.model.state_dict().items())
+    one.step(window(torch.randn(4, 5) * 1e-2, [1, 3]), 1)
+    assert any(not torch.equal(before[k], v) for k, v in one.model.state_dict().items())
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
+def test_compiled_steps_equal_eager_steps() -> None:
+    tokens = torch.randint(17, (5, 8), generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for compile in (False, True):
+        one = engine(small_gpt, compile=compile)
+        one.gradient(window(tokens, [2, 2, 1]))
+        gradients.append(gradient(one.model))
+    assert relative_error(gradients[1], gradients[0]) < 1e-5
+
+
+def test_weight_decay_leaves_vectors_alone() -> None:
+    one = engine(lambda: nn.Linear(5, 5), optimizer=AdamWConfig(lr=0.1, weight_decay=0.5))
+    decays = {len(group["params"][0].shape): group["weight_decay"] for group in one.optimizer.param_groups}
+    assert decays == {2: 0.5, 1: 0.0}
+
+
+def test_warm_up_in_samples_keeps_its_curve_when_the_effective_batch_changes() -> None:
+    schedule = ScheduleConfig(name="warmup_cosine", warmup_samples=640, final_fraction=0.1)
+
+    def rate(step: int, effective_batch: int) -> float:
+        steps = 6400 // effective_batch
+        return learning_rate(schedule, 1.0, step=step, total_steps=steps, effective_batch=effective_batch)
+
+    assert rate(9, 64) == rate(19, 32) == 1.0
+    assert rate(4, 64) == pytest.approx(rate(9, 32))
+    assert rate(55, 64) == pytest.approx(rate(110, 32))
+    assert rate(100, 64) == pytest.approx(0.1)
+    assert learning_rate(ScheduleConfig(), 0.3, step=7, total_steps=9, effective_batch=1) == 0.3
