@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TextIO
 
-from gatrain.report.console import PlainSink, console_sink
+from gatrain.report.console import console_sink
 from gatrain.report.jsonl import JsonlSink
+from gatrain.report.plain import PlainSink
 from gatrain.report.plan_table import plan_lines, plan_table, print_plan
 from gatrain.report.plot import save_plots, terminal_plot
 from gatrain.report.sink import Fanout, QuietSink

@@ -23,8 +23,8 @@ from rich.table import Table
 from rich.text import Text
 
 from gatrain.report import text
-from gatrain.report.console import silence, step_values
 from gatrain.report.meter import Meter
+from gatrain.report.plain import silence, step_values
 from gatrain.report.plot import sparkline, terminal_plot
 from gatrain.report.sink import QuietSink
 from gatrain.train.events import RunInfo
