@@ -1,0 +1,106 @@
+"""The tuner: the fastest exact split of one effective batch on the hardware at hand, by measurement.
+
+    config + hardware -> settings (what is asked) -> estimate (what cannot fit) -> planner
+    planner -> cache (what is known) or rounds (what is measured) -> search (the choice) -> Plan
+    ====== process boundary: a folder with trial_spec.json and config.yaml; trials.jsonl comes back ======
+    trial -> measure, memory
+
+Importing this package imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from gatrain import batch
+from gatrain.config import RunConfig
+from gatrain.launch.nodes import Nodes
+from gatrain.plan import Plan, make_plan
+from gatrain.tune import settings
+from gatrain.tune.estimate import DataInfo, check_state_fits, memory_text, state_bytes
+from gatrain.tune.hardware import Gpu, Hardware, choose_precision, detect_hardware
+from gatrain.tune.planner import Planner
+
+__all__ = [
+    "Gpu",
+    "Hardware",
+    "choose_precision",
+    "detect_hardware",
+    "make_plan_for",
+    "memory_text",
+    "remembered_plan",
+    "state_bytes",
+]
+
+
+def make_plan_for(
+    config: RunConfig,
+    data_info: DataInfo,
+    hardware: Hardware,
+    nodes: Nodes,
+    *,
+    progress: Callable[[str], None] = lambda text: None,
+    retune: bool = False,
+    cwd: Path | None = None,
+    run: Callable[[Path], None] | None = None,
+) -> Plan:
+    """Find the split of ``config.batch.effective`` over ``nodes`` with the fastest optimizer step.
+
+    Values that the config fixes are taken as they are; with nothing left to decide no process is started.
+    Call it from the main thread: trial processes are stopped by Ctrl-C.
+
+    Args:
+        config: of the run.
+        data_info: sizes and fingerprints of data and model.
+        hardware: of this machine; every node is taken to be like it.
+        nodes: the world that will train; trials run on this node's part of it.
+        progress: told one sentence at a time, also from another thread.
+        retune: measure again, whatever the cache holds.
+        cwd: folder of the user's own modules and data; None is the current one.
+        run: starts trial processes on a folder; None uses the launcher.
+
+    Raises:
+        PlanError: a fixed micro-batch exceeds a rank's share.
+        DoesNotFitError: the model does not fit in memory, even at one sample.
+        WorkerError: the user's code failed at every size.
+        GatrainError: what went wrong while the model or its data were built.
+        Interrupted, KeyboardInterrupt: a person stopped it; what was measured is kept in the cache.
+    """
+    question = settings.resolve(config, hardware)
+    fixed = question.fixed_micro_batch
+    if fixed is not None:
+        batch.check_micro_batch(config.batch.effective, nodes.world_size, fixed)
+    check_state_fits(config, data_info, hardware, nodes.nproc)
+    if fixed is not None and not question.needs_trials:
+        return make_plan(
+            effective_batch=config.batch.effective,
+            world_size=nodes.world_size,
+            micro_batch=fixed,
+            precision=question.base.precision,
+            checkpointing=question.base.checkpointing,
+            compile=question.base.compile,
+            sync=question.base.sync,
+            reason=f"batch.micro={fixed} was asked for; {question.precision_reason}",
+        )
+    planner = Planner(
+        config, data_info, hardware, nodes, question, progress=progress, retune=retune, cwd=cwd, run=run
+    )
+    return planner.plan()
+
+
+def remembered_plan(
+    config: RunConfig, data_info: DataInfo, hardware: Hardware, nodes: Nodes, *, cwd: Path | None = None
+) -> Plan | None:
+    """The plan that `make_plan_for` would give without measuring; None if it would have to measure."""
+
+    class NotRemembered(Exception):
+        pass
+
+    def refuse(folder: Path) -> None:
+        raise NotRemembered
+
+    try:
+        return make_plan_for(config, data_info, hardware, nodes, cwd=cwd, run=refuse)
+    except NotRemembered:
+        return None

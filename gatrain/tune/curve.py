@@ -1,0 +1,170 @@
+"""What was measured, as data: a `Measurement` for each size, a `Curve` for each way to compute a micro-step.
+
+Nothing here depends on the effective batch, so a stored curve answers for every effective batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from gatrain.plan import DOES_NOT_FIT, FITS, StepSettings
+
+SHARE, MEMORY, TIME, SLOWER, LEVEL, BROKEN, INTERRUPTED = (
+    "share",
+    "memory",
+    "time",
+    "slower",
+    "level",
+    "broken",
+    "interrupted",
+)
+"""Why a curve ends where it does: all sizes asked for were tried; the next did not fit; time ran out; larger
+sizes were slower, or no faster; sizes crashed; a person stopped it."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One micro-batch size, measured on all ranks: the slowest rank's seconds, the largest peak in bytes."""
+
+    micro_batch: int
+    outcome: str
+    peak_memory_bytes: int | None = None
+    micro_step_s: float | None = None
+    reduce_s: float | None = None
+    optimizer_s: float | None = None
+    loss: float | None = None
+    """Loss per unit weight of one fixed sample, repeated ``micro_batch`` times."""
+    reference_loss: float | None = None
+    """The same of the smallest size that this process measured."""
+    loss_noise: float = 0.0
+    """Standard deviation of ``reference_loss`` over random seeds: above zero where there is dropout."""
+    error: str | None = None
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Measurement:
+        """Inverse of `dataclasses.asdict`; unknown keys are ignored.
+
+        Raises:
+            TypeError: a required key is missing.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        return cls(**{key: value for key, value in data.items() if key in known})
+
+
+@dataclass(frozen=True)
+class Curve:
+    """All sizes measured with one `StepSettings`, smallest first, and why there are no larger ones."""
+
+    settings: StepSettings
+    measurements: tuple[Measurement, ...] = ()
+    stopped: str = INTERRUPTED
+    max_seconds: float = 0.0
+    """The time that was allowed, for a curve that ended for want of it."""
+    modes: tuple[str, ...] = field(default=("none",))
+    """Checkpointing modes that the model offers."""
+
+    @property
+    def fitting(self) -> list[Measurement]:
+        """The sizes that fit, smallest first."""
+        return [m for m in self.measurements if m.outcome == FITS and m.micro_step_s is not None]
+
+    @property
+    def unusable(self) -> set[int]:
+        """Sizes known not to work: they may not appear in a split, not even as its remainder."""
+        return {m.micro_batch for m in self.measurements if m.outcome != FITS}
+
+    def micro_step_s(self, size: int) -> float:
+        """Seconds of one micro-step of ``size`` samples, on the line between its measured neighbours.
+
+        Below the smallest measured size its time is taken as it is: a micro-step has a fixed cost.
+
+        Raises:
+            ValueError: ``size`` is above the largest size that fits.
+        """
+        points = [(m.micro_batch, m.micro_step_s or 0.0) for m in self.fitting]
+        if not points or size > points[-1][0]:
+            raise ValueError(f"no measurement at or above {size}")
+        if size <= points[0][0]:
+            return points[0][1]
+        upper = next(index for index, (measured, _) in enumerate(points) if measured >= size)
+        (low, low_s), (high, high_s) = points[upper - 1], points[upper]
+        return low_s + (high_s - low_s) * (size - low) / (high - low)
+
+    def peak_bytes(self, size: int) -> int | None:
+        """Peak memory at ``size``, on the line between its measured neighbours; None where not known."""
+        below = [m for m in self.fitting if m.micro_batch <= size and m.peak_memory_bytes is not None]
+        above = [m for m in self.fitting if m.micro_batch >= size and m.peak_memory_bytes is not None]
+        if not above:
+            return None
+        high = above[0]
+        low = below[-1] if below else high
+        low_bytes, high_bytes = low.peak_memory_bytes or 0, high.peak_memory_bytes or 0
+        if low.micro_batch == high.micro_batch:
+            return high_bytes
+        part = (size - low.micro_batch) / (high.micro_batch - low.micro_batch)
+        return round(low_bytes + (high_bytes - low_bytes) * part)
+
+    @property
+    def step_overhead_s(self) -> float:
+        """Seconds of reduction and update: the median over all sizes, for neither depends on the size."""
+        return self._median("reduce_s") + self._median("optimizer_s")
+
+    def _median(self, name: str) -> float:
+        values = [value for m in self.fitting if (value := getattr(m, name)) is not None]
+        return statistics.median(values) if values else 0.0
+
+    def answers(self, sizes: Sequence[int], max_seconds: float) -> bool:
+        """Whether measuring ``sizes``, rising, within ``max_seconds`` would teach nothing new."""
+        if not self.fitting or min(sizes) < self.measurements[0].micro_batch:
+            return False  # a machine that was full, or code that crashed, may be better now
+        if self.stopped == INTERRUPTED or (self.stopped == TIME and max_seconds > self.max_seconds):
+            return False
+        if self.stopped in (MEMORY, SLOWER, LEVEL, TIME, BROKEN):
+            return True
+        return max(sizes) <= max((m.micro_batch for m in self.measurements), default=0)
+
+    def with_new(self, other: Curve) -> Curve:
+        """This curve with the measurements of a later process; where both have a size, the later counts."""
+        merged = {m.micro_batch: m for m in (*self.measurements, *other.measurements)}
+        return dataclasses.replace(
+            other,
+            measurements=tuple(merged[size] for size in sorted(merged)),
+            modes=max(self.modes, other.modes, key=len),
+        )
+
+    def within(self, limit_bytes: int) -> Curve:
+        """This curve where no more than ``limit_bytes`` is free now, for one measured when more was."""
+        return dataclasses.replace(
+            self,
+            measurements=tuple(
+                dataclasses.replace(
+                    m, outcome=DOES_NOT_FIT, error="it fitted before, but less memory is free now"
+                )
+                if m.outcome == FITS and (m.peak_memory_bytes or 0) > limit_bytes
+                else m
+                for m in self.measurements
+            ),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Curve:
+        """Inverse of `to_dict`.
+
+        Raises:
+            KeyError, TypeError: not a curve.
+        """
+        return cls(
+            settings=StepSettings(**data["settings"]),
+            measurements=tuple(Measurement.from_dict(m) for m in data["measurements"]),
+            stopped=str(data["stopped"]),
+            max_seconds=float(data["max_seconds"]),
+            modes=tuple(data["modes"]),
+        )

@@ -1,0 +1,78 @@
+"""What is known about memory before anything runs: parameters, gradients and optimizer state alone."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from gatrain.config import RunConfig, SGDConfig
+from gatrain.errors import DoesNotFitError
+from gatrain.tune.hardware import Hardware
+
+GIB = 2**30
+
+
+class DataInfo(Protocol):
+    """The part of `gatrain.build.DataInfo` that planning reads."""
+
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def parameters(self) -> int: ...
+    @property
+    def parameter_bytes(self) -> int: ...
+
+
+def memory_text(count: float) -> str:
+    """Bytes for people: ``1.25 GiB``, or ``12 MiB`` below half a GiB."""
+    return f"{count / GIB:.2f} GiB" if count >= GIB / 2 else f"{count / 2**20:.0f} MiB"
+
+
+def state_bytes(config: RunConfig, parameter_bytes: int) -> int:
+    """Bytes of parameters, gradients and optimizer state on every rank, whatever the micro-batch.
+
+    AdamW keeps two moments per parameter, SGD one where it has momentum.
+    """
+    optimizer = config.optimizer
+    if isinstance(optimizer, SGDConfig) or optimizer.name == "sgd":
+        copies = 1 if getattr(optimizer, "momentum", 0.0) else 0
+    else:
+        copies = 2
+    return parameter_bytes * (2 + copies)
+
+
+def memory_per_rank(hardware: Hardware, local_ranks: int) -> int:
+    """Bytes that the weakest rank here can take: its GPU's free memory, or its part of main memory."""
+    if hardware.device == "cuda" and hardware.gpus:
+        return min(gpu.free_bytes for gpu in hardware.gpus[:local_ranks])
+    return hardware.memory_bytes // max(local_ranks, 1)
+
+
+def check_state_fits(config: RunConfig, info: DataInfo, hardware: Hardware, local_ranks: int) -> None:
+    """Refuse in no time what cannot fit whatever the micro-batch.
+
+    Raises:
+        DoesNotFitError: parameters, gradients and optimizer state exceed the memory of the weakest rank.
+    """
+    needed = state_bytes(config, info.parameter_bytes)
+    free = memory_per_rank(hardware, local_ranks)
+    allowed = int(free * config.tune.memory_fraction)
+    if needed <= allowed:
+        return
+    per_parameter = needed / max(info.parameters, 1)
+    where = f"of the {memory_text(free)} free on " + (
+        f"the fullest GPU ({min(hardware.gpus[:local_ranks], key=lambda g: g.free_bytes).name})"
+        if hardware.gpus
+        else f"this machine for each of {local_ranks} process(es)"
+    )
+    advice = ["a smaller model"]
+    if state_bytes(config, info.parameter_bytes) > 2 * info.parameter_bytes:
+        without = 2 * info.parameter_bytes
+        advice.append(f"optimizer=sgd (which needs {memory_text(without)} without momentum)")
+    if hardware.gpus and free < 0.9 * max(gpu.total_bytes for gpu in hardware.gpus):
+        advice.append("a GPU that no other process uses")
+    raise DoesNotFitError(
+        f"parameters, gradients and optimizer state alone take {memory_text(needed)} "
+        f"({info.parameters:,} parameters x {per_parameter:.0f} bytes), but only {memory_text(allowed)} "
+        f"({config.tune.memory_fraction:.0%}) {where} may be used. "
+        f"No micro-batch and no checkpointing can change that. Use {' or '.join(advice)}."
+    )

@@ -1,0 +1,335 @@
+"""One micro-batch size, measured as training will run it: real batches, reduction and optimizer update.
+
+Runs in a trial process. Every function marked *collective* is called by all ranks in the same order;
+whatever can fail on one rank alone is guarded, and the ranks compare notes before anybody enters the next
+collective.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import math
+import random
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from gatrain.errors import DoesNotFitError, GatrainError
+from gatrain.launch.reasons import user_frames
+from gatrain.plan import DOES_NOT_FIT, FAILED, FITS
+from gatrain.rank import Rank
+from gatrain.tasks.base import Batch, Task, named_weights
+from gatrain.train.meter import Meter
+from gatrain.tune.curve import Measurement
+from gatrain.tune.estimate import memory_text
+from gatrain.tune.memory import Memory
+
+if TYPE_CHECKING:
+    from gatrain.train.engine import Engine
+
+T = TypeVar("T")
+
+TARGET_S = {"cpu": 0.5, "cuda": 1.0}
+"""Seconds of timed micro-steps to aim at for one size."""
+REPEATS = {"cpu": (2, 12), "cuda": (4, 40)}
+"""Fewest and most timed micro-steps; they are spread over `CYCLES` whole steps."""
+CYCLES = 2
+WARM_UPS = {"cpu": 0, "cuda": 2}
+"""Micro-steps before the clock starts, besides the truth check, which warms up as well."""
+TYPICAL: dict[str, Callable[[list[float]], float]] = {"cpu": min, "cuda": statistics.median}
+"""How to read repeated times: a CPU is shared with others, who can only add; a GPU is this process's own."""
+NOISE_SEEDS = 3
+DISTINCT_SAMPLES = 64
+"""Worst-case samples that are really read; a larger batch repeats them."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What went wrong on one rank: an outcome of `gatrain.plan` and a text."""
+
+    outcome: str
+    text: str
+
+
+class Peers:
+    """Small talk between ranks on the host, through a gloo group of its own: it never touches a GPU."""
+
+    def __init__(self, rank: Rank) -> None:
+        self._size = rank.world_size
+        self._group: Any = dist.new_group(backend="gloo") if self._size > 1 else None  # collective
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's ``value``, in rank order. Collective."""
+        if self._size == 1:
+            return [value]
+        values: list[Any] = [None] * self._size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def worst(self, failure: Failure | None) -> Failure | None:
+        """The failure of any rank, a crash before one of memory; None if there is none. Collective."""
+        failures = [each for each in self.gather(failure) if each is not None]
+        return min(failures, key=lambda each: each.outcome != FAILED, default=None)
+
+
+class SizeMeter:
+    """Measures sizes one after the other in a warm process; remembers the reference loss of the smallest."""
+
+    def __init__(self, engine: Engine, task: Task, rank: Rank, peers: Peers, memory: Memory) -> None:
+        self._engine = engine
+        self._peers = peers
+        self._memory = memory
+        self._meter = Meter(rank.device)
+        self._device = rank.device
+        self._batches = TrialBatches(task)
+        self._reference: tuple[float, float] | None = None
+        self._updates = 0
+
+    def measure(self, size: int) -> Measurement:
+        """Try one size. Collective; never raises for what a model, a batch or a memory limit may do.
+
+        Raises:
+            DoesNotFitError: memory ran out inside a reduction, where the other ranks cannot be told.
+        """
+        self._memory.reset_peak()
+        try:
+            return self._measure(size)
+        finally:
+            self._drop_gradients()
+            self._memory.release()
+
+    def _measure(self, size: int) -> Measurement:
+        state: dict[str, Any] = {}
+
+        def first_pass() -> None:
+            state["same"] = self._on_device(self._batches.repeated(size))
+            state["loss"], state["noise"] = self._loss_of_one_sample(state["same"])
+            state["worst"] = self._on_device(self._batches.worst_case(size))
+            for _ in range(WARM_UPS[self._device.type]):
+                self._engine.micro_step(*state["worst"])
+            state["micro_step_s"] = self._timed(lambda: self._engine.micro_step(*state["worst"]))
+
+        failure = self._peers.worst(_attempt(first_pass))
+        if failure is None:
+            state.pop("same")
+            failure = self._close_step()[0]  # makes the optimizer's state and the buckets, once for all sizes
+        if failure is not None:
+            return Measurement(size, failure.outcome, error=failure.text)
+        slowest = max(self._peers.gather(state["micro_step_s"]))
+        failure, micro_s, reduce_s, optimizer_s = self._cycles(state["worst"], slowest)
+        if failure is not None:
+            return Measurement(size, failure.outcome, error=failure.text)
+        return self._summary(size, state["loss"], state["noise"], micro_s, reduce_s, optimizer_s)
+
+    def _on_device(self, prepared: tuple[Batch, Mapping[str, float]]) -> tuple[Batch, Mapping[str, float]]:
+        batch, weights = prepared
+        return self._engine.to_device(batch), {name: 1 / w if w else 0.0 for name, w in weights.items()}
+
+    def _timed(self, call: Callable[[], object]) -> float:
+        """Seconds of one call. Waits for the device."""
+        start = self._meter.mark()
+        call()
+        return self._meter.seconds(start, self._meter.mark())
+
+    def _loss_of_one_sample(self, same: tuple[Batch, Mapping[str, float]]) -> tuple[float | None, float]:
+        """Loss per unit weight of a batch of equal samples, and its spread over seeds at the smallest size.
+
+        Equal samples make the result independent of the size even for layers that mix the batch. Waits for
+        the device.
+        """
+        seeds = NOISE_SEEDS if self._reference is None else 1
+        losses = []
+        for seed in range(seeds):
+            torch.manual_seed(seed)
+            self._engine.last_loss_sums()  # forget what came before
+            self._engine.micro_step(*same)
+            loss, weight = self._engine.last_loss_sums()
+            losses.append(float(loss) / float(weight) if weight else math.nan)
+        if math.isnan(losses[0]) and not any(same[1].values()):
+            return None, 0.0  # the sample weighs nothing: no opinion
+        return losses[0], statistics.pstdev(losses) if all(map(math.isfinite, losses)) else 0.0
+
+    def _close_step(self) -> tuple[Failure | None, float, float]:
+        """Reduction and update, timed: (failure of any rank, reduce_s, optimizer_s). Collective."""
+        self._peers.gather(None)  # so that waiting for a slower rank is not taken for the reduction
+        try:
+            reduce_s = self._timed(self._engine.reduce)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise DoesNotFitError(
+                    f"out of memory in the gradient reduction: {_first_line(error)}"
+                ) from error
+            raise
+        seconds: list[float] = []
+        self._updates += 1
+        failure = _attempt(lambda: seconds.append(self._timed(lambda: self._engine.update(self._updates))))
+        return self._peers.worst(failure), reduce_s, seconds[0] if seconds else math.nan
+
+    def _cycles(
+        self, worst: Any, slowest: float
+    ) -> tuple[Failure | None, list[float], list[float], list[float]]:
+        """Whole steps with every part timed. Collective.
+
+        Args:
+            worst: batch on the device and its scale.
+            slowest: seconds of a micro-step on the slowest rank, so that all ranks choose the same repeats.
+        """
+        repeats = repeats_for(slowest, self._device.type)
+        micro_s: list[float] = []
+        reduce_s: list[float] = []
+        optimizer_s: list[float] = []
+
+        def micro_steps() -> None:
+            marks = [self._meter.mark()]
+            for _ in range(-(-repeats // CYCLES)):
+                self._engine.micro_step(*worst)
+                marks.append(self._meter.mark())
+            # read only now: on a GPU the marks were queued, and the host waits once
+            micro_s.extend(self._meter.seconds(start, end) for start, end in itertools.pairwise(marks))
+
+        for _ in range(CYCLES):
+            failure = self._peers.worst(_attempt(micro_steps))
+            if failure is None:
+                failure, reduced, updated = self._close_step()
+                reduce_s.append(reduced)
+                optimizer_s.append(updated)
+            if failure is not None:
+                return failure, [], [], []
+        return None, micro_s, reduce_s, optimizer_s
+
+    def _summary(
+        self,
+        size: int,
+        loss: float | None,
+        noise: float,
+        micro_s: list[float],
+        reduce_s: list[float],
+        optimizer_s: list[float],
+    ) -> Measurement:
+        """Compare notes: slowest rank's times, largest peak, the loss that is furthest off. Collective."""
+        peak = self._memory.peak()
+        mine = (
+            TYPICAL[self._device.type](micro_s),
+            min(reduce_s),
+            min(optimizer_s),
+            peak,
+            peak - self._memory.budget_bytes,
+            loss,
+        )
+        every = self._peers.gather(mine)
+        losses = [each[5] for each in every]
+        if self._reference is None and losses[0] is not None:
+            self._reference = losses[0], max(self._peers.gather(noise))
+        reference = self._reference or (None, 0.0)
+        over = max(each[4] for each in every)
+        return Measurement(
+            micro_batch=size,
+            outcome=DOES_NOT_FIT if over > 0 else FITS,
+            peak_memory_bytes=max(each[3] for each in every),
+            micro_step_s=max(each[0] for each in every),
+            reduce_s=max(each[1] for each in every),
+            optimizer_s=max(each[2] for each in every),
+            loss=_furthest(losses, reference[0]),
+            reference_loss=reference[0],
+            loss_noise=reference[1],
+            error=f"its peak is {memory_text(over)} above what may be used" if over > 0 else None,
+        )
+
+    def _drop_gradients(self) -> None:
+        for parameter in self._engine.model.parameters():
+            parameter.grad = None
+        gc.collect()  # an exception's traceback can hold a whole graph
+
+
+def repeats_for(micro_step_s: float, device: str) -> int:
+    """How many micro-steps to time: enough to be stable, few enough for the time limit."""
+    lowest, highest = REPEATS[device]
+    return min(highest, max(lowest, round(TARGET_S[device] / max(micro_step_s, 1e-9))))
+
+
+def predicted_seconds(last: Measurement, size: int, device: str) -> float:
+    """Seconds that measuring ``size`` will take, from a smaller size's times in proportion."""
+    micro_step_s = (last.micro_step_s or 0.0) * size / last.micro_batch
+    micro_steps = 2 + WARM_UPS[device] + repeats_for(micro_step_s, device)
+    return micro_steps * micro_step_s + (1 + CYCLES) * ((last.reduce_s or 0.0) + (last.optimizer_s or 0.0))
+
+
+class TrialBatches:
+    """Host batches of any size from few samples: the largest for time and memory, one repeated for truth."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._samples: dict[int, Any] = {}
+
+    def worst_case(self, size: int) -> tuple[Batch, Mapping[str, float]]:
+        """``size`` samples that need the most memory, with their weights."""
+        indices = list(self._task.worst_case_indices(min(size, DISTINCT_SAMPLES)))
+        return self._batch([indices[i % len(indices)] for i in range(size)])
+
+    def repeated(self, size: int) -> tuple[Batch, Mapping[str, float]]:
+        """The worst-case sample ``size`` times, with the weights."""
+        return self._batch([next(iter(self._task.worst_case_indices(1)))] * size)
+
+    def _batch(self, indices: Sequence[int]) -> tuple[Batch, Mapping[str, float]]:
+        batch = self._task.collate([self._read(int(index)) for index in indices])
+        return batch, named_weights(self._task.weight(batch))
+
+    def _read(self, index: int) -> Any:
+        if index not in self._samples:
+            random.seed(index)  # augmentation must give every rank the same sample
+            torch.manual_seed(index)
+            data = self._task.train_data
+            several = getattr(data, "__getitems__", None)
+            self._samples[index] = several([index])[0] if several else data[index]
+        return self._samples[index]
+
+
+def _attempt(work: Callable[[], object]) -> Failure | None:
+    """Run what may fail on this rank alone. gatrain's own errors are wrong at every size: they pass."""
+    try:
+        work()
+    except GatrainError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            return Failure(DOES_NOT_FIT, _first_line(error))
+        frame = user_frames(error, most=1)
+        place = f" at {frame[-1].filename}:{frame[-1].lineno}" if frame else ""
+        return Failure(FAILED, f"{type(error).__name__}: {_first_line(error)}{place}")
+    return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, in any of the ways in which torch and its libraries say so."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, torch.OutOfMemoryError | MemoryError):
+            return True
+        text = str(seen).lower()
+        if isinstance(seen, RuntimeError) and (
+            "out of memory" in text or "can't allocate memory" in text or "alloc_failed" in text
+        ):
+            return True
+        seen = seen.__cause__
+    return False
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().split("\n")[0]
+    return text[:300] or type(error).__name__
+
+
+def _furthest(losses: Sequence[float | None], reference: float | None) -> float | None:
+    """The loss that disagrees most with the reference; nan disagrees more than any number."""
+    given = [loss for loss in losses if loss is not None]
+    if not given or reference is None:
+        return given[0] if given else None
+    with contextlib.suppress(StopIteration):
+        return next(loss for loss in given if math.isnan(loss))
+    return max(given, key=lambda loss: abs(loss - reference))

@@ -1,0 +1,183 @@
+"""The parent's side of trials: starts rank processes under the launcher, and keeps what they measured."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gatrain.config import RunConfig
+from gatrain.errors import DoesNotFitError, GatrainError, Interrupted, WorkerError
+from gatrain.launch.nodes import Nodes
+from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, StepSettings
+from gatrain.tune import curve, settings, spec
+from gatrain.tune.curve import Curve, Measurement
+from gatrain.tune.estimate import memory_text
+from gatrain.tune.search import seconds_text
+from gatrain.tune.spec import Answers, TrialSpec
+
+MODULE = "gatrain.tune.trial"
+Progress = Callable[[str], None]
+Run = Callable[[Path], None]
+"""Runs trial processes on a folder until they end; raises the error of the rank that failed."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How trial processes are started."""
+
+    nodes: Nodes
+    device: str
+    cwd: Path | None = None
+
+    def __call__(self, folder: Path) -> None:
+        from gatrain.launch.local import run_workers  # imports torch
+
+        # the trial's world is this machine: other nodes start their own
+        local = dataclasses.replace(self.nodes, nnodes=1, node_rank=0, endpoint=None)
+        run_workers(MODULE, folder, local, device=self.device, cwd=self.cwd)
+
+
+class TrialRunner:
+    """Measures curves within one time limit.
+
+    Args:
+        config: of the run; it reaches the processes as a file.
+        run: starts the processes.
+        max_seconds: time for all curves together, the start of the processes included.
+        keep: called with every curve, complete or not, also when a person interrupts.
+        progress: told one sentence per trial.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run: Run,
+        max_seconds: float,
+        keep: Callable[[Curve], None],
+        progress: Progress,
+    ) -> None:
+        self._config = config
+        self._run = run
+        self._deadline = time.time() + max_seconds
+        self._max_seconds = max_seconds
+        self._keep = keep
+        self._progress = progress
+
+    @property
+    def seconds_left(self) -> float:
+        """Until no further size may be started."""
+        return self._deadline - time.time()
+
+    def measure(self, way: StepSettings, sizes: Sequence[int], *, rises: bool = True) -> Curve:
+        """Measure ``sizes``, in that order, computed in one ``way``, in processes of their own.
+
+        A rank that dies leaves its size as a failure, and what was measured before it counts.
+
+        Raises:
+            GatrainError: the processes failed before the model was built: the user's own error.
+            Interrupted, KeyboardInterrupt: a person stopped it; what was measured has been kept.
+        """
+        asked = TrialSpec(
+            settings=way,
+            sizes=tuple(sizes),
+            deadline=self._deadline,
+            memory_fraction=self._config.tune.memory_fraction,
+            # a limit that a person has set is kept
+            patience_s=self._max_seconds if self._config.tune.max_seconds is None else 0.0,
+            rises=rises,
+        )
+        answers, error = Answers(), None
+        with tempfile.TemporaryDirectory(prefix="gatrain_tune_", ignore_cleanup_errors=True) as name:
+            folder = Path(name)  # private to this user: the config in it may hold resolved secrets
+            asked.write(folder)
+            # JSON is YAML as well
+            (folder / spec.CONFIG).write_text(json.dumps(dataclasses.asdict(self._config)), encoding="utf-8")
+            self._progress(f"measuring {settings.describe(way)} in trial processes")
+            try:
+                with listening(folder / spec.LINES, self._tell):
+                    self._run(folder)
+            except (Interrupted, KeyboardInterrupt):
+                self._keep(self._curve(way, _read(folder), curve.INTERRUPTED))
+                raise
+            except GatrainError as caught:
+                error = caught
+            answers = _read(folder)
+        if error is not None:
+            answers = _after_crash(answers, error)
+        measured = self._curve(way, answers, answers.stopped or curve.BROKEN)
+        self._keep(measured)
+        return measured
+
+    def _curve(self, way: StepSettings, answers: Answers, stopped: str) -> Curve:
+        measurements = sorted(answers.measurements, key=lambda m: m.micro_batch)
+        return Curve(way, tuple(measurements), stopped, self._max_seconds, answers.modes or ("none",))
+
+    def _tell(self, measurement: Measurement) -> None:
+        self._progress(sentence(measurement))
+
+
+def sentence(m: Measurement) -> str:
+    """One trial for people."""
+    text = f"micro-batch {m.micro_batch}: {m.outcome.replace('_', ' ')}"
+    if m.outcome == FITS and m.micro_step_s:
+        peak = f", peak {memory_text(m.peak_memory_bytes)}" if m.peak_memory_bytes else ""
+        return f"{text}, {seconds_text(m.micro_step_s)} per micro-step{peak}"
+    return f"{text} ({m.error})" if m.error else text
+
+
+def _read(folder: Path) -> Answers:
+    with contextlib.suppress(OSError):
+        return spec.read_answers((folder / spec.LINES).read_text(encoding="utf-8").splitlines())
+    return Answers()
+
+
+def _after_crash(answers: Answers, error: GatrainError) -> Answers:
+    """Make the death of a rank the outcome of the size under way.
+
+    Raises:
+        GatrainError: ``error`` itself, where no size was under way: it is about the model or the data.
+    """
+    if answers.stopped is not None:
+        return answers  # all was said; a process that fails while it ends changes nothing
+    if answers.started is None or not isinstance(error, WorkerError | DoesNotFitError):
+        raise error
+    outcome = DOES_NOT_FIT if isinstance(error, DoesNotFitError) else FAILED
+    text = str(error).split("\n")[0]
+    answers.measurements.append(Measurement(answers.started, outcome, error=text))
+    answers.stopped = curve.MEMORY if outcome == DOES_NOT_FIT else curve.BROKEN
+    return answers
+
+
+@contextlib.contextmanager
+def listening(path: Path, tell: Callable[[Measurement], None]) -> Iterator[None]:
+    """Follow a growing file of lines in a thread and tell each measurement as it comes."""
+    ended = threading.Event()
+
+    def follow() -> None:
+        answers, rest, position = Answers(), "", 0
+        while True:
+            last = ended.wait(0.2)
+            with contextlib.suppress(OSError), open(path, encoding="utf-8") as file:
+                file.seek(position)
+                *whole, rest = (rest + file.read()).split("\n")
+                position = file.tell()
+                for line in whole:
+                    if (measurement := answers.take(line)) is not None:
+                        tell(measurement)
+            if last:
+                return
+
+    thread = threading.Thread(target=follow, name="gatrain-trials", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(timeout=5)

@@ -1,0 +1,248 @@
+"""The choice: from measured curves to the fastest split of one effective batch. Pure functions, no torch.
+
+The cost of one optimizer step on the busiest rank is
+
+    step_s(b) = sum of micro_step_s over that rank's micro-batches + reduce_s + optimizer_s
+
+where the time of a smaller last micro-batch lies on the line between measured sizes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from gatrain import batch
+from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, StepSettings, Trial
+from gatrain.tune.curve import Curve, Measurement
+
+NOISE = 0.01
+"""Step times that differ by less than this part are taken as equal."""
+LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 5e-2}
+"""Relative difference between losses of equal samples that rounding in that precision cannot explain."""
+MAX_EXTRA_SIZES = 6
+_CHECKPOINTING_ORDER = ("none", "selective", "full")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to compute the effective batch, with its predicted seconds per optimizer step."""
+
+    settings: StepSettings
+    micro_batch: int
+    accumulation_steps: int
+    step_s: float
+    measured: bool
+    """False where the micro-step time lies on the line between two measured sizes."""
+
+
+def candidate_sizes(share: int) -> list[int]:
+    """Micro-batch sizes worth measuring for a share of ``share`` samples, rising; 1 and ``share`` are among
+    them.
+
+    Powers of two cover the curve; the share itself means no accumulation; a few divisors and near-equal cuts
+    (``share / k`` rounded up) avoid a small remainder. Sizes close to another are left out.
+    """
+    sizes = {1, share, *(2**power for power in range(share.bit_length()) if 2**power <= share)}
+    lowest = max(6, share // 32)
+    divisors = [share // k for k in range(2, 65) if share % k == 0]
+    cuts = [-(-share // k) for k in range(2, 5)]
+    extras = 0
+    for size in (*divisors, *cuts):
+        # a cut that leaves a remainder must fill a real gap to be worth its time
+        apart = 1.2 if size in divisors else 1.4
+        spaced = all(max(size, other) >= apart * min(size, other) for other in sizes)
+        if size >= lowest and spaced and extras < MAX_EXTRA_SIZES:
+            sizes.add(size)
+            extras += 1
+    return sorted(sizes)
+
+
+def reject_wrong_losses(curve: Curve) -> Curve:
+    """Turn sizes whose loss disagrees with the smallest size's into failures: a wrong answer is no answer."""
+    tolerance = LOSS_TOLERANCE.get(curve.settings.precision, 5e-2)
+    judged = tuple(_judge(m, tolerance) for m in curve.measurements)
+    return dataclasses.replace(curve, measurements=judged)
+
+
+def _judge(m: Measurement, tolerance: float) -> Measurement:
+    if m.outcome != FITS or m.loss is None or m.reference_loss is None or not math.isfinite(m.reference_loss):
+        return m
+    # six standard deviations: dropout alone must practically never reject a size
+    allowed = max(tolerance * abs(m.reference_loss), 6 * m.loss_noise, 1e-6)
+    if abs(m.loss - m.reference_loss) <= allowed:  # false for nan, which is what we want
+        return m
+    return dataclasses.replace(
+        m,
+        outcome=FAILED,
+        error=f"wrong result: the loss of the same sample is {m.loss:.6g} at this size and "
+        f"{m.reference_loss:.6g} at the smallest",
+    )
+
+
+def candidates(curve: Curve, effective_batch: int, world_size: int) -> list[Candidate]:
+    """Every split of the effective batch that the curve can vouch for, with its cost.
+
+    Besides measured sizes these are the near-equal cuts of the share between them: smaller than a size that
+    fits, so they fit as well.
+    """
+    fitting = {m.micro_batch for m in curve.fitting}
+    if not fitting:
+        return []
+    share = batch.largest_share(effective_batch, world_size)
+    cuts = {-(-share // k) for k in range(1, 33)}
+    sizes = {size for size in fitting | cuts if size <= share and _is_vouched_for(curve, size)}
+    return [
+        Candidate(
+            settings=curve.settings,
+            micro_batch=size,
+            accumulation_steps=-(-share // size),
+            step_s=step_seconds(curve, effective_batch, world_size, size),
+            measured=size in fitting,
+        )
+        for size in sorted(sizes)
+        if not _uses_unusable(curve, effective_batch, world_size, size)
+    ]
+
+
+def _is_vouched_for(curve: Curve, size: int) -> bool:
+    """Whether the measured sizes on both sides work: next to a wrong result anything may happen."""
+    below = max((m for m in curve.measurements if m.micro_batch <= size), default=None, key=_size)
+    above = min((m for m in curve.measurements if m.micro_batch >= size), default=None, key=_size)
+    return all(m is not None and m.outcome == FITS for m in (below, above))
+
+
+def _size(measurement: Measurement) -> int:
+    return measurement.micro_batch
+
+
+def _uses_unusable(curve: Curve, effective_batch: int, world_size: int, size: int) -> bool:
+    """Whether any rank's split contains a size that is known to crash, such as BatchNorm's single sample."""
+    shares = set(batch.rank_shares(effective_batch, world_size))
+    used = {part for share in shares for part in batch.micro_batch_sizes(share, size)}
+    return bool(used & curve.unusable)
+
+
+def step_seconds(curve: Curve, effective_batch: int, world_size: int, size: int) -> float:
+    """Predicted seconds of one optimizer step; see the module's docstring for the form."""
+    share = batch.largest_share(effective_batch, world_size)
+    full, rest = divmod(share, size)
+    seconds = full * curve.micro_step_s(size) + (curve.micro_step_s(rest) if rest else 0.0)
+    return seconds + curve.step_overhead_s
+
+
+def choose(options: Sequence[Candidate]) -> Candidate:
+    """The fastest candidate; within the noise the simpler one.
+
+    Simpler means: not compiled, less checkpointing, fewer accumulation steps, measured itself.
+
+    Raises:
+        ValueError: ``options`` is empty.
+    """
+    if not options:
+        raise ValueError("no candidate")
+    fastest = min(option.step_s for option in options)
+    equal = [option for option in options if option.step_s <= fastest * (1 + NOISE)]
+    return min(
+        equal,
+        key=lambda option: (
+            option.settings.compile,
+            _CHECKPOINTING_ORDER.index(option.settings.checkpointing),
+            option.accumulation_steps,
+            not option.measured,
+            option.step_s,
+        ),
+    )
+
+
+def trial_rows(curve: Curve, effective_batch: int, world_size: int) -> list[Trial]:
+    """The curve as rows of the plan's table, with what each size means for this effective batch."""
+    share = batch.largest_share(effective_batch, world_size)
+    rows = []
+    for m in curve.measurements:
+        if m.micro_batch > share:
+            continue  # measured for a larger effective batch
+        step_s = rate = None
+        if m.outcome == FITS and m.micro_step_s is not None:
+            step_s = step_seconds(curve, effective_batch, world_size, m.micro_batch)
+            rate = effective_batch / step_s if step_s > 0 else None
+        rows.append(
+            Trial(
+                micro_batch=m.micro_batch,
+                precision=curve.settings.precision,
+                checkpointing=curve.settings.checkpointing,
+                compile=curve.settings.compile,
+                outcome=m.outcome,
+                peak_memory_bytes=m.peak_memory_bytes,
+                micro_step_s=m.micro_step_s,
+                reduce_s=m.reduce_s,
+                optimizer_s=m.optimizer_s,
+                samples_per_s=rate,
+                step_s=step_s,
+                loss=m.loss,
+                error=m.error,
+            )
+        )
+    return rows
+
+
+def interpolated_row(curve: Curve, chosen: Candidate, effective_batch: int) -> Trial:
+    """The table's row of a chosen size that was not measured itself."""
+    neighbours = [m.micro_batch for m in curve.fitting]
+    below = max(size for size in neighbours if size < chosen.micro_batch)
+    above = min(size for size in neighbours if size > chosen.micro_batch)
+    return Trial(
+        micro_batch=chosen.micro_batch,
+        precision=curve.settings.precision,
+        checkpointing=curve.settings.checkpointing,
+        compile=curve.settings.compile,
+        outcome=FITS,
+        peak_memory_bytes=curve.peak_bytes(chosen.micro_batch),
+        micro_step_s=curve.micro_step_s(chosen.micro_batch),
+        samples_per_s=effective_batch / chosen.step_s if chosen.step_s > 0 else None,
+        step_s=chosen.step_s,
+        error=f"not measured: on the line between {below} and {above}",
+    )
+
+
+def explain(chosen: Candidate, options: Iterable[Candidate], curves: Iterable[Curve]) -> str:
+    """The choice in one sentence, with its numbers."""
+    text = f"{_name(chosen, chosen)} takes {seconds_text(chosen.step_s)} per optimizer step"
+    others = [o for o in options if o.measured and _key(o) != _key(chosen)]
+    if others:
+        other = min(others, key=lambda option: option.step_s)
+        if other.step_s > chosen.step_s * (1 + NOISE):
+            text += f"; the next best, {_name(other, chosen)}, takes {seconds_text(other.step_s)}"
+        else:
+            text += f", within {NOISE:.0%} of {_name(other, chosen)} ({seconds_text(other.step_s)})"
+    for curve in curves:
+        refused = [m.micro_batch for m in curve.measurements if m.outcome == DOES_NOT_FIT]
+        if curve.settings == chosen.settings and refused:
+            text += f"; {min(refused)} does not fit"
+    return text
+
+
+def _key(option: Candidate) -> tuple[int, StepSettings]:
+    return option.micro_batch, option.settings
+
+
+def _name(option: Candidate, chosen: Candidate) -> str:
+    """``micro-batch 16 x 2``; settings are named where they differ from the chosen ones."""
+    steps = option.accumulation_steps
+    name = f"micro-batch {option.micro_batch}" + (f" x {steps}" if steps > 1 else "")
+    differing = []
+    if option.settings.checkpointing != chosen.settings.checkpointing:
+        differing.append(f"checkpointing {option.settings.checkpointing}")
+    if option.settings.compile != chosen.settings.compile:
+        differing.append("compiled" if option.settings.compile else "not compiled")
+    return name + (f" ({', '.join(differing)})" if differing else "")
+
+
+def seconds_text(seconds: float) -> str:
+    """Three significant digits: ``0.412 s``, ``12.3 s``, ``0.00215 s``."""
+    if seconds <= 0 or not math.isfinite(seconds):
+        return f"{seconds:.3g} s"
+    digits = max(0, 2 - math.floor(math.log10(seconds)))
+    return f"{seconds:.{digits}f} s"

@@ -1,0 +1,67 @@
+"""Which ways of computing a micro-step are in question: fixed by the config, implied, or to be measured."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+
+from gatrain.config import RunConfig
+from gatrain.plan import StepSettings
+from gatrain.tune.hardware import Hardware, choose_precision
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the config asks of the tuner, with everything resolved that needs no measurement."""
+
+    base: StepSettings
+    """What to measure first: no checkpointing and no compilation unless they were asked for."""
+    precision_reason: str
+    tries_checkpointing: bool
+    """``checkpointing=auto``: the other modes count if memory is what limits the micro-batch."""
+    tries_compile: bool
+    """``compile=auto`` where compiled kernels can be had."""
+    fixed_micro_batch: int | None
+
+    @property
+    def needs_trials(self) -> bool:
+        """Whether anything is left that only a measurement can decide."""
+        return self.fixed_micro_batch is None or self.tries_checkpointing or self.tries_compile
+
+
+def resolve(config: RunConfig, hardware: Hardware) -> Question:
+    """Read the config's ``auto`` values.
+
+    On a CPU a fixed micro-batch leaves nothing to measure: without a hard memory limit there is nothing that
+    checkpointing could buy, and ``compile=auto`` means no.
+    """
+    precision, reason = choose_precision(config, hardware)
+    fixed = None if config.batch.micro == "auto" else int(config.batch.micro)
+    on_gpu = hardware.device == "cuda"
+    return Question(
+        base=StepSettings(
+            precision=precision,
+            checkpointing="none" if config.checkpointing == "auto" else config.checkpointing,
+            compile=False if config.compile == "auto" else bool(config.compile),
+            sync="window" if config.sync == "auto" else config.sync,
+        ),
+        precision_reason=reason,
+        tries_checkpointing=config.checkpointing == "auto" and (on_gpu or fixed is None),
+        tries_compile=config.compile == "auto" and on_gpu and can_compile(),
+        fixed_micro_batch=fixed,
+    )
+
+
+def can_compile() -> bool:
+    """Whether torch.compile can make GPU kernels here: it needs Triton."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def describe(settings: StepSettings) -> str:
+    """Settings in words, such as ``bf16, checkpointing full, compiled``."""
+    parts = [settings.precision]
+    if settings.checkpointing != "none":
+        parts.append(f"checkpointing {settings.checkpointing}")
+    if settings.compile:
+        parts.append("compiled")
+    return ", ".join(parts)

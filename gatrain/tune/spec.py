@@ -1,0 +1,89 @@
+"""What parent and trial processes say to each other: one spec file in, JSON lines out. No torch.
+
+Lines of ``trials.jsonl``, each flushed, so that a crash or Ctrl-C keeps what was measured:
+
+    {"event": "ready", "modes": [...], "budget_bytes": n}    model built; what it offers and may use
+    {"event": "start", "micro_batch": b}                     about to try b; without an answer: a crash
+    {"event": "trial", "measurement": {...}}                 the answer
+    {"event": "end", "stopped": "memory"}                    why no larger size was tried
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gatrain.plan import StepSettings
+from gatrain.rundir import read_json, write_json
+from gatrain.tune.curve import Measurement
+
+SPEC, LINES, CONFIG = "trial_spec.json", "trials.jsonl", "config.yaml"
+
+
+@dataclass(frozen=True)
+class TrialSpec:
+    """What one set of trial processes shall measure: one way of computing, several sizes in this order."""
+
+    settings: StepSettings
+    sizes: tuple[int, ...]
+    deadline: float
+    """``time.time()`` at which no further size may be started; the first size is always tried."""
+    memory_fraction: float
+    patience_s: float = 0.0
+    """Seconds beyond the deadline that may be spent while larger sizes still gain a lot: on a busy machine a
+    choice made too early would cost more in training."""
+    rises: bool = True
+    """Sizes rise, and larger ones that bring nothing end it; False measures every size in the order given."""
+
+    def write(self, folder: Path) -> None:
+        write_json(folder / SPEC, dataclasses.asdict(self))
+
+    @classmethod
+    def read(cls, folder: Path) -> TrialSpec:
+        data = read_json(folder / SPEC)
+        return cls(**{**data, "settings": StepSettings(**data["settings"]), "sizes": tuple(data["sizes"])})
+
+
+@dataclass
+class Answers:
+    """What trial processes have said so far."""
+
+    modes: tuple[str, ...] | None = None
+    """None while the model is not built."""
+    budget_bytes: int | None = None
+    measurements: list[Measurement] = field(default_factory=list)
+    started: int | None = None
+    """The size under way, or the one that took the processes down."""
+    stopped: str | None = None
+
+    def take(self, line: str) -> Measurement | None:
+        """Read one line; return the measurement if it holds one. A torn or foreign line is ignored."""
+        try:
+            said: dict[str, Any] = json.loads(line)
+            match said["event"]:
+                case "ready":
+                    self.modes = tuple(said["modes"])
+                    self.budget_bytes = int(said["budget_bytes"])
+                case "start":
+                    self.started = int(said["micro_batch"])
+                case "trial":
+                    self.measurements.append(Measurement.from_dict(said["measurement"]))
+                    self.started = None
+                    return self.measurements[-1]
+                case "end":
+                    self.stopped = str(said["stopped"])
+        except (ValueError, KeyError, TypeError):
+            pass
+        return None
+
+
+def read_answers(lines: Iterable[str]) -> Answers:
+    """All lines of one ``trials.jsonl``."""
+    answers = Answers()
+    for line in lines:
+        answers.take(line)
+    return answers

@@ -1,0 +1,132 @@
+"""The shape of the code: imports run one way, and nothing heavy is loaded before it is needed."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "gatrain"
+
+# a room may import the rooms named here and what they may import; errors is open to all
+ROOMS: dict[str, set[str]] = {
+    "errors": set(),
+    "batch": set(),
+    "config": set(),
+    "assets": set(),
+    "models": set(),
+    "data": {"rundir"},
+    "tasks": set(),
+    "plan": {"batch"},
+    "rundir": {"plan"},
+    "compose": {"config", "assets", "rundir"},
+    "train": {"config", "batch", "plan", "rundir", "tasks"},
+    "launch": {"rundir", "plan"},
+    "rank": {"launch"},
+    "report": {"rundir", "plan", "batch", "train.events"},
+    "build": {"config", "plan", "tasks", "train"},
+    "inspection": {"build", "compose"},
+    "tune": {"batch", "build", "compose", "config", "launch", "plan", "rank", "rundir", "tasks"},
+    "worker": {"build", "compose", "rank", "report", "train"},
+    "verify": {"batch", "build", "compose", "inspection", "launch", "rank", "train", "tune"},
+    "fit": {"compose", "inspection", "launch", "record", "tune"},
+}
+THIRD_PARTY = {
+    "typer": {"cli"},
+    "rich": {"cli", "report"},
+    "hydra": {"build", "compose"},
+    "omegaconf": {"build", "compose"},
+    "torch": {"build", "data", "launch", "models", "rank", "report", "tasks", "train", "tune", "verify", "worker", "inspection"},
+    "torchvision": {"data", "models"},
+}  # fmt: skip
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports() -> list[tuple[Path, str, bool]]:
+    """(file, dotted name, whether it is at the top of the file) of every import in the package."""
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        top = {id(node) for node in tree.body}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                found += [(path, alias.name, id(node) in top) for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module]
+                if node.module == "gatrain":
+                    names = [f"gatrain.{alias.name}" for alias in node.names]
+                found += [(path, name, id(node) in top) for name in names]
+    assert len(found) > 300
+    return found
+
+
+def reachable(room: str) -> set[str]:
+    """Rooms that ``room`` may import: those named and those that these may."""
+    allowed: set[str] = set()
+    for name in ROOMS.get(room, set()):
+        allowed |= {name} | reachable(name)
+    return allowed
+
+
+def test_imports_run_one_way() -> None:
+    wrong = []
+    for path, name, _ in imports():
+        room, parts = room_of(path), name.split(".")
+        if parts[0] != "gatrain" or len(parts) < 2 or room not in ROOMS:
+            continue
+        target = parts[1]
+        allowed = reachable(room) | {room, "errors", "__version__"}
+        if target not in allowed and ".".join(parts[1:3]) not in allowed:
+            wrong.append(f"{path.relative_to(PACKAGE)} imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_room_is_above_itself() -> None:
+    for room in ROOMS:
+        assert room not in reachable(room)
+
+
+def test_libraries_stay_in_their_rooms() -> None:
+    wrong = [
+        f"{path.relative_to(PACKAGE)} imports {name}"
+        for path, name, _ in imports()
+        if (library := name.split(".")[0]) in THIRD_PARTY and room_of(path) not in THIRD_PARTY[library]
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("module", ["gatrain", "gatrain.cli", "gatrain.config", "gatrain.launch.local"])
+def test_light_modules_load_nothing_heavy(module: str) -> None:
+    code = f"import {module}, sys; print({{'torch', 'hydra', 'numpy', 'matplotlib'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_help_is_quick() -> None:
+    best = 9.0
+    for _ in range(3):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "gatrain", "--help"], capture_output=True, check=True)
+        best = min(best, time.perf_counter() - began)
+    assert best < 1.0
+
+
+def test_only_build_makes_objects_from_configuration() -> None:
+    users = {room_of(path) for path, name, _ in imports() if name.startswith("hydra.utils")}
+    assert users == {"build"}
+
+
+def test_nothing_unpickles() -> None:
+    """No file that gatrain reads may run code: no pickle, no torch.load, no YAML beyond OmegaConf's safe loader."""
+    for path in PACKAGE.rglob("*.py"):
+        source = path.read_text()
+        for word in ("import pickle", "torch.load(", "yaml.load(", "eval(", "exec("):
+            lines = [line for line in source.splitlines() if word in line and ".eval(" not in line]
+            assert not lines, f"{path.name}: {lines}"
