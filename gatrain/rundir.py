@@ -7,8 +7,10 @@ and are renamed into place.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import socket
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -77,6 +79,25 @@ class RunDir:
     def lock(self) -> Path:
         return self.path / ".lock"
 
+    @property
+    def heartbeat(self) -> Path:
+        """Written again and again by node 0 of a run on several nodes, so that the others can follow it."""
+        return self.path / ".heartbeat.json"
+
+    def saved_steps(self) -> list[int]:
+        """Steps that have a saved state by name, oldest first; their contents are not checked."""
+        found = self.saved.glob("step_*") if self.saved.is_dir() else ()
+        return sorted(int(p.name[5:]) for p in found if p.is_dir() and p.name[5:].isdigit())
+
+    def has_run(self) -> bool:
+        """Whether a run was started here."""
+        return any(path.exists() for path in (self.config, self.metrics, self.saved))
+
+    def recipe(self) -> str:
+        """Name of the recipe that was started here."""
+        recorded = read_json(self.env).get("recipe") if self.env.is_file() else None
+        return recorded if isinstance(recorded, str) else self.path.parent.name
+
     def load_plan(self) -> Plan:
         """Read plan.json.
 
@@ -102,6 +123,48 @@ def open_run_dir(path: str | os.PathLike[str]) -> RunDir:
     return run_dir
 
 
+@contextlib.contextmanager
+def locked(run_dir: RunDir) -> Iterator[None]:
+    """Hold the run folder for this process; the kernel lets go of it however the process ends.
+
+    Raises:
+        RunFolderError: another process holds it, or the folder cannot be written.
+    """
+    import fcntl  # not on every platform; commands that need no lock stay usable there
+
+    try:
+        handle = os.open(run_dir.lock, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise RunFolderError(f"cannot write in {run_dir.path}: {error.strerror}.") from error
+    with os.fdopen(handle, "r+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunFolderError(
+                f"{run_dir.path} is in use by {_holder(file.read())}. "
+                "Wait until that run has ended, or choose another folder with run.dir=FOLDER."
+            ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            # some network file systems cannot lock; refusing to train there would help nobody
+        file.truncate(0)
+        json.dump({"pid": os.getpid(), "host": socket.gethostname()}, file)
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
+
+
+def _holder(text: str) -> str:
+    try:
+        held = json.loads(text)
+        return f"process {held['pid']} on {held['host']}"
+    except (ValueError, KeyError, TypeError):
+        return "another process"
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
@@ -122,14 +185,14 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=2, allow_nan=True) + "\n")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a whole text file atomically and durably."""
-    with atomic_file(path) as temporary:
+def write_text(path: Path, text: str, mode: int = 0o644) -> None:
+    """Write a whole text file atomically and durably, with at most the permissions in ``mode``."""
+    with atomic_file(path, mode) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path, mode: int = 0o644) -> Iterator[Path]:
     """Give a temporary path beside ``path``; on success it is flushed and renamed over ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -137,7 +200,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        os.chmod(temporary, 0o644 & ~_umask())
+        os.chmod(temporary, mode & ~_umask())
         fsync(temporary)
         os.replace(temporary, path)
     finally:

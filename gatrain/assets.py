@@ -1,0 +1,120 @@
+"""Where recipes and config groups are: the user's own folders first, then the ones that ship with gatrain.
+
+A wheel carries them inside the package; an editable install has them beside ``pyproject.toml``. They are
+plain folders of YAML on a real file system: running gatrain out of a zip file is not supported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gatrain.errors import ConfigError, nearest
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One recipe file; ``shadows`` is a shipped recipe of the same name that it hides."""
+
+    name: str
+    path: Path
+    yours: bool
+    description: str = ""
+    shadows: Path | None = None
+
+
+def shipped_folder(name: str) -> Path:
+    """Return the shipped ``conf`` or ``recipes`` folder.
+
+    Raises:
+        ConfigError: the installation has no such folder.
+    """
+    inside = _PACKAGE / "_assets" / name
+    if inside.is_dir():
+        return inside
+    beside = _PACKAGE.parent / name
+    # Without this guard a stranger's `conf` folder in site-packages might be taken for ours.
+    if beside.is_dir() and (_PACKAGE.parent / "pyproject.toml").is_file():
+        return beside
+    raise ConfigError(
+        f"this installation of gatrain has no '{name}' folder (looked at {inside} and {beside}). "
+        "Install gatrain again: pip install --force-reinstall gatrain."
+    )
+
+
+def search_folders(name: str, cwd: Path) -> list[Path]:
+    """Return the existing folders called ``name`` (``conf`` or ``recipes``), the user's own first."""
+    folders: list[Path] = []
+    for folder in (cwd / name, shipped_folder(name)):
+        resolved = folder.resolve()
+        if resolved.is_dir() and resolved not in folders:  # equal when cwd is gatrain's own repository
+            folders.append(resolved)
+    return folders
+
+
+def list_recipes(cwd: Path) -> list[Recipe]:
+    """Return every recipe by name; one of the user's own hides a shipped one of the same name.
+
+    Files whose name starts with an underscore are parts for other recipes and are not listed.
+    """
+    found: dict[str, Recipe] = {}
+    shipped = shipped_folder("recipes").resolve()
+    for folder in reversed(search_folders("recipes", cwd)):
+        for path in sorted(folder.rglob("*.yaml")):
+            if path.name.startswith(("_", ".")):
+                continue
+            name = path.relative_to(folder).with_suffix("").as_posix()
+            hidden = found[name].path if name in found else None
+            found[name] = Recipe(name, path, folder != shipped, first_comment(path), hidden)
+    return sorted(found.values(), key=lambda recipe: (recipe.yours, recipe.name))
+
+
+def find_recipe(given: str, cwd: Path) -> Recipe:
+    """Resolve ``recipe=...``: the name of a recipe, or the path of a YAML file.
+
+    Raises:
+        ConfigError: nothing there; lists the known names with the nearest one.
+    """
+    looks_like_path = given.endswith((".yaml", ".yml")) or given.startswith((".", "~", "/"))
+    if not looks_like_path:
+        for folder in search_folders("recipes", cwd):
+            path = folder / f"{given}.yaml"
+            if path.is_file():
+                shipped = shipped_folder("recipes").resolve()
+                hidden = shipped / f"{given}.yaml"
+                shadows = hidden if folder != shipped and hidden.is_file() else None
+                return Recipe(given, path, folder != shipped, first_comment(path), shadows)
+    path = cwd / Path(given).expanduser()
+    if path.suffix == ".yml" and path.is_file():
+        raise ConfigError(f"recipe={given}: the file name must end in .yaml. Rename it to {path.stem}.yaml.")
+    if path.suffix == ".yaml" and path.is_file():
+        path = path.resolve()
+        return Recipe(path.stem, path, True, first_comment(path))
+    known = [recipe.name for recipe in list_recipes(cwd)]
+    if looks_like_path:
+        state = "is a folder" if path.is_dir() else "does not exist"
+        hint = nearest(Path(given).stem, known).replace("Did you mean '", "Did you mean 'recipe=")
+        raise ConfigError(f"recipe={given}: {path} {state}. Give a YAML file or a recipe's name.{hint}")
+    raise ConfigError(
+        f"unknown recipe '{given}'.{nearest(given, known)} Known recipes: {', '.join(known) or 'none'}. "
+        f"Your own go into {cwd / 'recipes'}, or give the path of a YAML file."
+    )
+
+
+def first_comment(path: Path) -> str:
+    """Return the first comment line of a file, which describes a recipe in one sentence."""
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for line in lines:
+                text = line.strip()
+                if text.startswith("#"):
+                    description = text.lstrip("#").strip()
+                    if description and not description.startswith("@"):
+                        return description
+                elif text:
+                    break
+    except (OSError, UnicodeDecodeError):
+        return ""
+    return ""

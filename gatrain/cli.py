@@ -1,0 +1,311 @@
+"""The command line: parse, call, print, exit code. Heavy imports wait inside the commands: help is quick.
+
+Settings are Hydra override words, not options: `gatrain fit recipe=llm optimizer.lr=1e-3`. The few options
+are about where and how the processes start.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from gatrain import __version__, terminal
+from gatrain.errors import ConfigError, GatrainError, Interrupted, VerifyError
+
+if TYPE_CHECKING:
+    from gatrain.fit import Outcome, WorldRequest
+    from gatrain.submit import Submission
+
+COMMANDS = ("fit", "autotune", "launch", "resume", "verify", "recipes", "show", "doctor")
+
+_Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="recipe=NAME KEY=VALUE", help="A recipe and overrides.", show_default=False),
+]
+_Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")
+]
+
+
+EXIT_CODE_HELP = {
+    0: "it went well",
+    1: "any other error",
+    2: "a wrong key, value, recipe, option or _target_",
+    3: "batch numbers that cannot multiply out",
+    4: "data that is missing, unreadable or too small",
+    5: "the model does not fit, even at one sample",
+    6: "processes that cannot start",
+    7: "a run folder that is in use, no run, or not writable",
+    8: "no valid saved state",
+    9: "a gradient that would not be exact",
+    10: "verify found a difference",
+    11: "an error of the user's own code in a rank",
+    130: "stopped by Ctrl-C, after saving",
+    143: "stopped by SIGTERM, after saving",
+}
+
+
+def _exit_codes() -> str:
+    return "\n".join(["Exit codes:", *(f"{code:>5}  {text}" for code, text in EXIT_CODE_HELP.items())])
+
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode="rich",
+    epilog=_exit_codes(),
+    help="Name the effective batch size; gatrain trains at exactly that size, as fast as this hardware can.",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"gatrain {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def fit(context: typer.Context, overrides: _Overrides = None) -> None:
+    """Train: find the fastest exact split for this hardware, then run it to the end."""
+    from gatrain import fit as work
+
+    _reach_all_nodes(context, work.WorldRequest(), overrides)
+    with terminal.Progress() as progress:
+        outcome = work.fit(overrides or [], listener=progress.listener())
+    _print_outcome(outcome)
+
+
+@app.command()
+def autotune(
+    overrides: _Overrides = None,
+    as_json: _Json = False,
+    retune: Annotated[bool, typer.Option("--retune", help="Measure again, whatever is remembered.")] = False,
+) -> None:
+    """Measure real optimizer steps and print the plan, without training."""
+    from gatrain import fit as work
+
+    with terminal.Progress() as progress:
+        prepared = work.autotune(
+            overrides or [], listener=progress.listener(print_plan=not as_json), retune=retune
+        )
+    if as_json:
+        terminal.print_json(prepared.plan.to_dict())
+
+
+@app.command()
+def launch(
+    context: typer.Context,
+    overrides: _Overrides = None,
+    nproc: Annotated[
+        int | None, typer.Option("--nproc", help="Processes on this node, by default one for each GPU.")
+    ] = None,
+    nnodes: Annotated[int, typer.Option("--nnodes", help="Nodes of the run.")] = 1,
+    node_rank: Annotated[int, typer.Option("--node-rank", help="This node's number, from 0.")] = 0,
+    endpoint: Annotated[
+        str | None, typer.Option("--rdzv-endpoint", help="HOST:PORT of node 0, the same on every node.")
+    ] = None,
+    max_restarts: Annotated[int, typer.Option("--max-restarts", help="Restarts after a failed rank.")] = 0,
+    slurm: Annotated[bool, typer.Option("--slurm", help="Write an sbatch script and submit it.")] = False,
+    partition: Annotated[str | None, typer.Option("--partition", help="Slurm partition.")] = None,
+    time_limit: Annotated[
+        str | None, typer.Option("--time", help="Slurm time limit, such as 04:00:00.")
+    ] = None,
+    nodes: Annotated[int | None, typer.Option("--nodes", help="Slurm nodes, by default 1.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option("--gpus-per-node", help="Slurm GPUs per node.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="With --slurm: print the script only.")] = False,
+) -> None:
+    """Train on a stated number of processes, on several nodes, or through Slurm."""
+    from gatrain import fit as work
+
+    only_slurm = {
+        "--partition": partition, "--time": time_limit, "--nodes": nodes,
+        "--gpus-per-node": gpus_per_node, "--dry-run": dry_run or None,
+    }  # fmt: skip
+    if slurm:
+        from gatrain import submit
+
+        if nnodes != 1 or node_rank or endpoint is not None:
+            raise ConfigError(
+                "--slurm finds nodes, ranks and endpoint by itself. Use --nodes for their number."
+            )
+        _print_submission(
+            submit.submit(
+                overrides or [],
+                partition=partition,
+                time_limit=time_limit,
+                nodes=nodes,
+                gpus_per_node=gpus_per_node,
+                nproc=nproc,
+                max_restarts=max_restarts,
+                dry_run=dry_run,
+            )
+        )
+        return
+    for option, value in only_slurm.items():
+        if value is not None:
+            hint = " Did you mean '--nnodes'?" if option == "--nodes" else ""
+            raise ConfigError(f"{option} belongs to --slurm, which is not given.{hint}")
+    request = work.WorldRequest(nproc, nnodes, node_rank, endpoint, max_restarts)
+    _reach_all_nodes(context, request, overrides)
+    with terminal.Progress() as progress:
+        outcome = work.fit(overrides or [], request, progress.listener())
+    _print_outcome(outcome)
+
+
+@app.command()
+def resume(
+    context: typer.Context,
+    run_dir: Annotated[Path, typer.Argument(help="The run folder, such as outputs/llm/2026-01-31_12-00-00.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Such as train.steps=2000.")
+    ] = None,
+    nproc: Annotated[
+        int | None, typer.Option("--nproc", help="Processes on this node, by default one for each GPU.")
+    ] = None,
+    nnodes: Annotated[int, typer.Option("--nnodes", help="Nodes of the run.")] = 1,
+    node_rank: Annotated[int, typer.Option("--node-rank", help="This node's number, from 0.")] = 0,
+    endpoint: Annotated[
+        str | None, typer.Option("--rdzv-endpoint", help="HOST:PORT of node 0, the same on every node.")
+    ] = None,
+    max_restarts: Annotated[int, typer.Option("--max-restarts", help="Restarts after a failed rank.")] = 0,
+) -> None:
+    """Go on with a run at the exact window, on any number of processes."""
+    from gatrain import fit as work
+
+    request = work.WorldRequest(nproc, nnodes, node_rank, endpoint, max_restarts)
+    _reach_all_nodes(context, request, None)
+    with terminal.Progress() as progress:
+        outcome = work.resume(run_dir, overrides or [], request, progress.listener())
+    _print_outcome(outcome)
+
+
+@app.command()
+def verify(overrides: _Overrides = None, as_json: _Json = False) -> None:
+    """Prove on this recipe that split gradients equal the gradient of the whole batch."""
+    from gatrain.compose import compose
+
+    composed = compose(overrides or [])
+    from gatrain.verify import run_verify
+
+    with terminal.Progress() as progress:
+        report = run_verify(composed, progress=progress.tell)
+    if as_json:
+        terminal.print_json(report.to_dict())
+    else:
+        terminal.print_lines(report.lines())
+    if not report.passed:
+        raise typer.Exit(VerifyError.exit_code)
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes: the shipped ones and those in ./recipes."""
+    from gatrain import assets
+    from gatrain import show as views
+
+    terminal.print_lines(views.recipe_lines(assets.list_recipes(Path.cwd())))
+
+
+@app.command()
+def show(overrides: _Overrides = None, as_json: _Json = False) -> None:
+    """Print the composed configuration, with where each value came from."""
+    from gatrain import show as views
+    from gatrain.compose import compose
+
+    composed = compose(overrides or [])
+    if as_json:
+        terminal.print_json(views.config_dict(composed))
+    else:
+        terminal.print_lines(views.config_lines(composed))
+
+
+@app.command()
+def doctor(overrides: _Overrides = None, as_json: _Json = False) -> None:
+    """Report hardware and versions, what would be chosen and why, and any problem found."""
+    from gatrain.doctor import examine
+
+    report = examine(overrides or [])
+    if as_json:
+        terminal.print_json(report.to_dict())
+    else:
+        terminal.print_lines(report.lines())
+
+
+def _reach_all_nodes(context: typer.Context, request: WorldRequest, overrides: list[str] | None) -> None:
+    """In the first shell of a Slurm allocation of several nodes, start again on each of them."""
+    from gatrain.fit import needs_srun
+
+    job = needs_srun(request)
+    if job is None:
+        return
+    from gatrain.compose import compose
+    from gatrain.launch.slurm import relaunch_under_srun
+
+    if overrides is not None:
+        compose(overrides)  # a mistake is told once here, not once by each node
+    relaunch_under_srun(context.obj, job)
+
+
+def _print_outcome(outcome: Outcome) -> None:
+    if outcome.already_complete:
+        step = outcome.summary.get("step")
+        print(
+            f"The run in {outcome.run_dir} is complete at step {step}; nothing is left to do. "
+            f"To train on: gatrain resume {outcome.run_dir} train.steps=NUMBER"
+        )
+
+
+def _print_submission(submission: Submission) -> None:
+    if submission.job_id is None:
+        print(submission.script, end="")
+        return
+    print(f"Submitted job {submission.job_id}. Its output: {submission.run_dir / 'slurm.log'}")
+
+
+# --- errors ---------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run one command and exit with its code; every error is one message on standard error."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    sys.exit(_run(arguments or ["--help"]))
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        with terminal.Terminable():
+            returned = app(arguments, prog_name="gatrain", standalone_mode=False, obj=arguments)
+        sys.stdout.flush()
+        return returned if isinstance(returned, int) else 0
+    except GatrainError as error:
+        terminal.debug_traceback()
+        terminal.print_error(str(error))
+        return int(getattr(error, "exit_code", 1))
+    except terminal.UsageError as error:
+        terminal.print_error(terminal.usage_text(error, arguments, COMMANDS))
+        return ConfigError.exit_code
+    except typer.Exit as error:
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        terminal.debug_traceback()
+        terminal.print_error("interrupted")
+        return Interrupted.exit_code
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        return terminal.unexpected(error)

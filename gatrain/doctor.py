@@ -1,0 +1,165 @@
+"""What `gatrain doctor` finds out: hardware, versions, what would be chosen and why, and what looks wrong."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gatrain.config import RunConfig
+from gatrain.errors import GatrainError
+from gatrain.record import versions
+from gatrain.tune import Hardware, choose_precision, detect_hardware, memory_text
+from gatrain.tune.cache import cache_dir
+
+LOW_DISK_BYTES = 5 * 2**30
+LOW_SHARED_MEMORY_BYTES = 2**28
+
+
+@dataclass(frozen=True)
+class Report:
+    """All findings, ready for JSON."""
+
+    versions: dict[str, str | None]
+    hardware: dict[str, Any]
+    describe: str
+    device: str
+    device_reason: str
+    precision: str
+    precision_reason: str
+    nproc: int
+    free_memory_bytes: int
+    """Main memory, or the GPU memory of the GPU that has least."""
+    cache: str
+    cache_bytes: int
+    disk_free_bytes: int
+    slurm_job: str | None
+    problems: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """The report as text for people."""
+        rows = [(name, version or "not installed") for name, version in self.versions.items()]
+        rows.append(("driver", self.hardware["driver"] or "none"))
+        plural = "process" if self.nproc == 1 else "processes"
+        rows += [
+            ("hardware", self.describe),
+            ("device", f"{self.device} ({self.device_reason})"),
+            ("precision", f"{self.precision} ({self.precision_reason})"),
+            ("processes", f"{self.nproc} {plural} with gatrain fit"),
+            ("free memory", memory_text(self.free_memory_bytes)),
+            ("cache", f"{self.cache} ({memory_text(self.cache_bytes)})"),
+            ("free disk", f"{memory_text(self.disk_free_bytes)} in the current folder"),
+        ]
+        for gpu in self.hardware["gpus"]:
+            free, total = memory_text(gpu["free_bytes"]), memory_text(gpu["total_bytes"])
+            rows.append((f"gpu {gpu['index']}", f"{gpu['name']}, {free} free of {total}"))
+        if self.slurm_job:
+            rows.append(("slurm job", self.slurm_job))
+        width = max(len(name) for name, _ in rows)
+        lines = [f"{name:<{width}}  {value}" for name, value in rows]
+        lines.append("")
+        lines += [f"problem: {problem}" for problem in self.problems] or ["No problem found."]
+        return lines
+
+
+def examine(overrides: Sequence[str] = ()) -> Report:
+    """Look around. With a recipe among the overrides, its own settings are taken into account.
+
+    Raises:
+        ConfigError: the overrides are not right. Everything else becomes a problem in the report.
+    """
+    config = RunConfig()
+    if overrides:
+        from gatrain.compose import compose
+
+        config = compose(overrides).config
+    problems: list[str] = []
+    try:
+        hardware = detect_hardware(config.device)
+    except GatrainError as error:
+        problems.append(str(error))
+        hardware = detect_hardware("cpu")
+    precision, precision_reason = choose_precision(config, hardware)
+    free = min((gpu.free_bytes for gpu in hardware.gpus), default=hardware.memory_bytes)
+    found = versions() | {"cuda": hardware.cuda, "nccl": _nccl()}
+    disk = shutil.disk_usage(Path.cwd()).free
+    return Report(
+        versions=found,
+        hardware=hardware.to_dict(),
+        describe=hardware.describe(),
+        device=hardware.device,
+        device_reason=hardware.reason,
+        precision=precision,
+        precision_reason=precision_reason,
+        nproc=max(1, len(hardware.gpus)),
+        free_memory_bytes=free,
+        cache=str(cache_dir()),
+        cache_bytes=_size(cache_dir()),
+        disk_free_bytes=disk,
+        slurm_job=os.environ.get("SLURM_JOB_ID"),
+        problems=problems + _problems(hardware, found, disk),
+    )
+
+
+def _problems(hardware: Hardware, found: dict[str, str | None], disk: int) -> list[str]:
+    problems = []
+    torch = re.match(r"(\d+)\.(\d+)", found.get("torch") or "")
+    if torch is None:
+        problems.append("torch is not installed. Install it: pip install torch.")
+    elif (int(torch[1]), int(torch[2])) < (2, 10):
+        problems.append(
+            f"torch {found['torch']} is older than 2.10, which gatrain needs: pip install -U torch."
+        )
+    if hardware.device == "cpu" and Path("/proc/driver/nvidia/version").exists():
+        problems.append(f"this machine has an NVIDIA driver, but no GPU is used: {hardware.reason}.")
+    busy = [gpu for gpu in hardware.gpus if gpu.free_bytes < 0.9 * gpu.total_bytes]
+    for gpu in busy:
+        used = memory_text(gpu.total_bytes - gpu.free_bytes)
+        problems.append(f"GPU {gpu.index} ({gpu.name}) already has {used} in use by other processes.")
+    if len({gpu.name for gpu in hardware.gpus}) > 1:
+        problems.append("the GPUs are unlike; every one of them waits for the slowest.")
+    if len(hardware.gpus) > 1 and Path("/dev/shm").is_dir():
+        shared = shutil.disk_usage("/dev/shm").total
+        if shared < LOW_SHARED_MEMORY_BYTES:
+            problems.append(
+                f"/dev/shm has only {memory_text(shared)}, and NCCL wants more. In Docker: --shm-size=1g."
+            )
+    if disk < LOW_DISK_BYTES:
+        problems.append(f"only {memory_text(disk)} of disk are free here; saved states may not fit.")
+    folder = cache_dir()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not os.access(existing, os.W_OK):
+        problems.append(f"the cache folder {folder} cannot be written. Set GATRAIN_CACHE to one that can.")
+    if sys.platform == "win32":
+        problems.append("gatrain trains on Linux and macOS; on Windows use WSL.")
+    return problems
+
+
+def _nccl() -> str | None:
+    """Version of the NCCL that came with torch, read without importing it."""
+    for name in ("nvidia-nccl-cu13", "nvidia-nccl-cu12"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _size(folder: Path) -> int:
+    total = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.lstat(os.path.join(root, name)).st_size
+            except OSError:
+                continue
+    return total

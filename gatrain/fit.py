@@ -1,0 +1,328 @@
+"""The order of work from a command to the end of a run. Knows no command line and prints nothing.
+
+    compose -> hardware -> nodes -> claim the run folder -> look at model and data -> plan -> launch
+
+Cheap checks come first, so that most mistakes are told before anything slow begins; the run folder is claimed
+before the trials, so that two runs cannot plan for the same one; and where nothing came of it, it is removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from gatrain import batch, record
+from gatrain.claim import choose_folder, claimed, remove_run
+from gatrain.compose import Composed, compose, reload
+from gatrain.config import RunConfig
+from gatrain.errors import (
+    ConfigError,
+    LaunchError,
+    SavedStateError,
+    nearest,
+)
+from gatrain.heartbeat import beating, wait_for_node_0
+from gatrain.inspection import inspect_run
+from gatrain.launch import slurm
+from gatrain.launch.join import MeetingPoint
+from gatrain.launch.nodes import Nodes
+from gatrain.plan import Plan
+from gatrain.rundir import RunDir, locked, open_run_dir, read_json, write_json, write_text
+from gatrain.tune.hardware import Hardware, detect_hardware
+
+WORKER = "gatrain.worker"
+
+RESUME_KEYS = (
+    "train.steps", "train.epochs", "train.log_every", "train.data_workers", "save", "eval", "tune",
+    "batch.micro", "checkpointing", "compile", "sync",
+)  # fmt: skip
+"""What may change when a run goes on: how long it trains, what it writes, how a window is computed."""
+_REPLAN_KEYS = ("tune", "batch.micro", "checkpointing", "compile", "sync")
+
+
+@dataclass(frozen=True)
+class WorldRequest:
+    """What was asked of the world; the rest is found out here."""
+
+    nproc: int | None = None
+    """Processes on this node; None takes every visible GPU, or one process on a CPU."""
+    nnodes: int = 1
+    node_rank: int = 0
+    endpoint: str | None = None
+    max_restarts: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_restarts < 0:
+            raise LaunchError(f"--max-restarts {self.max_restarts} is below 0.")
+        self.nodes(self.nproc if self.nproc is not None else 1)  # ranges are checked before anything else
+
+    def nodes(self, nproc: int) -> Nodes:
+        return Nodes(nproc, self.nnodes, self.node_rank, self.endpoint)
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Who hears how far preparation is. ``planned`` gets the plan, and the run folder if there is one."""
+
+    progress: Callable[[str], None] = lambda text: None
+    planned: Callable[[Plan, Path | None], None] = lambda plan, run_dir: None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that is known before the ranks start."""
+
+    composed: Composed
+    hardware: Hardware
+    nodes: Nodes
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    run_dir: Path
+    summary: dict[str, Any] = field(default_factory=dict)
+    already_complete: bool = False
+
+
+def autotune(
+    overrides: Sequence[str],
+    request: WorldRequest | None = None,
+    listener: Listener | None = None,
+    retune: bool = False,
+) -> Prepared:
+    """Compose and plan, without a run folder.
+
+    Raises:
+        GatrainError: a leaf that names what is wrong.
+    """
+    request, listener = request or WorldRequest(), listener or Listener()
+    composed = compose(overrides)
+    hardware, nodes = find_world(composed.config, request)
+    plan = _plan(composed.config, composed.yaml, hardware, nodes, listener, Path.cwd(), retune)
+    listener.planned(plan, None)
+    return Prepared(composed, hardware, nodes, plan)
+
+
+def fit(
+    overrides: Sequence[str], request: WorldRequest | None = None, listener: Listener | None = None
+) -> Outcome:
+    """Train a recipe to its end. On several nodes every node calls this; node 0 prepares for all.
+
+    Raises:
+        GatrainError: a leaf that names what is wrong; `Interrupted` when stopped by a signal.
+    """
+    request, listener = request or WorldRequest(), listener or Listener()
+    cwd = Path.cwd().resolve()
+    composed = compose(overrides)
+    hardware, nodes = find_world(composed.config, request)
+    path, named = choose_folder(composed, nodes, cwd)
+    _check_port(nodes)
+    if nodes.node_rank > 0:
+        return _follow(RunDir(path), nodes, hardware, request, listener, cwd)
+    if _is_requeued() and RunDir(path).has_run():
+        if RunDir(path).saved_steps():
+            return resume(path, (), request, listener)
+        remove_run(RunDir(path))  # the first attempt ended before it had saved anything
+    with claimed(path, named) as run_dir, beating(run_dir, nodes) as ready:
+        plan = _plan(composed.config, composed.yaml, hardware, nodes, listener, cwd)
+        lines = [f"recipe={composed.recipe}", *map(record.redact, composed.overrides)]
+        write_json(run_dir.env, record.environment(composed.recipe, composed.recipe_file, lines, cwd))
+        write_text(run_dir.overrides, "\n".join(lines) + "\n")
+        _write_plan(run_dir, plan, hardware)
+        write_text(run_dir.config, composed.yaml, mode=0o600)  # a value given literally may be a secret
+        listener.planned(plan, run_dir.path)
+        ready()
+        return _launch(run_dir, nodes, hardware, request, cwd)
+
+
+def resume(
+    path: Path,
+    overrides: Sequence[str] = (),
+    request: WorldRequest | None = None,
+    listener: Listener | None = None,
+) -> Outcome:
+    """Go on with a run at the window after its newest valid saved state, on this world size or another.
+
+    Raises:
+        GatrainError: a leaf that names what is wrong; `Interrupted` when stopped by a signal.
+    """
+    request, listener = request or WorldRequest(), listener or Listener()
+    run_dir = open_run_dir(path)
+    changed = _check_resume_keys(overrides)
+    config, config_yaml = reload(run_dir.config, overrides)
+    if not run_dir.saved_steps():
+        raise SavedStateError(_nothing_saved(run_dir))
+    summary = read_json(run_dir.summary) if run_dir.summary.is_file() else {}
+    if summary.get("status") == "completed" and not overrides:
+        return Outcome(run_dir.path, summary, already_complete=True)
+    cwd = _working_dir(run_dir)
+    hardware, nodes = find_world(config, request)
+    _check_port(nodes)
+    if nodes.node_rank > 0:
+        return _follow(run_dir, nodes, hardware, request, listener, cwd)
+    with locked(run_dir), beating(run_dir, nodes) as ready:
+        plan = run_dir.load_plan()
+        asks_again = any(_covers(known, key) for known in _REPLAN_KEYS for key in changed)
+        if asks_again or _moved(run_dir, plan, hardware, nodes):
+            plan = _plan(config, config_yaml, hardware, nodes, listener, cwd)
+            _write_plan(run_dir, plan, hardware)
+        if overrides:
+            write_text(run_dir.config, config_yaml, mode=0o600)
+            note = (
+                f"# resumed at step {run_dir.saved_steps()[-1]}: {' '.join(map(record.redact, overrides))}\n"
+            )
+            with contextlib.suppress(OSError):
+                write_text(run_dir.overrides, run_dir.overrides.read_text(encoding="utf-8") + note)
+        listener.planned(plan, run_dir.path)
+        ready()
+        return _launch(run_dir, nodes, hardware, request, cwd)
+
+
+# --- world and plan -------------------------------------------------------------------------------------
+
+
+def find_world(config: RunConfig, request: WorldRequest) -> tuple[Hardware, Nodes]:
+    """Look at the hardware and settle how many processes train.
+
+    Raises:
+        LaunchError: more processes than GPUs, or a device that is not there.
+        PlanError: a fixed micro-batch exceeds the largest share.
+    """
+    hardware = detect_hardware(config.device)
+    nproc = request.nproc if request.nproc is not None else max(1, len(hardware.gpus))
+    if hardware.gpus and nproc > len(hardware.gpus):
+        raise LaunchError(
+            f"--nproc {nproc} asks for more processes than this machine has GPUs "
+            f"({hardware.describe()}). Use --nproc {len(hardware.gpus)} or less, or device=cpu."
+        )
+    nodes = _within_slurm(request, nproc) or request.nodes(nproc)
+    if isinstance(config.batch.micro, int):
+        batch.check_micro_batch(config.batch.effective, nodes.world_size, config.batch.micro)
+    return hardware, nodes
+
+
+def _check_port(nodes: Nodes) -> None:
+    """Tell that the port is taken before anything slow, not only when the ranks start."""
+    if nodes.nnodes > 1 and nodes.node_rank == 0:
+        MeetingPoint(nodes).close()
+
+
+def needs_srun(request: WorldRequest) -> slurm.SlurmJob | None:
+    """The Slurm job in whose first shell this process runs, if it has more nodes that must be started too."""
+    job = slurm.detect(os.environ)
+    named = request.nnodes > 1 or request.endpoint is not None
+    return job if job is not None and not job.in_step and job.nnodes > 1 and not named else None
+
+
+def _within_slurm(request: WorldRequest, nproc: int) -> Nodes | None:
+    """The nodes of the Slurm job step that this process belongs to, unless the user named nodes."""
+    if request.nnodes > 1 or request.endpoint is not None:
+        return None
+    job = slurm.detect(os.environ)
+    return slurm.nodes_from_slurm(job, nproc) if job is not None and job.in_step else None
+
+
+def _plan(
+    config: RunConfig,
+    config_yaml: str,
+    hardware: Hardware,
+    nodes: Nodes,
+    listener: Listener,
+    cwd: Path,
+    retune: bool = False,
+) -> Plan:
+    from gatrain.tune import make_plan_for
+
+    listener.progress("Looking at the model and the data")
+    facts = inspect_run(config_yaml, cwd)
+    return make_plan_for(config, facts, hardware, nodes, progress=listener.progress, retune=retune, cwd=cwd)
+
+
+def _moved(run_dir: RunDir, plan: Plan, hardware: Hardware, nodes: Nodes) -> bool:
+    """Whether the run goes on with another world size or on another kind of device."""
+    before = read_json(run_dir.hardware).get("device") if run_dir.hardware.is_file() else None
+    return plan.world_size != nodes.world_size or before != hardware.device
+
+
+def _is_requeued() -> bool:
+    job = slurm.detect(os.environ)
+    return job is not None and job.restarts > 0
+
+
+def _write_plan(run_dir: RunDir, plan: Plan, hardware: Hardware) -> None:
+    write_json(run_dir.hardware, hardware.to_dict())
+    write_json(run_dir.plan, plan.to_dict())
+
+
+# --- launch ---------------------------------------------------------------------------------------------
+
+
+def _launch(run_dir: RunDir, nodes: Nodes, hardware: Hardware, request: WorldRequest, cwd: Path) -> Outcome:
+    from gatrain.launch.local import run_workers
+
+    run_dir.summary.unlink(missing_ok=True) if nodes.node_rank == 0 else None
+    run_workers(
+        WORKER, run_dir.path, nodes, device=hardware.device, max_restarts=request.max_restarts, cwd=cwd
+    )
+    summary = read_json(run_dir.summary) if run_dir.summary.is_file() else {}
+    return Outcome(run_dir.path, summary)
+
+
+def _follow(
+    run_dir: RunDir, nodes: Nodes, hardware: Hardware, request: WorldRequest, listener: Listener, cwd: Path
+) -> Outcome:
+    """On a node other than 0: wait until node 0 has prepared the run folder, then start this node's ranks."""
+    listener.progress(f"Waiting for node 0 to prepare {run_dir.path}")
+    nodes = replace(nodes, run_id=wait_for_node_0(run_dir))
+    return _launch(run_dir, nodes, hardware, request, cwd)
+
+
+# --- resume ---------------------------------------------------------------------------------------------
+
+
+def _check_resume_keys(overrides: Sequence[str]) -> list[str]:
+    keys = []
+    for word in overrides:
+        key = word.partition("=")[0].strip()
+        if not any(_covers(known, key) for known in RESUME_KEYS):
+            why = (
+                "the effective batch size belongs to the run"
+                if key == "batch.effective"
+                else "it would be another run"
+            )
+            raise ConfigError(
+                f"'{word}' cannot change when a run goes on: {why}.{nearest(key, RESUME_KEYS)} "
+                f"These can: {', '.join(RESUME_KEYS)}. Start a new run with gatrain fit for anything else."
+            )
+        keys.append(key)
+    return keys
+
+
+def _covers(known: str, key: str) -> bool:
+    return key == known or key.startswith(f"{known}.")
+
+
+def _nothing_saved(run_dir: RunDir) -> str:
+    words = ""
+    with contextlib.suppress(OSError):
+        lines = run_dir.overrides.read_text(encoding="utf-8").splitlines()
+        words = " " + " ".join(line for line in lines if not line.startswith("#"))
+    return (
+        f"{run_dir.path} has no saved state to go on from: the run ended before its first one. "
+        f"Start again: gatrain fit{words} (save.every=100 saves every 100 steps)."
+    )
+
+
+def _working_dir(run_dir: RunDir) -> Path:
+    """Folder where the run was started, whose modules its `_target_`s may name."""
+    stored = read_json(run_dir.env).get("working_dir") if run_dir.env.is_file() else None
+    if isinstance(stored, str) and Path(stored).is_dir():
+        return Path(stored)
+    return Path.cwd().resolve()

@@ -1,0 +1,92 @@
+"""What a run folder tells about how the run was started, without secrets from the command line."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gatrain import __version__
+
+REDACTED = "<redacted>"
+_SECRET = re.compile(r"(^|[._-])(token|key|apikey|secret|password|passwd|credentials?)$", re.IGNORECASE)
+_USER_INFO = re.compile(r"(?<=://)[^/@\s]+:[^/@\s]+(?=@)")
+_PACKAGES = ("torch", "torchvision", "numpy", "hydra-core", "omegaconf", "safetensors", "tokenizers")
+
+
+def redact(word: str) -> str:
+    """Hide the value of ``key=value`` where the key names a secret, and passwords inside addresses.
+
+    References such as ``${oc.env:HF_TOKEN}`` name a secret without holding it, and stay.
+    """
+    key, equals, value = word.partition("=")
+    return f"{key}={redact_value(key.lstrip('+~-'), value)}" if equals else word
+
+
+def redact_value(key: str, value: Any) -> Any:
+    """As `redact`, for a key and its value; numbers and references are no secrets."""
+    if not isinstance(value, str) or "${" in value or re.fullmatch(r"[-+.\d]*|null|true|false", value):
+        return value
+    return REDACTED if _SECRET.search(key) else _USER_INFO.sub(REDACTED, value)
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what a result depends on, read without importing anything."""
+    found: dict[str, str | None] = {"gatrain": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def environment(recipe: str, recipe_file: Path, overrides: Sequence[str], cwd: Path) -> dict[str, Any]:
+    """Return the contents of ``env.json``."""
+    return {
+        "recipe": recipe,
+        "recipe_file": str(recipe_file),
+        "overrides": [redact(word) for word in overrides],
+        "working_dir": str(cwd),
+        "argv": [redact(word) for word in sys.argv],
+        "versions": versions(),
+        "platform": platform.platform(),
+        "hostname": socket.gethostname(),
+        "commit": commit_of(cwd),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def commit_of(cwd: Path) -> str | None:
+    """Commit that is checked out at ``cwd``, read from the repository's files; None outside of one."""
+    for folder in (cwd, *cwd.parents):
+        if (folder / ".git").exists():
+            try:
+                return _head(folder / ".git")
+            except (OSError, UnicodeDecodeError):
+                return None
+    return None
+
+
+def _head(git: Path) -> str | None:
+    if git.is_file():  # a worktree: the file names the real folder
+        git = (git.parent / git.read_text(encoding="utf-8").removeprefix("gitdir:").strip()).resolve()
+    head = (git / "HEAD").read_text(encoding="utf-8").strip()
+    if not head.startswith("ref: "):
+        return head
+    name = head.removeprefix("ref: ")
+    common = git
+    if (git / "commondir").is_file():
+        common = (git / (git / "commondir").read_text(encoding="utf-8").strip()).resolve()
+    if (common / name).is_file():
+        return (common / name).read_text(encoding="utf-8").strip()
+    for line in (common / "packed-refs").read_text(encoding="utf-8").splitlines():
+        if line.endswith(f" {name}"):
+            return line.split()[0]
+    return None

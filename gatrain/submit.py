@@ -1,0 +1,104 @@
+"""`gatrain launch --slurm`: check the run here, where the user can read it, then hand it to Slurm."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra.core.override_parser.types import Quote, QuotedString
+
+from gatrain import batch
+from gatrain.compose import compose
+from gatrain.errors import RunFolderError
+from gatrain.launch import slurm
+from gatrain.rundir import RunDir, write_text
+
+SCRIPT, OUTPUT = "job.sh", "slurm.log"
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A batch file, and the job that came of it (None for a dry run)."""
+
+    script: str
+    run_dir: Path
+    job_id: int | None = None
+
+
+def submit(
+    overrides: Sequence[str],
+    *,
+    partition: str | None = None,
+    time_limit: str | None = None,
+    nodes: int | None = None,
+    gpus_per_node: int | None = None,
+    nproc: int | None = None,
+    max_restarts: int = 0,
+    dry_run: bool = False,
+) -> Submission:
+    """Write a batch file into the run folder and submit it. A requeued job goes on with its run.
+
+    Raises:
+        ConfigError, PlanError: the configuration is not right; nothing was submitted.
+        LaunchError: Slurm refuses, or an option is out of range.
+        RunFolderError: the run folder holds a run or cannot be written.
+    """
+    composed = compose(overrides)
+    config, cwd = composed.config, Path.cwd().resolve()
+    # relative to the working folder, so that odd characters in its name stay out of the command
+    folder = (
+        config.run.dir or f"outputs/{composed.recipe}/{config.run.name or time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    )
+    run_dir = RunDir(cwd / Path(folder).expanduser())
+    if run_dir.has_run():
+        raise RunFolderError(
+            f"{run_dir.path} already holds a run. Choose another folder with run.dir=FOLDER."
+        )
+    name = re.sub(r"[^A-Za-z0-9_.-]", "_", f"gatrain-{composed.recipe}")
+    job = slurm.BatchJob(
+        name=name,
+        output=run_dir.path / OUTPUT,
+        nodes=1 if nodes is None else nodes,
+        partition=partition,
+        time=time_limit,
+        gpus_per_node=gpus_per_node,
+    )
+    per_node = nproc if nproc is not None else gpus_per_node
+    if isinstance(config.batch.micro, int):
+        batch.check_micro_batch(config.batch.effective, job.nodes * (per_node or 1), config.batch.micro)
+    words = [word for word in overrides if not word.startswith(("run.dir=", "run.name="))]
+    plain = re.fullmatch(r"[\w./-]+", folder)
+    words.append(f"run.dir={folder if plain else QuotedString(folder, Quote.single).with_quotes()}")
+    options = [] if nproc is None else ["--nproc", str(nproc)]
+    options += ["--max-restarts", str(max_restarts)] if max_restarts else []
+    script = slurm.sbatch_script(job, [sys.executable, "-m", "gatrain", "launch", *options, *words], cwd=cwd)
+    if dry_run:
+        return Submission(script, run_dir.path)
+    return Submission(script, run_dir.path, _submit(script, run_dir))
+
+
+def _submit(script: str, run_dir: RunDir) -> int:
+    created = [path for path in (run_dir.path, *run_dir.path.parents) if not path.exists()]
+    path = run_dir.path / SCRIPT
+    try:
+        run_dir.path.mkdir(parents=True, exist_ok=True)
+        write_text(path, script, mode=0o700)  # overrides may hold secrets
+        return slurm.submit(path)
+    except OSError as error:
+        raise RunFolderError(
+            f"the run folder {run_dir.path} cannot be written: {error.strerror}. "
+            "Choose another with run.dir=FOLDER."
+        ) from error
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    finally:
+        for folder in created:  # empty ones only
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)

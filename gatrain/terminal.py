@@ -1,0 +1,157 @@
+"""What the command line does on a terminal besides its commands: progress, output, error messages."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from gatrain import __version__
+from gatrain.errors import GatrainError, Interrupted, nearest
+
+if TYPE_CHECKING:
+    from gatrain.fit import Listener
+
+
+class Progress:
+    """What goes on before training, on standard error: a live status on a terminal, plain lines elsewhere."""
+
+    def __init__(self) -> None:
+        self._status: Any = None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def tell(self, text: str) -> None:
+        if not sys.stderr.isatty():
+            print(text, file=sys.stderr, flush=True)
+            return
+        from rich.console import Console
+        from rich.markup import escape
+
+        if self._status is None:
+            self._status = Console(stderr=True).status(escape(text))
+            self._status.start()
+        self._status.update(escape(text))
+
+    def stop(self) -> None:
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+
+    def listener(self, print_plan: bool = True) -> Listener:
+        from gatrain.fit import Listener
+        from gatrain.plan import Plan
+
+        def planned(plan: Plan, run_dir: Path | None) -> None:
+            self.stop()
+            if print_plan:
+                from gatrain.report import print_plan as print_it
+
+                print_it(plan)
+                if run_dir is not None:
+                    print(f"Run folder: {run_dir}", flush=True)
+
+        return Listener(progress=self.tell, planned=planned)
+
+
+def print_json(data: Any) -> None:
+    """Print one JSON object on standard output."""
+    print(json.dumps(data, indent=2, default=str))
+
+
+def print_lines(lines: Sequence[str]) -> None:
+    """Print lines, with a stand-in for what the terminal cannot show."""
+    encoding = sys.stdout.encoding or "utf-8"
+    for line in lines:
+        print(line.encode(encoding, "replace").decode(encoding))
+
+
+# typer 0.26 and newer carries its own copy of click, older ones import it: so the class is looked up
+UsageError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+
+class Terminable:
+    """Turn SIGTERM into an exception, so that what was begun is cleaned up before the process ends."""
+
+    def __enter__(self) -> None:
+        self._previous: Any = None
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGTERM, self._stop)
+
+    def __exit__(self, *exc: object) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    @staticmethod
+    def _stop(signum: int, frame: FrameType | None) -> None:
+        error = Interrupted("stopped by SIGTERM.")
+        error.exit_code = 128 + signum
+        raise error
+
+
+def print_error(text: str) -> None:
+    """Print the one message of a failed command on standard error."""
+    encoding = sys.stderr.encoding or "utf-8"
+    message = f"error: {text.strip()}"
+    print(message.encode(encoding, "backslashreplace").decode(encoding), file=sys.stderr, flush=True)
+
+
+def usage_text(error: Exception, arguments: Sequence[str], commands: Sequence[str]) -> str:
+    """Say what is wrong with the words of the command line, in the same style as every other error."""
+    text = str(getattr(error, "format_message", lambda: str(error))()).rstrip(".")
+    first = arguments[0]
+    if text.startswith("No such command"):
+        if "=" in first:
+            return (
+                f"'{first}' stands where a command belongs. Did you mean 'gatrain fit {' '.join(arguments)}'?"
+            )
+        return f"there is no command '{first}'.{nearest(first, commands)} Commands: {', '.join(commands)}."
+    if text.startswith("No such option"):
+        option = str(getattr(error, "option_name", ""))
+        command = getattr(getattr(error, "ctx", None), "command", None)
+        known = [name for p in getattr(command, "params", []) for name in p.opts if name.startswith("--")]
+        hint = nearest(option, known)
+        if not hint and first in commands and not option.lstrip("-").isdigit():
+            hint = f" Settings have no dashes: {option.lstrip('-').partition('=')[0]}=VALUE."
+        where = first if first in commands else ""
+        return f"there is no option '{option}'.{hint} See gatrain {where + ' ' if where else ''}--help."
+    return f"{text}. See gatrain {first if first in commands else ''} --help.".replace("  ", " ")
+
+
+def unexpected(error: Exception) -> int:
+    """Report a mistake of gatrain's own in short, with the traceback in a file; return the exit code."""
+    debug_traceback()
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    try:
+        handle, name = tempfile.mkstemp(prefix=f"gatrain-error-{stamp}-", suffix=".txt")
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"gatrain {__version__}, Python {sys.version}\n")
+            traceback.print_exc(file=file)
+        where = f"The details are in {name}"
+    except OSError:
+        where = "Set GATRAIN_DEBUG=1 to see the details"
+    print_error(
+        f"{type(error).__name__}: {error}\nThis is a mistake in gatrain. {where}; please report it with them."
+    )
+    return GatrainError.exit_code
+
+
+def debug_traceback() -> None:
+    """Print the traceback where GATRAIN_DEBUG asks for it."""
+    if os.environ.get("GATRAIN_DEBUG", "") not in ("", "0"):
+        traceback.print_exc()
