@@ -124,8 +124,7 @@ def locate(path: str, dotted: str) -> Any:
     Raises:
         ConfigError: the module or the attribute does not exist; names the nearest.
     """
-    module_name, _, attribute = dotted.rpartition(".")
-    if not module_name:
+    if "." not in dotted:
         raise ConfigError(f"{path}._target_={dotted!r} has no module. Write it as my_module.{dotted}.")
     parts = dotted.split(".")
     module, rest = None, parts

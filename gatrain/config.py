@@ -144,8 +144,8 @@ def validate(config: RunConfig) -> None:
     _one_of("device", config.device, DEVICES)
     _one_of("schedule.name", config.schedule.name, SCHEDULES)
     _one_of("optimizer.name", config.optimizer.name, ("adamw", "sgd"))
-    if config.compile not in (True, False, "auto") or config.compile in (0, 1) and config.compile is not bool(
-        config.compile
+    if config.compile not in (True, False, "auto") or (
+        config.compile in (0, 1) and config.compile is not bool(config.compile)
     ):
         raise ConfigError(f"compile={config.compile!r} is not one of true, false, auto.")
     _at_least("batch.effective", config.batch.effective, 1)
@@ -211,9 +211,7 @@ def _has_target(key: str, node: Any) -> None:
 
 def _one_of(key: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ConfigError(
-            f"{key}={value} is not one of {', '.join(allowed)}.{nearest(str(value), allowed)}"
-        )
+        raise ConfigError(f"{key}={value} is not one of {', '.join(allowed)}.{nearest(str(value), allowed)}")
 
 
 def _at_least(key: str, value: float, lowest: int) -> None:

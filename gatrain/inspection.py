@@ -52,7 +52,9 @@ def inspect_run(config_yaml: str, cwd: Path | None = None) -> RunFacts:
         child = subprocess.run(command, cwd=cwd, capture_output=True, text=True, errors="replace")
         if not (folder / _RESULT).is_file():
             tail = "\n".join(child.stderr.strip().splitlines()[-3:])
-            raise GatrainError(f"looking at the model and data failed (exit status {child.returncode}).\n{tail}")
+            raise GatrainError(
+                f"looking at the model and data failed (exit status {child.returncode}).\n{tail}"
+            )
         result = json.loads((folder / _RESULT).read_text(encoding="utf-8"))
     if "error" in result:
         raise EXIT_CODES.get(result["exit_code"], GatrainError)(result["error"])
@@ -64,6 +66,8 @@ def _facts(folder: Path) -> RunFacts:
     from gatrain.compose import load_config
 
     config = load_config(folder / _CONFIG)
+    import torch
+
     from gatrain import build
     from gatrain.train.checkpointing import available_modes
 
@@ -82,7 +86,7 @@ def _facts(folder: Path) -> RunFacts:
     except GatrainError:
         raise
     except Exception:  # some models compute while they are built
-        model = build.build_model(task, config.train.seed, build.torch.device("cpu"))
+        model = build.build_model(task, config.train.seed, torch.device("cpu"))
     parameters = list(model.parameters())
     if not any(parameter.requires_grad for parameter in parameters):
         raise ConfigError(f"the model {type(model).__name__} has no parameter to train.")

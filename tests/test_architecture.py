@@ -33,14 +33,18 @@ ROOMS: dict[str, set[str]] = {
     "tune": {"batch", "build", "compose", "config", "launch", "plan", "rank", "rundir", "tasks"},
     "worker": {"build", "compose", "rank", "report", "train"},
     "verify": {"batch", "build", "compose", "inspection", "launch", "rank", "train", "tune"},
-    "fit": {"compose", "inspection", "launch", "record", "tune"},
+    "fit": {"compose", "inspection", "launch", "tune"},
+    "cli": {"fit", "report", "verify"},
 }
 THIRD_PARTY = {
     "typer": {"cli"},
     "rich": {"cli", "report"},
-    "hydra": {"build", "compose"},
+    "hydra": {"build", "compose", "fit"},  # fit: only to quote an override
     "omegaconf": {"build", "compose"},
-    "torch": {"build", "data", "launch", "models", "rank", "report", "tasks", "train", "tune", "verify", "worker", "inspection"},
+    "torch": {
+        "build", "data", "inspection", "launch", "models", "rank", "report", "tasks", "train", "tune", "verify",
+        "worker",
+    },
     "torchvision": {"data", "models"},
 }  # fmt: skip
 

@@ -15,7 +15,7 @@ import typer
 
 from gatrain import cli
 from gatrain.errors import EXIT_CODES, LaunchError
-from gatrain.heartbeat import beating, wait_for_node_0
+from gatrain.fit.heartbeat import beating, wait_for_node_0
 from gatrain.launch.nodes import Nodes
 from gatrain.rundir import RunDir, write_json
 

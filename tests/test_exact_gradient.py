@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -176,7 +177,9 @@ def _count_reductions(micro_batch: int, use_ddp: bool) -> list[int]:
     tokens, labels = ragged_samples(24)
     mine = cut((tokens, labels), [12, 12])[dist.get_rank()]
     for _ in range(3):
-        accumulate(wrapped, cut(mine, batch.micro_batch_sizes(12, micro_batch)), loss_sum=loss_sum, weight=weight)
+        accumulate(
+            wrapped, cut(mine, batch.micro_batch_sizes(12, micro_batch)), loss_sum=loss_sum, weight=weight
+        )
         wrapped.zero_grad(set_to_none=True)
         reduced.append(0)
     dist.all_reduce = real
@@ -270,7 +273,9 @@ def _used_on_one_rank_only() -> Tensor:
 
     def with_extra(module: RaggedLanguageModel, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         total, count = loss_sum(module, pair)
-        return (total + module.never_used(torch.ones(1, 3, dtype=total.dtype)).sum() if rank else total), count
+        return (
+            total + module.never_used(torch.ones(1, 3, dtype=total.dtype)).sum() if rank else total
+        ), count
 
     accumulate(model, [ragged_samples(4)], loss_sum=with_extra, weight=weight)
     assert model.never_used.weight.grad is not None
@@ -309,4 +314,4 @@ def test_every_world_size_sees_the_same_windows() -> None:
         window = schedule.window(index)
         for world_size in (1, 2, 3, 7, 30):
             parts = [window.slice_of(rank, world_size)[1].tolist() for rank in range(world_size)]
-            assert sum(parts, []) == window.ids.tolist()
+            assert list(itertools.chain(*parts)) == window.ids.tolist()

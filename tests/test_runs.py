@@ -185,7 +185,9 @@ def test_a_stopped_run_goes_on_with_another_number_of_processes(folder: Path) ->
     gatrain(folder, "resume", "killed")
     difference = largest_relative_difference(weights(folder / "killed", 40), weights(folder / "whole", 40))
     assert difference < 1e-5
-    assert [r["window"] for r in metrics(folder / "killed")] == [r["window"] for r in metrics(folder / "whole")]
+    assert [r["window"] for r in metrics(folder / "killed")] == [
+        r["window"] for r in metrics(folder / "whole")
+    ]
 
 
 def test_a_torn_saved_state_falls_back_to_the_one_before(folder: Path) -> None:

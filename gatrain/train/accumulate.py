@@ -146,7 +146,9 @@ class PlainAccumulation:
         sums, self._loss_sums = self._loss_sums, {}
         return WindowResult(totals, counts, sums, self._ranks)
 
-    def micro_step(self, batch: Batch, scale: Mapping[str, float], *, reduce_in_backward: bool = False) -> None:
+    def micro_step(
+        self, batch: Batch, scale: Mapping[str, float], *, reduce_in_backward: bool = False
+    ) -> None:
         """Forward and backward of one batch on the device; gradients add up in ``.grad``.
 
         Args:
@@ -161,7 +163,9 @@ class PlainAccumulation:
                 terms = named_loss_sums(self._loss_sum(batch))
             unknown = [name for name in terms if name not in scale]
             if unknown:
-                raise ExactnessError(f"loss_sum returned the term {unknown[0]!r}, which weight() did not count.")
+                raise ExactnessError(
+                    f"loss_sum returned the term {unknown[0]!r}, which weight() did not count."
+                )
             loss = torch.stack([total * scale[name] for name, (total, _) in terms.items()]).sum()
             (self._scaler.scale(loss) if self._scaler else loss).backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
@@ -218,7 +222,9 @@ class PlainAccumulation:
         totals = dict(zip(local, summed[: len(local)], strict=True))
         for name, total in totals.items():
             if not 0 <= total < float("inf"):
-                raise ExactnessError(f"weight() gave {total} for the loss term {name!r}; weights are 0 or more.")
+                raise ExactnessError(
+                    f"weight() gave {total} for the loss term {name!r}; weights are 0 or more."
+                )
         if any(totals.values()):
             for name, weight in local.items():
                 self._counted[name] = self._counted.get(name, 0.0) + weight

@@ -105,9 +105,7 @@ def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
 
 
 @contextlib.contextmanager
-def _recompute(
-    inner: contextlib.AbstractContextManager[Any], norms: Sequence[_BatchNorm]
-) -> Iterator[None]:
+def _recompute(inner: contextlib.AbstractContextManager[Any], norms: Sequence[_BatchNorm]) -> Iterator[None]:
     """The second forward must not count the batch into BatchNorm's running statistics again: it gets copies."""
     originals = [dict(norm._buffers) for norm in norms]
     for norm, buffers in zip(norms, originals, strict=True):

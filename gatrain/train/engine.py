@@ -213,7 +213,7 @@ class Engine:
         self.ranks.broadcast_from_first(buffer for buffer in self.model.buffers())
 
 
-class evaluating:  # noqa: N801 - reads as a verb: `with evaluating(model):`
+class evaluating:
     """Context in which a model is in evaluation mode; restores each module's own mode."""
 
     def __init__(self, model: nn.Module) -> None:

@@ -20,7 +20,8 @@ def evaluate(engine: Engine, *, samples: int | None, micro_batch: int, workers: 
     count = min(len(data), samples or len(data))
     mine = range(engine.ranks.rank, count, engine.ranks.world_size)
     keys: list[list[Key]] = [
-        [(0, sample) for sample in mine[first : first + micro_batch]] for first in range(0, len(mine), micro_batch)
+        [(0, sample) for sample in mine[first : first + micro_batch]]
+        for first in range(0, len(mine), micro_batch)
     ]
     device_sums: dict[tuple[str, str], tuple[Tensor | float, Tensor | float]] = {}
     for micro in load_batches(engine.task, data, keys, workers):

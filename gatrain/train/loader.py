@@ -198,7 +198,9 @@ def host_loader(
     )
 
 
-def load_batches(task: Task, data: Samples, keys: Sequence[list[Key]], workers: int = 0) -> Iterator[MicroBatch]:
+def load_batches(
+    task: Task, data: Samples, keys: Sequence[list[Key]], workers: int = 0
+) -> Iterator[MicroBatch]:
     """Read the given lists of samples in order, for evaluation.
 
     Raises:

@@ -203,7 +203,9 @@ class Trainer:
         self.sinks.step(record)
         self._last_loss = loss
         if item.result.is_empty:
-            self.sinks.notice(f"step {item.index + 1}: every label of the window is masked; no update was made.")
+            self.sinks.notice(
+                f"step {item.index + 1}: every label of the window is masked; no update was made."
+            )
         elif counts["samples"] < self.schedule.effective_batch:
             self.sinks.notice(
                 f"step {item.index + 1} ends epoch {item.index // self.schedule.per_epoch + 1} with a window of "
@@ -243,7 +245,11 @@ class Trainer:
             progress = Progress(**{**vars(self.progress), "scaler": scaler})
             try:
                 path = saved_state.save(
-                    self.run_dir.saved, progress, self.engine.model, self.engine.optimizer, self.config.save.keep
+                    self.run_dir.saved,
+                    progress,
+                    self.engine.model,
+                    self.engine.optimizer,
+                    self.config.save.keep,
                 )
                 self.sinks.saved(self.progress.step, path)
             except OSError as error:

@@ -22,7 +22,9 @@ BUCKET_BYTES = 64 * 2**20
 class Ranks:
     """This process's place among the ranks. With one process every method is a local no-op."""
 
-    def __init__(self, rank: int = 0, world_size: int = 1, host_group: dist.ProcessGroup | None = None) -> None:
+    def __init__(
+        self, rank: int = 0, world_size: int = 1, host_group: dist.ProcessGroup | None = None
+    ) -> None:
         self.rank = rank
         self.world_size = world_size
         self._host_group = host_group
@@ -82,6 +84,7 @@ def _ranks_of_default_group(group: dist.ProcessGroup) -> Ranks:
     """Collective where the default group cannot reduce host tensors: all ranks then make a gloo group."""
     has_cpu = any(device.type == "cpu" for device in group._device_types)
     host_group = group if has_cpu else dist.new_group(backend="gloo")
+    assert isinstance(host_group, dist.ProcessGroup)  # every rank is a member
     return Ranks(dist.get_rank(), dist.get_world_size(), host_group)
 
 

@@ -23,7 +23,12 @@ from torch import Tensor, nn
 from gatrain.errors import SavedStateError
 from gatrain.rundir import fsync, read_json, write_json
 
-MODEL, OPTIMIZER, PROGRESS, MANIFEST = "model.safetensors", "optimizer.safetensors", "progress.json", "manifest.json"
+MODEL, OPTIMIZER, PROGRESS, MANIFEST = (
+    "model.safetensors",
+    "optimizer.safetensors",
+    "progress.json",
+    "manifest.json",
+)
 _NAME = re.compile(r"step_(\d{8,})")
 _TEMPORARY = ".writing-"
 
@@ -42,7 +47,9 @@ class Progress:
     scaler: dict[str, float] | None = None
 
 
-def save(folder: Path, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int) -> Path:
+def save(
+    folder: Path, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int
+) -> Path:
     """Write one saved state under ``folder`` and remove those beyond the newest ``keep`` (0 keeps all).
 
     Called by rank 0 only. Waits for the device.
@@ -83,7 +90,7 @@ def save(folder: Path, progress: Progress, model: nn.Module, optimizer: torch.op
 
 def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest saved state whose files are all whole, and what is wrong with each newer one."""
-    problems = []
+    problems: list[str] = []
     for _, path in _numbered(folder):
         problem = find_damage(path)
         if problem is None:

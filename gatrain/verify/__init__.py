@@ -73,9 +73,7 @@ def run_verify(
     return _report(composed, found, two, planned_by)
 
 
-def _planned(
-    config: RunConfig, facts: Any, hardware: Hardware, cwd: Path | None
-) -> tuple[int | None, str]:
+def _planned(config: RunConfig, facts: Any, hardware: Hardware, cwd: Path | None) -> tuple[int | None, str]:
     """The micro-batch that training would use, if that is known without measuring."""
     if isinstance(config.batch.micro, int):
         return config.batch.micro, f"batch.micro={config.batch.micro}"
@@ -94,9 +92,7 @@ def _run(folder: Path, spec: dict[str, Any], device: str, nproc: int, cwd: Path 
     return read_json(folder / "result.json")
 
 
-def _report(
-    composed: Composed, found: dict[str, Any], two: dict[str, Any], planned_by: str
-) -> VerifyReport:
+def _report(composed: Composed, found: dict[str, Any], two: dict[str, Any], planned_by: str) -> VerifyReport:
     cases = []
     for raw in [*found["cases"], *two["cases"]]:
         tolerance = TOLERANCES[raw["precision"]]

@@ -58,7 +58,9 @@ class Verification:
             whole = self.host_batch(self.ids[:1])
             self.shorten = True
             if _elements(self.host_batch(self.ids[:1])) < _elements(whole):
-                self.notes.append("long samples were shortened for this check; the model is the recipe's own.")
+                self.notes.append(
+                    "long samples were shortened for this check; the model is the recipe's own."
+                )
                 one_s = self._seconds_of_one_sample(model)
         affordable = int(seconds / (1.5 * PASSES * max(one_s, 1e-6)))
         count = min(len(self.ids), max(LEAST_SAMPLES, affordable))
@@ -91,7 +93,8 @@ class Verification:
     def on_device(self, host: Batch, dtype: torch.dtype) -> Batch:
         moved = move_to(host, self.device)
         return pytree.tree_map(
-            lambda leaf: leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, moved
+            lambda leaf: leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf,
+            moved,
         )
 
     def model(self, dtype: torch.dtype) -> nn.Module:
@@ -168,7 +171,10 @@ class Verification:
         return flat_gradient(model), sums
 
     def split(
-        self, dtype: torch.dtype, sizes: list[int], strategy_class: type[PlainAccumulation] = PlainAccumulation
+        self,
+        dtype: torch.dtype,
+        sizes: list[int],
+        strategy_class: type[PlainAccumulation] = PlainAccumulation,
     ) -> tuple[Tensor, dict[str, float]]:
         """Gradient and loss sums of this rank's ``sizes`` (and the other ranks') through the training core."""
         model = self.model(dtype)
@@ -202,7 +208,9 @@ class MeanOfMeans(PlainAccumulation):
         self._micro_steps = len(window.micro_batches)
         return super().__call__(window)
 
-    def micro_step(self, batch: Batch, scale: Mapping[str, float], *, reduce_in_backward: bool = False) -> None:
+    def micro_step(
+        self, batch: Batch, scale: Mapping[str, float], *, reduce_in_backward: bool = False
+    ) -> None:
         exact = self._loss_sum
 
         def mean(on_device: Batch) -> dict[str, tuple[Tensor, Tensor | float]]:
@@ -222,7 +230,9 @@ class MeanOfMeans(PlainAccumulation):
 class RanksAveraged(PlainAccumulation):
     """The other usual mistake: gradients averaged over the ranks where their sum is wanted."""
 
-    def micro_step(self, batch: Batch, scale: Mapping[str, float], *, reduce_in_backward: bool = False) -> None:
+    def micro_step(
+        self, batch: Batch, scale: Mapping[str, float], *, reduce_in_backward: bool = False
+    ) -> None:
         averaged = {name: factor / self._ranks.world_size for name, factor in scale.items()}
         super().micro_step(batch, averaged, reduce_in_backward=reduce_in_backward)
 
@@ -250,7 +260,8 @@ def relative_error(given: Tensor, wanted: Tensor) -> float:
 
 def awkward_sizes(samples: int) -> list[int]:
     """A split in which no two neighbours are alike: 1 + 3 + 2 + 5 + 1 + 3 + ..."""
-    sizes, left = [], samples
+    sizes: list[int] = []
+    left = samples
     pattern = (1, 3, 2, 5)
     while left:
         sizes.append(min(pattern[len(sizes) % 4], left))
@@ -286,7 +297,9 @@ def one_process_cases(proof: Verification, planned_micro_batch: int | None) -> l
         cases.append(_case(proof, "planned split", precision, [planned], reference))
         cases.append(_case(proof, "awkward split", precision, [awkward], reference))
         if proof.weights_differ(awkward):
-            cases.append(_case(proof, "mutation: mean of means", precision, [awkward], reference, MeanOfMeans))
+            cases.append(
+                _case(proof, "mutation: mean of means", precision, [awkward], reference, MeanOfMeans)
+            )
     return cases
 
 

@@ -84,7 +84,9 @@ class VerifyReport:
     def _verdict(case: Case) -> str:
         if case.mutation:
             return "caught, as it must be" if case.passed else "FAILED: this mutation must be caught"
-        return f"equal (limit {case.tolerance:.0e})" if case.passed else f"FAILED (limit {case.tolerance:.0e})"
+        return (
+            f"equal (limit {case.tolerance:.0e})" if case.passed else f"FAILED (limit {case.tolerance:.0e})"
+        )
 
 
 def _sizes(micro_batches: list[list[int]]) -> str:

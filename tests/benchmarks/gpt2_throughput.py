@@ -1,10 +1,10 @@
-"""Tokens per second of `gatrain fit recipe=gpt2` on one and two GPUs, beside a plain compiled loop of the same model.
+"""Tokens per second of `gatrain fit recipe=gpt2` on one and two GPUs, beside a plain compiled loop of its model.
 
     python tests/benchmarks/gpt2_throughput.py [--gpus 1 2] [--steps 50] [--micro 64] [--out FILE] [OVERRIDE ...]
 
 Writes one JSON file with hardware, versions, the full command and, for each run, the rate of the steps after the
-first ten (median and spread), the peak memory and the window hashes. With two GPUs it also says whether the windows
-equal those of one GPU, and the ratio of the rates. `--micro auto` lets the tuner choose.
+first ten (median and spread), the peak memory and the window hashes. With two GPUs it also says whether the
+windows equal those of one GPU, and the ratio of the rates. `--micro auto` lets the tuner choose.
 """
 
 from __future__ import annotations
@@ -99,7 +99,9 @@ def plain_loop(micro: int, micro_steps: int = 40) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gpus", type=int, nargs="+", default=[1])
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--micro", default="64")
@@ -115,7 +117,11 @@ def main() -> None:
     result: dict[str, Any] = {
         "date": today,
         "hardware": {"gpu": name, "count": torch.cuda.device_count()},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+        },
         "command": " ".join(["python", *sys.argv]),
         "fit": [fit(gpus, arguments.steps, arguments.micro, arguments.overrides) for gpus in arguments.gpus],
     }

@@ -1,4 +1,4 @@
-"""Your own loop with gatrain's exact accumulation: `python own_loop.py`, or `torchrun --nproc-per-node 2 own_loop.py`."""
+"""Your own loop, exact: `python own_loop.py`, or on two processes `torchrun --nproc-per-node 2 own_loop.py`."""
 
 import itertools
 import os

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from gatrain import __version__, terminal
+from gatrain import __version__
+from gatrain.cli import terminal
 from gatrain.errors import ConfigError, GatrainError, Interrupted, VerifyError
 
 if TYPE_CHECKING:
     from gatrain.fit import Outcome, WorldRequest
-    from gatrain.submit import Submission
+    from gatrain.fit.submit import Submission
 
 COMMANDS = ("fit", "autotune", "launch", "resume", "verify", "recipes", "show", "doctor")
 
@@ -136,7 +137,7 @@ def launch(
         "--gpus-per-node": gpus_per_node, "--dry-run": dry_run or None,
     }  # fmt: skip
     if slurm:
-        from gatrain import submit
+        from gatrain.fit import submit
 
         if nnodes != 1 or node_rank or endpoint is not None:
             raise ConfigError(
@@ -215,7 +216,7 @@ def verify(overrides: _Overrides = None, as_json: _Json = False) -> None:
 def recipes() -> None:
     """List the recipes: the shipped ones and those in ./recipes."""
     from gatrain import assets
-    from gatrain import show as views
+    from gatrain.cli import show as views
 
     terminal.print_lines(views.recipe_lines(assets.list_recipes(Path.cwd())))
 
@@ -223,7 +224,7 @@ def recipes() -> None:
 @app.command()
 def show(overrides: _Overrides = None, as_json: _Json = False) -> None:
     """Print the composed configuration, with where each value came from."""
-    from gatrain import show as views
+    from gatrain.cli import show as views
     from gatrain.compose import compose
 
     composed = compose(overrides or [])
@@ -236,7 +237,7 @@ def show(overrides: _Overrides = None, as_json: _Json = False) -> None:
 @app.command()
 def doctor(overrides: _Overrides = None, as_json: _Json = False) -> None:
     """Report hardware and versions, what would be chosen and why, and any problem found."""
-    from gatrain.doctor import examine
+    from gatrain.cli.doctor import examine
 
     report = examine(overrides or [])
     if as_json:

@@ -14,7 +14,7 @@ from typing import Any
 
 from gatrain.config import RunConfig
 from gatrain.errors import GatrainError
-from gatrain.record import versions
+from gatrain.fit.record import versions
 from gatrain.tune import Hardware, choose_precision, detect_hardware, memory_text
 from gatrain.tune.cache import cache_dir
 

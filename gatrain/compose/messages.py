@@ -22,7 +22,7 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from gatrain import schema
+from gatrain.compose import schema
 from gatrain.config import RunConfig
 from gatrain.errors import ConfigError, nearest
 

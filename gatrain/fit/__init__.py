@@ -15,8 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from gatrain import batch, record
-from gatrain.claim import choose_folder, claimed, remove_run
+from gatrain import batch
 from gatrain.compose import Composed, compose, reload
 from gatrain.config import RunConfig
 from gatrain.errors import (
@@ -25,7 +24,9 @@ from gatrain.errors import (
     SavedStateError,
     nearest,
 )
-from gatrain.heartbeat import beating, wait_for_node_0
+from gatrain.fit import record
+from gatrain.fit.claim import choose_folder, claimed, remove_run
+from gatrain.fit.heartbeat import beating, wait_for_node_0
 from gatrain.inspection import inspect_run
 from gatrain.launch import slurm
 from gatrain.launch.join import MeetingPoint

@@ -6,7 +6,7 @@ A recipe is a Hydra primary config. Three facts about Hydra shape this file:
   that holds the recipe, and the other folders follow as one quoted override;
 - without the typed schema at the head of the defaults list a misspelt key in a file is accepted, and a
   schema further down silently resets what came before it: both are refused here;
-- its messages speak of its own machinery; `gatrain.compose_errors` says the same in the user's words.
+- its messages speak of its own machinery; `gatrain.compose.messages` says the same in the user's words.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gatrain import assets, compose_errors, schema
+from gatrain import assets
+from gatrain.compose import messages, schema
 from gatrain.config import RunConfig, validate
 from gatrain.errors import ConfigError
 
@@ -74,10 +75,10 @@ def compose(overrides: Sequence[str], cwd: Path | None = None) -> Composed:
         *assets.search_folders("conf", cwd),
     ]
     folders = list(dict.fromkeys(folders))
-    parsed = _displacing(compose_errors.parse_overrides(words))
+    parsed = _displacing(messages.parse_overrides(words))
     words_and_displaced = [override.input_line or "" for override in parsed]
     _check_extension(recipe.name, [recipe.path], folders)
-    context = compose_errors.Context(recipe.name, recipe.path, folders, parsed)
+    context = messages.Context(recipe.name, recipe.path, folders, parsed)
     with _initialized(folders) as search_path:
         schema.register(optimizer_by_group=True)
         try:
@@ -86,8 +87,8 @@ def compose(overrides: Sequence[str], cwd: Path | None = None) -> Composed:
             if not any(_stem(element) in schema.OPTIMIZER_SCHEMAS for element in elements):
                 schema.register(optimizer_by_group=False)
             composed = hydra_compose(recipe.path.stem, [*words_and_displaced, search_path])
-        except compose_errors.FOREIGN as error:
-            raise ConfigError(compose_errors.explain(error, context)) from error
+        except messages.FOREIGN as error:
+            raise ConfigError(messages.explain(error, context)) from error
     if OmegaConf.get_type(composed) is not RunConfig:
         raise ConfigError(_no_schema(recipe))
     sources = _sources(dict(_leaves(OmegaConf.to_container(composed))), elements, parsed, folders)
@@ -122,24 +123,24 @@ def reload(path: Path, overrides: Sequence[str]) -> tuple[RunConfig, str]:
     Raises:
         ConfigError: the file or an override is not right.
     """
-    parsed = _displacing(compose_errors.parse_overrides(overrides))
+    parsed = _displacing(messages.parse_overrides(overrides))
     stored = read_yaml(path)
     section = stored.get("optimizer") if "optimizer" in stored else None
     name = section.get("name", "adamw") if isinstance(section, DictConfig) else "adamw"
     if name not in schema.OPTIMIZERS:
         raise ConfigError(f"{path}: optimizer.name={name} is not one of {', '.join(schema.OPTIMIZERS)}.")
-    context = compose_errors.Context(path.stem, path, [path.parent], parsed)
+    context = messages.Context(path.stem, path, [path.parent], parsed)
     try:
         merged = OmegaConf.merge(schema.thawed(RunConfig(optimizer=schema.OPTIMIZERS[name]())), stored)
-    except compose_errors.FOREIGN as error:
-        raise ConfigError(compose_errors.explain(error, context)) from error
+    except messages.FOREIGN as error:
+        raise ConfigError(messages.explain(error, context)) from error
     assert isinstance(merged, DictConfig)
     OmegaConf.set_struct(merged, True)
     for override in parsed:
         try:
             OmegaConf.update(merged, override.key_or_group, override.value(), merge=True)
-        except compose_errors.FOREIGN as error:
-            raise ConfigError(compose_errors.explain_override(override, error, context)) from error
+        except messages.FOREIGN as error:
+            raise ConfigError(messages.explain_override(override, error, context)) from error
     config = _to_config(merged, dict(_leaves(OmegaConf.to_container(merged))))
     validate(config)
     return config, OmegaConf.to_yaml(merged)
@@ -157,7 +158,7 @@ def take_recipe(overrides: Sequence[str], cwd: Path) -> tuple[str, list[str]]:
     known = ", ".join(names) or "none"
     for word in words:
         if "=" not in word and not word.startswith("~"):
-            near = compose_errors.close_to(word, names).replace("Did you mean '", "Did you mean 'recipe=")
+            near = messages.close_to(word, names).replace("Did you mean '", "Did you mean 'recipe=")
             raise ConfigError(f"'{word}' is not an override: those are written KEY=VALUE.{near}")
     if not given:
         raise ConfigError(f"no recipe is given. Add recipe=NAME. Known recipes: {known}.")
@@ -187,7 +188,7 @@ def _displacing(parsed: list[Override]) -> list[Override]:
     for override in parsed:
         other = _EITHER_OR.get(override.key_or_group)
         if other and other.partition("=")[0] not in given and override.value() is not None:
-            displaced += compose_errors.parse_overrides([other])
+            displaced += messages.parse_overrides([other])
     return [*parsed, *displaced]
 
 
@@ -199,8 +200,8 @@ def read_yaml(path: Path) -> DictConfig:
     """
     try:
         loaded = OmegaConf.load(path)
-    except (compose_errors.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(compose_errors.unreadable(path, error)) from error
+    except (messages.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(messages.unreadable(path, error)) from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path}: the top level must be keys with values, not a list.")
     return loaded
@@ -298,17 +299,17 @@ def _settle_keys(
         where = f"'{word}'" if word else next((sources[k] for k in sources if k.startswith(full_key)), prefix)
         if prefix == "optimizer." and owner is not None:
             raise ConfigError(f"{where}: {full_key} is a key of optimizer={owner}, which is not chosen here.")
-        raise ConfigError(f"{where}: {compose_errors.unknown_key(full_key, sorted(known), None)}")
+        raise ConfigError(f"{where}: {messages.unknown_key(full_key, sorted(known), None)}")
 
 
 def _to_config(composed: DictConfig, leaves: Mapping[str, Any]) -> RunConfig:
     missing = [key for key, value in leaves.items() if value == MISSING]
     if missing:
-        raise ConfigError(compose_errors.missing_values(missing))
+        raise ConfigError(messages.missing_values(missing))
     try:
         config = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(compose_errors.explain_resolution(error, leaves)) from error
+        raise ConfigError(messages.explain_resolution(error, leaves)) from error
     assert isinstance(config, RunConfig)
     expected = schema.OPTIMIZERS.get(config.optimizer.name)
     if expected is not None and type(config.optimizer) is not expected:
