@@ -12,6 +12,7 @@ signal.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import faulthandler
 import logging
@@ -147,7 +148,7 @@ def main(work: Callable[[Path, Rank], None]) -> NoReturn:
     """
     if len(sys.argv) != 2:
         sys.exit(
-            "usage: python -m MODULE FOLDER (gatrain starts this; use `gatrain launch` or `gatrain train`)"
+            "usage: python -m MODULE FOLDER (gatrain starts this; use `gatrain fit` or `gatrain launch`)"
         )
     _die_with_launcher()
     place, run_dir, stop = _Place.from_environ(), RunDir(Path(sys.argv[1])), StopFlag()
@@ -172,7 +173,13 @@ def main(work: Callable[[Path, Rank], None]) -> NoReturn:
     _exit_within(10.0)
     for signum in STOP_SIGNALS:  # the work is done and said to be: nothing is left to stop
         signal.signal(signum, signal.SIG_IGN)
-    sys.exit(0)
+    with contextlib.suppress(Exception):
+        atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(
+        0
+    )  # native threads that outlive the interpreter have been seen to abort a process that had succeeded
 
 
 def _exit_within(limit_s: float) -> None:

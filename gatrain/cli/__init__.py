@@ -216,7 +216,7 @@ def verify(overrides: _Overrides = None, as_json: _Json = False) -> None:
 def recipes() -> None:
     """List the recipes: the shipped ones and those in ./recipes."""
     from gatrain import assets
-    from gatrain.cli import show as views
+    from gatrain.cli import views
 
     terminal.print_lines(views.recipe_lines(assets.list_recipes(Path.cwd())))
 
@@ -224,7 +224,7 @@ def recipes() -> None:
 @app.command()
 def show(overrides: _Overrides = None, as_json: _Json = False) -> None:
     """Print the composed configuration, with where each value came from."""
-    from gatrain.cli import show as views
+    from gatrain.cli import views
     from gatrain.compose import compose
 
     composed = compose(overrides or [])
@@ -237,7 +237,7 @@ def show(overrides: _Overrides = None, as_json: _Json = False) -> None:
 @app.command()
 def doctor(overrides: _Overrides = None, as_json: _Json = False) -> None:
     """Report hardware and versions, what would be chosen and why, and any problem found."""
-    from gatrain.cli.doctor import examine
+    from gatrain.cli.examine import examine
 
     report = examine(overrides or [])
     if as_json:

@@ -144,8 +144,8 @@ def label_count(labels: Tensor) -> Tensor:
 def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy in nats, summed over the labels that are not -100, in fp32 (fp64 for fp64 logits).
 
-    Under torch.compile the conversion to fp32 is fused into the softmax and costs no memory. Rows are taken
-    in as few pieces as keep every kernel's index below 2**31.
+    Under torch.compile the conversion to fp32 is fused into the softmax and costs no memory. Otherwise rows
+    are taken in as few pieces as keep every kernel's index below 2**31.
 
     Args:
         logits: ``[B, L, V]``.
@@ -153,7 +153,8 @@ def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """
     rows, labels = logits.flatten(0, 1), labels.flatten()
     piece = max(1, MOST_LOGITS // rows.shape[1])
-    if rows.shape[0] <= piece:
+    # inductor's kernels index with 64 bits where they must, and pieces would only cost them traffic
+    if rows.shape[0] <= piece or torch.compiler.is_compiling():
         return _summed(rows, labels)
     total = rows.new_zeros((), dtype=torch.promote_types(rows.dtype, torch.float32))
     for start in range(0, rows.shape[0], piece):

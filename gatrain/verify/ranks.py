@@ -18,7 +18,7 @@ from gatrain import batch, build
 from gatrain import rank as rank_process
 from gatrain.compose import load_config
 from gatrain.config import RunConfig
-from gatrain.errors import ExactnessError
+from gatrain.errors import GatrainError
 from gatrain.rundir import read_json, write_json
 from gatrain.tasks.base import Batch, Task, named_loss_sums, named_weights
 from gatrain.train.accumulate import MicroBatch, PlainAccumulation, RankWindow, WindowResult, move_to
@@ -68,11 +68,12 @@ class Verification:
 
     def _seconds_of_one_sample(self, model: nn.Module) -> float:
         began = time.perf_counter()
-        one = self.on_device(self.host_batch(self.ids[:1]), torch.float64)
-        self._one_shot_backward(model, one)
+        probe = self.ids[:2]  # not one: BatchNorm may refuse a single sample
+        with self._loss_modules(torch.float64):
+            self._one_shot_backward(model, self.on_device(self.host_batch(probe), torch.float64))
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return time.perf_counter() - began
+        return (time.perf_counter() - began) / len(probe)
 
     def host_batch(self, ids: list[int]) -> Batch:
         for sample in ids:
@@ -337,8 +338,10 @@ def _case(
     try:
         given, sums = proof.split(DTYPES[precision], splits[proof.ranks.rank], strategy_class)
         distance = relative_error(given, wanted)
-    except ExactnessError as problem:
+    except GatrainError as problem:
         error = str(problem)
+    except Exception as problem:  # such as a model that refuses a micro-batch of one sample
+        error = f"{type(problem).__name__}: {problem}"
     else:
         if not mutate:
             error = _undecomposable(proof, sums, whole_sums, 1e-9 if precision == "fp64" else 1e-4)

@@ -26,10 +26,8 @@ class Case:
 
     @property
     def passed(self) -> bool:
-        equal = self.error is None and self.relative_error <= self.tolerance
-        if self.mutation:
-            return not equal
-        return equal  # nan is not <= anything
+        equal = self.relative_error <= self.tolerance  # nan is not <= anything
+        return self.error is None and equal != self.mutation
 
 
 @dataclass(frozen=True)
