@@ -119,5 +119,5 @@ EXIT_CODES: dict[int, type[GatrainError]] = {
 
 def nearest(given: str, allowed: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the closest allowed name, or an empty string."""
-    match = difflib.get_close_matches(str(given), [str(name) for name in allowed], n=1, cutoff=0.5)
+    match = difflib.get_close_matches(str(given), [str(name) for name in allowed], n=1, cutoff=0.6)
     return f" Did you mean '{match[0]}'?" if match else ""

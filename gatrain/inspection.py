@@ -6,6 +6,7 @@ reads the data, and builds the model without memory.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -15,7 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gatrain.errors import EXIT_CODES, ConfigError, DataError, GatrainError
+from gatrain.config import RunConfig
+from gatrain.errors import EXIT_CODES, ConfigError, DataError, GatrainError, nearest
 from gatrain.rundir import write_json, write_text
 
 _CONFIG, _RESULT = "config.yaml", "result.json"
@@ -33,6 +35,28 @@ class RunFacts:
     parameter_bytes: int
     checkpointing_modes: tuple[str, ...]
     """Modes of activation checkpointing that the model offers."""
+
+
+def check_modules(config: RunConfig, cwd: Path) -> None:
+    """Look for the top-level module of every `_target_` without importing it: the quick half of the check.
+
+    Raises:
+        ConfigError: a module that is neither installed nor in ``cwd``.
+    """
+    for key in ("model", "data", "loss", "task"):
+        node = getattr(config, key)
+        target = node.get("_target_") if isinstance(node, dict) else None
+        if not isinstance(target, str) or "." not in target:
+            continue
+        name = target.split(".")[0]
+        here = (cwd / name).is_dir() or (cwd / f"{name}.py").is_file()
+        if here or name in sys.modules or importlib.util.find_spec(name) is not None:
+            continue
+        own = [path.stem for path in cwd.glob("*.py")]
+        raise ConfigError(
+            f"{key}._target_={target} does not import: there is no module {name!r} in {cwd}, and none is "
+            f"installed.{nearest(name, own)}"
+        )
 
 
 def inspect_run(config_yaml: str, cwd: Path | None = None) -> RunFacts:

@@ -27,7 +27,7 @@ from gatrain.errors import (
 from gatrain.fit import record
 from gatrain.fit.claim import choose_folder, claimed, remove_run
 from gatrain.fit.heartbeat import beating, wait_for_node_0
-from gatrain.inspection import inspect_run
+from gatrain.inspection import check_modules, inspect_run
 from gatrain.launch import slurm
 from gatrain.launch.join import MeetingPoint
 from gatrain.launch.nodes import Nodes
@@ -105,6 +105,7 @@ def autotune(
     """
     request, listener = request or WorldRequest(), listener or Listener()
     composed = compose(overrides)
+    check_modules(composed.config, Path.cwd())
     hardware, nodes = find_world(composed.config, request)
     plan = _plan(composed.config, composed.yaml, hardware, nodes, listener, Path.cwd(), retune)
     listener.planned(plan, None)
@@ -122,6 +123,7 @@ def fit(
     request, listener = request or WorldRequest(), listener or Listener()
     cwd = Path.cwd().resolve()
     composed = compose(overrides)
+    check_modules(composed.config, cwd)
     hardware, nodes = find_world(composed.config, request)
     path, named = choose_folder(composed, nodes, cwd)
     _check_port(nodes)

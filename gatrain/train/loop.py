@@ -58,6 +58,7 @@ class Trainer:
     _evaluation: dict[str, float] = field(default_factory=dict)
     _last_loss: float | None = None
     _saved_step: int = -1
+    _told_of_short_window: bool = False
 
     def run(self) -> dict[str, Any]:
         """Train, evaluate, save; return the summary that tells how it ended.
@@ -206,10 +207,11 @@ class Trainer:
             self.sinks.notice(
                 f"step {item.index + 1}: every label of the window is masked; no update was made."
             )
-        elif counts["samples"] < self.schedule.effective_batch:
+        elif counts["samples"] < self.schedule.effective_batch and not self._told_of_short_window:
+            self._told_of_short_window = True
             self.sinks.notice(
-                f"step {item.index + 1} ends epoch {item.index // self.schedule.per_epoch + 1} with a window of "
-                f"{int(counts['samples'])} samples; its gradient is the exact mean over those."
+                f"step {item.index + 1} ends an epoch with a window of {int(counts['samples'])} samples, as every "
+                "epoch will; its gradient is the exact mean over those."
             )
         scaler_handles_it = self.engine.scaler is not None and math.isfinite(loss)
         if not (math.isfinite(norm) and math.isfinite(loss)) and not scaler_handles_it:

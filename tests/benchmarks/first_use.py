@@ -60,7 +60,7 @@ def main() -> None:
             "first_loss": records[0]["loss"],
             "last_loss": records[-1]["loss"],
             "plan": json.loads((run / "plan.json").read_text()),
-            "printed": done.stdout.splitlines(),
+            "printed": done.stdout.replace(f"{folder}/", "").splitlines(),
         }  # fmt: skip
     out = arguments.out or Path(__file__).parent / "results" / f"first_use_{result['date']}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
