@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,7 @@ class Verification:
     def _terms(self, model: nn.Module, on_device: Batch) -> dict[str, tuple[Tensor, Tensor | float]]:
         return named_loss_sums(self.task.loss_sum(model, on_device))
 
-    @contextmanager
+    @contextlib.contextmanager
     def _loss_modules(self, dtype: torch.dtype) -> Iterator[None]:
         """Losses may hold tensors (class weights): move and convert the task's modules with the model."""
         owners = [self.task, *(v for v in vars(self.task).values() if hasattr(v, "__dict__"))]
@@ -167,7 +167,7 @@ class Verification:
     def one_shot(self, dtype: torch.dtype) -> tuple[Tensor, dict[str, float]]:
         """Gradient and loss sums of the whole window in one batch."""
         model = self.model(dtype)
-        with self._loss_modules(dtype):
+        with self._loss_modules(dtype), one_algorithm():
             sums = self._one_shot_backward(model, self.on_device(self.host_batch(self.ids), dtype))
         return flat_gradient(model), sums
 
@@ -196,7 +196,7 @@ class Verification:
             sync="overlap" if isinstance(wrapped, DistributedDataParallel) else "window",
             stage=lambda host: lambda: self.on_device(host, dtype),
         )
-        with self._loss_modules(dtype):
+        with self._loss_modules(dtype), one_algorithm():
             result = strategy(RankWindow(micro_batches))
         sums = {name: float(value) for name, value in result.local_loss_sums.items()}
         return flat_gradient(model), sums
@@ -236,6 +236,15 @@ class RanksAveraged(PlainAccumulation):
     ) -> None:
         averaged = {name: factor / self._ranks.world_size for name, factor in scale.items()}
         super().micro_step(batch, averaged, reduce_in_backward=reduce_in_backward)
+
+
+def one_algorithm() -> contextlib.AbstractContextManager[Any]:
+    """On a CPU, compute each sample alike whatever its batch.
+
+    oneDNN chooses another convolution for another batch size, and a deep net at its start multiplies that
+    rounding; here only the order of the sums may differ.
+    """
+    return torch.backends.mkldnn.flags(enabled=False)  # type: ignore[no-any-return]
 
 
 def _elements(batch: Batch) -> int:
