@@ -91,8 +91,9 @@ def _describe_device(rank: rank_process.Rank) -> str:
 
     if rank.device.type == "cuda":
         return f"{rank.world_size} x {torch.cuda.get_device_name(rank.device)}"
-    processes = f"{rank.world_size} processes, " if rank.world_size > 1 else ""
-    return f"CPU ({processes}{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)} each)"
+    count = torch.get_num_threads()
+    threads = f"{count} thread{'s' * (count > 1)}"
+    return f"CPU ({rank.world_size} processes of {threads})" if rank.world_size > 1 else f"CPU ({threads})"
 
 
 if __name__ == "__main__":
