@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -159,7 +159,7 @@ def main(work: Callable[[Path, Rank], None]) -> NoReturn:
         place.tell(protocol.RUNNING)
         _end_if_hopeless(run_dir.rank_error(place.rank))
         _redirect(run_dir, place.rank, stop)
-        rank = _join_world(place, stop)
+        rank = _join_world(place, stop, run_dir.rank_log(place.rank))
         with contextlib.suppress(Interrupted):  # another way of saying "stopped as asked"
             work(run_dir.path, rank)
         place.tell(protocol.STOPPED if stop.signum else protocol.DONE, stop.signum)
@@ -246,7 +246,25 @@ def _redirect(run_dir: RunDir, rank: int, stop: StopFlag) -> None:
     logging.captureWarnings(True)
 
 
-def _join_world(place: _Place, stop: StopFlag) -> Rank:
+@contextlib.contextmanager
+def stdout_to(path: Path) -> Iterator[None]:
+    """Send standard output to the end of a file for a while, also what C++ libraries write there.
+
+    Standard output may be one JSON object for a script; gloo, in some versions of torch, greets its peers on it.
+    """
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        with open(path, "a", encoding="utf-8") as log:
+            os.dup2(log.fileno(), 1)
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _join_world(place: _Place, stop: StopFlag, log: Path) -> Rank:
     device = _choose_device(place)
     if place.world_size > 1:
         import torch.distributed as dist
@@ -254,14 +272,15 @@ def _join_world(place: _Place, stop: StopFlag) -> Rank:
         # Every rank of the world takes part. The store is given, not found through the environment, because
         # ranks are numbered differently from torchrun's (see _Place): its server may be on another than 0.
         timeout = timedelta(seconds=protocol.seconds(protocol.TIMEOUT_S, 600))
-        dist.init_process_group(
-            backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=_open_store(place, timeout),
-            rank=place.rank,
-            world_size=place.world_size,
-            timeout=timeout,
-            device_id=device if device.type == "cuda" else None,
-        )
+        with stdout_to(log):
+            dist.init_process_group(
+                backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                store=_open_store(place, timeout),
+                rank=place.rank,
+                world_size=place.world_size,
+                timeout=timeout,
+                device_id=device if device.type == "cuda" else None,
+            )
         os.environ["RANK"] = str(place.rank)
     return Rank(place.rank, place.local_rank, place.world_size, place.local_world_size, device, stop)
 

@@ -19,7 +19,7 @@ from gatrain import rank as rank_process
 from gatrain.compose import load_config
 from gatrain.config import RunConfig
 from gatrain.errors import GatrainError
-from gatrain.rundir import read_json, write_json
+from gatrain.rundir import RunDir, read_json, write_json
 from gatrain.tasks.base import Batch, Task, named_loss_sums, named_weights
 from gatrain.train.accumulate import MicroBatch, PlainAccumulation, RankWindow, WindowResult, move_to
 from gatrain.train.checkpointing import apply_checkpointing
@@ -281,6 +281,11 @@ def awkward_sizes(samples: int) -> list[int]:
 
 def work(folder: Path, rank: rank_process.Rank) -> None:
     """Compute every case; rank 0 writes ``result.json``."""
+    with rank_process.stdout_to(RunDir(folder).rank_log(rank.rank)):  # the user's model may print
+        _compute(folder, rank)
+
+
+def _compute(folder: Path, rank: rank_process.Rank) -> None:
     spec = read_json(folder / "verify.json")
     forbid_tf32("fp32")
     proof = Verification(load_config(folder / "config.yaml"), rank.device, Ranks.current())
