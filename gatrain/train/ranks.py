@@ -6,7 +6,6 @@ All of them are called by every rank, in the same order; a rank that leaves one 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from typing import TypeVar
 
 import torch
@@ -34,7 +33,8 @@ class Ranks:
         """The ranks of torch.distributed's default group, or a single one where none is initialised."""
         if not (dist.is_available() and dist.is_initialized()):
             return cls()
-        return _ranks_of_default_group(dist.distributed_c10d._get_default_group())
+        group = _host_group_beside(dist.distributed_c10d._get_default_group())
+        return cls(dist.get_rank(), dist.get_world_size(), group)
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Sum host numbers over all ranks, exactly for integers below 2**53. Never touches the device."""
@@ -79,13 +79,19 @@ class Ranks:
             _unflatten_16_bit(bucket, flat)
 
 
-@lru_cache(maxsize=4)
-def _ranks_of_default_group(group: dist.ProcessGroup) -> Ranks:
-    """Collective where the default group cannot reduce host tensors: all ranks then make a gloo group."""
-    has_cpu = any(device.type == "cpu" for device in group._device_types)
-    host_group = group if has_cpu else dist.new_group(backend="gloo")
-    assert isinstance(host_group, dist.ProcessGroup)  # every rank is a member
-    return Ranks(dist.get_rank(), dist.get_world_size(), host_group)
+_host_groups: dict[str, dist.ProcessGroup] = {}
+"""Groups for host tensors that were made beside default groups that cannot reduce them, by the latter's name."""
+
+
+def _host_group_beside(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A group that reduces host tensors. Collective at the first call where the default group cannot."""
+    if any(device.type == "cpu" for device in group._device_types):
+        return group  # not remembered: holding it would keep its threads past destroy_process_group
+    if group.group_name not in _host_groups:
+        made = dist.new_group(backend="gloo")
+        assert isinstance(made, dist.ProcessGroup)  # every rank is a member
+        _host_groups[group.group_name] = made
+    return _host_groups[group.group_name]
 
 
 def _buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:

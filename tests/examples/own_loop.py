@@ -26,11 +26,12 @@ def loss_sum(model, batch):  # a sum over samples, and how many there were
 
 my_windows = windows(len(inputs), effective_batch=50, seed=0, rank=rank, world_size=world_size)
 for step, ids in enumerate(itertools.islice(my_windows, 40)):
-    parts = [ids[first : first + 8] for first in range(0, len(ids), 8)]
-    micro_batches = [(inputs[part], targets[part]) for part in parts]
+    micro_batches = zip(inputs[ids].split(8), targets[ids].split(8), strict=True)
     result = accumulate(model, micro_batches, loss_sum=loss_sum, weight=lambda batch: len(batch[0]))
     optimizer.step()
     optimizer.zero_grad()
     loss = result.loss()
     if rank == 0:
         print(step, f"{loss:.6f}")
+if dist.is_initialized():
+    dist.destroy_process_group()
