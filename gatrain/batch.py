@@ -7,6 +7,8 @@ of all ranks sum to the window exactly: a remainder becomes a smaller last micro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from gatrain.errors import PlanError
 
 
@@ -14,6 +16,38 @@ def rank_shares(window: int, world_size: int) -> list[int]:
     """Split ``window`` samples over the ranks; shares differ by at most one sample and may be zero."""
     base, extra = divmod(window, world_size)
     return [base + (rank < extra) for rank in range(world_size)]
+
+
+def proportional_shares(window: int, weights: Sequence[int]) -> list[int]:
+    """Split ``window`` samples over the ranks in proportion to ``weights``, one for each rank.
+
+    Largest remainders (Hamilton's method): every share is its exact proportion rounded up or down, and the
+    sum is ``window``. Of equal remainders the lower rank's goes first, so that equal weights give
+    `rank_shares`.
+
+    Raises:
+        ValueError: the weights are negative or all zero.
+    """
+    total = sum(weights)
+    if total <= 0 or min(weights) < 0:
+        raise ValueError(f"weights {list(weights)} are not proportions")
+    shares = [window * weight // total for weight in weights]
+    by_remainder = sorted(range(len(weights)), key=lambda rank: (-(window * weights[rank] % total), rank))
+    for rank in by_remainder[: window - sum(shares)]:
+        shares[rank] += 1
+    return shares
+
+
+def window_shares(window: int, plan_shares: Sequence[int]) -> list[int]:
+    """Each rank's part of a window, full or short, under a plan that gives a full one ``plan_shares``.
+
+    Ranks whose shares differ by at most one sample are equal ranks: a short window is split evenly over them.
+    """
+    if window == sum(plan_shares):
+        return list(plan_shares)
+    if max(plan_shares) - min(plan_shares) <= 1:
+        return rank_shares(window, len(plan_shares))
+    return proportional_shares(window, plan_shares)
 
 
 def micro_batch_sizes(share: int, micro_batch: int) -> list[int]:
@@ -27,12 +61,17 @@ def micro_batch_sizes(share: int, micro_batch: int) -> list[int]:
 
 def split_window(window: int, world_size: int, micro_batch: int) -> list[list[int]]:
     """Sizes of all micro-batches, by rank. Their sum is ``window``."""
-    return [micro_batch_sizes(share, micro_batch) for share in rank_shares(window, world_size)]
+    return split_shares(rank_shares(window, world_size), micro_batch)
 
 
 def largest_share(effective_batch: int, world_size: int) -> int:
     """Samples of the busiest rank: the largest micro-batch that can be of use."""
     return -(-effective_batch // world_size)
+
+
+def split_shares(shares: Sequence[int], micro_batch: int) -> list[list[int]]:
+    """Sizes of all micro-batches, by rank, where each rank computes the share given for it."""
+    return [micro_batch_sizes(share, micro_batch) for share in shares]
 
 
 def check_micro_batch(effective_batch: int, world_size: int, micro_batch: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +33,11 @@ class Trial:
     """Samples per second over all ranks, whole optimizer steps included."""
     step_s: float | None = None
     """Predicted seconds of one optimizer step at the effective batch with this micro-batch."""
+    confirmed_step_s: float | None = None
+    """Median seconds of whole optimizer steps at the effective batch (all micro-steps with the remainder, the
+    reduction, the update), timed in turn with the other finalists; None for all but finalists."""
+    confirmed_steps: int | None = None
+    """Whole steps behind that median."""
     loss: float | None = None
     """Loss of the trial's samples per unit of weight: equal samples must give equal losses."""
     error: str | None = None
@@ -63,6 +69,10 @@ class Plan:
     trials: list[Trial] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """Advice and observations, one sentence each."""
+    predicted_peak_bytes: int | None = None
+    """Peak memory that the weakest rank should show: measured at this size, or on the line of other sizes."""
+    memory_budget_bytes: int | None = None
+    """Peak memory that the plan may come to on the weakest rank: ``tune.memory_fraction`` of what was free."""
 
     def __post_init__(self) -> None:
         total = sum(map(sum, self.micro_batches))
@@ -73,6 +83,11 @@ class Plan:
     def accumulation_steps(self) -> int:
         """K: micro-steps per optimizer step on the rank that has most."""
         return max(map(len, self.micro_batches))
+
+    @property
+    def shares(self) -> list[int]:
+        """Samples of each rank in a full window; they differ by more than one where the ranks' speeds do."""
+        return [sum(sizes) for sizes in self.micro_batches]
 
     @property
     def equation(self) -> str:
@@ -113,18 +128,26 @@ def make_plan(
     reason: str,
     trials: list[Trial] | None = None,
     notes: list[str] | None = None,
+    shares: Sequence[int] | None = None,
+    predicted_peak_bytes: int | None = None,
+    memory_budget_bytes: int | None = None,
 ) -> Plan:
     """Build the plan for a micro-batch; the split itself comes from `gatrain.batch`.
+
+    Args:
+        shares: samples of each rank where they are not to be equal.
 
     Raises:
         PlanError: the micro-batch is larger than a rank's share.
     """
-    batch.check_micro_batch(effective_batch, world_size, micro_batch)
+    if shares is None:
+        batch.check_micro_batch(effective_batch, world_size, micro_batch)
+        shares = batch.rank_shares(effective_batch, world_size)
     return Plan(
         effective_batch=effective_batch,
         world_size=world_size,
         micro_batch=micro_batch,
-        micro_batches=batch.split_window(effective_batch, world_size, micro_batch),
+        micro_batches=batch.split_shares(shares, micro_batch),
         precision=precision,
         checkpointing=checkpointing,
         compile=compile,
@@ -132,4 +155,6 @@ def make_plan(
         reason=reason,
         trials=trials or [],
         notes=notes or [],
+        predicted_peak_bytes=predicted_peak_bytes,
+        memory_budget_bytes=memory_budget_bytes,
     )

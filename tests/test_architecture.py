@@ -31,10 +31,11 @@ ROOMS: dict[str, set[str]] = {
     "build": {"config", "plan", "tasks", "train"},
     "inspection": {"build", "compose"},
     "tune": {"batch", "build", "compose", "config", "launch", "plan", "rank", "rundir", "tasks"},
+    "predict": {"batch", "build", "compose", "config", "plan", "rundir", "tasks", "train"},
     "worker": {"build", "compose", "rank", "report", "train"},
     "verify": {"batch", "build", "compose", "inspection", "launch", "rank", "train", "tune"},
     "fit": {"compose", "inspection", "launch", "tune"},
-    "cli": {"fit", "report", "verify"},
+    "cli": {"fit", "predict", "report", "verify"},
 }
 THIRD_PARTY = {
     "typer": {"cli"},
@@ -42,8 +43,8 @@ THIRD_PARTY = {
     "hydra": {"build", "compose", "fit"},  # fit: only to quote an override
     "omegaconf": {"build", "compose"},
     "torch": {
-        "build", "data", "inspection", "launch", "models", "rank", "report", "tasks", "train", "tune", "verify",
-        "worker",
+        "build", "data", "inspection", "launch", "models", "predict", "rank", "report", "tasks", "train", "tune",
+        "verify", "worker",
     },
     "torchvision": {"data", "models"},
 }  # fmt: skip

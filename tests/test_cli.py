@@ -20,11 +20,13 @@ from gatrain.launch.nodes import Nodes
 from gatrain.rundir import RunDir, write_json
 
 SURFACE = {
-    "fit": set(),
-    "autotune": {"--json", "--retune"},
+    "fit": {"--retune"},
+    "autotune": {"--json", "--retune", "--plot"},
+    "plan": {"--gpu", "--gpus", "--nproc", "--json"},
     "launch": {
         "--nproc", "--nnodes", "--node-rank", "--rdzv-endpoint", "--max-restarts",
         "--slurm", "--partition", "--time", "--nodes", "--gpus-per-node", "--dry-run",
+        "--retune",
     },
     "resume": {"--nproc", "--nnodes", "--node-rank", "--rdzv-endpoint", "--max-restarts"},
     "verify": {"--json"},
@@ -265,6 +267,31 @@ def test_debug_shows_the_traceback(
     code, _, err = call(capsys, "show", "recipe=nope")
     assert code == 2
     assert "Traceback" in err
+
+
+@pytest.mark.parametrize("words", [["fit"], ["launch", "--nproc", "1"]])
+def test_retune_reaches_the_tuner(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def make_plan_for(*args: object, retune: bool, **options: object) -> None:
+        asked.append(retune)
+        raise LaunchError("enough")
+
+    monkeypatch.setattr("gatrain.tune.make_plan_for", make_plan_for)
+    for options in ([], ["--retune"]):
+        code, _, err = call(capsys, *words, "recipe=vision", *options)
+        assert (code, "enough" in err) == (LaunchError.exit_code, True)
+    assert asked == [False, True]
+
+
+def test_a_plot_that_cannot_be_written_is_told_before_anything_is_measured(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, _, err = call(capsys, "autotune", "recipe=vision", "--plot", "nowhere/curve.png")
+    assert code == 2
+    assert "--plot nowhere/curve.png" in err
 
 
 def test_interrupt_gives_130(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -16,6 +17,7 @@ import pytest
 from rich.console import Console, ConsoleDimensions
 from rich.text import Text
 
+from gatrain.errors import ConfigError
 from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, SKIPPED, Plan, Trial, make_plan
 from gatrain.report import (
     Fanout,
@@ -26,6 +28,7 @@ from gatrain.report import (
     console_sink,
     make_sinks,
     plan_lines,
+    plan_plot,
     plan_table,
     print_plan,
     save_plots,
@@ -35,6 +38,7 @@ from gatrain.report import text as words
 from gatrain.report.jsonl import keep_until, read_lines
 from gatrain.report.live import LiveSink, _Console, _Region
 from gatrain.report.meter import Meter
+from gatrain.report.plan_plot import plan_plot_lines, terminal_points
 from gatrain.report.plot import sparkline
 from gatrain.rundir import RunDir, write_json
 from gatrain.train.events import RunInfo
@@ -583,6 +587,19 @@ def test_the_plan_marks_its_choice_and_shows_every_outcome(form: str) -> None:
     assert "Micro-batch 96 (checkpointing full) failed: RuntimeError: [boom]" in lines
 
 
+def test_whole_steps_and_the_memory_budget_are_shown_where_they_are_known() -> None:
+    assert not any("whole" in line or "Peak memory" in line for line in plan_lines(a_plan()))
+    trials = [
+        dataclasses.replace(t, confirmed_step_s=0.141, confirmed_steps=9) if t.micro_batch == 32 else t
+        for t in a_plan().trials
+    ]
+    known = {"predicted_peak_bytes": 32 * 2**30, "memory_budget_bytes": 72 * 2**30}
+    lines = plan_lines(dataclasses.replace(a_plan(), trials=trials, **known))
+    (chosen,) = [line for line in lines if line.startswith("->")]
+    assert chosen.endswith("138 ms  141 ms")
+    assert "Peak memory 32.0 GiB; 72.0 GiB may be used" in lines
+
+
 def test_the_chosen_row_is_bold() -> None:
     stream = Terminal()
     console = Console(width=100, file=stream, force_terminal=True, color_system="standard")
@@ -647,6 +664,58 @@ def test_terminal_plot() -> None:
     assert all(any(0x2800 < ord(char) <= 0x28FF for char in line) for line in falling)
     assert terminal_plot([], 20, 4) == terminal_plot([math.nan], 20, 4) == terminal_plot([1.0], 3, 4) == ""
     assert terminal_plot([2.0, 2.0], 20, 1)
+
+
+def test_points_are_drawn_over_a_logarithmic_axis_with_the_choice_marked() -> None:
+    points = [(1.0, 10.0), (2.0, 20.0), (4.0, 40.0), (16.0, 30.0)]
+    lines = terminal_points(points, 60, 6, mark=4)
+    assert len(lines) == 7
+    assert max(map(len, lines)) <= 60
+    assert sum(line.count("*") for line in lines) == 1
+    assert lines[0].startswith("40.000 ┤")
+    assert "*" in lines[0]  # the highest is the choice
+    assert lines[5].startswith("     0 ┤")
+    axis = lines[-1].split()
+    assert axis == ["1", "2", "4", "16"]
+    star, four = lines[0].index("*"), lines[-1].index("4")
+    assert abs(star - four) <= 1
+    assert abs(star - (8 + (60 - 8) / 2)) <= 1  # 4 lies halfway from 1 to 16
+    assert (
+        terminal_points([], 60, 6) == terminal_points(points, 12, 6) == terminal_points(points, 60, 1) == []
+    )
+    assert terminal_points([(8.0, 5.0)], 40, 4, mark=8)
+    assert terminal_points([(0.0, 5.0), (1.0, math.nan)], 40, 4) == []
+
+
+def test_the_plans_curve_in_a_terminal_and_in_a_file(tmp_path: Path) -> None:
+    lines = plan_plot_lines(a_plan(), 70)
+    assert [line for line in lines if "by micro-batch" in line] == [
+        "samples per s, by micro-batch (* chosen)",
+        "peak memory, GiB, by micro-batch (* chosen)",
+    ]
+    assert sum(line.count("*") for line in lines if "┤" in line or "│" in line) == 2
+    assert max(map(len, lines)) <= 70
+    empty = make_plan(
+        effective_batch=4, world_size=1, micro_batch=2, precision="fp32", checkpointing="none",
+        compile=False, sync="window", reason="by hand",
+    )  # fmt: skip
+    assert plan_plot_lines(empty) == []
+    pytest.importorskip("matplotlib")
+    plan_plot.save_plan_plot(a_plan(), tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    plan_plot.save_plan_plot(empty, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_a_picture_that_cannot_be_written_is_refused_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gatrain.report.plan_plot.importlib.util.find_spec", lambda name: object())
+    with pytest.raises(ConfigError, match="there is no folder"):
+        plan_plot.check_can_draw(tmp_path / "nowhere" / "curve.png")
+    monkeypatch.setattr("gatrain.report.plan_plot.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'gatrain\[plot\]'"):
+        plan_plot.check_can_draw(tmp_path / "curve.png")
 
 
 def test_sparkline() -> None:

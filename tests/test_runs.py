@@ -155,15 +155,15 @@ KILLED = [
 
 def test_a_killed_run_goes_on_to_the_same_bits(folder: Path) -> None:
     """kill -9 of the launcher after a save; momentum, dropout and random samples are all in play."""
-    process = _start(folder, "fit", *KILLED)
+    process = _start(folder, "launch", "--nproc", "2", *KILLED)
     _wait_for(folder / "killed" / "saved" / "step_00000008", process)
     process.kill()
     process.wait()
-    time.sleep(2.5)  # the rank dies with its launcher
+    time.sleep(2.5)  # the ranks die with their launcher
     newest = sorted((folder / "killed" / "saved").glob("step_*"))[-1].name
     assert newest < "step_00000040"
     gatrain(folder, "resume", "killed")
-    gatrain(folder, "fit", *KILLED[:-1], "run.dir=whole", "save.every=0")
+    gatrain(folder, "launch", "--nproc", "2", *KILLED[:-1], "run.dir=whole", "save.every=0")
     killed, whole = weights(folder / "killed", 40), weights(folder / "whole", 40)
     assert all(torch.equal(killed[name], whole[name]) for name in whole)
     assert [r["step"] for r in metrics(folder / "killed")] == list(range(1, 41))
@@ -181,8 +181,9 @@ def test_a_stopped_run_goes_on_with_another_number_of_processes(folder: Path) ->
     stopped_at = json.loads((folder / "killed" / "summary.json").read_text())
     assert stopped_at["status"] == "stopped"
     assert (folder / "killed" / "saved" / f"step_{stopped_at['step']:08d}").is_dir()
-    gatrain(folder, "launch", "--nproc", "2", *words[:-1], *SGD[:2], "run.dir=whole")
-    gatrain(folder, "resume", "killed")
+    gatrain(folder, "launch", "--nproc", "3", *words[:-1], *SGD[:2], "run.dir=whole")
+    gatrain(folder, "resume", "killed", "--nproc", "2")
+    assert json.loads((folder / "killed" / "plan.json").read_text())["world_size"] == 2
     difference = largest_relative_difference(weights(folder / "killed", 40), weights(folder / "whole", 40))
     assert difference < 1e-5
     assert [r["window"] for r in metrics(folder / "killed")] == [

@@ -52,8 +52,10 @@ class Model(nn.Module):
                 y = y * 3 + 1
         if self.what == "one" and len(x) == 1:
             raise ValueError("more than one sample, please")
-        if self.what == "slow":
+        if self.what in ("slow", "three"):
             time.sleep(0.02 * len(x))
+        if self.what == "three" and self.concerned and len(x) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.")
         if self.what == "print":
             print("noise of the model", flush=True)
         return y
@@ -123,6 +125,26 @@ def test_a_plan_from_real_trials_and_the_same_from_the_cache(
     assert again.micro_batches == plan.micro_batches
     assert "remembered" in again.reason
     assert not list(project.glob("**/trials.jsonl"))
+
+
+def test_close_calls_are_timed_as_whole_steps_on_all_ranks(project: Path) -> None:
+    plan = plan_in(project, effective=17, nproc=2, what="slow")  # shares of 9 and 8, and 0.02 s a sample
+    confirmed = {t.micro_batch: t for t in plan.trials if t.confirmed_step_s is not None}
+    assert len(confirmed) >= 2
+    for trial in confirmed.values():
+        assert trial.confirmed_step_s > 0.02 * 9  # all micro-steps of the slowest rank
+        assert trial.confirmed_steps >= 3
+    assert "whole steps" in plan.reason
+    assert plan.micro_batch in confirmed
+    assert 0 < plan.predicted_peak_bytes <= plan.memory_budget_bytes
+
+
+def test_a_remainder_that_fails_on_one_rank_in_whole_steps_hangs_nobody_and_is_not_chosen(
+    project: Path,
+) -> None:
+    plan = plan_in(project, effective=22, nproc=2, what="three", rank=1)
+    assert sum(map(sum, plan.micro_batches)) == 22
+    assert all(size != 3 for size in plan.micro_batches[1])
 
 
 def test_out_of_memory_ends_the_rise(project: Path) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gatrain.fit import Outcome, WorldRequest
     from gatrain.fit.submit import Submission
 
-COMMANDS = ("fit", "autotune", "launch", "resume", "verify", "recipes", "show", "doctor")
+COMMANDS = ("fit", "autotune", "plan", "launch", "resume", "verify", "recipes", "show", "doctor")
 
 _Overrides = Annotated[
     list[str] | None,
@@ -31,6 +31,7 @@ _Overrides = Annotated[
 _Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")
 ]
+_Retune = Annotated[bool, typer.Option("--retune", help="Measure again, whatever is remembered.")]
 
 
 EXIT_CODE_HELP = {
@@ -80,13 +81,13 @@ def _root(
 
 
 @app.command()
-def fit(context: typer.Context, overrides: _Overrides = None) -> None:
+def fit(context: typer.Context, overrides: _Overrides = None, retune: _Retune = False) -> None:
     """Train: find the fastest exact split for this hardware, then run it to the end."""
     from gatrain import fit as work
 
     _reach_all_nodes(context, work.WorldRequest(), overrides)
     with terminal.Progress() as progress:
-        outcome = work.fit(overrides or [], listener=progress.listener())
+        outcome = work.fit(overrides or [], listener=progress.listener(), retune=retune)
     _print_outcome(outcome)
 
 
@@ -94,17 +95,59 @@ def fit(context: typer.Context, overrides: _Overrides = None) -> None:
 def autotune(
     overrides: _Overrides = None,
     as_json: _Json = False,
-    retune: Annotated[bool, typer.Option("--retune", help="Measure again, whatever is remembered.")] = False,
+    retune: _Retune = False,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Also draw speed and memory into this PNG file.")
+    ] = None,
 ) -> None:
     """Measure real optimizer steps and print the plan, without training."""
     from gatrain import fit as work
+    from gatrain.report import plan_plot
 
+    if plot is not None:
+        plan_plot.check_can_draw(plot)
     with terminal.Progress() as progress:
         prepared = work.autotune(
             overrides or [], listener=progress.listener(print_plan=not as_json), retune=retune
         )
+    if plot is not None:
+        plan_plot.save_plan_plot(prepared.plan, plot)
     if as_json:
         terminal.print_json(prepared.plan.to_dict())
+    else:
+        terminal.print_lines(plan_plot.plan_plot_lines(prepared.plan, terminal.width()))
+
+
+@app.command()
+def plan(
+    overrides: _Overrides = None,
+    gpu: Annotated[str | None, typer.Option("--gpu", help="A kind of GPU, such as 'H100 80GB'.")] = None,
+    every: Annotated[
+        bool, typer.Option("--gpus", help="One row for every kind of GPU in the table.")
+    ] = False,
+    nproc: Annotated[int, typer.Option("--nproc", help="Processes, one for each GPU, in one node.")] = 1,
+    as_json: _Json = False,
+) -> None:
+    """Predict memory and time on a GPU that is not here: will it fit, and on what."""
+    from gatrain.compose import compose
+    from gatrain.errors import DoesNotFitError
+    from gatrain.predict import GPUS, find_gpu, predict
+
+    if (gpu is None) != every:
+        raise ConfigError(
+            f"plan needs {'only one of' if every else ''} --gpu NAME or --gpus (all that it knows)."
+        )
+    found = list(GPUS) if gpu is None else [find_gpu(gpu)]
+    composed = compose(overrides or [])
+    with terminal.Progress() as progress:
+        progress.tell("Tracing the model without data")
+        prediction = predict(composed, found, nproc)
+    if as_json:
+        terminal.print_json(prediction.to_dict())
+    else:
+        terminal.print_lines(prediction.lines())
+    if not prediction.fits:
+        raise typer.Exit(DoesNotFitError.exit_code)
 
 
 @app.command()
@@ -128,6 +171,7 @@ def launch(
     nodes: Annotated[int | None, typer.Option("--nodes", help="Slurm nodes, by default 1.")] = None,
     gpus_per_node: Annotated[int | None, typer.Option("--gpus-per-node", help="Slurm GPUs per node.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="With --slurm: print the script only.")] = False,
+    retune: _Retune = False,
 ) -> None:
     """Train on a stated number of processes, on several nodes, or through Slurm."""
     from gatrain import fit as work
@@ -152,6 +196,7 @@ def launch(
                 gpus_per_node=gpus_per_node,
                 nproc=nproc,
                 max_restarts=max_restarts,
+                retune=retune,
                 dry_run=dry_run,
             )
         )
@@ -163,7 +208,7 @@ def launch(
     request = work.WorldRequest(nproc, nnodes, node_rank, endpoint, max_restarts)
     _reach_all_nodes(context, request, overrides)
     with terminal.Progress() as progress:
-        outcome = work.fit(overrides or [], request, progress.listener())
+        outcome = work.fit(overrides or [], request, progress.listener(), retune)
     _print_outcome(outcome)
 
 

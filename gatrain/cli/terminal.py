@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -72,6 +73,11 @@ class Progress:
 def print_json(data: Any) -> None:
     """Print one JSON object on standard output."""
     print(json.dumps(data, indent=2, default=str))
+
+
+def width() -> int:
+    """Columns of the terminal, or 80 elsewhere."""
+    return shutil.get_terminal_size((80, 24)).columns if sys.stdout.isatty() else 80
 
 
 def print_lines(lines: Sequence[str]) -> None:

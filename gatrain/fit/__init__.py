@@ -22,6 +22,7 @@ from gatrain.errors import (
     ConfigError,
     LaunchError,
     SavedStateError,
+    WorkerError,
     nearest,
 )
 from gatrain.fit import record
@@ -113,9 +114,15 @@ def autotune(
 
 
 def fit(
-    overrides: Sequence[str], request: WorldRequest | None = None, listener: Listener | None = None
+    overrides: Sequence[str],
+    request: WorldRequest | None = None,
+    listener: Listener | None = None,
+    retune: bool = False,
 ) -> Outcome:
     """Train a recipe to its end. On several nodes every node calls this; node 0 prepares for all.
+
+    Args:
+        retune: measure again, whatever is remembered.
 
     Raises:
         GatrainError: a leaf that names what is wrong; `Interrupted` when stopped by a signal.
@@ -134,7 +141,7 @@ def fit(
             return resume(path, (), request, listener)
         remove_run(RunDir(path))  # the first attempt ended before it had saved anything
     with claimed(path, named) as run_dir, beating(run_dir, nodes) as ready:
-        plan = _plan(composed.config, composed.yaml, hardware, nodes, listener, cwd)
+        plan = _plan(composed.config, composed.yaml, hardware, nodes, listener, cwd, retune)
         lines = [f"recipe={composed.recipe}", *map(record.redact, composed.overrides)]
         write_json(run_dir.env, record.environment(composed.recipe, composed.recipe_file, lines, cwd))
         write_text(run_dir.overrides, "\n".join(lines) + "\n")
@@ -161,11 +168,13 @@ def resume(
     changed = _check_resume_keys(overrides)
     config, config_yaml = reload(run_dir.config, overrides)
     if not run_dir.saved_steps():
-        raise SavedStateError(_nothing_saved(run_dir))
+        with locked(run_dir):  # a run that is under way has another story to tell
+            raise SavedStateError(_nothing_saved(run_dir))
     summary = read_json(run_dir.summary) if run_dir.summary.is_file() else {}
     if summary.get("status") == "completed" and not overrides:
         return Outcome(run_dir.path, summary, already_complete=True)
     cwd = _working_dir(run_dir)
+    request = _as_many_as_before(run_dir, config, request)
     hardware, nodes = find_world(config, request)
     _check_port(nodes)
     if nodes.node_rank > 0:
@@ -271,9 +280,17 @@ def _launch(run_dir: RunDir, nodes: Nodes, hardware: Hardware, request: WorldReq
     from gatrain.launch.local import run_workers
 
     run_dir.summary.unlink(missing_ok=True) if nodes.node_rank == 0 else None
-    run_workers(
-        WORKER, run_dir.path, nodes, device=hardware.device, max_restarts=request.max_restarts, cwd=cwd
-    )
+    try:
+        run_workers(
+            WORKER, run_dir.path, nodes, device=hardware.device, max_restarts=request.max_restarts, cwd=cwd
+        )
+    except WorkerError as error:
+        if steps := run_dir.saved_steps():
+            raise WorkerError(
+                f"{error}\nThe newest saved state is that of step {steps[-1]}. "
+                f"To go on: gatrain resume {run_dir.path}"
+            ) from error
+        raise
     summary = read_json(run_dir.summary) if run_dir.summary.is_file() else {}
     return Outcome(run_dir.path, summary)
 
@@ -306,6 +323,22 @@ def _check_resume_keys(overrides: Sequence[str]) -> list[str]:
             )
         keys.append(key)
     return keys
+
+
+def _as_many_as_before(run_dir: RunDir, config: RunConfig, request: WorldRequest) -> WorldRequest:
+    """Unless told otherwise, take as many processes as before; all GPUs if it was all, or if fewer are left."""
+    job = slurm.detect(os.environ)
+    in_step = job is not None and job.in_step
+    if request.nproc is not None or request.nnodes > 1 or in_step or not run_dir.hardware.is_file():
+        return request
+    before = read_json(run_dir.hardware)
+    processes, gpus_then = run_dir.load_plan().world_size, len(before.get("gpus", []))
+    now = detect_hardware(config.device)
+    if now.device != before.get("device") or (
+        now.gpus and (processes >= gpus_then or processes > len(now.gpus))
+    ):
+        return request
+    return replace(request, nproc=processes)
 
 
 def _covers(known: str, key: str) -> bool:

@@ -40,6 +40,7 @@ def submit(
     gpus_per_node: int | None = None,
     nproc: int | None = None,
     max_restarts: int = 0,
+    retune: bool = False,
     dry_run: bool = False,
 ) -> Submission:
     """Write a batch file into the run folder and submit it. A requeued job goes on with its run.
@@ -77,6 +78,7 @@ def submit(
     words.append(f"run.dir={folder if plain else QuotedString(folder, Quote.single).with_quotes()}")
     options = [] if nproc is None else ["--nproc", str(nproc)]
     options += ["--max-restarts", str(max_restarts)] if max_restarts else []
+    options += ["--retune"] if retune else []
     script = slurm.sbatch_script(job, [sys.executable, "-m", "gatrain", "launch", *options, *words], cwd=cwd)
     if dry_run:
         return Submission(script, run_dir.path)

@@ -20,6 +20,7 @@ _OUTCOMES = {FITS: "fits", DOES_NOT_FIT: "does not fit", FAILED: "failed", SKIPP
 _STYLES = {FITS: "green", DOES_NOT_FIT: "red", FAILED: "bold red", SKIPPED: "dim"}
 _CHECKPOINTING = ("none", "selective", "full")
 _MARK = "->"
+_NO_VALUE = "-"
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class _Column:
     """Says the one value of all rows in a sentence; such a column is not worth its width."""
     rank: int = 0
     """The highest goes first where the terminal is too narrow; 0 stays."""
+    optional: bool = False
+    """Left out where no row has a value."""
 
 
 _COLUMNS = (
@@ -53,6 +56,13 @@ _COLUMNS = (
         "samples\nper s", lambda _, trial: _or_dash(trial.samples_per_s, text.rate), justify="right", rank=3
     ),
     _Column("time of\na step", lambda _, trial: _or_dash(trial.step_s, text.short_time), justify="right"),
+    _Column(
+        "whole\nsteps",
+        lambda _, trial: _or_dash(trial.confirmed_step_s, text.short_time),
+        justify="right",
+        rank=4,
+        optional=True,
+    ),
 )
 
 
@@ -192,6 +202,8 @@ def _columns(plan: Plan, trials: list[Trial]) -> tuple[list[_Column], str]:
     columns, common = [], []
     for column in _COLUMNS:
         values = {column.cell(plan, trial) for trial in trials}
+        if column.optional and values == {_NO_VALUE}:
+            continue
         if column.constant is not None and len(values) == 1:
             common.append(column.constant(values.pop()))
         else:
@@ -210,6 +222,9 @@ def _sentences(plan: Plan, trials: list[Trial]) -> list[str]:
         f"sync {text.clean(plan.sync)}",
     ]
     lines.append(", ".join(how))
+    if plan.predicted_peak_bytes is not None and plan.memory_budget_bytes is not None:
+        peak, budget = text.size(plan.predicted_peak_bytes), text.size(plan.memory_budget_bytes)
+        lines.append(f"Peak memory {peak}; {budget} may be used")
     if plan.reason:
         lines.append(f"Why: {text.clean(plan.reason)}")
     lines += [f"Note: {text.clean(note)}" for note in plan.notes]
@@ -244,4 +259,4 @@ def _variant(of: Plan | Trial) -> tuple[str, str, bool]:
 
 
 def _or_dash(value: float | None, write: Callable[[float], str]) -> str:
-    return "-" if value is None else write(value)
+    return _NO_VALUE if value is None else write(value)

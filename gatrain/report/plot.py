@@ -5,16 +5,14 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
-import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gatrain import plan as plans
 from gatrain.errors import RunFolderError
-from gatrain.report import text
+from gatrain.report import plan_plot, text
 from gatrain.report.jsonl import evaluations_path, read_lines
-from gatrain.rundir import RunDir, atomic_file, read_json
+from gatrain.rundir import RunDir, read_json
 
 _BARS = "▁▂▃▄▅▆▇█"
 _DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # braille: left and right column, from the top
@@ -41,10 +39,7 @@ def save_plots(run_folder: Path, baseline: tuple[str, float] | None = None) -> l
     for name, figure in figures.items():
         if figure is not None:
             path = run_dir.path / name
-            # A name may hold characters that the font lacks: boxes in a title are no reason to complain.
-            with warnings.catch_warnings(), atomic_file(path) as temporary:
-                warnings.simplefilter("ignore")
-                figure.savefig(temporary, format="png", dpi=150)
+            plan_plot.save_figure(figure, path)
             written.append(path)
     return written
 
@@ -60,16 +55,12 @@ def _saved_baseline(run_dir: RunDir) -> tuple[str, float] | None:
     return None if loss is None else (str(baseline.get("name") or ""), loss)
 
 
-def _figure(rows: int, height: float) -> tuple[Any, list[Any]]:
-    # Without pyplot: no display is needed, and no state is shared with plots of the user's own.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, height), layout="constrained")
-    axes = [figure.add_subplot(rows, 1, row + 1) for row in range(rows)]
-    for axis in axes:
-        axis.grid(True, color="0.9", linewidth=0.8)
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+def _plan_figure(run_dir: RunDir) -> Any:
+    try:
+        plan = run_dir.load_plan()
+    except (RunFolderError, TypeError):
+        return None
+    return plan_plot.plan_figure(plan)
 
 
 def _loss_figure(run_dir: RunDir, baseline: tuple[str, float] | None) -> Any:
@@ -77,7 +68,7 @@ def _loss_figure(run_dir: RunDir, baseline: tuple[str, float] | None) -> Any:
     if not points:
         return None
     evaluations = _points(read_lines(evaluations_path(run_dir.metrics)))
-    figure, (axis,) = _figure(1, 4.5)
+    figure, (axis,) = plan_plot.new_figure(1, 4.5)
     steps, losses = zip(*points, strict=True)
     axis.plot(steps, losses, color="C0", alpha=0.3, linewidth=0.8, label="training, each step")
     axis.plot(steps, _smooth(losses), color="C0", linewidth=1.8, label="training, smoothed")
@@ -93,66 +84,6 @@ def _loss_figure(run_dir: RunDir, baseline: tuple[str, float] | None) -> Any:
     for entry in axis.legend(frameon=False).get_texts():
         entry.set_parse_math(False)
     return figure
-
-
-def _plan_figure(run_dir: RunDir) -> Any:
-    try:
-        plan = run_dir.load_plan()
-    except (RunFolderError, TypeError):
-        return None
-    tried = [trial for trial in plan.trials if trial.outcome in (plans.FITS, plans.DOES_NOT_FIT)]
-    measured = [trial for trial in tried if trial.outcome == plans.FITS and trial.samples_per_s]
-    if not measured:
-        return None
-    figure, (speed, memory) = _figure(2, 6.5)
-    tops = (
-        1.15 * max(trial.samples_per_s or 0.0 for trial in measured),
-        1.15 * max((trial.peak_memory_bytes or 2**20) / 2**30 for trial in measured),
-    )
-    chosen = (plan.precision, plan.checkpointing, plan.compile)
-    ways = sorted({_way(trial) for trial in tried}, key=lambda way: (way != chosen, way))
-    refused_label: str | None = "does not fit"
-    for index, way in enumerate(ways):
-        color, label = f"C{index}", f"{way[0]}, checkpointing {way[1]}{', compiled' * way[2]}"
-        same = sorted((t for t in tried if _way(t) == way), key=lambda trial: trial.micro_batch)
-        rates = [(t.micro_batch, t.samples_per_s) for t in same if t in measured]
-        peaks = [
-            (t.micro_batch, t.peak_memory_bytes / 2**30)
-            for t in same
-            if t in measured and t.peak_memory_bytes
-        ]
-        refused = [t.micro_batch for t in same if t.outcome == plans.DOES_NOT_FIT]
-        for axis, points in ((speed, rates), (memory, peaks)):
-            axis.plot(*(zip(*points, strict=True) if points else ([], [])), "o-", color=color, label=label)
-            star = [point for point in points if (point[0], way) == (plan.micro_batch, chosen)]
-            for x, y in star[:1]:
-                axis.plot(
-                    x, y, "*", markersize=16, color=color, markeredgecolor="black", label="chosen", zorder=5
-                )
-        if refused:  # its peak is not known: a cross at the upper edge, in the colour of its curve
-            memory.plot(
-                refused, [tops[1] * 0.95] * len(refused), "X", color=color, markersize=9, label=refused_label
-            )
-            refused_label = None
-    ticks = sorted({trial.micro_batch for trial in tried})
-    for axis, title, top in zip((speed, memory), ("samples/s", "peak memory, GiB"), tops, strict=True):
-        axis.set_xscale("log", base=2)
-        axis.set_xlim(ticks[0] / 1.3, ticks[-1] * 1.3)
-        axis.set_xticks(ticks, [str(tick) for tick in ticks])
-        axis.minorticks_off()
-        axis.set_ylim(0, top)
-        axis.set_ylabel(title)
-    memory.set_xlabel("micro-batch, samples")
-    speed.set_title(text.clean(plan.equation), parse_math=False, loc="left")
-    speed.legend(frameon=False, loc="lower right")
-    if refused_label is None:
-        crosses = [line for line in memory.get_lines() if line.get_label() == "does not fit"]
-        memory.legend(handles=crosses, frameon=False, loc="lower right")
-    return figure
-
-
-def _way(trial: plans.Trial) -> tuple[str, str, bool]:
-    return trial.precision, trial.checkpointing, trial.compile
 
 
 def _points(records: Iterable[dict[str, Any]]) -> list[tuple[int, float]]:

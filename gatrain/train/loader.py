@@ -6,6 +6,7 @@ A window is loaded whole before its first forward, since its weights must be kno
 from __future__ import annotations
 
 import contextlib
+import itertools
 import queue
 import random
 import threading
@@ -24,7 +25,7 @@ from gatrain.errors import DataError, GatrainError
 from gatrain.tasks.base import Samples, Task, named_weights
 from gatrain.train.accumulate import MicroBatch
 from gatrain.train.ranks import Ranks
-from gatrain.train.windows import WindowSchedule, derive_seed, digest
+from gatrain.train.windows import Ids, Window, WindowSchedule, derive_seed, digest
 
 Key = tuple[int, int]
 """(epoch, sample id): what a sample's random augmentation depends on, besides the run's seed."""
@@ -117,6 +118,8 @@ def _random_state_kept() -> Iterator[None]:
 class WindowLoader:
     """Iterates over the loaded windows ``start`` to ``stop`` - 1 of this rank.
 
+    ``shares`` are the plan's samples of each rank in a full window; None means that all ranks are equal.
+
     With ``workers`` processes, or for deterministic data in a thread, the next window is read while the current
     one is computed. Random data without loader processes is read in the calling thread, because the random
     generators belong to the whole process.
@@ -132,6 +135,7 @@ class WindowLoader:
         ranks: Ranks,
         *,
         micro_batch: int,
+        shares: Sequence[int] | None = None,
         start: int,
         stop: int,
         workers: int = 0,
@@ -140,6 +144,7 @@ class WindowLoader:
         self._schedule = schedule
         self._ranks = ranks
         self._micro_batch = micro_batch
+        self._shares = shares
         self._range = range(start, stop)
         self._pin_memory = pin_memory
         self._read_ahead = workers > 0 or is_deterministic(task.train_data)
@@ -148,25 +153,26 @@ class WindowLoader:
     def __iter__(self) -> Iterator[LoadedWindow]:
         return _in_background(self._load()) if self._read_ahead else self._load()
 
-    def _sizes(self, samples: int) -> list[int]:
-        share = batch.rank_shares(samples, self._ranks.world_size)[self._ranks.rank]
-        return batch.micro_batch_sizes(share, self._micro_batch)
+    def _mine(self, window: Window) -> tuple[int, Ids, list[int]]:
+        """This rank's part of a window: first position, sample ids, and the sizes to cut them into."""
+        first, ids = window.slice_of(self._ranks.rank, self._ranks.world_size, self._shares)
+        return first, ids, batch.micro_batch_sizes(len(ids), self._micro_batch)
 
     def _all_keys(self) -> Iterator[list[Key]]:
         for index in self._range:
             window = self._schedule.window(index)
-            ids = window.slice_of(self._ranks.rank, self._ranks.world_size)[1].tolist()
-            for size in self._sizes(len(window.ids)):
-                yield [(window.epoch, sample) for sample in ids[:size]]
-                del ids[:size]
+            _, ids, sizes = self._mine(window)
+            ends = itertools.accumulate(sizes)
+            for size, end in zip(sizes, ends, strict=True):
+                yield [(window.epoch, sample) for sample in ids[end - size : end].tolist()]
 
     def _load(self) -> Iterator[LoadedWindow]:
         source = iter(self._loader)
         for index in self._range:
             window = self._schedule.window(index)
-            first, ids = window.slice_of(self._ranks.rank, self._ranks.world_size)
+            first, ids, sizes = self._mine(window)
             with contextlib.nullcontext() if self._read_ahead else _random_state_kept():
-                loaded = [next(source) for _ in self._sizes(len(window.ids))]
+                loaded = [next(source) for _ in sizes]
             for item in loaded:
                 if isinstance(item, _Failure):
                     raise DataError(item.message)

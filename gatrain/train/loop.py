@@ -99,6 +99,7 @@ class Trainer:
             self.schedule,
             self.engine.ranks,
             micro_batch=self.plan.micro_batch,
+            shares=self.plan.shares if self.plan.world_size == self.engine.ranks.world_size else None,
             start=self.progress.step,
             stop=self.total_steps,
             workers=self.config.train.data_workers,

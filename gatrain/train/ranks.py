@@ -71,8 +71,8 @@ class Ranks:
             return
         taking_part = [p for p, is_used in zip(parameters, used, strict=True) if is_used]
         pending = []
-        for bucket in _buckets(taking_part):
-            flat = _flatten(bucket)
+        for bucket in buckets_of(taking_part):
+            flat = flatten(bucket)
             pending.append((dist.all_reduce(flat, async_op=True), bucket, flat))
         for work, bucket, flat in pending:
             work.wait()  # makes the current stream wait; the host goes on
@@ -94,7 +94,7 @@ def _host_group_beside(group: dist.ProcessGroup) -> dist.ProcessGroup:
     return _host_groups[group.group_name]
 
 
-def _buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+def buckets_of(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
     """Group consecutive parameters of one dtype and device into buckets, last layers first."""
     buckets: list[list[nn.Parameter]] = []
     size, kind = 0, None
@@ -112,7 +112,7 @@ def _reduction_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-def _flatten(bucket: list[nn.Parameter]) -> Tensor:
+def flatten(bucket: list[nn.Parameter]) -> Tensor:
     """Copy the gradients into one buffer and point ``.grad`` at it, so that the originals are freed at once."""
     first = bucket[0]
     dtype = _reduction_dtype(first.dtype)

@@ -10,7 +10,7 @@ Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002), with t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,9 +89,19 @@ class Window:
     epoch: int
     ids: Ids
 
-    def slice_of(self, rank: int, world_size: int) -> tuple[int, Ids]:
-        """This rank's (first position, ids): consecutive, and possibly none of a short window."""
-        shares = batch.rank_shares(len(self.ids), world_size)
+    def slice_of(
+        self, rank: int, world_size: int, plan_shares: Sequence[int] | None = None
+    ) -> tuple[int, Ids]:
+        """This rank's (first position, ids): consecutive, and possibly none of a short window.
+
+        ``plan_shares`` are every rank's samples of a full window where ranks are unequal. They decide who
+        computes a sample, never which samples the window has.
+        """
+        shares = (
+            batch.rank_shares(len(self.ids), world_size)
+            if plan_shares is None
+            else batch.window_shares(len(self.ids), plan_shares)
+        )
         first = sum(shares[:rank])
         return first, self.ids[first : first + shares[rank]]
 

@@ -1,9 +1,10 @@
 """The tuner: the fastest exact split of one effective batch on the hardware at hand, by measurement.
 
     config + hardware -> settings (what is asked) -> estimate (what cannot fit) -> planner
-    planner -> cache (what is known) or rounds (what is measured) -> search (the choice) -> Plan
+    planner -> cache (what is known) or rounds (what is measured) -> search (the model's choice)
+            -> confirm (whole steps decide close calls) -> answer, advice -> Plan, or refusal
     ====== process boundary: a folder with trial_spec.json and config.yaml; trials.jsonl comes back ======
-    trial -> measure, memory
+    trial -> measure (one size), memory, memory_model (what cannot fit), whole (whole steps, in turn)
 
 Importing this package imports no torch.
 """

@@ -12,7 +12,7 @@ import importlib.machinery
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from gatrain.config import RunConfig
 from gatrain.errors import RunFolderError
 from gatrain.plan import StepSettings
 from gatrain.rundir import read_json, write_json
+from gatrain.tune.confirm import Confirmation
 from gatrain.tune.curve import Curve
 from gatrain.tune.estimate import DataInfo
 from gatrain.tune.hardware import Hardware
@@ -27,6 +28,8 @@ from gatrain.tune.hardware import Hardware
 VERSION = 1
 """Of the file's form and of the way of measuring: raise it when old measurements should not count."""
 MAX_SOURCE_FILES = 200
+MAX_CONFIRMATIONS = 50
+"""The newest interleaved runs that a file keeps."""
 TRAINING = "gatrain.train.engine"
 """What trials time, whatever the user's own targets are."""
 
@@ -147,22 +150,35 @@ def plan_file(key: str) -> Path:
 def load_curves(key: str) -> dict[StepSettings, Curve]:
     """Curves stored under this fingerprint; empty where there are none or the file is damaged."""
     try:
-        stored = read_json(plan_file(key))
-        if stored.get("version") != VERSION:
-            return {}
-        curves = [Curve.from_dict(curve) for curve in stored["curves"]]
+        curves = [Curve.from_dict(curve) for curve in _stored(key)["curves"]]
     except (RunFolderError, KeyError, TypeError, ValueError, AttributeError):
         return {}
     return {curve.settings: curve for curve in curves}
 
 
-def store_curves(key: str, curves: dict[StepSettings, Curve]) -> str | None:
+def load_confirmations(key: str) -> list[Confirmation]:
+    """Whole steps stored with those curves, oldest first, each for one effective batch and world size."""
+    try:
+        return [Confirmation.from_dict(each) for each in _stored(key)["confirmations"]]
+    except (RunFolderError, KeyError, TypeError, ValueError, AttributeError):
+        return []
+
+
+def _stored(key: str) -> dict[str, Any]:
+    stored = read_json(plan_file(key))
+    return stored if stored.get("version") == VERSION else {}
+
+
+def store_curves(
+    key: str, curves: dict[StepSettings, Curve], confirmations: Sequence[Confirmation] = ()
+) -> str | None:
     """Keep the curves, atomically. Returns what went wrong, or None: a full disk must not stop a training."""
     kept = [dataclasses.asdict(curve) for curve in curves.values() if curve.measurements]
     if not kept:
         return None
+    whole = [dataclasses.asdict(each) for each in confirmations[-MAX_CONFIRMATIONS:]]
     try:
-        write_json(plan_file(key), {"version": VERSION, "curves": kept})
+        write_json(plan_file(key), {"version": VERSION, "curves": kept, "confirmations": whole})
     except OSError as error:
         return f"the measurements could not be kept in {plan_file(key)}: {error}"
     return None

@@ -26,6 +26,10 @@ SHARE, MEMORY, TIME, SLOWER, LEVEL, BROKEN, INTERRUPTED = (
 sizes were slower, or no faster; sizes crashed; a person stopped it."""
 
 
+UNEQUAL, UNEQUAL_SIZES = 0.10, 3
+"""Ranks whose micro-step times differ by more than this part, at each of so many sizes, are unequal."""
+
+
 @dataclass(frozen=True)
 class Measurement:
     """One micro-batch size, measured on all ranks: the slowest rank's seconds, the largest peak in bytes."""
@@ -43,6 +47,10 @@ class Measurement:
     loss_noise: float = 0.0
     """Standard deviation of ``reference_loss`` over random seeds: above zero where there is dropout."""
     error: str | None = None
+    rank_s: tuple[float, ...] = ()
+    """Each rank's own ``micro_step_s``, in rank order."""
+    noise: float | None = None
+    """Relative standard error of ``micro_step_s``, from the spread of the repeats on the noisiest rank."""
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Measurement:
@@ -52,7 +60,8 @@ class Measurement:
             TypeError: a required key is missing.
         """
         known = {f.name for f in dataclasses.fields(cls)}
-        return cls(**{key: value for key, value in data.items() if key in known})
+        values = {key: value for key, value in data.items() if key in known}
+        return cls(**{**values, "rank_s": tuple(values.get("rank_s", ()))})
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,8 @@ class Curve:
     """The time that was allowed, for a curve that ended for want of it."""
     modes: tuple[str, ...] = field(default=("none",))
     """Checkpointing modes that the model offers."""
+    budget_bytes: int | None = None
+    """Memory that the weakest rank's process was allowed when this was measured."""
 
     @property
     def fitting(self) -> list[Measurement]:
@@ -95,7 +106,10 @@ class Curve:
         return low_s + (high_s - low_s) * (size - low) / (high - low)
 
     def peak_bytes(self, size: int) -> int | None:
-        """Peak memory at ``size``, on the line between its measured neighbours; None where not known."""
+        """Peak memory at ``size``, on the line between its measured neighbours; None where not known.
+
+        A step of this size also computes its remainder, which needs less.
+        """
         below = [m for m in self.fitting if m.micro_batch <= size and m.peak_memory_bytes is not None]
         above = [m for m in self.fitting if m.micro_batch >= size and m.peak_memory_bytes is not None]
         if not above:
@@ -107,6 +121,24 @@ class Curve:
             return high_bytes
         part = (size - low.micro_batch) / (high.micro_batch - low.micro_batch)
         return round(low_bytes + (high_bytes - low_bytes) * part)
+
+    @property
+    def rank_factors(self) -> tuple[float, ...]:
+        """Each rank's micro-step time as a part of the slowest's; empty where ranks are as good as equal.
+
+        Unequal are ranks that differ by more than `UNEQUAL` at every one of the largest sizes, the slowest
+        always among the same: anything less is noise.
+        """
+        rows = [m.rank_s for m in self.fitting[-UNEQUAL_SIZES:] if len(m.rank_s) > 1 and min(m.rank_s) > 0]
+        if len(rows) < min(UNEQUAL_SIZES, len(self.fitting)) or not rows or len(set(map(len, rows))) != 1:
+            return ()
+        slowest = {row.index(max(row)) for row in rows}
+        if any(max(row) <= (1 + UNEQUAL) * min(row) for row in rows):
+            return ()
+        medians = [statistics.median(row[rank] / max(row) for row in rows) for rank in range(len(rows[0]))]
+        factors = tuple(each / max(medians) for each in medians)
+        # equally slow ranks may take turns at being slowest
+        return factors if all(factors[rank] > 1 / (1 + UNEQUAL) for rank in slowest) else ()
 
     @property
     def step_overhead_s(self) -> float:
@@ -134,6 +166,7 @@ class Curve:
             other,
             measurements=tuple(merged[size] for size in sorted(merged)),
             modes=max(self.modes, other.modes, key=len),
+            budget_bytes=other.budget_bytes if other.budget_bytes is not None else self.budget_bytes,
         )
 
     def within(self, limit_bytes: int) -> Curve:
@@ -167,4 +200,5 @@ class Curve:
             stopped=str(data["stopped"]),
             max_seconds=float(data["max_seconds"]),
             modes=tuple(data["modes"]),
+            budget_bytes=data.get("budget_bytes"),
         )

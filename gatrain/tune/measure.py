@@ -115,7 +115,7 @@ class SizeMeter:
                 self._engine.micro_step(*state["worst"])
             state["micro_step_s"] = self._timed(lambda: self._engine.micro_step(*state["worst"]))
 
-        failure = self._peers.worst(_attempt(first_pass))
+        failure = self._peers.worst(attempt(first_pass))
         if failure is None:
             state.pop("same")
             failure = self._close_step()[0]  # makes the optimizer's state and the buckets, once for all sizes
@@ -168,7 +168,7 @@ class SizeMeter:
             raise
         seconds: list[float] = []
         self._updates += 1
-        failure = _attempt(lambda: seconds.append(self._timed(lambda: self._engine.update(self._updates))))
+        failure = attempt(lambda: seconds.append(self._timed(lambda: self._engine.update(self._updates))))
         return self._peers.worst(failure), reduce_s, seconds[0] if seconds else math.nan
 
     def _cycles(
@@ -194,7 +194,7 @@ class SizeMeter:
             micro_s.extend(self._meter.seconds(start, end) for start, end in itertools.pairwise(marks))
 
         for _ in range(CYCLES):
-            failure = self._peers.worst(_attempt(micro_steps))
+            failure = self._peers.worst(attempt(micro_steps))
             if failure is None:
                 failure, reduced, updated = self._close_step()
                 reduce_s.append(reduced)
@@ -221,6 +221,7 @@ class SizeMeter:
             peak,
             peak - self._memory.budget_bytes,
             loss,
+            relative_error(micro_s),
         )
         every = self._peers.gather(mine)
         losses = [each[5] for each in every]
@@ -239,12 +240,20 @@ class SizeMeter:
             reference_loss=reference[0],
             loss_noise=reference[1],
             error=f"its peak is {memory_text(over)} above what may be used" if over > 0 else None,
+            rank_s=tuple(each[0] for each in every),
+            noise=max(each[6] for each in every),
         )
 
     def _drop_gradients(self) -> None:
         for parameter in self._engine.model.parameters():
             parameter.grad = None
         gc.collect()  # an exception's traceback can hold a whole graph
+
+
+def relative_error(seconds: Sequence[float]) -> float:
+    """Standard error of the mean of repeated times, as a part of their mean."""
+    mean = statistics.fmean(seconds)
+    return statistics.pstdev(seconds) / mean / math.sqrt(len(seconds)) if mean > 0 else 0.0
 
 
 def repeats_for(micro_step_s: float, device: str) -> int:
@@ -290,7 +299,7 @@ class TrialBatches:
         return self._samples[index]
 
 
-def _attempt(work: Callable[[], object]) -> Failure | None:
+def attempt(work: Callable[[], object]) -> Failure | None:
     """Run what may fail on this rank alone. gatrain's own errors are wrong at every size: they pass."""
     try:
         work()

@@ -9,21 +9,23 @@ A curve that the cache holds is not measured again.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 
 from gatrain import batch
 from gatrain.config import RunConfig
-from gatrain.errors import DoesNotFitError, WorkerError
+from gatrain.errors import GatrainError, Interrupted
 from gatrain.launch.nodes import Nodes
-from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, Plan, StepSettings, Trial, make_plan
-from gatrain.tune import cache, curve, search, settings
+from gatrain.plan import FAILED, FITS, Plan, StepSettings
+from gatrain.tune import answer, cache, confirm, curve, refusal, search
+from gatrain.tune.answer import Decision
+from gatrain.tune.confirm import Confirmation, WholeSteps
 from gatrain.tune.curve import Curve
-from gatrain.tune.estimate import DataInfo, memory_per_rank, memory_text
+from gatrain.tune.estimate import DataInfo, memory_per_rank, state_bytes
 from gatrain.tune.hardware import Hardware
 from gatrain.tune.rounds import Launch, Progress, Run, TrialRunner
 from gatrain.tune.search import Candidate
 from gatrain.tune.settings import Question
+from gatrain.tune.spec import WholeSpec
 
 MAX_SECONDS = {"cpu": 30.0, "cuda": 120.0}
 """Time for trials where ``tune.max_seconds`` is null."""
@@ -32,6 +34,8 @@ STILL_GAINING = 1.05
 COMPILED_SIZES = 2
 MIN_ROUND_S = {"cpu": 5.0, "cuda": 15.0}
 """Seconds that must be left to start another set of processes."""
+MAX_ENGINES_BESIDE = confirm.MAX_FINALISTS
+"""Further models with their optimizers that the processes of a confirmation may hold."""
 
 
 class Planner:
@@ -56,10 +60,15 @@ class Planner:
         self._progress = progress
         self._effective = config.batch.effective
         self._world_size = nodes.world_size
-        self._local_ranks = nodes.nproc
         self._share = batch.largest_share(self._effective, self._world_size)
         self._key = cache.fingerprint(config, info, hardware, self._world_size, cwd)
         self._curves: dict[StepSettings, Curve] = {} if retune else cache.load_curves(self._key)
+        self._confirmations = [] if retune else cache.load_confirmations(self._key)
+        self._free_bytes = memory_per_rank(hardware, nodes.nproc)
+        self._overlaps = hardware.device == "cuda" and self._world_size > 1 and question.tries_overlap
+        self._in_place: set[StepSettings] = set()
+        self._fixed = question.fixed_micro_batch
+        self._parameter_bytes = info.parameter_bytes
         self._used: dict[StepSettings, Curve] = {}
         self._measured_anything = False
         limit = config.tune.max_seconds or MAX_SECONDS[hardware.device]
@@ -78,24 +87,31 @@ class Planner:
         # Each size compiles for long, so even where compilation is asked for the curve is found without it.
         explores = asked.compile and self._question.fixed_micro_batch is None
         first = dataclasses.replace(asked, compile=False) if explores else asked
-        base = self._curve(first, self._sizes())
+        compiles = self._question.tries_compile or explores
+        base = self._curve(first, self._sizes(), is_last=not compiles)
         if self._question.tries_checkpointing:
             self._try_checkpointing(base)
-        if (self._question.tries_compile or explores) and self._options():
+        if compiles and self._options():
             self._try_compiled(required=explores)
         elif explores:
             self._curve(asked, self._sizes())  # fused kernels may fit where the plain ones do not
         options = [option for option in self._options() if option.settings.compile or not asked.compile]
         if not options:
-            self._refuse()
-        return self._answer(search.choose(options), options)
+            refusal.refuse(self._used, self._question, self._config, self._hardware.device, self._free_bytes)
+        return self._answer(self._decide(options))
 
     def _sizes(self) -> list[int]:
         fixed = self._question.fixed_micro_batch
         return search.candidate_sizes(self._share) if fixed is None else [fixed]
 
-    def _curve(self, way: StepSettings, sizes: list[int], *, rises: bool = True) -> Curve:
-        """The curve for one way of computing, from the cache if it can answer, with wrong results refused."""
+    def _curve(
+        self, way: StepSettings, sizes: list[int], *, rises: bool = True, is_last: bool = True
+    ) -> Curve:
+        """The curve for one way of computing, from the cache if it can answer, with wrong results refused.
+
+        Args:
+            is_last: no other way will be measured, so that its finalists can be timed in the same processes.
+        """
         known = self._curves.get(way)
         fixed = self._question.fixed_micro_batch
         if known is None:
@@ -107,12 +123,14 @@ class Planner:
         else:
             answered = self._covers(known, sizes[0])
         if known is not None and answered:
-            allowed = memory_per_rank(self._hardware, self._local_ranks) * self._config.tune.memory_fraction
+            allowed = self._free_bytes * self._config.tune.memory_fraction
             self._used[way] = search.reject_wrong_losses(known.within(int(allowed)))
         else:
             missing = self._missing(known, sizes)
             self._measured_anything = True
-            self._runner.measure(way, missing, rises=rises and fixed is None)
+            whole = self._whole_spec(way, is_last=is_last)
+            _, confirmation = self._runner.measure(way, missing, rises=rises and fixed is None, whole=whole)
+            self._keep_confirmation(confirmation)
             self._used[way] = search.reject_wrong_losses(self._curves[way])
         return self._used[way]
 
@@ -137,7 +155,15 @@ class Planner:
             # one size more says nothing about why the curve ended
             measured = dataclasses.replace(measured, stopped=known.stopped, max_seconds=known.max_seconds)
         self._curves[measured.settings] = known.with_new(measured) if known else measured
-        trouble = cache.store_curves(self._key, self._curves)
+        self._store()
+
+    def _keep_confirmation(self, confirmation: Confirmation | None) -> None:
+        if confirmation is not None:
+            self._confirmations.append(confirmation)
+            self._store()
+
+    def _store(self) -> None:
+        trouble = cache.store_curves(self._key, self._curves, self._confirmations)
         if trouble is not None:
             self._progress(trouble)
 
@@ -154,7 +180,8 @@ class Planner:
             way = dataclasses.replace(base.settings, checkpointing=mode)
             if way not in self._curves and self._out_of_time(bool(self._options())):
                 return
-            measured = self._curve(way, [size for size in self._sizes() if 2 * size >= largest])
+            sizes = [size for size in self._sizes() if 2 * size >= largest]
+            measured = self._curve(way, sizes, is_last=not self._question.tries_compile)
             if measured.fitting and measured.stopped != curve.MEMORY:
                 return  # memory is no longer what limits
 
@@ -194,77 +221,109 @@ class Planner:
         fixed = self._question.fixed_micro_batch
         return found if fixed is None else [option for option in found if option.micro_batch == fixed]
 
-    def _answer(self, chosen: Candidate, options: list[Candidate]) -> Plan:
-        reason = search.explain(chosen, options, self._used.values())
-        if not self._measured_anything:
-            reason += " (remembered from earlier measurements; --retune measures again)"
-        trials = self._rows()
-        if not chosen.measured:
-            row = search.interpolated_row(self._used[chosen.settings], chosen, self._effective)
-            trials = sorted([*trials, row], key=_order)
-        notes = []
-        if self._used[chosen.settings].stopped == curve.TIME:
-            notes.append(
-                f"Time for trials ran out before larger micro-batches were tried; "
-                f"tune.max_seconds={2 * self._max_seconds:g} --retune would allow more."
-            )
-        if chosen.accumulation_steps == 1:
-            notes.append("The whole share of each rank is computed at once: no accumulation is needed.")
-        return make_plan(
+    def _decide(self, options: list[Candidate]) -> Decision:
+        """Choose by the model and, where that is a close call, by whole steps. Pure but for those trials."""
+        near = confirm.finalists(options)
+        overlapping = self._overlapping(near[0])
+        named = {option.key: option for option in (*near, *overlapping)}
+        timed = self._known_whole_steps(list(named.values()))
+        if timed is None and len(named) > 1 and self._measured_anything and self._fixed is None:
+            self._confirm(list(named.values()))
+            timed = self._known_whole_steps(list(named.values()))
+        if timed is not None:
+            if (verdict := confirm.verdict(timed)) is not None:
+                return Decision(verdict.chosen, options, verdict, timed)
+            failed = {option.key for option, steps in timed if steps.error}
+            options = [option for option in options if option.key not in failed] or options
+        return Decision(search.choose(options), options, timed=timed or [], is_close=len(near) > 1)
+
+    def _overlapping(self, best: Candidate) -> list[Candidate]:
+        """The best candidate with the other way of reducing: on several GPUs only whole steps can compare."""
+        if not self._overlaps:
+            return []
+        return [dataclasses.replace(best, settings=dataclasses.replace(best.settings, sync="overlap"))]
+
+    def _known_whole_steps(self, near: list[Candidate]) -> list[tuple[Candidate, WholeSteps]] | None:
+        """What an interleaved run says of these candidates, the newest that has the best and another."""
+        named = [confirm.finalist_of(o, self._effective, self._world_size) for o in near]
+        for run in reversed(self._confirmations):
+            if (run.effective_batch, run.world_size) != (self._effective, self._world_size):
+                continue
+            found = [
+                (o, steps) for o, f in zip(near, named, strict=True) if (steps := run.get(f)) is not None
+            ]
+            if len(found) > 1 and run.get(named[0]) is not None:
+                return found
+        return None
+
+    def _confirm(self, near: list[Candidate]) -> None:
+        """Time whole steps of these candidates in trial processes of their own, if time and memory allow."""
+        if near[0].settings in self._in_place and len({option.settings for option in near}) == 1:
+            return  # the processes that measured the curve have tried already
+        near = [option for option in near if self._fits_beside(option, near[0])]
+        seconds = self._whole_seconds()
+        count, _ = confirm.affordable([option.step_s for option in near], seconds)
+        if count < 2 or self._out_of_time(has_answer=True):
+            return
+        asked = WholeSpec(
+            self._effective,
+            self._world_size,
+            seconds,
+            tuple(confirm.finalist_of(o, self._effective, self._world_size) for o in near[:count]),
+        )
+        try:
+            _, confirmation = self._runner.measure(near[0].settings, (), whole=asked)
+        except Interrupted:
+            raise
+        except GatrainError as error:  # the modelled choice stands
+            self._progress(f"the finalists could not be timed as whole steps: {error}")
+            return
+        self._keep_confirmation(confirmation)
+
+    def _fits_beside(self, option: Candidate, best: Candidate) -> bool:
+        """Whether the engines of both can be in memory at once; each further way has one of its own."""
+        if option.settings == best.settings:
+            return True
+        largest = max(self._curve_of(each).peak_bytes(each.micro_batch) or 0 for each in (option, best))
+        budget = self._free_bytes * self._config.tune.memory_fraction
+        others = MAX_ENGINES_BESIDE * state_bytes(self._config, self._parameter_bytes)
+        return largest + others <= budget
+
+    def _whole_spec(self, way: StepSettings, *, is_last: bool) -> WholeSpec | None:
+        """Whole steps in the processes that measure a curve: they are warm, and a new start takes seconds."""
+        if not is_last or self._fixed is not None or self._overlaps:
+            return None
+        self._in_place.add(way)
+        others = [option.step_s for option in self._options() if option.settings != way]
+        known = self._curves.get(way)
+        return WholeSpec(
+            self._effective,
+            self._world_size,
+            self._whole_seconds(),
+            known=known.measurements if known is not None else (),
+            rival_s=min(others, default=None),
+        )
+
+    def _whole_seconds(self) -> float:
+        return min(confirm.MAX_SECONDS[self._hardware.device], max(0.0, self._runner.seconds_left))
+
+    def _curve_of(self, option: Candidate) -> Curve:
+        """The curve behind a candidate, also where it differs in the way of reducing."""
+        return self._used[dataclasses.replace(option.settings, sync=self._question.base.sync)]
+
+    def _answer(self, decision: Decision) -> Plan:
+        return answer.make(
+            decision,
+            self._used,
+            self._curve_of(decision.chosen),
             effective_batch=self._effective,
             world_size=self._world_size,
-            micro_batch=chosen.micro_batch,
-            reason=reason,
-            trials=trials,
-            notes=notes,
-            **dataclasses.asdict(chosen.settings),
+            config=self._config,
+            on_gpu=self._hardware.device == "cuda",
+            is_remembered=not self._measured_anything,
+            max_seconds=self._max_seconds,
+            allowed_bytes=int(self._free_bytes * self._config.tune.memory_fraction),
         )
-
-    def _rows(self) -> list[Trial]:
-        rows = [
-            row
-            for used in self._used.values()
-            for row in search.trial_rows(used, self._effective, self._world_size)
-        ]
-        return sorted(rows, key=_order)
-
-    def _refuse(self) -> None:
-        """Say why there is no plan.
-
-        Raises:
-            DoesNotFitError: memory; names what was tried and what to type next.
-            WorkerError: all sizes crashed or gave wrong results.
-        """
-        compiled = self._question.base.compile
-        asked = [used for way, used in self._used.items() if way.compile == compiled]
-        tried = [m for used in asked for m in used.measurements]
-        refused = [m for m in tried if m.outcome == DOES_NOT_FIT]
-        if not refused:
-            first = next((m for m in tried if m.outcome == FAILED), None)
-            text = f"micro-batch {first.micro_batch}: {first.error}" if first else "no trial gave an answer"
-            raise WorkerError(
-                f"no micro-batch could be computed. {text} Correct it, or set batch.micro to try one size."
-            )
-        smallest = min(refused, key=_size)
-        free = memory_text(memory_per_rank(self._hardware, self._local_ranks))
-        ways = "; ".join(settings.describe(way) for way in self._used)
-        peak = f" (peak {memory_text(smallest.peak_memory_bytes)})" if smallest.peak_memory_bytes else ""
-        raise DoesNotFitError(
-            f"the model does not fit at micro-batch {smallest.micro_batch}{peak}: {free} were free "
-            f"per rank, of which tune.memory_fraction={self._config.tune.memory_fraction:g} may be "
-            f"used. Tried: {ways}. {smallest.error or ''} Use {', or '.join(self._advice())}."
-        )
-
-    def _advice(self) -> list[str]:
-        tried = {way.checkpointing for way in self._used}
-        modes: Mapping[str, None] = dict.fromkeys(m for used in self._used.values() for m in used.modes)
-        advice = ["checkpointing=full"] if "full" in modes and "full" not in tried else []
-        fixed = self._question.fixed_micro_batch
-        if fixed is not None and fixed > 1:
-            advice.append("batch.micro=auto")
-        if self._question.base.precision == "fp32" and self._hardware.device == "cuda":
-            advice.append("precision=bf16")
-        return [*advice, "smaller samples (a shorter context, a lower resolution)", "a smaller model"]
 
 
 def _size(measurement: curve.Measurement) -> int:
@@ -273,7 +332,3 @@ def _size(measurement: curve.Measurement) -> int:
 
 def _rate(measurement: curve.Measurement) -> float:
     return measurement.micro_batch / (measurement.micro_step_s or float("inf"))
-
-
-def _order(row: Trial) -> tuple[bool, int, int]:
-    return row.compile, ("none", "selective", "full").index(row.checkpointing), row.micro_batch

@@ -17,10 +17,11 @@ from gatrain.errors import DoesNotFitError, GatrainError, Interrupted, WorkerErr
 from gatrain.launch.nodes import Nodes
 from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, StepSettings
 from gatrain.tune import curve, settings, spec
+from gatrain.tune.confirm import Confirmation
 from gatrain.tune.curve import Curve, Measurement
 from gatrain.tune.estimate import memory_text
 from gatrain.tune.search import seconds_text
-from gatrain.tune.spec import Answers, TrialSpec
+from gatrain.tune.spec import Answers, TrialSpec, WholeSpec
 
 MODULE = "gatrain.tune.trial"
 Progress = Callable[[str], None]
@@ -75,10 +76,20 @@ class TrialRunner:
         """Until no further size may be started."""
         return self._deadline - time.time()
 
-    def measure(self, way: StepSettings, sizes: Sequence[int], *, rises: bool = True) -> Curve:
+    def measure(
+        self,
+        way: StepSettings,
+        sizes: Sequence[int],
+        *,
+        rises: bool = True,
+        whole: WholeSpec | None = None,
+    ) -> tuple[Curve, Confirmation | None]:
         """Measure ``sizes``, in that order, computed in one ``way``, in processes of their own.
 
         A rank that dies leaves its size as a failure, and what was measured before it counts.
+
+        Args:
+            whole: whole steps to time in the same warm processes afterwards.
 
         Raises:
             GatrainError: the processes failed before the model was built: the user's own error.
@@ -92,6 +103,7 @@ class TrialRunner:
             # a limit that a person has set is kept
             patience_s=self._max_seconds if self._config.tune.max_seconds is None else 0.0,
             rises=rises,
+            whole=whole,
         )
         answers, error = Answers(), None
         with tempfile.TemporaryDirectory(prefix="gatrain_tune_", ignore_cleanup_errors=True) as name:
@@ -99,25 +111,31 @@ class TrialRunner:
             asked.write(folder)
             # JSON is YAML as well
             (folder / spec.CONFIG).write_text(json.dumps(dataclasses.asdict(self._config)), encoding="utf-8")
-            self._progress(f"measuring {settings.describe(way)} in trial processes")
+            what = f"measuring {settings.describe(way)}" if sizes else "timing whole steps of the finalists"
+            self._progress(f"{what} in trial processes")
             try:
                 with listening(folder / spec.LINES, self._tell):
                     self._run(folder)
             except (Interrupted, KeyboardInterrupt):
-                self._keep(self._curve(way, _read(folder), curve.INTERRUPTED))
+                answers = _read(folder)  # what ended before the interruption is complete
+                self._keep(self._curve(way, answers, answers.stopped or curve.INTERRUPTED))
                 raise
             except GatrainError as caught:
                 error = caught
             answers = _read(folder)
         if error is not None:
+            if whole is not None and answers.stopped is not None:
+                self._progress(f"the finalists could not be timed as whole steps: {error}")
             answers = _after_crash(answers, error)
         measured = self._curve(way, answers, answers.stopped or curve.BROKEN)
-        self._keep(measured)
-        return measured
+        if sizes:
+            self._keep(measured)
+        return measured, answers.confirmation
 
     def _curve(self, way: StepSettings, answers: Answers, stopped: str) -> Curve:
         measurements = sorted(answers.measurements, key=lambda m: m.micro_batch)
-        return Curve(way, tuple(measurements), stopped, self._max_seconds, answers.modes or ("none",))
+        modes = answers.modes or ("none",)
+        return Curve(way, tuple(measurements), stopped, self._max_seconds, modes, answers.budget_bytes)
 
     def _tell(self, measurement: Measurement) -> None:
         self._progress(sentence(measurement))

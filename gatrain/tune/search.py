@@ -4,7 +4,8 @@ The cost of one optimizer step on the busiest rank is
 
     step_s(b) = sum of micro_step_s over that rank's micro-batches + reduce_s + optimizer_s
 
-where the time of a smaller last micro-batch lies on the line between measured sizes.
+where the time of a smaller last micro-batch lies on the line between measured sizes. Where the ranks are unequal
+it is the largest of all ranks, each with times and a share of its own.
 """
 
 from __future__ import annotations
@@ -36,6 +37,13 @@ class Candidate:
     step_s: float
     measured: bool
     """False where the micro-step time lies on the line between two measured sizes."""
+    shares: tuple[int, ...] = ()
+    """Samples of each rank; empty where they are equal, up to one sample."""
+
+    @property
+    def key(self) -> tuple[StepSettings, int, tuple[int, ...]]:
+        """What tells candidates for one effective batch apart."""
+        return self.settings, self.micro_batch, self.shares
 
 
 def candidate_sizes(share: int) -> list[int]:
@@ -86,25 +94,46 @@ def candidates(curve: Curve, effective_batch: int, world_size: int) -> list[Cand
     """Every split of the effective batch that the curve can vouch for, with its cost.
 
     Besides measured sizes these are the near-equal cuts of the share between them: smaller than a size that
-    fits, so they fit as well.
+    fits, so they fit as well. Where the ranks are unequal, the same with shares in proportion to their speed.
     """
     fitting = {m.micro_batch for m in curve.fitting}
     if not fitting:
         return []
-    share = batch.largest_share(effective_batch, world_size)
-    cuts = {-(-share // k) for k in range(1, 33)}
-    sizes = {size for size in fitting | cuts if size <= share and _is_vouched_for(curve, size)}
-    return [
-        Candidate(
-            settings=curve.settings,
-            micro_batch=size,
-            accumulation_steps=-(-share // size),
-            step_s=step_seconds(curve, effective_batch, world_size, size),
-            measured=size in fitting,
-        )
-        for size in sorted(sizes)
-        if not _uses_unusable(curve, effective_batch, world_size, size)
-    ]
+    found = []
+    for shares in {(), unequal_shares(curve, effective_batch, world_size)}:
+        share = max(shares) if shares else batch.largest_share(effective_batch, world_size)
+        cuts = {-(-share // k) for k in range(1, 33)}
+        sizes = {size for size in fitting | cuts if size <= share and _is_vouched_for(curve, size)}
+        found += [
+            Candidate(
+                settings=curve.settings,
+                micro_batch=size,
+                accumulation_steps=-(-share // size),
+                step_s=step_seconds(curve, effective_batch, world_size, size, shares),
+                measured=size in fitting,
+                shares=shares,
+            )
+            for size in sorted(sizes)
+            if not _uses_unusable(curve, shares or batch.rank_shares(effective_batch, world_size), size)
+        ]
+    return sorted(found, key=lambda option: (option.micro_batch, option.shares))
+
+
+def unequal_shares(curve: Curve, effective_batch: int, world_size: int) -> tuple[int, ...]:
+    """Shares in proportion to the ranks' measured speeds; empty where equal ones are as good.
+
+    Trials run on one node, so the ranks of every node are taken to be like those.
+    """
+    factors = _factors(curve, world_size)
+    if not factors:
+        return ()
+    shares = batch.proportional_shares(effective_batch, [round(1e6 / factor) for factor in factors])
+    return tuple(shares) if max(shares) - min(shares) > 1 else ()
+
+
+def _factors(curve: Curve, world_size: int) -> tuple[float, ...]:
+    factors = curve.rank_factors
+    return factors * (world_size // len(factors)) if factors and world_size % len(factors) == 0 else ()
 
 
 def _is_vouched_for(curve: Curve, size: int) -> bool:
@@ -118,25 +147,35 @@ def _size(measurement: Measurement) -> int:
     return measurement.micro_batch
 
 
-def _uses_unusable(curve: Curve, effective_batch: int, world_size: int, size: int) -> bool:
+def _uses_unusable(curve: Curve, shares: Iterable[int], size: int) -> bool:
     """Whether any rank's split contains a size that is known to crash, such as BatchNorm's single sample."""
-    shares = set(batch.rank_shares(effective_batch, world_size))
-    used = {part for share in shares for part in batch.micro_batch_sizes(share, size)}
+    used = {part for share in set(shares) for part in batch.micro_batch_sizes(share, size)}
     return bool(used & curve.unusable)
 
 
-def step_seconds(curve: Curve, effective_batch: int, world_size: int, size: int) -> float:
+def step_seconds(
+    curve: Curve, effective_batch: int, world_size: int, size: int, shares: Sequence[int] = ()
+) -> float:
     """Predicted seconds of one optimizer step; see the module's docstring for the form."""
-    share = batch.largest_share(effective_batch, world_size)
+    if not shares:
+        share = batch.largest_share(effective_batch, world_size)
+        return share_seconds(curve, share, size) + curve.step_overhead_s
+    by_rank = zip(_factors(curve, world_size), shares, strict=True)
+    return (
+        max(factor * share_seconds(curve, share, size) for factor, share in by_rank) + curve.step_overhead_s
+    )
+
+
+def share_seconds(curve: Curve, share: int, size: int) -> float:
+    """Seconds of all micro-steps of ``share`` samples on the slowest rank."""
     full, rest = divmod(share, size)
-    seconds = full * curve.micro_step_s(size) + (curve.micro_step_s(rest) if rest else 0.0)
-    return seconds + curve.step_overhead_s
+    return full * curve.micro_step_s(size) + (curve.micro_step_s(rest) if rest else 0.0)
 
 
 def choose(options: Sequence[Candidate]) -> Candidate:
     """The fastest candidate; within the noise the simpler one.
 
-    Simpler means: not compiled, less checkpointing, fewer accumulation steps, measured itself.
+    Simpler means: equal shares, not compiled, less checkpointing, fewer accumulation steps, measured itself.
 
     Raises:
         ValueError: ``options`` is empty.
@@ -145,28 +184,31 @@ def choose(options: Sequence[Candidate]) -> Candidate:
         raise ValueError("no candidate")
     fastest = min(option.step_s for option in options)
     equal = [option for option in options if option.step_s <= fastest * (1 + NOISE)]
-    return min(
-        equal,
-        key=lambda option: (
-            option.settings.compile,
-            _CHECKPOINTING_ORDER.index(option.settings.checkpointing),
-            option.accumulation_steps,
-            not option.measured,
-            option.step_s,
-        ),
+    return min(equal, key=lambda option: (*simplicity(option), option.step_s))
+
+
+def simplicity(option: Candidate) -> tuple[bool, bool, int, int, bool]:
+    """Sorts the simpler candidate first."""
+    return (
+        bool(option.shares),
+        option.settings.compile,
+        _CHECKPOINTING_ORDER.index(option.settings.checkpointing),
+        option.accumulation_steps,
+        not option.measured,
     )
 
 
 def trial_rows(curve: Curve, effective_batch: int, world_size: int) -> list[Trial]:
     """The curve as rows of the plan's table, with what each size means for this effective batch."""
-    share = batch.largest_share(effective_batch, world_size)
+    unequal = unequal_shares(curve, effective_batch, world_size)
+    share = max(unequal) if unequal else batch.largest_share(effective_batch, world_size)
     rows = []
     for m in curve.measurements:
         if m.micro_batch > share:
             continue  # measured for a larger effective batch
         step_s = rate = None
         if m.outcome == FITS and m.micro_step_s is not None:
-            step_s = step_seconds(curve, effective_batch, world_size, m.micro_batch)
+            step_s = step_seconds(curve, effective_batch, world_size, m.micro_batch, unequal)
             rate = effective_batch / step_s if step_s > 0 else None
         rows.append(
             Trial(
@@ -207,37 +249,49 @@ def interpolated_row(curve: Curve, chosen: Candidate, effective_batch: int) -> T
     )
 
 
-def explain(chosen: Candidate, options: Iterable[Candidate], curves: Iterable[Curve]) -> str:
-    """The choice in one sentence, with its numbers."""
-    text = f"{_name(chosen, chosen)} takes {seconds_text(chosen.step_s)} per optimizer step"
-    others = [o for o in options if o.measured and _key(o) != _key(chosen)]
-    if others:
+def explain(
+    chosen: Candidate,
+    options: Iterable[Candidate],
+    curves: Iterable[Curve],
+    confirmed: tuple[float, str] | None = None,
+) -> str:
+    """The choice in one sentence, with its numbers.
+
+    Args:
+        confirmed: measured seconds of whole steps, and what they say of the other finalists.
+    """
+    others = [o for o in options if o.measured and o.key != chosen.key]
+    text = f"{name(chosen, chosen)} takes {seconds_text(confirmed[0] if confirmed else chosen.step_s)}"
+    text += " per optimizer step"
+    if confirmed:
+        text += f", {confirmed[1]}"
+    elif others:
         other = min(others, key=lambda option: option.step_s)
         if other.step_s > chosen.step_s * (1 + NOISE):
-            text += f"; the next best, {_name(other, chosen)}, takes {seconds_text(other.step_s)}"
+            text += f"; the next best, {name(other, chosen)}, takes {seconds_text(other.step_s)}"
         else:
-            text += f", within {NOISE:.0%} of {_name(other, chosen)} ({seconds_text(other.step_s)})"
+            text += f", within {NOISE:.0%} of {name(other, chosen)} ({seconds_text(other.step_s)})"
     for curve in curves:
         refused = [m.micro_batch for m in curve.measurements if m.outcome == DOES_NOT_FIT]
-        if curve.settings == chosen.settings and refused:
+        if refused and dataclasses.replace(curve.settings, sync=chosen.settings.sync) == chosen.settings:
             text += f"; {min(refused)} does not fit"
     return text
 
 
-def _key(option: Candidate) -> tuple[int, StepSettings]:
-    return option.micro_batch, option.settings
-
-
-def _name(option: Candidate, chosen: Candidate) -> str:
+def name(option: Candidate, chosen: Candidate) -> str:
     """``micro-batch 16 x 2``; settings are named where they differ from the chosen ones."""
     steps = option.accumulation_steps
-    name = f"micro-batch {option.micro_batch}" + (f" x {steps}" if steps > 1 else "")
+    text = f"micro-batch {option.micro_batch}" + (f" x {steps}" if steps > 1 else "")
     differing = []
+    if option.shares != chosen.shares:
+        differing.append("unequal shares" if option.shares else "equal shares")
+    if option.settings.sync != chosen.settings.sync:
+        differing.append(f"sync {option.settings.sync}")
     if option.settings.checkpointing != chosen.settings.checkpointing:
         differing.append(f"checkpointing {option.settings.checkpointing}")
     if option.settings.compile != chosen.settings.compile:
         differing.append("compiled" if option.settings.compile else "not compiled")
-    return name + (f" ({', '.join(differing)})" if differing else "")
+    return text + (f" ({', '.join(differing)})" if differing else "")
 
 
 def seconds_text(seconds: float) -> str:

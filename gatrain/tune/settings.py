@@ -22,6 +22,8 @@ class Question:
     tries_compile: bool
     """``compile=auto`` where compiled kernels can be had."""
     fixed_micro_batch: int | None
+    tries_overlap: bool = False
+    """``sync=auto``: on several GPUs the overlapped reduction is compared as well."""
 
     @property
     def needs_trials(self) -> bool:
@@ -49,6 +51,7 @@ def resolve(config: RunConfig, hardware: Hardware) -> Question:
         tries_checkpointing=config.checkpointing == "auto" and (on_gpu or fixed is None),
         tries_compile=config.compile == "auto" and on_gpu and can_compile(),
         fixed_micro_batch=fixed,
+        tries_overlap=config.sync == "auto",
     )
 
 

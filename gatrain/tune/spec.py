@@ -6,22 +6,46 @@ Lines of ``trials.jsonl``, each flushed, so that a crash or Ctrl-C keeps what wa
     {"event": "start", "micro_batch": b}                     about to try b; without an answer: a crash
     {"event": "trial", "measurement": {...}}                 the answer
     {"event": "end", "stopped": "memory"}                    why no larger size was tried
+    {"event": "whole", "confirmation": {...}}                whole steps of the finalists, if there was a close call
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gatrain.plan import StepSettings
 from gatrain.rundir import read_json, write_json
+from gatrain.tune.confirm import Confirmation, Finalist
 from gatrain.tune.curve import Measurement
 
 SPEC, LINES, CONFIG = "trial_spec.json", "trials.jsonl", "config.yaml"
+
+
+@dataclass(frozen=True)
+class WholeSpec:
+    """Whole optimizer steps to time after the sizes; see `gatrain.tune.confirm`."""
+
+    effective_batch: int
+    world_size: int
+    max_seconds: float
+    finalists: tuple[Finalist, ...] = ()
+    """What to time; where empty, the processes find the close calls of their own curve."""
+    known: tuple[Measurement, ...] = ()
+    """Sizes of this curve that earlier processes measured."""
+    rival_s: float | None = None
+    """Predicted step time of the best other way of computing: within its reach, the parent decides who runs."""
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> WholeSpec:
+        """Inverse of `dataclasses.asdict`."""
+        finalists = tuple(map(Finalist.from_dict, data["finalists"]))
+        known = tuple(map(Measurement.from_dict, data["known"]))
+        return cls(**{**data, "finalists": finalists, "known": known})
 
 
 @dataclass(frozen=True)
@@ -38,6 +62,7 @@ class TrialSpec:
     choice made too early would cost more in training."""
     rises: bool = True
     """Sizes rise, and larger ones that bring nothing end it; False measures every size in the order given."""
+    whole: WholeSpec | None = None
 
     def write(self, folder: Path) -> None:
         write_json(folder / SPEC, dataclasses.asdict(self))
@@ -45,7 +70,9 @@ class TrialSpec:
     @classmethod
     def read(cls, folder: Path) -> TrialSpec:
         data = read_json(folder / SPEC)
-        return cls(**{**data, "settings": StepSettings(**data["settings"]), "sizes": tuple(data["sizes"])})
+        whole = WholeSpec.from_dict(data["whole"]) if data["whole"] else None
+        settings, sizes = StepSettings(**data["settings"]), tuple(data["sizes"])
+        return cls(**{**data, "settings": settings, "sizes": sizes, "whole": whole})
 
 
 @dataclass
@@ -59,6 +86,7 @@ class Answers:
     started: int | None = None
     """The size under way, or the one that took the processes down."""
     stopped: str | None = None
+    confirmation: Confirmation | None = None
 
     def take(self, line: str) -> Measurement | None:
         """Read one line; return the measurement if it holds one. A torn or foreign line is ignored."""
@@ -76,6 +104,8 @@ class Answers:
                     return self.measurements[-1]
                 case "end":
                     self.stopped = str(said["stopped"])
+                case "whole":
+                    self.confirmation = Confirmation.from_dict(said["confirmation"])
         except (ValueError, KeyError, TypeError):
             pass
         return None

@@ -22,19 +22,26 @@ from gatrain.errors import DoesNotFitError
 from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, SKIPPED
 from gatrain.rank import Rank
 from gatrain.rundir import RunDir
-from gatrain.tune import curve, spec
+from gatrain.tune import confirm, curve, spec
 from gatrain.tune.curve import Measurement
 from gatrain.tune.estimate import memory_text
 from gatrain.tune.measure import Peers, SizeMeter, is_out_of_memory, predicted_seconds
 from gatrain.tune.memory import Memory, memory_of, predicted_peak
+from gatrain.tune.memory_model import between, fit_line
 from gatrain.tune.spec import TrialSpec
+from gatrain.tune.whole import WholeStepTimer, close_calls
 
 LEVEL_GAIN, FALL = 0.01, 0.02
 """Two sizes in a row that gain less than the one, or lose more than the other, end the rise."""
+SURE = 3.0
+"""Standard errors by which a size must be slower to be called so."""
 MUCH = 1.2
 SHARE_OF_BUDGET = 0.25
 """Part of the remaining time that the largest size may take once the curve is level."""
 MAX_FAILURES = 2
+REFINEMENTS, WORTH_REFINING = 2, 0.03
+SMALLEST_GAP = {"cpu": 4, "cuda": 2}
+"""Samples between a size that fits and one that does not, below which nothing in between is tried."""
 STILL = 1e-30
 """Learning rate of trials: the update does its work and moves nothing, so all sizes see the same weights."""
 
@@ -61,12 +68,13 @@ def work(folder: Path, this: Rank) -> None:
     memory = memory_of(this, asked.memory_fraction)
     config = load_config(folder / spec.CONFIG)
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=STILL))
-    if asked.settings.compile:
+    finalists = asked.whole.finalists if asked.whole else ()
+    if asked.settings.compile or any(each.settings.compile for each in finalists):
         import torch._dynamo
 
-        # one compilation for each size: beyond the default limit of 8 a function would silently run
-        # uncompiled
-        torch._dynamo.config.recompile_limit = 8 + 2 * len(asked.sizes)
+        # one compilation for each size and each remainder: beyond the default limit of 8 a function would
+        # silently run uncompiled
+        torch._dynamo.config.recompile_limit = 16 + 2 * len(asked.sizes)
     try:
         task = build.build_task(config)
         modes = build.available_checkpointing(task)
@@ -80,7 +88,14 @@ def work(folder: Path, this: Rank) -> None:
         raise
     lines.write("ready", modes=list(modes), budget_bytes=min(peers.gather(memory.budget_bytes)))
     rise = Rise(asked, SizeMeter(engine, task, this, peers, memory), peers, memory, lines, this)
-    lines.write("end", stopped=rise.run())
+    stopped = rise.run()
+    lines.write("end", stopped=stopped)  # the curve is complete, whatever becomes of the whole steps
+    if asked.whole is not None and stopped not in (curve.INTERRUPTED, curve.BROKEN):
+        timer = WholeStepTimer(config, task, this, peers, {asked.settings: engine})
+        options = [] if asked.whole.finalists else close_calls(asked, rise.measured, stopped)
+        confirmation = timer.run(asked.whole, options)
+        if confirmation is not None:
+            lines.write("whole", confirmation=confirm.to_dict(confirmation))
 
 
 def _to_log(folder: Path, this: Rank) -> None:
@@ -104,6 +119,7 @@ class Rise:
         self._rank = this
         self._base = memory.base()
         self._points: list[tuple[int, int]] = []
+        self.measured: list[Measurement] = []
         self._rates: list[tuple[int, float]] = []
         self._last_fit: Measurement | None = None
         self._wall_s = -1.0  # seconds of the last size, everything included
@@ -115,6 +131,8 @@ class Rise:
         while sizes:
             size = sizes.pop(0)
             stop = self._stop_before(size)
+            if stop == curve.MEMORY:
+                self._refine(size)
             if stop is not None:
                 return stop
             self._lines.write("start", micro_batch=size)
@@ -122,6 +140,7 @@ class Rise:
             measured = self._meter.measure(size)
             self._note(measured, time.perf_counter() - began)
             if measured.outcome == DOES_NOT_FIT:
+                self._refine(size)
                 return curve.MEMORY
             if self._failures >= MAX_FAILURES or (measured.outcome == FAILED and self._is_broken()):
                 return curve.BROKEN
@@ -135,6 +154,7 @@ class Rise:
 
     def _note(self, measured: Measurement, seconds: float) -> None:
         self._lines.write("trial", measurement=dataclasses.asdict(measured))
+        self.measured.append(measured)
         size = measured.micro_batch
         self._failures = self._failures + 1 if measured.outcome == FAILED else 0
         self._wall_s = max(self._peers.gather(seconds))
@@ -156,14 +176,52 @@ class Rise:
         if self._peers.gather(needed > left)[0]:
             self._skip(size, f"no time: it would take about {needed:.0f} s, {max(left, 0):.0f} s are left")
             return curve.TIME
-        # On a GPU an error says what does not fit; on a CPU the kernel would kill somebody's process.
-        if self._rank.device.type == "cpu":
-            peak = predicted_peak(self._points, self._base, size)
-            over = max(self._peers.gather(peak - self._memory.budget_bytes))
-            if over > 0:
-                self._skip(size, f"its predicted peak is {memory_text(over)} above what may be used")
-                return curve.MEMORY
+        over = max(self._peers.gather(self._over(size)))
+        if over > 0:
+            self._skip(size, f"its predicted peak is {memory_text(over)} above what may be used")
+            return curve.MEMORY
         return None
+
+    def _over(self, size: int) -> float:
+        """Bytes by which ``size`` is predicted to exceed this rank's budget; in doubt not above 0.
+
+        On a GPU an error says in the end what does not fit, so only what clearly cannot is left out; on a CPU
+        the kernel would kill somebody's process, so what is predicted not to fit is not tried.
+        """
+        budget = self._memory.budget_bytes
+        if self._rank.device.type == "cpu":
+            return predicted_peak(self._points, self._base, size) - budget
+        line = fit_line(self._points)
+        if line is None or not line.clearly_exceeds(size, budget):
+            return 0.0
+        return line.peak(size) - budget
+
+    def _refine(self, refused: int) -> None:
+        """Try up to `REFINEMENTS` sizes between the largest that fits and the smallest that does not, while
+        larger ones were still clearly faster. Collective."""
+        for _ in range(REFINEMENTS):
+            if not (self._asked.rises and self._last_fit and len(self._rates) > 1 and self._still_rises()):
+                return
+            gap = SMALLEST_GAP[self._rank.device.type]
+            size = between(self._last_fit.micro_batch, refused, gap)
+            if size is None:
+                return
+            stop = self._stop_before(size)
+            if stop is None:
+                self._lines.write("start", micro_batch=size)
+                began = time.perf_counter()
+                measured = self._meter.measure(size)
+                self._note(measured, time.perf_counter() - began)
+                if measured.outcome == FAILED:
+                    return
+            elif stop != curve.MEMORY:
+                return
+            if stop is not None or measured.outcome != FITS:
+                refused = size
+
+    def _still_rises(self) -> bool:
+        """Whether the largest size that fits is clearly faster per sample than the one before it."""
+        return self._rates[-1][1] > (1 + WORTH_REFINING) * self._rates[-2][1]
 
     def _is_gaining(self) -> bool:
         """Whether the last size was much faster per sample than the one before: the best is still ahead."""
@@ -195,7 +253,8 @@ class Rise:
             return None
         best = max(rate for _, rate in self._rates[:-2])
         last_two = [rate for _, rate in self._rates[-2:]]
-        if all(rate < best * (1 - FALL) for rate in last_two):
+        noise = max((m.noise or 0.0 for m in self.measured[-2:]), default=0.0)
+        if all(rate < best * (1 - max(FALL, SURE * noise)) for rate in last_two):
             return curve.SLOWER
         return curve.LEVEL if all(rate < best * (1 + LEVEL_GAIN) for rate in last_two) else None
 

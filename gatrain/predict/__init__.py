@@ -1,0 +1,221 @@
+"""Will it fit, and on what? Memory and time of a recipe on a GPU that is not here. No CUDA context is ever made.
+
+A child process traces the recipe's real step without data (`gatrain.predict.trace`); the peak follows from a model
+of the caching allocator (`gatrain.predict.allocator`), the time from a roofline (`gatrain.predict.roofline`).
+Everything that comes out is a prediction and says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gatrain import batch
+from gatrain.compose import Composed
+from gatrain.config import RunConfig
+from gatrain.errors import EXIT_CODES, ConfigError, DoesNotFitError, GatrainError
+from gatrain.predict import request
+from gatrain.predict.forecast import Forecaster, GpuForecast, ModeForecast, SizeForecast
+from gatrain.predict.gpus import GPUS, GpuModel, find_gpu
+from gatrain.predict.request import TraceRequest, TraceResult
+from gatrain.predict.roofline import Range
+from gatrain.predict.view import prediction_lines
+from gatrain.rundir import write_json, write_text
+
+__all__ = [
+    "GPUS", "GpuForecast", "GpuModel", "ModeForecast", "Prediction", "Range", "SizeForecast", "find_gpu", "predict",
+    "trace_in_child",
+]  # fmt: skip
+
+TIME_LIMIT_S = 300.0
+"""A trace takes seconds; a model that needs longer than this is told so."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What is expected of a recipe on one or several kinds of GPU."""
+
+    recipe: str
+    effective_batch: int
+    world_size: int
+    parameters: int
+    gpus: list[GpuForecast]
+    """One for each GPU that was asked about."""
+    checkpointing_offered: list[str]
+    trace_s: float
+    notes: list[str]
+
+    @property
+    def fits(self) -> bool:
+        """Whether it fits on any of the GPUs."""
+        return any(gpu.fits for gpu in self.gpus)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {"label": "predicted", **data, "gpus": [gpu.to_dict() for gpu in self.gpus]}
+
+    def lines(self) -> list[str]:
+        """Text for people."""
+        return prediction_lines(self)
+
+
+def predict(
+    composed: Composed,
+    gpus: Sequence[GpuModel],
+    nproc: int = 1,
+    *,
+    cwd: Path | None = None,
+    time_limit_s: float = TIME_LIMIT_S,
+    raises: bool = True,
+) -> Prediction:
+    """Predict memory and time of a recipe.
+
+    Args:
+        composed: the recipe and its overrides.
+        gpus: kinds of GPU, each answered for by itself: `find_gpu` or `GPUS`.
+        nproc: ranks, one for each GPU, in one node.
+        cwd: folder whose modules `_target_` may name; default the current one.
+        time_limit_s: of the trace.
+        raises: refuse where a single GPU was asked about and nothing fits; False returns the numbers.
+
+    Raises:
+        ConfigError, PlanError, DataError: the recipe or the numbers are wrong.
+        DoesNotFitError: a single GPU was asked about and not even one sample fits.
+        GatrainError: the model cannot be traced, or not in time.
+    """
+    config = composed.config
+    if nproc < 1:
+        raise ConfigError(f"--nproc {nproc} is below 1, the smallest number of processes.")
+    if isinstance(config.batch.micro, int):
+        batch.check_micro_batch(config.batch.effective, nproc, config.batch.micro)
+    began = time.perf_counter()
+    precisions = {gpu: _precision(config, gpu) for gpu in gpus}
+    requests = {name: _request(config, gpus, nproc, name) for name in dict.fromkeys(precisions.values())}
+    traces = dict(
+        zip(requests, trace_in_child(composed.yaml, list(requests.values()), cwd, time_limit_s), strict=True)
+    )
+    forecasters = {
+        name: Forecaster(
+            trace, config, nproc, name, compiled=requests[name].compile, sync=requests[name].sync
+        )
+        for name, trace in traces.items()
+    }
+    first = next(iter(traces.values()))
+    if not first.traces:
+        raise ConfigError(
+            f"checkpointing={config.checkpointing}: the model has no list of repeated blocks to recompute. "
+            "Use checkpointing=none."
+        )
+    prediction = Prediction(
+        recipe=composed.recipe,
+        effective_batch=config.batch.effective,
+        world_size=nproc,
+        parameters=first.parameters,
+        gpus=[forecasters[precisions[gpu]].on(gpu) for gpu in gpus],
+        checkpointing_offered=first.offered,
+        trace_s=time.perf_counter() - began,
+        notes=_notes(config, list(traces.values())),
+    )
+    if raises and len(gpus) == 1 and not prediction.fits:
+        _refuse(prediction, forecasters, nproc)
+    return prediction
+
+
+def trace_in_child(
+    config_yaml: str, requests: Sequence[TraceRequest], cwd: Path | None, time_limit_s: float = TIME_LIMIT_S
+) -> list[TraceResult]:
+    """Run the tracing process, which sees no GPU.
+
+    Raises:
+        GatrainError: as found by the child, with its message, or out of time.
+    """
+    with tempfile.TemporaryDirectory(prefix="gatrain-predict-") as name:
+        folder = Path(name)
+        write_text(folder / request.CONFIG, config_yaml)
+        write_json(folder / request.REQUEST, {"requests": [asdict(each) for each in requests]})
+        try:
+            child = subprocess.run(
+                [sys.executable, "-m", "gatrain.predict.trace", str(folder)],
+                cwd=cwd,
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=time_limit_s,
+            )
+        except subprocess.TimeoutExpired:
+            raise GatrainError(
+                f"tracing the model took longer than {time_limit_s:g} s and was stopped. The first time also "
+                "prepares the data: try once more. Else measure it on the GPU: gatrain autotune."
+            ) from None
+        if not (folder / request.RESULT).is_file():
+            tail = "\n".join(child.stderr.strip().splitlines()[-3:])
+            raise GatrainError(f"tracing the model failed (exit status {child.returncode}).\n{tail}")
+        result = json.loads((folder / request.RESULT).read_text(encoding="utf-8"))
+    if "error" in result:
+        raise EXIT_CODES.get(result["exit_code"], GatrainError)(result["error"])
+    return [TraceResult.from_dict(each) for each in result["results"]]
+
+
+def _precision(config: RunConfig, gpu: GpuModel) -> str:
+    return gpu.precision if config.precision == "auto" else config.precision
+
+
+def _request(config: RunConfig, gpus: Sequence[GpuModel], nproc: int, precision: str) -> TraceRequest:
+    mode = config.checkpointing
+    return TraceRequest(
+        precision=precision,
+        compile=config.compile is True,
+        modes=["none", "selective", "full"] if mode == "auto" else [mode],
+        world_size=nproc,
+        sync="window" if config.sync == "auto" else config.sync,
+        share=batch.largest_share(config.batch.effective, nproc),
+        memory_bytes=max(gpu.memory_bytes for gpu in gpus),
+        fixed=config.batch.micro if isinstance(config.batch.micro, int) else None,
+    )
+
+
+def _notes(config: RunConfig, traces: list[TraceResult]) -> list[str]:
+    notes = ["Everything here is predicted; gatrain autotune on the GPU itself measures it."]
+    if config.compile == "auto":
+        notes.append(
+            "Memory is that of uncompiled code; compiled code usually needs less (compile=true says)."
+        )
+    off = [
+        trace.straightness for result in traces for trace in result.traces if trace.straightness is not None
+    ]
+    if off and max(off) > 0.02:
+        notes.append(
+            f"Memory is not a straight line in the micro-batch here: a trace at a large size differs by "
+            f"{max(off):.0%} from the line."
+        )
+    return notes
+
+
+def _refuse(prediction: Prediction, forecasters: dict[str, Forecaster], nproc: int) -> None:
+    """Say what is missing, and where it would fit.
+
+    Raises:
+        DoesNotFitError: always.
+    """
+    forecast = prediction.gpus[0]
+    asked = forecast.modes[0].sizes[0].micro_batch
+    forecaster = forecasters[forecast.precision]
+    others = [gpu.name for gpu in GPUS if gpu.precision == forecast.gpu.precision and forecaster.on(gpu).fits]
+    where = f"It should fit on: {', '.join(others)}." if others else "It fits on no GPU of the table."
+    fraction = forecast.budget_bytes / forecast.gpu.memory_bytes
+    raise DoesNotFitError(
+        f"predicted: at micro-batch {asked} a step needs {forecast.smallest_peak_bytes / 2**30:.1f} GiB at least, "
+        f"but {forecast.budget_bytes / 2**30:.1f} GiB ({fraction:.0%}) of a {forecast.gpu.name} may be used. "
+        f"{where}"
+    )

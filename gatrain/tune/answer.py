@@ -1,0 +1,159 @@
+"""From a decision to the plan: the table's rows, the reason in words, the notes. Pure functions, no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from gatrain import batch
+from gatrain.config import RunConfig
+from gatrain.plan import FITS, Plan, StepSettings, Trial, make_plan
+from gatrain.tune import advice, curve, search
+from gatrain.tune.confirm import Verdict, WholeSteps
+from gatrain.tune.curve import Curve
+from gatrain.tune.search import Candidate
+
+TimedCandidate = tuple[Candidate, WholeSteps]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What was chosen, and by what."""
+
+    chosen: Candidate
+    options: Sequence[Candidate]
+    verdict: Verdict | None = None
+    """Of whole steps; None where the model alone decided."""
+    timed: Sequence[TimedCandidate] = field(default_factory=list)
+    """All finalists, also those that failed as a whole step."""
+    is_close: bool = False
+    """The model could not tell the best from the next, and no whole steps were timed."""
+
+
+def make(
+    decision: Decision,
+    used: Mapping[StepSettings, Curve],
+    chosen_curve: Curve,
+    *,
+    effective_batch: int,
+    world_size: int,
+    config: RunConfig,
+    on_gpu: bool,
+    is_remembered: bool,
+    max_seconds: float,
+    allowed_bytes: int,
+) -> Plan:
+    """Put the plan together.
+
+    Args:
+        used: all curves that took part.
+        chosen_curve: the one behind the decision.
+        is_remembered: whether nothing was measured for this answer.
+        max_seconds: time that trials had, to name more.
+        allowed_bytes: memory that may be used now, for a remembered plan.
+    """
+    chosen, verdict = decision.chosen, decision.verdict
+    reason = search.explain(
+        chosen, decision.options, used.values(), (verdict.step_s, verdict.sentence) if verdict else None
+    )
+    if decision.is_close:
+        reason += "; the model cannot tell these apart, and whole steps were not timed"
+    if is_remembered:
+        reason += " (remembered from earlier measurements; --retune measures again)"
+    budget = chosen_curve.budget_bytes or allowed_bytes
+    return make_plan(
+        effective_batch=effective_batch,
+        world_size=world_size,
+        micro_batch=chosen.micro_batch,
+        shares=chosen.shares or None,
+        reason=reason,
+        trials=rows(decision, used.values(), chosen_curve, effective_batch, world_size),
+        notes=[
+            *observations(decision, chosen_curve, effective_batch, world_size, max_seconds),
+            *advice.sentences(
+                chosen_curve,
+                chosen,
+                effective_batch=effective_batch,
+                world_size=world_size,
+                optimizer=config.optimizer,
+                on_gpu=on_gpu,
+            ),
+        ],
+        predicted_peak_bytes=chosen_curve.peak_bytes(chosen.micro_batch),
+        memory_budget_bytes=min(budget, allowed_bytes) if is_remembered else budget,
+        **dataclasses.asdict(chosen.settings),
+    )
+
+
+def observations(
+    decision: Decision, chosen_curve: Curve, effective_batch: int, world_size: int, max_seconds: float
+) -> list[str]:
+    """What happened on the way and what the plan is, apart from advice."""
+    notes = []
+    chosen = decision.chosen
+    share = max(chosen.shares) if chosen.shares else batch.largest_share(effective_batch, world_size)
+    largest = chosen_curve.fitting[-1].micro_batch
+    if chosen_curve.stopped == curve.TIME:
+        notes.append(
+            "Time for trials ran out before larger micro-batches were tried; "
+            f"tune.max_seconds={2 * max_seconds:g} --retune would allow more."
+        )
+    elif chosen_curve.stopped in (curve.SLOWER, curve.LEVEL) and largest < share:
+        why = "slower" if chosen_curve.stopped == curve.SLOWER else "no faster than the noise can show"
+        notes.append(f"Micro-batches above {largest} were not tried: the last sizes were {why} per sample.")
+    notes += [
+        f"{search.name(option, chosen).capitalize()} fits as a micro-step but failed as a whole step "
+        f"({steps.error}), so it was not chosen."
+        for option, steps in decision.timed
+        if steps.error
+    ]
+    if chosen.shares:
+        equal_s = search.step_seconds(
+            chosen_curve, effective_batch, world_size, min(largest, chosen.micro_batch)
+        )
+        notes.append(
+            f"The ranks are unequal, so are their shares: {', '.join(map(str, chosen.shares))} samples. "
+            f"Equal shares would take {search.seconds_text(equal_s)} per step by the same model, "
+            f"these {search.seconds_text(chosen.step_s)}; the gradient is the same."
+        )
+    return notes
+
+
+def rows(
+    decision: Decision,
+    curves: Iterable[Curve],
+    chosen_curve: Curve,
+    effective_batch: int,
+    world_size: int,
+) -> list[Trial]:
+    """All trials, with a row for every finalist and for the choice, measured or not."""
+    found = [row for used in curves for row in search.trial_rows(used, effective_batch, world_size)]
+    # where both ways of reducing were timed, the row tells of the chosen one
+    timed = [pair for pair in decision.timed if pair[1].seconds]
+    timed.sort(key=lambda pair: pair[0].key == decision.chosen.key)
+    whole = {_place(option.settings, option.micro_batch): steps for option, steps in timed}
+    if not decision.chosen.measured:
+        found.append(search.interpolated_row(chosen_curve, decision.chosen, effective_batch))
+    for option, _ in timed:
+        if (
+            not option.measured
+            and option.key != decision.chosen.key
+            and option.settings == chosen_curve.settings
+        ):
+            found.append(search.interpolated_row(chosen_curve, option, effective_batch))
+    confirmed = [
+        dataclasses.replace(row, confirmed_step_s=steps.median_s, confirmed_steps=len(steps.seconds))
+        if row.outcome == FITS and (steps := whole.get(_place(row, row.micro_batch))) is not None
+        else row
+        for row in found
+    ]
+    return sorted(confirmed, key=_order)
+
+
+def _place(way: StepSettings | Trial, micro_batch: int) -> tuple[int, str, str, bool]:
+    return micro_batch, way.precision, way.checkpointing, way.compile
+
+
+def _order(row: Trial) -> tuple[bool, int, int]:
+    return row.compile, ("none", "selective", "full").index(row.checkpointing), row.micro_batch

@@ -1,0 +1,189 @@
+"""The finalists: which candidates are timed as whole optimizer steps, and what those times say. No torch.
+
+The model of `gatrain.tune.search` composes a step from parts. What it leaves out (the copies of a real window, a
+remainder between two measured sizes, an allocator that must keep two sizes at once) is a few percent, so
+candidates closer than that are decided by whole steps, timed in turn: A B C A B C. A disturbance then meets all of
+them alike, and the noise is that of the ratios within a round, not of the machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gatrain import batch
+from gatrain.plan import StepSettings
+from gatrain.tune.search import Candidate, name, simplicity
+
+CLOSE, CLOSE_BETWEEN = 0.03, 0.05
+"""Part of the best's step time within which a candidate is a finalist: one whose size was measured, and one
+whose micro-step time lies on the line between two sizes."""
+MAX_FINALISTS = 3
+ROUNDS = (3, 15)
+MAX_SECONDS = {"cpu": 5.0, "cuda": 10.0}
+"""For all whole steps together, warm-up included."""
+EQUAL, MOST_EQUAL = 0.005, 0.03
+"""Differences below the first are always noise; above the second never, however noisy the machine is."""
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """One candidate as the trial processes need it. ``shares`` are the samples of every rank of the world."""
+
+    settings: StepSettings
+    micro_batch: int
+    shares: tuple[int, ...]
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Finalist:
+        """Inverse of `dataclasses.asdict`."""
+        return cls(StepSettings(**data["settings"]), int(data["micro_batch"]), tuple(data["shares"]))
+
+
+@dataclass(frozen=True)
+class WholeSteps:
+    """What one finalist showed: seconds of each round on the slowest rank, or why there are none."""
+
+    finalist: Finalist
+    seconds: tuple[float, ...] = ()
+    error: str | None = None
+
+    @property
+    def median_s(self) -> float:
+        """Median of the rounds; infinite where there is none."""
+        return statistics.median(self.seconds) if self.seconds else math.inf
+
+
+@dataclass(frozen=True)
+class Confirmation:
+    """One interleaved run of finalists for one effective batch on one world."""
+
+    effective_batch: int
+    world_size: int
+    entries: tuple[WholeSteps, ...]
+
+    def get(self, finalist: Finalist) -> WholeSteps | None:
+        """What this run says of one finalist."""
+        return next((entry for entry in self.entries if entry.finalist == finalist), None)
+
+    def covers(self, finalists: Sequence[Finalist]) -> bool:
+        """Whether every one of them was timed in this run (or failed in it)."""
+        return all(self.get(finalist) is not None for finalist in finalists)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Confirmation:
+        """Inverse of `dataclasses.asdict`.
+
+        Raises:
+            KeyError, TypeError, ValueError: not a confirmation.
+        """
+        entries = tuple(
+            WholeSteps(Finalist.from_dict(e["finalist"]), tuple(map(float, e["seconds"])), e["error"])
+            for e in data["entries"]
+        )
+        return cls(int(data["effective_batch"]), int(data["world_size"]), entries)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The winner of a confirmation, how sure that is, and the sentence that says so."""
+
+    chosen: Candidate
+    step_s: float
+    sentence: str
+
+
+def finalists(options: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates that the model cannot tell from the best, best first; one alone where the gap is clear."""
+    fastest = min(option.step_s for option in options)
+
+    def is_close(option: Candidate) -> bool:
+        margin = CLOSE if option.measured else CLOSE_BETWEEN
+        return option.step_s <= fastest * (1 + margin)
+
+    near = sorted(filter(is_close, options), key=lambda option: (option.step_s, simplicity(option)))
+    kept: list[Candidate] = []
+    for option in near:
+        # neighbours in size are the same choice: their times differ by less than can be measured
+        if all(_differs(option, other) for other in kept):
+            kept.append(option)
+    return kept[:MAX_FINALISTS]
+
+
+def _differs(option: Candidate, other: Candidate) -> bool:
+    if (option.settings, bool(option.shares)) != (other.settings, bool(other.shares)):
+        return True
+    low, high = sorted((option.micro_batch, other.micro_batch))
+    return high > 1.05 * low
+
+
+def finalist_of(option: Candidate, effective_batch: int, world_size: int) -> Finalist:
+    """The candidate with the shares written out."""
+    shares = option.shares or tuple(batch.rank_shares(effective_batch, world_size))
+    return Finalist(option.settings, option.micro_batch, shares)
+
+
+def affordable(step_s: Sequence[float], seconds: float) -> tuple[int, int]:
+    """(finalists, rounds) for which ``seconds`` suffice, one warm-up each included; fewer than two: none.
+
+    Args:
+        step_s: predicted seconds of a step of each finalist, best first.
+    """
+    for count in range(len(step_s), 1, -1):
+        rounds = int(seconds / max(sum(step_s[:count]), 1e-9)) - 1
+        if rounds >= ROUNDS[0]:
+            return count, min(rounds, ROUNDS[1])
+    return 0, 0
+
+
+def verdict(timed: Sequence[tuple[Candidate, WholeSteps]]) -> Verdict | None:
+    """Choose by whole steps: the best median, and within the noise of the ratios the simpler candidate.
+
+    None where fewer than two have times: there is nothing to compare.
+    """
+    ranked = sorted((pair for pair in timed if pair[1].seconds), key=lambda pair: pair[1].median_s)
+    if len(ranked) < 2:
+        return None
+    (best, best_steps), *others = ranked
+    gaps = {best.key: (0.0, 0.0), **{o.key: difference(best_steps.seconds, s.seconds) for o, s in others}}
+    equal = [
+        (option, steps)
+        for option, steps in ranked
+        if gaps[option.key][0] <= min(max(gaps[option.key][1], EQUAL), MOST_EQUAL)
+    ]
+    chosen, steps = min(equal, key=lambda pair: (*simplicity(pair[0]), pair[1].median_s))
+    rounds = f"confirmed over {len(steps.seconds)} whole steps each"
+    if len(equal) > 1:
+        rival = next(option for option, _ in equal if option.key != chosen.key)
+        gap, noise = gaps[rival.key] if chosen.key == best.key else gaps[chosen.key]
+        why = (
+            "took the one with fewer accumulation steps"
+            if chosen.accumulation_steps < rival.accumulation_steps
+            else "took the simpler one"
+        )
+        text = (
+            f"{rounds}: the difference to {name(rival, chosen)} ({gap:.1%}) is within the noise "
+            f"({max(noise, EQUAL):.1%}), {why}"
+        )
+    else:
+        second = ranked[1][0]
+        gap, noise = gaps[second.key]
+        text = f"{rounds}: the next, {name(second, chosen)}, takes {gap:.1%} longer, noise {noise:.1%}"
+    return Verdict(chosen, steps.median_s, text)
+
+
+def difference(best: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
+    """(median of other / best - 1 over the rounds, its noise: two standard errors); the first never below 0."""
+    ratios = [b / a - 1 for a, b in zip(best, other, strict=False)]
+    # 1.25 is the ratio of the standard errors of a median and of a mean, for normal noise
+    noise = 2 * 1.25 * statistics.stdev(ratios) / math.sqrt(len(ratios)) if len(ratios) > 1 else math.inf
+    return max(0.0, statistics.median(ratios)), noise
+
+
+def to_dict(confirmation: Confirmation) -> dict[str, Any]:
+    """JSON-ready form."""
+    return dataclasses.asdict(confirmation)

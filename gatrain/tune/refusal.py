@@ -1,0 +1,57 @@
+"""Why there is no plan, and what to type next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NoReturn
+
+from gatrain.config import RunConfig
+from gatrain.errors import DoesNotFitError, WorkerError
+from gatrain.plan import DOES_NOT_FIT, FAILED, StepSettings
+from gatrain.tune import settings
+from gatrain.tune.curve import Curve
+from gatrain.tune.estimate import memory_text
+from gatrain.tune.settings import Question
+
+
+def refuse(
+    used: Mapping[StepSettings, Curve], question: Question, config: RunConfig, device: str, free_bytes: int
+) -> NoReturn:
+    """Say why there is no plan.
+
+    Args:
+        used: all that was measured or remembered.
+        free_bytes: memory that the weakest rank had.
+
+    Raises:
+        DoesNotFitError: memory; names what was tried and what to type next.
+        WorkerError: all sizes crashed or gave wrong results.
+    """
+    asked = [each for way, each in used.items() if way.compile == question.base.compile]
+    tried = [m for each in asked for m in each.measurements]
+    refused = [m for m in tried if m.outcome == DOES_NOT_FIT]
+    if not refused:
+        first = next((m for m in tried if m.outcome == FAILED), None)
+        text = f"micro-batch {first.micro_batch}: {first.error}" if first else "no trial gave an answer"
+        raise WorkerError(
+            f"no micro-batch could be computed. {text} Correct it, or set batch.micro to try one size."
+        )
+    smallest = min(refused, key=lambda m: m.micro_batch)
+    ways = "; ".join(settings.describe(way) for way in used)
+    peak = f" (peak {memory_text(smallest.peak_memory_bytes)})" if smallest.peak_memory_bytes else ""
+    raise DoesNotFitError(
+        f"the model does not fit at micro-batch {smallest.micro_batch}{peak}: {memory_text(free_bytes)} were "
+        f"free per rank, of which tune.memory_fraction={config.tune.memory_fraction:g} may be "
+        f"used. Tried: {ways}. {smallest.error or ''} Use {', or '.join(_ways_out(used, question, device))}."
+    )
+
+
+def _ways_out(used: Mapping[StepSettings, Curve], question: Question, device: str) -> list[str]:
+    tried = {way.checkpointing for way in used}
+    modes: Mapping[str, None] = dict.fromkeys(mode for each in used.values() for mode in each.modes)
+    found = ["checkpointing=full"] if "full" in modes and "full" not in tried else []
+    if question.fixed_micro_batch is not None and question.fixed_micro_batch > 1:
+        found.append("batch.micro=auto")
+    if question.base.precision == "fp32" and device == "cuda":
+        found.append("precision=bf16")
+    return [*found, "smaller samples (a shorter context, a lower resolution)", "a smaller model"]

@@ -1,0 +1,176 @@
+"""Whole optimizer steps of the finalists, timed in turn, as training runs them. In a trial process.
+
+Every rank of this node computes its own share; with more nodes than one the step lacks their part of the
+reduction, which is the same for all finalists.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from gatrain import batch, build
+from gatrain.config import RunConfig
+from gatrain.errors import ExactnessError, PeerFailed
+from gatrain.plan import StepSettings
+from gatrain.rank import Rank
+from gatrain.tasks.base import Batch, Task
+from gatrain.train.accumulate import MicroBatch, RankWindow
+from gatrain.train.meter import Meter
+from gatrain.tune import confirm, search
+from gatrain.tune.confirm import Confirmation, Finalist, WholeSteps
+from gatrain.tune.curve import Curve, Measurement
+from gatrain.tune.measure import Failure, Peers, TrialBatches, attempt
+from gatrain.tune.search import Candidate
+from gatrain.tune.spec import TrialSpec, WholeSpec
+
+if TYPE_CHECKING:
+    from gatrain.train.engine import Engine
+
+WARM_UPS = {"cpu": 1, "cuda": 2}
+
+
+def close_calls(asked: TrialSpec, measured: Sequence[Measurement], stopped: str) -> list[Candidate]:
+    """The finalists of the curve that these processes have measured, best first; empty where none is close.
+
+    Pure, from values that all ranks share, so all ranks come to the same list. Where another way of computing
+    may be as fast, only the parent knows all candidates, and nothing is done here.
+    """
+    whole = asked.whole
+    if whole is None:
+        return []
+    merged = {m.micro_batch: m for m in (*whole.known, *measured)}
+    found = Curve(asked.settings, tuple(merged[size] for size in sorted(merged)), stopped)
+    options = search.candidates(search.reject_wrong_losses(found), whole.effective_batch, whole.world_size)
+    if not options:
+        return []
+    best_s = min(option.step_s for option in options)
+    if whole.rival_s is not None and whole.rival_s <= best_s * (1 + confirm.CLOSE_BETWEEN):
+        return []
+    near = confirm.finalists(options)
+    return near if len(near) > 1 else []
+
+
+class WholeStepTimer:
+    """Times finalists in turn; every rank runs it in step.
+
+    Args:
+        engines: those that exist already; one more is built for each further way of computing, with a model
+            and an optimizer of its own, so the parent asks only for what fits beside each other.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        task: Task,
+        this: Rank,
+        peers: Peers,
+        engines: dict[StepSettings, Engine],
+    ) -> None:
+        self._config = config
+        self._task = task
+        self._rank = this
+        self._peers = peers
+        self._engines = engines
+        self._batches = TrialBatches(task)
+        self._meter = Meter(this.device)
+        self._steps = 0
+
+    def run(self, asked: WholeSpec, options: Sequence[Candidate] = ()) -> Confirmation | None:
+        """Time ``asked.finalists``, or ``options`` where the parent named none. Collective.
+
+        None where fewer than two can be timed within the time allowed, or a person stops it.
+        """
+        for engine in self._engines.values():
+            engine.last_loss_sums()  # the micro-steps of trials were never counted, so nothing may compare them
+        named = list(asked.finalists)
+        if not named:
+            count, _ = confirm.affordable([option.step_s for option in options], asked.max_seconds)
+            named = [confirm.finalist_of(o, asked.effective_batch, asked.world_size) for o in options[:count]]
+        warm = [self._warm_up(each) for each in named]
+        failures = [failure for failure, _ in warm]
+        running = [nth for nth, failure in enumerate(failures) if failure is None]
+        # seconds that all ranks share, so that all choose the same number of rounds
+        total = sum(warm[nth][1] for nth in running)
+        rounds = min(confirm.ROUNDS[1], int(asked.max_seconds / total) - 1 if total > 0 else 0)
+        if len(running) < 2 or rounds < confirm.ROUNDS[0]:
+            return None
+        seconds: dict[int, list[float]] = {nth: [] for nth in running}
+        for _ in range(rounds):
+            if any(self._peers.gather(self._rank.stop_requested)):
+                return None
+            for nth in running:
+                failure, taken = self._step(named[nth])
+                failures[nth] = failures[nth] or failure
+                seconds[nth].append(taken)
+        entries = [
+            WholeSteps(each, () if failure else tuple(seconds[nth]), failure.text if failure else None)
+            for nth, (each, failure) in enumerate(zip(named, failures, strict=True))
+        ]
+        return Confirmation(asked.effective_batch, asked.world_size, tuple(entries))
+
+    def _warm_up(self, finalist: Finalist) -> tuple[Failure | None, float]:
+        """The first steps make buffers, compile a remainder and fill caches: (failure of any rank, seconds of
+        the last). Collective."""
+        failure, seconds = None, 0.0
+        for _ in range(WARM_UPS[self._rank.device.type]):
+            if failure is None:
+                failure, seconds = self._step(finalist)
+        return failure, seconds
+
+    def _step(self, finalist: Finalist) -> tuple[Failure | None, float]:
+        """One whole step: (failure of any rank, seconds of the slowest). Collective; waits for the device."""
+        window = self._window(finalist)
+        engine = self._engine(finalist.settings)
+        self._peers.gather(None)  # start together
+        taken: list[float] = []
+        self._steps += 1
+
+        def step() -> None:
+            start = self._meter.mark()
+            with contextlib.suppress(PeerFailed):  # that rank tells of it itself
+                engine.step(window, self._steps)
+            taken.append(self._meter.seconds(start, self._meter.mark()))
+
+        # DDP reduces inside the backward: there a rank that fails alone can tell nobody, and must end
+        alone = finalist.settings.sync == "overlap" and self._rank.world_size > 1
+        failure = None
+        if alone:
+            step()
+        else:
+            failure = attempt(step)
+        failure = self._peers.worst(failure)
+        if failure is not None:  # on any rank: all forget the half step
+            engine.optimizer.zero_grad(set_to_none=True)
+            with contextlib.suppress(ExactnessError):
+                engine.gradient.check_counts()
+        return failure, max(self._peers.gather(taken[0] if taken else 0.0))
+
+    def _engine(self, settings: StepSettings) -> Engine:
+        if settings not in self._engines:
+            # lr of the trials' config moves nothing; collective, as weights are broadcast
+            self._engines[settings] = build.build_engine(
+                self._task, self._config, settings, self._rank.device
+            )
+        return self._engines[settings]
+
+    def _window(self, finalist: Finalist) -> RankWindow:
+        """This rank's micro-batches of worst-case samples; equal sizes share one host batch."""
+        share = finalist.shares[self._rank.rank]
+        sizes = batch.micro_batch_sizes(share, finalist.micro_batch)
+        made = {size: self._host_batch(size) for size in dict.fromkeys(sizes)}
+        return RankWindow([made[size] for size in sizes])
+
+    def _host_batch(self, size: int) -> MicroBatch:
+        prepared, weights = self._batches.worst_case(size)
+        return MicroBatch(self._pinned(prepared), weights)
+
+    def _pinned(self, prepared: Batch) -> Batch:
+        """As the loader gives it to a GPU, so that the copies overlap as they do in training."""
+        if self._rank.device.type != "cuda":
+            return prepared
+        return pytree.tree_map(lambda leaf: leaf.pin_memory() if isinstance(leaf, Tensor) else leaf, prepared)

@@ -1,0 +1,411 @@
+"""Predictions without a GPU: the allocator's rules, the trace against real memory, and what the command says."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gatrain import cli
+from gatrain.compose import compose
+from gatrain.errors import ConfigError, DoesNotFitError, GatrainError
+from gatrain.predict import GPUS, find_gpu, predict, trace_in_child
+from gatrain.predict.allocator import MIB, CachingAllocator, rounded, segment_bytes
+from gatrain.predict.gpus import GIB
+from gatrain.predict.recorder import Recorder
+from gatrain.predict.request import TraceRequest, TraceResult, largest
+from gatrain.predict.roofline import micro_step_seconds
+from gatrain.predict.timeline import FREED, LinearStep, Recording, Work
+
+H100 = find_gpu("H100")
+GPT2 = {"parameters": 50304 * 768 + 1024 * 768 + 12 * (12 * 768**2 + 13 * 768) + 2 * 768}
+SMALL_GPT = ["recipe=llm", "data.context=64", "model.layers=2", "compile=false", "data.vocab_size=512"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file of tokens, so that no text has to be prepared."""
+    path = tmp_path_factory.mktemp("tokens") / "tokens.npy"
+    np.save(path, (np.arange(200_000) % 500).astype(np.uint16))
+    SMALL_GPT[5:] = [f"data.path={path}"]
+    return str(path)
+
+
+# --- the allocator --------------------------------------------------------------------------------------
+
+
+def test_requests_are_rounded_and_segments_have_the_documented_sizes() -> None:
+    assert [rounded(n) for n in (1, 512, 513)] == [512, 512, 1024]
+    sizes = {MIB: 2 * MIB, MIB + 512: 20 * MIB, 10 * MIB - 512: 20 * MIB, 10 * MIB: 10 * MIB}
+    for size, segment in (sizes | {10 * MIB + 512: 12 * MIB, 33 * MIB: 34 * MIB}).items():
+        assert segment_bytes(size) == segment
+
+
+def test_small_blocks_share_a_segment_and_merge_again() -> None:
+    allocator = CachingAllocator()
+    blocks = [allocator.allocate(MIB // 2) for _ in range(4)]
+    assert (allocator.allocated, allocator.reserved) == (2 * MIB, 2 * MIB)
+    allocator.allocate(1)
+    assert allocator.reserved == 4 * MIB
+    for block in (blocks[0], blocks[2], blocks[1]):
+        allocator.free(block)
+    allocator.allocate(MIB)  # fits only where three freed halves have become one
+    assert (allocator.reserved, allocator.allocated) == (4 * MIB, MIB // 2 + 512 + MIB)
+    assert allocator.peak_allocated == 2 * MIB + 512
+
+
+def test_the_best_fit_is_taken_and_a_small_rest_of_a_large_block_is_not_split_off() -> None:
+    allocator = CachingAllocator()
+    kept = []
+    for size in (40, 12, 24):
+        block = allocator.allocate(size * MIB)
+        kept.append(allocator.allocate(16 * MIB))  # keeps segments apart
+        allocator.free(block)
+    reserved = allocator.reserved
+    first = allocator.allocate(
+        11 * MIB + 512
+    )  # best fit: 12 MiB; its rest is below 1 MiB, so all of it is taken
+    assert first is not None
+    assert first.size == 12 * MIB
+    second = allocator.allocate(22 * MIB)
+    assert second is not None
+    assert second.size == 22 * MIB  # of the 24 MiB block, whose rest of 2 MiB is split off
+    assert allocator.reserved == reserved
+    third = allocator.allocate(2 * MIB)
+    assert third is not None
+    assert third.start == second.start + second.size
+
+
+def test_fragments_cost_memory_and_expandable_segments_less() -> None:
+    def peak(expandable: bool) -> int:
+        allocator = CachingAllocator(expandable)
+        for size in range(100, 200, 4):
+            block = allocator.allocate(size * MIB)
+            allocator.free(block)
+        return allocator.peak_reserved
+
+    assert peak(expandable=False) == sum(size * MIB for size in range(100, 200, 4))
+    assert peak(expandable=True) == 200 * MIB  # whole pages of 20 MiB
+
+
+def test_zero_bytes_take_nothing_and_a_second_free_is_a_mistake() -> None:
+    allocator = CachingAllocator()
+    allocator.free(allocator.allocate(0))
+    block = allocator.allocate(5)
+    allocator.free(block)
+    with pytest.raises(AssertionError):
+        allocator.free(block)
+
+
+# --- replaying ------------------------------------------------------------------------------------------
+
+
+def recording(size: int, *, fixed: int = 0, extra: int = 0) -> Recording:
+    """Activations of 8 MiB a sample, a gradient of 64 MiB, a flat copy of it in the reduction."""
+    phases = {
+        "first": [(0, fixed + size * 8 * MIB), (1, 64 * MIB), (0, FREED)],
+        "further": [(2, fixed + size * 8 * MIB), (3, 64 * MIB), (3, FREED), (2, FREED)],
+        "reduce": [(4, 64 * MIB), (1, FREED)],
+        "update": [(4, FREED)] + [(5 + i, 1) for i in range(extra)],
+    }
+    return Recording(size, phases, Work([(size * 1e9, 100.0)], size * 1e6, 10), size * 512)
+
+
+def test_two_sizes_give_every_size_and_accumulation_adds_the_gradients() -> None:
+    step = LinearStep(recording(2, fixed=2 * MIB), recording(4, fixed=2 * MIB))
+    whole = step.peak(10, [100 * MIB], accumulates=False)
+    assert whole.allocated == (100 + 82 + 64) * MIB + 10 * 512
+    several = step.peak(10, [100 * MIB], accumulates=True)
+    assert several.allocated == (100 + 64 + 82 + 64) * MIB + 2 * 10 * 512  # a batch ahead as well
+    assert step.work(10).products == [(10e9, 100.0)]
+    with pytest.raises(ValueError):
+        LinearStep(recording(2), recording(4, extra=1))
+
+
+def test_one_trace_at_a_prime_size_tells_what_grows() -> None:
+    exact = LinearStep(recording(2), recording(4))
+    single = LinearStep.proportional(recording(251))
+    for size in (1, 3, 32):
+        assert single.peak(size, [], accumulates=True) == exact.peak(size, [], accumulates=True)
+
+
+def test_the_largest_that_fits_is_found() -> None:
+    for limit in (1, 2, 37, 64):
+        for true in range(limit + 1):
+            assert largest(limit, lambda b, true=true: b <= true) == true
+
+
+# --- the trace against the truth ------------------------------------------------------------------------
+
+
+def test_traced_memory_equals_that_of_a_real_step() -> None:
+    """A small GPT in fp32: live bytes on shapes alone against live bytes of real tensors that compute."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from gatrain.models.gpt import GPT
+    from gatrain.tasks.language_model import summed_cross_entropy
+
+    def peak() -> int:
+        model = GPT(vocab_size=256, context=32, layers=2, heads=2, width=32)
+        tokens = torch.zeros(8, 33, dtype=torch.int64)
+        recorder = Recorder()
+        recorder.adopt([*model.parameters(), *model.buffers(), tokens])
+        with recorder:
+            summed_cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]).backward()
+        live, most = {}, 0
+        for number, size in recorder.take()[0]:
+            live[number] = size
+            if size == FREED:
+                del live[number]
+            most = max(most, sum(live.values()))
+        return most
+
+    real = peak()
+    with FakeTensorMode():
+        traced = peak()
+    assert traced == pytest.approx(real, rel=0.02)
+    assert real > 1_000_000
+
+
+@pytest.fixture(scope="module")
+def gpt2(tokens: str) -> TraceResult:
+    """GPT-2 at its full size, in bf16, for two ranks, with a context that keeps the test short."""
+    composed = compose(["recipe=gpt2", f"data.path={tokens}", "data.vocab_size=512", "data.eval_fraction=0"])
+    asked = TraceRequest("bf16", False, ["none"], 2, "window", 32, 20 * GIB)
+    (result,) = trace_in_child(composed.yaml, [asked], None, 120)
+    return result
+
+
+@pytest.fixture(scope="module")
+def shallow(tokens: str) -> TraceResult:
+    """Two layers of it, with and without checkpointing."""
+    words = [
+        "recipe=gpt2",
+        f"data.path={tokens}",
+        "data.eval_fraction=0",
+        "model.layers=2",
+        "model.vocab_size=1024",
+    ]
+    asked = TraceRequest("bf16", False, ["none", "selective", "full"], 1, "window", 32, 20 * GIB)
+    (result,) = trace_in_child(compose([*words, "data.vocab_size=512"]).yaml, [asked], None, 120)
+    return result
+
+
+def test_parameters_and_optimizer_state_are_counted_to_the_byte(gpt2: TraceResult) -> None:
+    assert gpt2.parameters == GPT2["parameters"] == 124_475_904
+    steps = 4 * 148  # AdamW's own counter of each of the 148 parameters
+    for trace in gpt2.traces:
+        assert sum(trace.persistent) == 3 * 4 * gpt2.parameters + steps
+    assert gpt2.gradient_bytes == 4 * gpt2.parameters
+    first = gpt2.traces[0].pieces[0].low.phases["first"]
+    freed = {number for number, size in first if size == FREED}
+    kept = sum(size for number, size in first if size > 8 and number not in freed)
+    assert kept == gpt2.gradient_bytes  # what a backward leaves behind
+
+
+def test_the_peak_is_linear_in_the_micro_batch(gpt2: TraceResult, shallow: TraceResult) -> None:
+    for trace in gpt2.traces + shallow.traces:
+        assert trace.straightness is not None
+        assert trace.straightness < 0.02
+        peaks = [trace.peak(b, [], accumulates=True).allocated for b in (4, 8, 12)]
+        assert peaks[2] - peaks[1] == pytest.approx(peaks[1] - peaks[0], rel=0.03)
+
+
+def test_checkpointing_saves_memory_and_costs_work(shallow: TraceResult) -> None:
+    none, selective, full = shallow.traces
+    peaks = [trace.peak(8, [], accumulates=True) for trace in (full, selective, none)]
+    assert peaks[0].reserved < peaks[1].reserved < peaks[2].reserved
+    assert all(peak.allocated <= peak.reserved for peak in peaks)
+    flops = [sum(f for f, _ in trace.work(8).products) for trace in (none, selective, full)]
+    assert flops[0] == pytest.approx(flops[1])
+    assert flops[2] > 1.15 * flops[0]
+
+
+def test_the_work_of_a_transformer_is_the_textbook_one(gpt2: TraceResult) -> None:
+    flops = sum(f for f, _ in gpt2.traces[0].work(8).products)
+    tokens = 8 * 1024
+    assert flops == pytest.approx(6 * gpt2.parameters * tokens + 12 * 12 * 768 * 1024 * tokens, rel=0.05)
+
+
+def test_more_ranks_add_the_flat_bucket(gpt2: TraceResult) -> None:
+    """The reduction copies the gradients into buckets of at least 64 MiB while both exist."""
+    reduced = gpt2.traces[0].pieces[0].low.phases["reduce"]
+    made = sum(size for _, size in reduced if size != FREED)
+    assert made == gpt2.gradient_bytes
+    composed = compose(SMALL_GPT)
+    asked = [TraceRequest("fp32", False, ["none"], ranks, "window", 4, GIB) for ranks in (1, 2)]
+    one, two = trace_in_child(composed.yaml, asked, None, 120)
+    assert not one.traces[0].pieces[0].low.phases["reduce"]
+    assert two.traces[0].pieces[0].low.phases["reduce"]
+
+
+def test_the_range_of_seconds_is_a_range_and_holds_the_arithmetic(gpt2: TraceResult) -> None:
+    work = gpt2.traces[0].work(8)
+    span = micro_step_seconds(work, H100, "bf16", compiled=False, may_compile=True)
+    flops = sum(f for f, _ in work.products)
+    assert H100.bf16_flops is not None
+    assert flops / H100.bf16_flops < span.low < span.high < 20 * flops / H100.bf16_flops
+
+
+# --- GPUs and the command -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("h100", "H100 SXM 80GB"),
+        ("H100 80GB", "H100 SXM 80GB"),
+        ("NVIDIA H100 80GB HBM3", "H100 SXM 80GB"),
+        ("NVIDIA H100 PCIe", "H100 PCIe 80GB"),
+        ("NVIDIA A100-SXM4-80GB", "A100 SXM 80GB"),
+        ("a100 40", "A100 SXM 40GB"),
+        ("Tesla T4", "T4"),
+        ("Tesla V100-SXM2-16GB", "V100 16GB"),
+        ("4090", "RTX 4090"),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
+        ("H200 141GB", "H200"),
+    ],
+)
+def test_gpus_are_found_by_any_of_their_names(given: str, found: str) -> None:
+    assert find_gpu(given).name == found
+
+
+def test_an_unknown_gpu_names_the_nearest_and_all() -> None:
+    with pytest.raises(ConfigError, match=r"Did you mean 'RTX 4090'\?.*T4.*B200"):
+        find_gpu("rtx 4099")
+    with pytest.raises(ConfigError, match="not in the table"):
+        find_gpu("")
+
+
+def test_the_table_is_sound() -> None:
+    assert len({gpu.name for gpu in GPUS}) == len(GPUS) >= 20
+    for gpu in GPUS:
+        assert find_gpu(gpu.name) is gpu
+        assert (gpu.bf16_flops is None) == (gpu.capability < (8, 0))
+        assert gpu.fp32_flops < gpu.fp16_flops
+        assert gpu.source
+
+
+def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(list(words))
+    out, err = capsys.readouterr()
+    return int(ended.value.code or 0), out, err
+
+
+def test_plan_prints_one_json_object_that_sums_to_the_effective_batch(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [*SMALL_GPT, "batch.effective=23", "checkpointing=none", "--gpu", "H100 80GB", "--nproc", "3"]
+    code, out, err = call(capsys, "plan", *words, "--json")
+    assert code == 0, err
+    data = json.loads(out)
+    assert data["label"] == "predicted"
+    (found,) = data["gpus"]
+    assert sum(map(sum, found["plan"]["micro_batches"])) == 23
+    assert "predicted" in found["plan"]["reason"]
+    assert 0 < found["step_s"]["low"] < found["step_s"]["high"]
+    assert found["modes"][0]["largest_micro_batch"] == 8
+
+
+def test_plan_for_all_gpus_has_a_row_for_each(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = call(capsys, "plan", *SMALL_GPT, "checkpointing=none", "precision=bf16", "--gpus")
+    assert code == 0, err
+    for gpu in GPUS:
+        assert gpu.name in out
+    assert "redicted" in out
+
+
+@pytest.mark.parametrize("words", [[], ["--gpu", "T4", "--gpus"]])
+def test_plan_wants_one_of_its_options(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = call(capsys, "plan", "recipe=llm", *words)
+    assert code == 2
+    assert "--gpu NAME or --gpus" in err
+
+
+HUGE = """
+from torch import nn
+
+
+class Huge(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(60_000, 60_000, bias=False) for _ in range(10))
+        self.first, self.last = nn.Linear(64, 60_000), nn.Linear(60_000, 10)
+
+    def forward(self, x):
+        x = self.first(x.flatten(1))
+        for layer in self.layers:
+            x = layer(x)
+        return self.last(x)
+
+
+class Depends(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(64, 10)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        return self.layer(x) * (2.0 if x.sum().item() > 0 else 1.0)
+"""
+
+
+@pytest.fixture
+def own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "own_models.py").write_text(HUGE)
+    (tmp_path / "recipes").mkdir()
+    text = "defaults: [base, data: digits, _self_]\nmodel: {_target_: own_models.Huge}\n"
+    (tmp_path / "recipes/mine.yaml").write_text(text.replace("data: digits", "{data: digits}"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_what_fits_no_gpu_is_said(own_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    composed = compose(["recipe=mine", "precision=bf16"])
+    traced: list[list[TraceResult]] = []
+
+    def once(*given: Any) -> list[TraceResult]:
+        if not traced:
+            traced.append(trace_in_child(*given))
+        return traced[0]
+
+    monkeypatch.setattr("gatrain.predict.trace_in_child", once)
+    every = predict(composed, GPUS)
+    assert not every.fits
+    assert "It fits on none of these" in "\n".join(every.lines())
+    with pytest.raises(DoesNotFitError, match="fits on no GPU of the table"):
+        predict(composed, [H100])
+
+
+def test_a_model_that_needs_numbers_is_told_so(own_model: Path) -> None:
+    with pytest.raises(GatrainError, match="cannot be traced without data"):
+        predict(compose(["recipe=mine", "model._target_=own_models.Depends"]), [H100])
+
+
+def test_a_trace_ends_in_time() -> None:
+    with pytest.raises(GatrainError, match="was stopped"):
+        predict(compose(SMALL_GPT), [H100], time_limit_s=0.1)
+
+
+def test_no_gpu_is_touched_and_torch_stays_in_the_child() -> None:
+    code = (
+        "import sys; from gatrain.compose import compose; from gatrain.predict import find_gpu, predict; "
+        f"predict(compose({[*SMALL_GPT, 'checkpointing=none']!r}), [find_gpu('t4')]); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ.copy())
+    assert done.stdout.strip() == "False", done.stderr
+
+
+def test_compiled_code_needs_less_than_eager() -> None:
+    asked: list[Any] = [TraceRequest("bf16", how, ["none"], 1, "window", 8, GIB) for how in (False, True)]
+    eager, compiled = trace_in_child(compose(SMALL_GPT).yaml, asked, None, 120)
+    peaks = [r.traces[0].peak(64, [], accumulates=True).allocated for r in (eager, compiled)]
+    assert 0.2 * peaks[0] < peaks[1] < peaks[0]

@@ -1,0 +1,450 @@
+"""The choice among close calls, the memory model, advice and unequal shares: laws, without processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from test_tune import CPU, CUDA, WAY, Machine, config_of, curve_of, gpu, no_trial, plan_on
+
+from gatrain import batch, tune
+from gatrain.config import AdamWConfig, SGDConfig
+from gatrain.errors import Interrupted, WorkerError
+from gatrain.launch.nodes import Nodes
+from gatrain.plan import FITS, Plan, make_plan
+from gatrain.tune import advice, confirm, curve, memory_model, search, spec, whole
+from gatrain.tune.confirm import Confirmation, Finalist, WholeSteps
+from gatrain.tune.curve import Curve, Measurement
+from gatrain.tune.search import Candidate
+
+GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATRAIN_CACHE", str(tmp_path / "cache"))
+
+
+class WholeMachine(Machine):
+    """Answers for whole steps too: ``whole_s`` gives a finalist's seconds in one round."""
+
+    def __init__(self, whole_s: Callable[[Finalist, int], float], **formulas: Any) -> None:
+        super().__init__(**formulas)
+        self.whole_s = whole_s
+        self.timed: list[list[Finalist]] = []
+        self.crash_in_whole_steps = False
+        self.rank_factors: tuple[float, ...] = ()
+
+    def __call__(self, folder: Path) -> None:
+        super().__call__(folder)
+        asked = self.asked[-1]
+        if self.rank_factors:
+            self._rewrite(folder)
+        answers = spec.read_answers((folder / spec.LINES).read_text().splitlines())
+        if asked.whole is None:
+            return
+        named = list(asked.whole.finalists)
+        if not named:
+            near = whole.close_calls(asked, answers.measurements, curve.SHARE)
+            named = [
+                confirm.finalist_of(o, asked.whole.effective_batch, asked.whole.world_size) for o in near
+            ]
+        if not named:
+            return
+        self.timed.append(named)
+        if self.crash_in_whole_steps:
+            raise WorkerError("the rank was killed (SIGKILL)")
+        entries = tuple(WholeSteps(f, tuple(self.whole_s(f, nth) for nth in range(5))) for f in named)
+        found = Confirmation(asked.whole.effective_batch, asked.whole.world_size, entries)
+        with open(folder / spec.LINES, "a") as file:
+            file.write(json.dumps({"event": "whole", "confirmation": confirm.to_dict(found)}) + "\n")
+
+    def _rewrite(self, folder: Path) -> None:
+        lines = [json.loads(line) for line in (folder / spec.LINES).read_text().splitlines()]
+        for line in lines:
+            if line["event"] == "trial" and line["measurement"]["micro_step_s"]:
+                slowest = line["measurement"]["micro_step_s"]
+                line["measurement"]["rank_s"] = [slowest * factor for factor in self.rank_factors]
+        (folder / spec.LINES).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def level(size: int) -> float:
+    """Micro-step seconds of a machine on which only the fixed cost of 1 ms tells sizes apart."""
+    return 0.001 + 0.01 * size
+
+
+# ---- finalists ------------------------------------------------------------------------------------------
+
+
+def test_a_close_call_is_decided_by_whole_steps_and_says_so() -> None:
+    machine = WholeMachine(lambda f, nth: 0.60 if f.micro_batch == 32 else 0.70 + 0.001 * nth, seconds=level)
+    plan = plan_on(machine, config_of(64))
+    assert plan.micro_batch == 32  # the model would take 64
+    assert len(machine.asked) == 1  # in the processes that measured the curve
+    assert "confirmed over 5 whole steps each: the next, micro-batch" in plan.reason
+    assert "0.600 s per optimizer step" in plan.reason
+    confirmed = {t.micro_batch: t.confirmed_step_s for t in plan.trials if t.confirmed_step_s is not None}
+    assert confirmed[32] == pytest.approx(0.60)
+    assert len(confirmed) == len(machine.timed[0]) <= confirm.MAX_FINALISTS
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+
+
+def test_within_the_noise_whole_steps_take_fewer_accumulation_steps() -> None:
+    def noisy(finalist: Finalist, nth: int) -> float:
+        slower = 1.004 if finalist.micro_batch == 64 else 1.0
+        return 0.6 * slower * (1 + (0.0, 0.03, -0.03, 0.02, -0.02)[(nth + finalist.micro_batch) % 5])
+
+    plan = plan_on(WholeMachine(noisy, seconds=level), config_of(64))
+    assert plan.micro_batch == 64
+    assert "is within the noise" in plan.reason
+    assert "fewer accumulation steps" in plan.reason
+
+
+def test_a_clear_gap_needs_no_whole_steps() -> None:
+    machine = WholeMachine(lambda f, nth: 1.0, seconds=lambda size: 0.1 + 0.001 * size)
+    plan = plan_on(machine, config_of(64))
+    assert plan.micro_batch == 64
+    assert not machine.timed
+    assert "the next best" in plan.reason
+
+
+def test_whole_steps_are_remembered_for_their_effective_batch_only() -> None:
+    machine = WholeMachine(lambda f, nth: 0.60 if f.micro_batch == 32 else 0.70, seconds=level)
+    first = plan_on(machine, config_of(64))
+    again = tune.make_plan_for(config_of(64), _info(), CPU, Nodes(1), run=no_trial)
+    assert (again.micro_batch, again.trials) == (first.micro_batch, first.trials)
+    assert "confirmed" in again.reason
+    other = tune.make_plan_for(config_of(60), _info(), CPU, Nodes(1), run=no_trial)
+    assert all(trial.confirmed_step_s is None for trial in other.trials)
+    assert "whole steps were not timed" in other.reason
+
+
+def test_a_crash_in_whole_steps_leaves_the_curve_and_the_modelled_choice() -> None:
+    machine = WholeMachine(lambda f, nth: 1.0, seconds=level)
+    machine.crash_in_whole_steps = True
+    plan = plan_on(machine, config_of(64))
+    assert plan.micro_batch == 64
+    assert all(trial.outcome == FITS for trial in plan.trials)
+    assert "whole steps were not timed" in plan.reason
+
+
+def test_close_calls_between_ways_of_computing_share_one_set_of_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gatrain.tune.settings.can_compile", lambda: True)
+    machine = WholeMachine(
+        lambda f, nth: 0.5 if f.settings.compile else 0.6,
+        seconds=lambda size: 0.01 + 0.01 * size,
+        compiled=0.98,
+    )
+    plan = plan_on(machine, config_of(64), hardware=CUDA)
+    assert plan.compile
+    assert {f.settings.compile for f in machine.timed[-1]} == {False, True}
+    assert machine.asked[-1].sizes == ()
+
+
+def test_the_overlapped_reduction_is_a_finalist_on_several_gpus() -> None:
+    two = dataclasses.replace(CUDA, gpus=[gpu(), gpu()])
+    machine = WholeMachine(
+        lambda f, nth: 0.5 if f.settings.sync == "overlap" else 0.6, seconds=lambda size: 0.1 + 0.001 * size
+    )
+    config = config_of(64, compile=False)
+    plan = plan_on(machine, config, hardware=two, nodes=Nodes(2))
+    assert plan.sync == "overlap"
+    asked = config_of(64, compile=False, sync="window")
+    assert plan_on(machine, asked, hardware=two, nodes=Nodes(2), retune=True).sync == "window"
+
+
+def test_a_person_who_interrupts_whole_steps_is_obeyed() -> None:
+    class Stopped(WholeMachine):
+        def __call__(self, folder: Path) -> None:
+            super().__call__(folder)
+            raise Interrupted("stopped")
+
+    machine = Stopped(lambda f, nth: 1.0, seconds=level)
+    with pytest.raises(Interrupted):
+        plan_on(machine, config_of(64))
+    # the curve was complete
+    assert tune.make_plan_for(config_of(64), _info(), CPU, Nodes(1), run=no_trial).micro_batch
+
+
+def _info() -> Any:
+    from test_tune import Info
+
+    return Info()
+
+
+@given(st.lists(st.floats(1e-4, 10), min_size=1, max_size=8), st.floats(0.1, 100))
+def test_whole_steps_keep_to_their_time(step_s: list[float], seconds: float) -> None:
+    step_s = sorted(step_s)[: confirm.MAX_FINALISTS]
+    count, rounds = confirm.affordable(step_s, seconds)
+    assert count == 0 or (count > 1 and confirm.ROUNDS[0] <= rounds <= confirm.ROUNDS[1])
+    assert (rounds + 1) * sum(step_s[:count]) <= seconds * (1 + 1e-9)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    medians=st.lists(st.floats(0.1, 10), min_size=2, max_size=3),
+    drift=st.lists(st.floats(0.5, 2), min_size=3, max_size=9),
+)
+def test_the_verdict_is_never_much_slower_than_the_best_and_ignores_a_drift(
+    medians: list[float], drift: list[float]
+) -> None:
+    timed = [
+        (Candidate(WAY, 2**nth, 8 - nth, 1.0, True), _steps(2**nth, [median * d for d in drift]))
+        for nth, median in enumerate(medians)
+    ]
+    verdict = confirm.verdict(timed)
+    assert verdict is not None
+    place = [option.key for option, _ in timed].index(verdict.chosen.key)
+    # a drift that meets all alike is no noise: only what is equal may lose to the simpler one
+    assert medians[place] <= min(medians) * (1 + confirm.EQUAL) * (1 + 1e-9)
+
+
+def _steps(size: int, seconds: Sequence[float]) -> WholeSteps:
+    return WholeSteps(Finalist(WAY, size, (8,)), tuple(seconds))
+
+
+def test_however_noisy_a_clearly_slower_finalist_never_wins() -> None:
+    wild = [0.5, 1.5, 1.0, 2.0, 0.7]
+    timed = [
+        (Candidate(WAY, 8, 8, 1.0, True), _steps(8, [1.0] * 5)),
+        (Candidate(WAY, 64, 1, 1.0, True), _steps(64, [1.05 * w for w in wild])),
+    ]
+    verdict = confirm.verdict(timed)
+    assert verdict is not None
+    assert verdict.chosen.micro_batch == 8
+    assert confirm.verdict(timed[:1]) is None
+
+
+# ---- the memory model -----------------------------------------------------------------------------------
+
+
+@given(
+    base=st.integers(0, 10 * GIB),
+    per_sample=st.integers(2**20, GIB),
+    level_bytes=st.integers(0, 12 * GIB),
+    powers=st.integers(2, 8),
+)
+def test_what_fits_is_never_skipped_on_a_line_with_a_level_start(
+    base: int, per_sample: int, level_bytes: int, powers: int
+) -> None:
+    def peak(size: int) -> int:
+        return max(level_bytes, base + per_sample * size)
+
+    points = [(2**power, peak(2**power)) for power in range(powers)]
+    line = memory_model.fit_line(points)
+    if line is None:
+        return
+    following = 2**powers
+    assert not line.clearly_exceeds(following, peak(following))
+    # on the rising end the line is exact, and what is far too large is skipped
+    if points[0][1] < points[1][1] and points[0][1] > level_bytes:
+        assert line.peak(following) == pytest.approx(peak(following), rel=1e-6)
+        assert line.clearly_exceeds(following, points[-1][1])
+
+
+def test_the_level_start_is_left_out_of_the_line() -> None:
+    line = memory_model.fit_line([(1, 1200), (2, 1200), (4, 1200), (8, 1400)])
+    assert line is not None
+    assert line.peak(16) == pytest.approx(1800)
+
+
+def test_one_point_says_nothing() -> None:
+    assert memory_model.fit_line([]) is None
+    assert memory_model.fit_line([(1, GIB)]) is None
+
+
+@given(st.integers(1, 4096), st.integers(1, 4096), st.sampled_from([2, 4]))
+def test_bisection_stays_between_and_ends(fits: int, gap: int, smallest: int) -> None:
+    refused = fits + gap
+    for _ in range(20):
+        middle = memory_model.between(fits, refused, smallest)
+        if middle is None:
+            return
+        assert fits < middle < refused
+        fits = middle
+    raise AssertionError("it does not end")
+
+
+# ---- the plan's memory ----------------------------------------------------------------------------------
+
+
+def test_the_plan_names_its_peak_and_its_budget() -> None:
+    plan = plan_on(Machine(largest=16), config_of(64, checkpointing="none"))
+    assert plan.predicted_peak_bytes == plan.micro_batch * 2**20
+    assert plan.memory_budget_bytes == GIB
+    again = tune.make_plan_for(config_of(64, checkpointing="none"), _info(), CPU, Nodes(1), run=no_trial)
+    assert again.predicted_peak_bytes == plan.predicted_peak_bytes
+    assert again.memory_budget_bytes == GIB  # less than what is free now
+    fixed = tune.make_plan_for(config_of(8, micro=2), _info(), CPU, Nodes(1), run=no_trial)
+    assert (fixed.predicted_peak_bytes, fixed.memory_budget_bytes) == (None, None)
+
+
+# ---- advice ---------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    effective=st.integers(2, 1500),
+    world_size=st.integers(1, 5),
+    fixed_s=st.floats(1e-4, 1),
+    sample_s=st.floats(1e-4, 0.1),
+    largest=st.integers(0, 7),
+)
+def test_a_better_effective_batch_is_near_and_really_better(
+    effective: int, world_size: int, fixed_s: float, sample_s: float, largest: int
+) -> None:
+    measured = curve_of({2**p: fixed_s + sample_s * 2**p for p in range(largest + 1)})
+
+    def per_sample(batch_size: int) -> float:
+        share = batch.largest_share(batch_size, world_size)
+        sizes = range(1, min(share, 2**largest) + 1)
+        return min(search.share_seconds(measured, share, size) for size in sizes) / batch_size
+
+    for better in advice.better_batches(measured, effective, world_size):
+        assert abs(better.effective_batch - effective) <= advice.REACH * effective
+        assert better.gain >= advice.WORTH_SAYING
+        assert per_sample(better.effective_batch) < per_sample(effective)
+
+
+def test_advice_names_the_nearest_batch_that_splits_better() -> None:
+    flat = curve_of(dict.fromkeys((1, 2, 4, 8, 16), 0.1))  # only full micro-steps pay
+    (below,) = [b for b in advice.better_batches(flat, 33, 1) if b.effective_batch < 33]
+    assert below.effective_batch == 32
+    assert below.gain == pytest.approx(1 - (2 / 32) / (3 / 33))
+    assert advice.better_batches(flat, 32, 1) == []
+
+
+@given(st.floats(0.5, 0.99999), st.integers(1, 512), st.integers(1, 512))
+def test_the_rescaled_beta_keeps_its_half_life_in_samples(beta: float, small: int, factor: int) -> None:
+    effective = small * factor
+    rescaled = advice.rescaled_beta(beta, small, effective)
+    assert rescaled**factor == pytest.approx(beta)
+    assume(rescaled < 1)
+    half_life = small * math.log(0.5) / math.log(rescaled)
+    assert half_life == pytest.approx(effective * math.log(0.5) / math.log(beta), rel=1e-4)
+
+
+def test_advice_is_short_and_fits_the_case() -> None:
+    measured = curve_of({1: 0.02, 2: 0.03, 4: 0.05, 8: 0.11})
+
+    def said(effective: int, world_size: int = 1, **case: Any) -> str:
+        options = search.candidates(measured, effective, world_size)
+        case = {"optimizer": AdamWConfig(), "on_gpu": True, **case}
+        lines = advice.sentences(
+            measured, search.choose(options), effective_batch=effective, world_size=world_size, **case
+        )
+        assert len(lines) <= advice.MOST_SENTENCES
+        assert all(line.endswith(".") for line in lines)
+        return "\n".join(lines)
+
+    assert "no accumulation is needed" in said(4)
+    assert "accumulation is a choice" not in said(4)
+    assert "'optimizer.betas=[0.9,0.999937]'" in said(64)  # 0.999 ** (4 / 64)
+    assert "is predicted to take 0.405 s instead of 0.805 s without the gradient reduction" in said(64)
+    assert "reduction" not in said(64, 2)
+    assert "One more GPU" not in said(64, on_gpu=False)
+    assert "betas" not in said(64, optimizer=SGDConfig())
+    assert "betas" not in said(64, 2)
+    assert advice.next_gpu_step_s(measured, 2, 2) is None
+
+
+# ---- unequal ranks --------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 5000), st.lists(st.integers(0, 10**6), min_size=1, max_size=9).filter(any))
+def test_proportional_shares_sum_and_are_proportions_rounded(window: int, weights: list[int]) -> None:
+    shares = batch.proportional_shares(window, weights)
+    assert sum(shares) == window
+    for share, weight in zip(shares, weights, strict=True):
+        exact = window * weight / sum(weights)
+        assert math.floor(exact - 1e-6) <= share <= math.ceil(exact + 1e-6)
+    for (a, wa), (b, wb) in itertools.combinations(zip(shares, weights, strict=True), 2):
+        assert (wa - wb) * (a - b) >= 0 or abs(a - b) <= 1
+
+
+@given(st.integers(0, 2000), st.integers(1, 9), st.integers(1, 2000))
+def test_equal_weights_give_equal_shares(window: int, world_size: int, weight: int) -> None:
+    assert batch.proportional_shares(window, [weight] * world_size) == batch.rank_shares(window, world_size)
+
+
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=9).filter(any), st.data())
+def test_a_plans_shares_serve_full_and_short_windows(shares: list[int], data: st.DataObject) -> None:
+    assert batch.window_shares(sum(shares), shares) == shares
+    short = data.draw(st.integers(0, sum(shares)))
+    found = batch.window_shares(short, shares)
+    assert sum(found) == short
+    assert all(part <= share + 1 for part, share in zip(found, shares, strict=True))
+    if max(shares) - min(shares) <= 1 and short < sum(shares):
+        assert found == batch.rank_shares(short, len(shares))
+
+
+def test_the_largest_remainders_get_what_is_left() -> None:
+    assert batch.proportional_shares(10, [26, 27, 47]) == [2, 3, 5]
+    assert batch.window_shares(1, [8, 9]) == [1, 0]  # as good as equal ranks: as without a plan
+
+
+def unequal(factors: Sequence[float], seconds: Callable[[int], float] = level) -> Curve:
+    rows = []
+    for size in (1, 2, 4, 8, 16):
+        ranks = tuple(seconds(size) * factor for factor in factors)
+        rows.append(Measurement(size, FITS, size, max(ranks), 0.002, 0.003, rank_s=ranks))
+    return Curve(WAY, tuple(rows), curve.SHARE)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(2, 400), st.lists(st.floats(0.2, 1.0), min_size=2, max_size=4))
+def test_unequal_shares_are_taken_only_where_they_are_faster(effective: int, factors: list[float]) -> None:
+    measured = unequal(factors)
+    world_size = len(factors)
+    options = search.candidates(measured, effective, world_size)
+    if not options:
+        return
+    chosen = search.choose(options)
+    if chosen.shares:
+        assert sum(chosen.shares) == effective
+        equal = [option for option in options if not option.shares]
+        assert chosen.step_s < min(option.step_s for option in equal)
+    if min(factors) > max(factors) / (1 + curve.UNEQUAL) * (1 + 1e-9):
+        assert not chosen.shares
+
+
+def test_a_gpu_of_half_the_speed_computes_half_as_much() -> None:
+    pair = dataclasses.replace(CUDA, gpus=[gpu(), gpu("slow")])
+    machine = WholeMachine(lambda f, nth: 1.0, seconds=level)
+    machine.rank_factors = (0.5, 1.0)
+    config = config_of(48, compile=False, sync="window")
+    plan = plan_on(machine, config, hardware=pair, nodes=Nodes(2))
+    assert plan.shares == [32, 16]
+    assert sum(map(sum, plan.micro_batches)) == 48
+    assert any("ranks are unequal" in note for note in plan.notes)
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))).shares == [32, 16]
+
+
+def test_noise_makes_no_rank_unequal() -> None:
+    assert unequal((0.5, 1.0)).rank_factors == (0.5, 1.0)
+    assert unequal((0.95, 1.0)).rank_factors == ()
+    assert unequal((1.0,)).rank_factors == ()
+    flip = iter(range(100))
+    rows = [
+        dataclasses.replace(m, rank_s=m.rank_s if next(flip) % 2 else m.rank_s[::-1])
+        for m in unequal((0.5, 1.0)).measurements
+    ]
+    assert Curve(WAY, tuple(rows), curve.SHARE).rank_factors == ()
+
+
+def test_a_plan_with_shares_still_multiplies_out() -> None:
+    plan = make_plan(effective_batch=10, world_size=2, micro_batch=4, shares=[7, 3], reason="", **vars(WAY))
+    assert plan.micro_batches == [[4, 3], [3]]
+    assert plan.equation == "10 = 1 rank x (4 + 3) + 1 rank x (3)"
+    with pytest.raises(AssertionError, match="sums to 9"):
+        make_plan(effective_batch=10, world_size=2, micro_batch=4, shares=[6, 3], reason="", **vars(WAY))

@@ -1,0 +1,142 @@
+"""The walk through rising sizes in a trial process, with a faked device: memory predicted, refined, respected."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gatrain.plan import DOES_NOT_FIT, FITS, SKIPPED, StepSettings
+from gatrain.tune import curve, spec, trial
+from gatrain.tune.curve import Measurement
+
+MIB = 2**20
+WAY = StepSettings("bf16", "none", False, "window")
+
+
+class FakeGpu:
+    """Meter, memory and peers of one rank of several: all in one, from formulas."""
+
+    def __init__(
+        self,
+        peak_of: Callable[[int], int],
+        budget: int,
+        seconds: Callable[[int], float] = lambda size: 0.1 + 0.001 * size,
+        others_over: float = 0.0,
+    ) -> None:
+        self.budget_bytes, self._peak_of, self._seconds = budget, peak_of, seconds
+        self._others_over = others_over
+        self._now = 0
+        self.tried: list[int] = []
+        self.said: list[dict[str, Any]] = []
+
+    def measure(self, size: int) -> Measurement:
+        self.tried.append(size)
+        self._now = self._peak_of(size)
+        if self._now > self.budget_bytes:
+            return Measurement(size, DOES_NOT_FIT, error="out of memory")
+        return Measurement(size, FITS, self._now, self._seconds(size), 0.0, 0.0)
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, self._others_over] if isinstance(value, float) and self._others_over else [value]
+
+    def peak(self) -> int:
+        return self._now
+
+    def base(self) -> int:
+        return 0
+
+    def write(self, event: str, **content: Any) -> None:
+        self.said.append({"event": event, **content})
+
+    def walk(self, sizes: list[int], device: str = "cuda", **options: Any) -> str:
+        asked = spec.TrialSpec(WAY, tuple(sizes), time.time() + 1000, 0.9, **options)
+        this = SimpleNamespace(device=SimpleNamespace(type=device), stop_requested=False)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trial.torch.cuda, "synchronize", lambda device: None)
+            return trial.Rise(asked, self, self, self, self, this).run()  # type: ignore[arg-type]
+
+    @property
+    def outcomes(self) -> dict[int, str]:
+        lines = [line["measurement"] for line in self.said if line["event"] == "trial"]
+        return {line["micro_batch"]: line["outcome"] for line in lines}
+
+
+POWERS = [2**power for power in range(11)]
+
+
+def test_what_clearly_cannot_fit_is_not_tried_on_a_gpu_either() -> None:
+    machine = FakeGpu(lambda size: 1000 * MIB + 100 * MIB * size, 4000 * MIB)  # 30 fit
+    assert machine.walk(POWERS) == curve.MEMORY
+    assert max(machine.tried) < 32  # 32 needs 4,200, which the line knows
+    assert machine.outcomes[32] == SKIPPED
+
+
+def test_in_doubt_a_size_is_tried() -> None:
+    crooked = {1: 1100, 2: 1210, 4: 1390, 8: 1820, 16: 2580, 32: 3990}  # a line would say 4,150
+    machine = FakeGpu(lambda size: crooked[size] * MIB, 4000 * MIB)
+    assert machine.walk([1, 2, 4, 8, 16, 32]) == curve.SHARE
+    assert machine.tried == [1, 2, 4, 8, 16, 32]
+
+
+def test_the_gap_is_halved_twice_while_throughput_rises() -> None:
+    machine = FakeGpu(lambda size: 1000 * MIB + 100 * MIB * size, 6000 * MIB)  # 50 fit
+    machine.walk(POWERS)
+    assert [size for size in machine.outcomes if size not in POWERS] == [48, 56]
+    assert machine.outcomes[48] == FITS
+    level = FakeGpu(lambda size: 1000 * MIB + 100 * MIB * size, 6000 * MIB, seconds=lambda size: 0.01 * size)
+    level.walk(POWERS)
+    assert all(size in POWERS for size in level.outcomes)  # nothing to gain, nothing to pay
+
+
+def test_a_size_that_fails_unexpectedly_is_approached_from_below() -> None:
+    machine = FakeGpu(lambda size: 10 * MIB * size if size < 50 else 10**12, 4000 * MIB)
+    assert machine.walk(POWERS) == curve.MEMORY
+    assert machine.tried[-3:] == [64, 48, 56]
+    assert machine.outcomes[48] == FITS
+
+
+def test_the_weaker_rank_is_respected() -> None:
+    machine = FakeGpu(lambda size: 100 * MIB * size, 10**12, others_over=1.0)
+    assert machine.walk([1, 2, 4], device="cpu") == curve.MEMORY
+    assert machine.tried == [1]
+
+
+def test_a_noisy_size_is_not_called_slower() -> None:
+    def walk(noise: float) -> list[int]:
+        machine = FakeGpu(
+            lambda size: MIB, 10**12, seconds=lambda size: 0.01 * size * (1 + 0.05 * (size > 1))
+        )
+        plain = machine.measure
+        machine.measure = lambda size: dataclasses.replace(plain(size), noise=noise)  # type: ignore[method-assign]
+        machine.walk([1, 2, 4, 8, 16, 32])
+        return machine.tried
+
+    assert walk(0.001) == [1, 2, 4]
+    assert walk(0.05) == [1, 2, 4, 32]  # level for all that can be said: only the whole share is still of use
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    base=st.integers(0, 5000),
+    per_sample=st.integers(1, 500),
+    budget=st.integers(100, 60_000),
+    share=st.integers(1, 900),
+)
+def test_a_straight_line_loses_no_size_that_fits(base: int, per_sample: int, budget: int, share: int) -> None:
+    machine = FakeGpu(lambda size: (base + per_sample * size) * MIB, budget * MIB)
+    sizes = [size for size in POWERS if size <= share]
+    machine.walk(sizes)
+    fitting = [size for size in sizes if base + per_sample * size <= budget]
+    assert [size for size in machine.outcomes if size in sizes and machine.outcomes[size] == FITS] == fitting
+    assert all(
+        base + per_sample * size <= budget for size, found in machine.outcomes.items() if found == FITS
+    )
+    refused = [size for size in machine.tried if base + per_sample * size > budget]
+    assert len(refused) <= 1 + trial.REFINEMENTS
