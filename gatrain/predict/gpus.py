@@ -4,6 +4,9 @@ Peaks are dense (without sparsity), with fp32 accumulation, at boost clock, as i
 ``source`` names. Memory is what a CUDA program sees (total capacity with ECC where the card has it on by
 default), to the hundredth of a GiB as PyTorch's messages print it; it differs by a percent between drivers, and
 the lower figure is taken.
+
+Peaks and bandwidths of the T4, V100, A10, A40, A100, H100, H200, L40S, RTX 4090 and B200 were compared with public
+specification tables; the other rows, and all memory totals, still wait for a look at the card itself.
 """
 
 from __future__ import annotations

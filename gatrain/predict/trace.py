@@ -105,7 +105,7 @@ class ModeTracer:
             autocast=autocast_for(asked.precision, _CPU),
         )
         self._overlaps = asked.world_size > 1 and asked.sync == "overlap"
-        self.buckets_of: list[Tensor] = []
+        self._buckets: list[Tensor] = []
         self.persistent = self._make_persistent()
 
     def _loss_function(self, task: Task) -> Callable[[Batch], Any]:
@@ -126,8 +126,8 @@ class ModeTracer:
         state = pytree.tree_leaves([*self._optimizer.state.values()])
         tensors += [leaf for leaf in state if isinstance(leaf, Tensor)]
         if self._overlaps:
-            self.buckets_of = [torch.zeros_like(parameter) for parameter in self._parameters]
-            tensors += self.buckets_of
+            self._buckets = [torch.zeros_like(parameter) for parameter in self._parameters]
+            tensors += self._buckets
             for parameter in self._parameters:
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
         return self._recorder.adopt(tensors)
@@ -162,7 +162,7 @@ class ModeTracer:
     def _reduce(self) -> None:
         """What the window's reduction does to memory; the messages themselves need none of the allocator's."""
         if self._overlaps:
-            for parameter, bucket in zip(self._parameters, self.buckets_of, strict=True):
+            for parameter, bucket in zip(self._parameters, self._buckets, strict=True):
                 parameter.grad = bucket
         elif self._asked.world_size > 1:
             flats = [flatten(bucket) for bucket in buckets_of(self._parameters)]
