@@ -168,8 +168,10 @@ def resume(
     changed = _check_resume_keys(overrides)
     config, config_yaml = reload(run_dir.config, overrides)
     if not run_dir.saved_steps():
-        with locked(run_dir):  # a run that is under way has another story to tell
-            raise SavedStateError(_nothing_saved(run_dir))
+        if run_dir.lock.exists():
+            with locked(run_dir):  # a run that is under way has another story to tell
+                pass
+        raise SavedStateError(_nothing_saved(run_dir))
     summary = read_json(run_dir.summary) if run_dir.summary.is_file() else {}
     if summary.get("status") == "completed" and not overrides:
         return Outcome(run_dir.path, summary, already_complete=True)
