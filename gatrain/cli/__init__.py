@@ -32,6 +32,15 @@ _Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")
 ]
 _Retune = Annotated[bool, typer.Option("--retune", help="Measure again, whatever is remembered.")]
+_Nproc = Annotated[
+    int | None, typer.Option("--nproc", help="Processes on this node, by default one for each GPU.")
+]
+_Nnodes = Annotated[int, typer.Option("--nnodes", help="Nodes of the run.")]
+_NodeRank = Annotated[int, typer.Option("--node-rank", help="This node's number, from 0.")]
+_Endpoint = Annotated[
+    str | None, typer.Option("--rdzv-endpoint", help="HOST:PORT of node 0, the same on every node.")
+]
+_MaxRestarts = Annotated[int, typer.Option("--max-restarts", help="Restarts after a failed rank.")]
 
 
 EXIT_CODE_HELP = {
@@ -154,15 +163,11 @@ def plan(
 def launch(
     context: typer.Context,
     overrides: _Overrides = None,
-    nproc: Annotated[
-        int | None, typer.Option("--nproc", help="Processes on this node, by default one for each GPU.")
-    ] = None,
-    nnodes: Annotated[int, typer.Option("--nnodes", help="Nodes of the run.")] = 1,
-    node_rank: Annotated[int, typer.Option("--node-rank", help="This node's number, from 0.")] = 0,
-    endpoint: Annotated[
-        str | None, typer.Option("--rdzv-endpoint", help="HOST:PORT of node 0, the same on every node.")
-    ] = None,
-    max_restarts: Annotated[int, typer.Option("--max-restarts", help="Restarts after a failed rank.")] = 0,
+    nproc: _Nproc = None,
+    nnodes: _Nnodes = 1,
+    node_rank: _NodeRank = 0,
+    endpoint: _Endpoint = None,
+    max_restarts: _MaxRestarts = 0,
     slurm: Annotated[bool, typer.Option("--slurm", help="Write an sbatch script and submit it.")] = False,
     partition: Annotated[str | None, typer.Option("--partition", help="Slurm partition.")] = None,
     time_limit: Annotated[
@@ -219,15 +224,11 @@ def resume(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Such as train.steps=2000.")
     ] = None,
-    nproc: Annotated[
-        int | None, typer.Option("--nproc", help="Processes on this node, by default one for each GPU.")
-    ] = None,
-    nnodes: Annotated[int, typer.Option("--nnodes", help="Nodes of the run.")] = 1,
-    node_rank: Annotated[int, typer.Option("--node-rank", help="This node's number, from 0.")] = 0,
-    endpoint: Annotated[
-        str | None, typer.Option("--rdzv-endpoint", help="HOST:PORT of node 0, the same on every node.")
-    ] = None,
-    max_restarts: Annotated[int, typer.Option("--max-restarts", help="Restarts after a failed rank.")] = 0,
+    nproc: _Nproc = None,
+    nnodes: _Nnodes = 1,
+    node_rank: _NodeRank = 0,
+    endpoint: _Endpoint = None,
+    max_restarts: _MaxRestarts = 0,
 ) -> None:
     """Go on with a run at the exact window, on any number of processes."""
     from gatrain import fit as work
