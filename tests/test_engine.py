@@ -103,6 +103,34 @@ def window(batch: Tensor, sizes: list[int]) -> RankWindow:
     return RankWindow([MicroBatch(part, {"loss": float(len(part))}) for part in batch.split(sizes)])
 
 
+class TwoTerms(Regression):
+    """A sum over elements and a sum over samples, each with a denominator of its own."""
+
+    loss_terms = ("elements", "samples")
+
+    def weight(self, batch: Batch) -> dict[str, float]:  # type: ignore[override]
+        return {"elements": batch.numel(), "samples": len(batch)}
+
+    def loss_sum(self, model: nn.Module, batch: Batch):  # type: ignore[no-untyped-def,override]
+        out = model(batch)
+        return {
+            "elements": (out.square().sum(), float(batch.numel())),
+            "samples": (out.std(dim=1).sum(), float(len(batch))),
+        }
+
+
+def test_a_task_with_two_loss_terms_steps_the_same_for_any_split() -> None:
+    batch = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
+    after = []
+    for sizes in ([12], [5, 4, 3]):
+        task = TwoTerms(lambda: nn.Linear(5, 5))
+        settings = StepSettings("fp32", "none", False, "window")
+        one = Engine(task, task.build_model(), settings, SGDConfig(lr=0.1), Ranks(), CPU)
+        one.step(RankWindow([MicroBatch(part, task.weight(part)) for part in batch.split(sizes)]), 0)
+        after.append(torch.cat([p.detach().flatten() for p in one.model.parameters()]))
+    assert relative_error(after[1], after[0]) < 1e-6
+
+
 def test_clipping_is_done_once_on_the_whole_gradient() -> None:
     batch = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
     after = []

@@ -45,6 +45,8 @@ class Task(abc.ABC):
 
     train_data: Samples
     eval_data: Samples | None = None
+    loss_terms: Sequence[str] = ("loss",)
+    """Names of the loss terms, where `weight` and `loss_sum` return mappings; known even to a rank without data."""
     variable_length: bool = False
     """True if batches differ in shape from one to the next, beyond their number of samples."""
 

@@ -78,7 +78,7 @@ class Engine:
         self._plain = PlainAccumulation(
             wrapped,
             self._loss_sum,
-            term_names=self._term_names(),
+            term_names=task.loss_terms,
             ranks=ranks,
             sync=settings.sync,
             stage=self.stage,
@@ -104,9 +104,6 @@ class Engine:
         # model and loss together, so that logits and cross-entropy fuse; a window has at most two shapes
         # unless lengths vary, so dynamic shapes would only cost speed
         return torch.compile(loss_sum, dynamic=None if self.task.variable_length else False)
-
-    def _term_names(self) -> list[str]:
-        return list(getattr(self.task, "loss_terms", ("loss",)))
 
     def stage(self, batch: Batch) -> Callable[[], Batch]:
         """Start copying a host batch to the device; the returned function gives it to the current stream."""

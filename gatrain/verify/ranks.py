@@ -191,7 +191,7 @@ class Verification:
         strategy = strategy_class(
             wrapped,
             lambda on_device: self.task.loss_sum(wrapped, on_device),
-            term_names=list(getattr(self.task, "loss_terms", ("loss",))),
+            term_names=self.task.loss_terms,
             ranks=self.ranks,
             sync="overlap" if isinstance(wrapped, DistributedDataParallel) else "window",
             stage=lambda host: lambda: self.on_device(host, dtype),
