@@ -150,7 +150,7 @@ def main(work: Callable[[Path, Rank], None]) -> NoReturn:
         sys.exit(
             "usage: python -m MODULE FOLDER (gatrain starts this; use `gatrain fit` or `gatrain launch`)"
         )
-    _die_with_launcher()
+    die_with_launcher()
     place, run_dir, stop = _Place.from_environ(), RunDir(Path(sys.argv[1])), StopFlag()
     if place.state_folder is not None and not place.state_folder.is_dir():
         os._exit(0)  # the launcher gave up before this process was ready
@@ -188,7 +188,7 @@ def _exit_within(limit_s: float) -> None:
     watchdog.start()
 
 
-def _die_with_launcher() -> None:
+def die_with_launcher() -> None:
     """Let the kernel kill this process when its launcher is gone, even by SIGKILL (Linux)."""
     launcher = os.environ.get(protocol.LAUNCHER_PID)
     if launcher is None:

@@ -16,7 +16,9 @@ from gatrain.models.gpt import GPT
 from gatrain.plan import StepSettings
 from gatrain.tasks.base import Batch, Task
 from gatrain.train.accumulate import MicroBatch, RankWindow
+from gatrain.tasks.language_model import LanguageModel
 from gatrain.train.checkpointing import apply_checkpointing, available_modes
+from gatrain.train.compiling import compiled_loss_sum, repeated_blocks
 from gatrain.train.engine import Engine
 from gatrain.train.optimizer import learning_rate
 from gatrain.train.ranks import Ranks
@@ -168,15 +170,61 @@ def test_fp16_takes_one_scaling_decision_per_window() -> None:
     assert any(not torch.equal(before[k], v) for k, v in one.model.state_dict().items())
 
 
+def deeper_gpt() -> nn.Module:
+    return GPT(vocab_size=17, context=8, layers=4, heads=2, width=16)
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
-def test_compiled_steps_equal_eager_steps() -> None:
+@pytest.mark.parametrize(
+    ("factory", "mode"),
+    [(small_gpt, "none"), (deeper_gpt, "none"), (deeper_gpt, "full"), (deeper_gpt, "selective")],
+)
+def test_compiled_steps_equal_eager_steps(factory, mode: str) -> None:  # type: ignore[no-untyped-def]
     tokens = torch.randint(17, (5, 8), generator=torch.Generator().manual_seed(0))
     gradients = []
     for compile in (False, True):
-        one = engine(small_gpt, compile=compile)
+        one = engine(factory, compile=compile, checkpointing=mode)
         one.gradient(window(tokens, [2, 2, 1]))
         gradients.append(gradient(one.model))
     assert relative_error(gradients[1], gradients[0]) < 1e-5
+
+
+class Next(LanguageModel):
+    def __init__(self) -> None:
+        self.variable_length = False
+
+    def build_model(self) -> nn.Module:
+        torch.manual_seed(0)
+        return deeper_gpt()
+
+
+def test_blocks_that_repeat_are_compiled_once_and_only_inside_the_loss() -> None:
+    graphs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
+        graphs.append(sum(node.op == "call_function" for node in graph.graph.nodes))
+        return graph.forward
+
+    torch._dynamo.reset()
+    task = Next()
+    model = task.build_model()
+    loss_sum = compiled_loss_sum(task, model, backend=backend)
+    tokens = torch.randint(17, (3, 9), generator=torch.Generator().manual_seed(0))
+    loss, weight = loss_sum(tokens)  # type: ignore[misc]
+    assert torch.allclose(loss, task.loss_sum(model, tokens)[0])
+    assert int(weight) == 24
+    assert len(graphs) == 2  # one for all four blocks, one for the cross-entropy
+    loss_sum(tokens)
+    with torch.no_grad():
+        model(tokens[:1, :4])  # another shape, outside the loss: nothing is compiled for it
+    assert len(graphs) == 2
+
+
+def test_models_that_repeat_nothing_are_compiled_as_one() -> None:
+    assert len(repeated_blocks(deeper_gpt())) == 4
+    assert repeated_blocks(small_gpt()) == []
+    assert repeated_blocks(nn.Sequential(*(Residual() for _ in range(8)))) == []  # convolutions
+    assert repeated_blocks(nn.Linear(2, 2)) == []
 
 
 def test_weight_decay_leaves_vectors_alone() -> None:

@@ -271,7 +271,7 @@ def test_checkpointing_is_tried_where_memory_limits_and_taken_where_it_is_faster
     # time in proportion to the samples: recomputation can only lose, so it is not even tried
     machine = Machine(seconds=lambda size: 0.01 * size, largest={"none": 4, "selective": 8, "full": 64})
     plan = plan_on(machine, config_of(64), retune=True)
-    assert [asked.settings.checkpointing for asked in machine.asked] == ["none"]
+    assert {asked.settings.checkpointing for asked in machine.asked} == {"none"}
     assert plan.checkpointing == "none"
 
 
@@ -287,7 +287,7 @@ def test_compilation_is_measured_for_the_best_few_on_a_gpu(monkeypatch: pytest.M
     assert plan.compile
     assert plan.precision == "bf16"
     assert [asked.settings.compile for asked in machine.asked] == [False, True]
-    assert len(machine.asked[1].sizes) <= 4
+    assert machine.asked[1].sizes == (64,)
     assert not plan_on(Machine(compiled=1.0), config_of(64), hardware=CUDA, retune=True).compile
 
 
@@ -295,8 +295,8 @@ def test_compilation_that_is_asked_for_is_not_measured_along_the_whole_curve() -
     machine = Machine(compiled=1.5)
     plan = plan_on(machine, config_of(64, compile=True))
     assert (plan.compile, plan.micro_batch) == (True, 64)
-    assert [len(asked.sizes) for asked in machine.asked] == [7, 2]
-    assert machine.asked[1].sizes[0] == 64  # the likely answer first, in case time runs out
+    assert [len(asked.sizes) for asked in machine.asked] == [7, 1]
+    assert machine.asked[1].sizes == (64,)
     again = tune.make_plan_for(config_of(64, compile=True), Info(), CPU, Nodes(1), run=no_trial)
     assert (again.compile, again.micro_batch) == (True, 64)
 

@@ -20,7 +20,7 @@ from gatrain.config import AdamWConfig, SGDConfig
 from gatrain.errors import Interrupted, WorkerError
 from gatrain.launch.nodes import Nodes
 from gatrain.plan import FITS, Plan, make_plan
-from gatrain.tune import advice, confirm, curve, memory_model, search, spec, whole
+from gatrain.tune import advice, confirm, curve, memory_model, search, spec
 from gatrain.tune.confirm import Confirmation, Finalist, WholeSteps
 from gatrain.tune.curve import Curve, Measurement
 from gatrain.tune.search import Candidate
@@ -48,17 +48,9 @@ class WholeMachine(Machine):
         asked = self.asked[-1]
         if self.rank_factors:
             self._rewrite(folder)
-        answers = spec.read_answers((folder / spec.LINES).read_text().splitlines())
         if asked.whole is None:
             return
         named = list(asked.whole.finalists)
-        if not named:
-            near = whole.close_calls(asked, answers.measurements, curve.SHARE)
-            named = [
-                confirm.finalist_of(o, asked.whole.effective_batch, asked.whole.world_size) for o in near
-            ]
-        if not named:
-            return
         self.timed.append(named)
         if self.crash_in_whole_steps:
             raise WorkerError("the rank was killed (SIGKILL)")
@@ -88,7 +80,7 @@ def test_a_close_call_is_decided_by_whole_steps_and_says_so() -> None:
     machine = WholeMachine(lambda f, nth: 0.60 if f.micro_batch == 32 else 0.70 + 0.001 * nth, seconds=level)
     plan = plan_on(machine, config_of(64))
     assert plan.micro_batch == 32  # the model would take 64
-    assert len(machine.asked) == 1  # in the processes that measured the curve
+    assert [asked.whole is None for asked in machine.asked] == [True, False]
     assert "confirmed over 5 whole steps each: the next, micro-batch" in plan.reason
     assert "0.600 s per optimizer step" in plan.reason
     confirmed = {t.micro_batch: t.confirmed_step_s for t in plan.trials if t.confirmed_step_s is not None}
@@ -448,3 +440,60 @@ def test_a_plan_with_shares_still_multiplies_out() -> None:
     assert plan.equation == "10 = 1 rank x (4 + 3) + 1 rank x (3)"
     with pytest.raises(AssertionError, match="sums to 9"):
         make_plan(effective_batch=10, world_size=2, micro_batch=4, shares=[6, 3], reason="", **vars(WAY))
+
+
+# ---- compiled sizes: few, and none for a smaller batch ---------------------------------------------------
+
+
+class Compiling(WholeMachine):
+    """Eager code has a launch cost that compiled code does not have, so its best sizes differ."""
+
+    def __init__(self, compiled_s: Callable[[int], float], **formulas: Any) -> None:
+        super().__init__(lambda f, nth: 1.0, **formulas)
+        self.compiled_s, self.eager_s = compiled_s, self.seconds
+
+    def __call__(self, folder: Path) -> None:
+        way = spec.TrialSpec.read(folder).settings
+        self.seconds = self.compiled_s if way.compile else self.eager_s
+        super().__call__(folder)
+
+    @property
+    def compiled_sizes(self) -> list[int]:
+        return [size for asked in self.asked if asked.settings.compile for size in asked.sizes]
+
+
+def compiling(compiled_s: Callable[[int], float], monkeypatch: pytest.MonkeyPatch) -> tuple[Compiling, Plan]:
+    monkeypatch.setattr("gatrain.tune.settings.can_compile", lambda: True)
+    # eager code is as fast from 16 samples on and slower above 64
+    machine = Compiling(compiled_s, seconds=lambda size: max(0.16, 0.01 * size) * (1.2 if size > 64 else 1.0))
+    return machine, plan_on(machine, config_of(512), hardware=CUDA)
+
+
+def test_compiled_sizes_climb_while_they_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, plan = compiling(lambda size: 0.05 + 0.004 * size, monkeypatch)
+    assert machine.compiled_sizes == [64, 128, 256, 512]
+    assert (plan.compile, plan.micro_batch) == (True, 512)
+
+
+def test_compiled_sizes_stop_where_they_do_not_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, plan = compiling(lambda size: 0.004 * size, monkeypatch)
+    assert machine.compiled_sizes == [64, 128]
+    assert plan.compile
+
+
+def test_compiled_sizes_descend_where_larger_ones_are_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, plan = compiling(lambda size: 0.004 * size * (1 + size / 256), monkeypatch)
+    assert machine.compiled_sizes[:3] == [64, 128, 32]
+    assert plan.micro_batch < 64
+
+
+def test_another_effective_batch_needs_no_compilation_even_if_it_is_smaller(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiling(lambda size: 0.004 * size, monkeypatch)
+    for effective in (384, 65, 24, 7):
+        plan = tune.make_plan_for(config_of(effective), _info(), CUDA, Nodes(1), run=no_trial)
+        assert sum(map(sum, plan.micro_batches)) == effective
+        assert plan.compile
+    (row,) = (trial for trial in plan.trials if trial.compile)
+    assert "not measured: as uncompiled, scaled to meet 64" in str(row.error)

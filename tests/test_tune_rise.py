@@ -55,11 +55,12 @@ class FakeGpu:
     def write(self, event: str, **content: Any) -> None:
         self.said.append({"event": event, **content})
 
-    def walk(self, sizes: list[int], device: str = "cuda", **options: Any) -> str:
+    def walk(self, sizes: list[int], device: str = "cuda", few: int = 10**9, **options: Any) -> str:
         asked = spec.TrialSpec(WAY, tuple(sizes), time.time() + 1000, 0.9, **options)
         this = SimpleNamespace(device=SimpleNamespace(type=device), stop_requested=False)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(trial.torch.cuda, "synchronize", lambda device: None)
+            patch.setattr(trial, "FEW", few)
             return trial.Rise(asked, self, self, self, self, this).run()  # type: ignore[arg-type]
 
     @property
@@ -76,6 +77,13 @@ def test_what_clearly_cannot_fit_is_not_tried_on_a_gpu_either() -> None:
     assert machine.walk(POWERS) == curve.MEMORY
     assert max(machine.tried) < 32  # 32 needs 4,200, which the line knows
     assert machine.outcomes[32] == SKIPPED
+
+
+def test_sizes_that_keep_the_gpu_waiting_are_left_out_below_a_part_of_the_share() -> None:
+    machine = FakeGpu(lambda size: MIB * size, 4000 * MIB, lambda size: max(0.1, 0.01 * size))
+    machine.walk(POWERS, few=16)  # 1,024 samples: up to 64
+    assert machine.tried[:6] == [1, 2, 8, 32, 64, 128]
+    assert machine.tried[-1] >= 256
 
 
 def test_in_doubt_a_size_is_tried() -> None:

@@ -9,7 +9,7 @@ counts agree, so a loss that shifts, masks or averages differently from its coun
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -61,6 +61,13 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def loss_sum(self, model: nn.Module, batch: Batch) -> LossSums:
         """Run the model and return the summed loss with the weight used. Runs under autocast."""
+
+    def partly_compiled_loss_sum(
+        self, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]
+    ) -> Callable[[nn.Module, Batch], LossSums]:
+        """`loss_sum` where the model's blocks are compiled one by one: what else is worth it goes through
+        ``compiled``, such as a loss over large logits."""
+        return self.loss_sum
 
     def collate(self, samples: list[Any]) -> Batch:
         """Make one batch of a list of samples."""

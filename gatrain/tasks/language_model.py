@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,6 +80,17 @@ class LanguageModel(Task):
     def loss_sum(self, model: nn.Module, batch: Batch) -> LossSum:
         tokens, labels = split(batch)
         return summed_cross_entropy(model(tokens), labels), label_count(labels)
+
+    def partly_compiled_loss_sum(
+        self, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]
+    ) -> Callable[[nn.Module, Batch], LossSum]:
+        cross_entropy = compiled(summed_cross_entropy)  # else softmax and its gradient are kept in fp32
+
+        def loss_sum(model: nn.Module, batch: Batch) -> LossSum:
+            tokens, labels = split(batch)
+            return cross_entropy(model(tokens), labels), label_count(labels)
+
+        return loss_sum
 
     def tokens(self, batch: Batch) -> int:
         """Positions that the model computes, padding included."""

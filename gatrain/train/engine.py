@@ -20,6 +20,7 @@ from gatrain.plan import StepSettings
 from gatrain.tasks.base import Batch, LossSum, LossSums, Task, named_loss_sums
 from gatrain.train.accumulate import PlainAccumulation, RankWindow, WindowResult, WindowToGradient, move_to
 from gatrain.train.checkpointing import apply_checkpointing
+from gatrain.train.compiling import compiled_loss_sum
 from gatrain.train.optimizer import build_optimizer, learning_rate
 from gatrain.train.precision import autocast_for, forbid_tf32, scaler_for
 from gatrain.train.ranks import Ranks
@@ -101,9 +102,7 @@ class Engine:
 
         if not self.settings.compile:
             return loss_sum
-        # model and loss together, so that logits and cross-entropy fuse; a window has at most two shapes
-        # unless lengths vary, so dynamic shapes would only cost speed
-        return torch.compile(loss_sum, dynamic=None if self.task.variable_length else False)
+        return compiled_loss_sum(self.task, self.model, model)
 
     def stage(self, batch: Batch) -> Callable[[], Batch]:
         """Start copying a host batch to the device; the returned function gives it to the current stream."""

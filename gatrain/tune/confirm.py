@@ -24,7 +24,7 @@ CLOSE, CLOSE_BETWEEN = 0.03, 0.05
 whose micro-step time lies on the line between two sizes."""
 MAX_FINALISTS = 3
 ROUNDS = (3, 15)
-MAX_SECONDS = {"cpu": 5.0, "cuda": 10.0}
+MAX_SECONDS = {"cpu": 8.0, "cuda": 10.0}
 """For all whole steps together, warm-up included."""
 EQUAL, MOST_EQUAL = 0.005, 0.03
 """Differences below the first are always noise; above the second never, however noisy the machine is."""

@@ -49,6 +49,10 @@ class Measurement:
     error: str | None = None
     rank_s: tuple[float, ...] = ()
     """Each rank's own ``micro_step_s``, in rank order."""
+    compile_s: float | None = None
+    """Seconds of the first micro-step of this size, compilation included, on the slowest rank."""
+    is_estimate: bool = False
+    """Not measured: see `gatrain.tune.search.extended`."""
     noise: float | None = None
     """Relative standard error of ``micro_step_s``, from the spread of the repeats on the noisiest rank."""
 

@@ -8,11 +8,13 @@ collective.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import itertools
 import math
 import random
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -35,9 +37,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-TARGET_S = {"cpu": 0.5, "cuda": 1.0}
-"""Seconds of timed micro-steps to aim at for one size."""
-REPEATS = {"cpu": (2, 12), "cuda": (4, 40)}
+TARGET_S = {"cpu": 0.5, "cuda": 0.4}
+"""Seconds of timed micro-steps to aim at for one size; close calls are decided by whole steps."""
+REPEATS = {"cpu": (2, 12), "cuda": (4, 20)}
 """Fewest and most timed micro-steps; they are spread over `CYCLES` whole steps."""
 CYCLES = 2
 WARM_UPS = {"cpu": 0, "cuda": 2}
@@ -45,6 +47,8 @@ WARM_UPS = {"cpu": 0, "cuda": 2}
 TYPICAL: dict[str, Callable[[list[float]], float]] = {"cpu": min, "cuda": statistics.median}
 """How to read repeated times: a CPU is shared with others, who can only add; a GPU is this process's own."""
 NOISE_SEEDS = 3
+USUAL = 4
+"""Batches of random samples that are timed where lengths vary."""
 DISTINCT_SAMPLES = 64
 """Worst-case samples that are really read; a larger batch repeats them."""
 
@@ -78,17 +82,37 @@ class Peers:
         return min(failures, key=lambda each: each.outcome != FAILED, default=None)
 
 
-class SizeMeter:
-    """Measures sizes one after the other in a warm process; remembers the reference loss of the smallest."""
+@dataclass
+class Reference:
+    """Loss per unit weight of the repeated sample at the first size of all, and its spread over random seeds.
 
-    def __init__(self, engine: Engine, task: Task, rank: Rank, peers: Peers, memory: Memory) -> None:
+    The weights never move and every engine starts from the same ones, so it holds for all ways of computing in one
+    precision.
+    """
+
+    loss: float | None = None
+    noise: float = 0.0
+
+
+class SizeMeter:
+    """Measures sizes one after the other in a warm process."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        batches: TrialBatches,
+        rank: Rank,
+        peers: Peers,
+        memory: Memory,
+        reference: Reference,
+    ) -> None:
         self._engine = engine
         self._peers = peers
         self._memory = memory
         self._meter = Meter(rank.device)
         self._device = rank.device
-        self._batches = TrialBatches(task)
-        self._reference: tuple[float, float] | None = None
+        self._batches = batches
+        self._reference = reference
         self._updates = 0
 
     def measure(self, size: int) -> Measurement:
@@ -108,24 +132,34 @@ class SizeMeter:
         state: dict[str, Any] = {}
 
         def first_pass() -> None:
-            state["same"] = self._on_device(self._batches.repeated(size))
-            state["loss"], state["noise"] = self._loss_of_one_sample(state["same"])
-            state["worst"] = self._on_device(self._batches.worst_case(size))
-            for _ in range(WARM_UPS[self._device.type]):
-                self._engine.micro_step(*state["worst"])
-            state["micro_step_s"] = self._timed(lambda: self._engine.micro_step(*state["worst"]))
+            same = self._on_device(self._batches.repeated(size))
+            began = time.perf_counter()
+            state["loss"], state["noise"] = self._loss_of_one_sample(same)
+            state["first_s"] = time.perf_counter() - began
+            # memory is that of the worst batch; time is that of usual ones, where they differ
+            worst = self._on_device(self._batches.worst_case(size))
+            self._engine.micro_step(*worst)
+            state["timed"] = [self._on_device(each) for each in self._batches.usual(size, USUAL)] or [worst]
+            for each in state["timed"]:
+                for _ in range(WARM_UPS[self._device.type]):
+                    self._engine.micro_step(*each)
+            state["micro_step_s"] = self._timed(lambda: self._engine.micro_step(*state["timed"][0]))
 
         failure = self._peers.worst(attempt(first_pass))
         if failure is None:
-            state.pop("same")
             failure = self._close_step()[0]  # makes the optimizer's state and the buckets, once for all sizes
         if failure is not None:
             return Measurement(size, failure.outcome, error=failure.text)
         slowest = max(self._peers.gather(state["micro_step_s"]))
-        failure, micro_s, reduce_s, optimizer_s = self._cycles(state["worst"], slowest)
+        failure, micro_s, reduce_s, optimizer_s = self._cycles(state["timed"], slowest)
+        if failure is None and len(state["timed"]) > 1:
+            # once more, among the fragments that batches of other lengths have left
+            worst = self._batches.worst_case(size)
+            failure = self._peers.worst(attempt(lambda: self._engine.micro_step(*self._on_device(worst))))
         if failure is not None:
             return Measurement(size, failure.outcome, error=failure.text)
-        return self._summary(size, state["loss"], state["noise"], micro_s, reduce_s, optimizer_s)
+        found = self._summary(size, state["loss"], state["noise"], micro_s, reduce_s, optimizer_s)
+        return dataclasses.replace(found, compile_s=max(self._peers.gather(state["first_s"])))
 
     def _on_device(self, prepared: tuple[Batch, Mapping[str, float]]) -> tuple[Batch, Mapping[str, float]]:
         batch, weights = prepared
@@ -143,7 +177,7 @@ class SizeMeter:
         Equal samples make the result independent of the size even for layers that mix the batch. Waits for
         the device.
         """
-        seeds = NOISE_SEEDS if self._reference is None else 1
+        seeds = NOISE_SEEDS if self._reference.loss is None else 1
         losses = []
         for seed in range(seeds):
             torch.manual_seed(seed)
@@ -172,23 +206,23 @@ class SizeMeter:
         return self._peers.worst(failure), reduce_s, seconds[0] if seconds else math.nan
 
     def _cycles(
-        self, worst: Any, slowest: float
+        self, batches: Sequence[Any], slowest: float
     ) -> tuple[Failure | None, list[float], list[float], list[float]]:
         """Whole steps with every part timed. Collective.
 
         Args:
-            worst: batch on the device and its scale.
+            batches: on the device, each with its scale; taken in turn.
             slowest: seconds of a micro-step on the slowest rank, so that all ranks choose the same repeats.
         """
-        repeats = repeats_for(slowest, self._device.type)
+        repeats = max(repeats_for(slowest, self._device.type), CYCLES * len(batches))
         micro_s: list[float] = []
         reduce_s: list[float] = []
         optimizer_s: list[float] = []
 
         def micro_steps() -> None:
             marks = [self._meter.mark()]
-            for _ in range(-(-repeats // CYCLES)):
-                self._engine.micro_step(*worst)
+            for nth in range(-(-repeats // CYCLES)):
+                self._engine.micro_step(*batches[nth % len(batches)])
                 marks.append(self._meter.mark())
             # read only now: on a GPU the marks were queued, and the host waits once
             micro_s.extend(self._meter.seconds(start, end) for start, end in itertools.pairwise(marks))
@@ -215,7 +249,8 @@ class SizeMeter:
         """Compare notes: slowest rank's times, largest peak, the loss that is furthest off. Collective."""
         peak = self._memory.peak()
         mine = (
-            TYPICAL[self._device.type](micro_s),
+            # batches of different lengths are all part of the answer
+            (statistics.fmean if self._batches.vary else TYPICAL[self._device.type])(micro_s),
             min(reduce_s),
             min(optimizer_s),
             peak,
@@ -225,9 +260,9 @@ class SizeMeter:
         )
         every = self._peers.gather(mine)
         losses = [each[5] for each in every]
-        if self._reference is None and losses[0] is not None:
-            self._reference = losses[0], max(self._peers.gather(noise))
-        reference = self._reference or (None, 0.0)
+        reference = self._reference
+        if reference.loss is None and losses[0] is not None:
+            reference.loss, reference.noise = losses[0], max(self._peers.gather(noise))
         over = max(each[4] for each in every)
         return Measurement(
             micro_batch=size,
@@ -236,9 +271,9 @@ class SizeMeter:
             micro_step_s=max(each[0] for each in every),
             reduce_s=max(each[1] for each in every),
             optimizer_s=max(each[2] for each in every),
-            loss=_furthest(losses, reference[0]),
-            reference_loss=reference[0],
-            loss_noise=reference[1],
+            loss=_furthest(losses, reference.loss),
+            reference_loss=reference.loss,
+            loss_noise=reference.noise,
             error=f"its peak is {memory_text(over)} above what may be used" if over > 0 else None,
             rank_s=tuple(each[0] for each in every),
             noise=max(each[6] for each in every),
@@ -273,27 +308,60 @@ class TrialBatches:
     """Host batches of any size from few samples: the largest for time and memory, one repeated for truth."""
 
     def __init__(self, task: Task) -> None:
-        self._task = task
+        self.task = task
         self._samples: dict[int, Any] = {}
 
     def worst_case(self, size: int) -> tuple[Batch, Mapping[str, float]]:
         """``size`` samples that need the most memory, with their weights."""
-        indices = list(self._task.worst_case_indices(min(size, DISTINCT_SAMPLES)))
+        indices = list(self.task.worst_case_indices(min(size, DISTINCT_SAMPLES)))
         return self._batch([indices[i % len(indices)] for i in range(size)])
+
+    @property
+    def vary(self) -> bool:
+        """Whether batches of one size differ in shape, so that usual ones take other times than the worst."""
+        return bool(self.task.variable_length)
+
+    def usual(self, size: int, count: int) -> list[tuple[Batch, Mapping[str, float]]]:
+        """``count`` batches of random samples, the same for every rank and way of computing; empty where every
+        batch of a size is like the worst."""
+        if not self.vary:
+            return []
+        drawn = self.drawn(size * count)
+        return [self._batch(drawn[nth * size : (nth + 1) * size]) for nth in range(count)]
+
+    def drawn(self, count: int) -> list[int]:
+        """Indices of random samples, in a fixed order."""
+        total = len(self.task.train_data)
+        order = random.Random(0)
+        found: list[int] = []
+        while len(found) < count:
+            found += order.sample(range(total), min(total, count - len(found)))
+        return found
+
+    def window(
+        self, shares: Sequence[int], rank: int, sizes: Sequence[int]
+    ) -> list[tuple[Batch, Mapping[str, float]]]:
+        """One rank's micro-batches of a window: random samples where they vary, else the worst."""
+        if not self.vary:
+            made = {size: self.worst_case(size) for size in dict.fromkeys(sizes)}
+            return [made[size] for size in sizes]
+        mine = self.drawn(sum(shares))[sum(shares[:rank]) :]
+        ends = list(itertools.accumulate(sizes))
+        return [self._batch(mine[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
 
     def repeated(self, size: int) -> tuple[Batch, Mapping[str, float]]:
         """The worst-case sample ``size`` times, with the weights."""
-        return self._batch([next(iter(self._task.worst_case_indices(1)))] * size)
+        return self._batch([next(iter(self.task.worst_case_indices(1)))] * size)
 
     def _batch(self, indices: Sequence[int]) -> tuple[Batch, Mapping[str, float]]:
-        batch = self._task.collate([self._read(int(index)) for index in indices])
-        return batch, named_weights(self._task.weight(batch))
+        batch = self.task.collate([self._read(int(index)) for index in indices])
+        return batch, named_weights(self.task.weight(batch))
 
     def _read(self, index: int) -> Any:
         if index not in self._samples:
             random.seed(index)  # augmentation must give every rank the same sample
             torch.manual_seed(index)
-            data = self._task.train_data
+            data = self.task.train_data
             several = getattr(data, "__getitems__", None)
             self._samples[index] = several([index])[0] if several else data[index]
         return self._samples[index]

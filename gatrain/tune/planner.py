@@ -1,13 +1,14 @@
 """From a config to a plan: what must be measured, in which order, and what the answer is.
 
-The order: without checkpointing and uncompiled first, then the other modes of checkpointing if memory keeps
-a larger micro-batch from being tried while larger ones were still gaining, then the best few sizes compiled
-(compilation takes long: it is never tried along a whole curve).
+The order: without checkpointing and uncompiled first, then a few of the best sizes compiled (compilation takes
+long: it is never tried along a whole curve), then the other modes of checkpointing if memory keeps a larger
+micro-batch from being tried while larger ones were still gaining. All in the same warm processes.
 A curve that the cache holds is not measured again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -15,25 +16,29 @@ from gatrain import batch
 from gatrain.config import RunConfig
 from gatrain.errors import GatrainError, Interrupted
 from gatrain.launch.nodes import Nodes
-from gatrain.plan import FAILED, FITS, Plan, StepSettings
-from gatrain.tune import answer, cache, confirm, curve, refusal, search
+from gatrain.plan import FAILED, FITS, SKIPPED, Plan, StepSettings
+from gatrain.tune import answer, cache, confirm, curve, memory_model, refusal, search
 from gatrain.tune.answer import Decision
 from gatrain.tune.confirm import Confirmation, WholeSteps
-from gatrain.tune.curve import Curve
-from gatrain.tune.estimate import DataInfo, memory_per_rank, state_bytes
+from gatrain.tune.curve import Curve, Measurement
+from gatrain.tune.estimate import DataInfo, memory_per_rank, memory_text, state_bytes
 from gatrain.tune.hardware import Hardware
-from gatrain.tune.rounds import Launch, Progress, Run, TrialRunner
+from gatrain.tune.host import TrialHost
+from gatrain.tune.rounds import Progress, Run, TrialRunner, sentence
 from gatrain.tune.search import Candidate
 from gatrain.tune.settings import Question
 from gatrain.tune.spec import WholeSpec
 
 MAX_SECONDS = {"cpu": 30.0, "cuda": 120.0}
 """Time for trials where ``tune.max_seconds`` is null."""
-STILL_GAINING = 1.05
-"""A last doubling that gained more than this says that larger micro-batches could be faster still."""
-COMPILED_SIZES = 2
+STILL_GAINING = 1.10
+"""A last doubling that gained more than this says that larger micro-batches could be faster still, by more than
+recomputation costs: further doublings gain less and less, and it costs a tenth (selective) to a third (full)."""
 MIN_ROUND_S = {"cpu": 5.0, "cuda": 15.0}
-"""Seconds that must be left to start another set of processes."""
+"""Seconds that must be left to begin with another way of computing."""
+MIN_SIZE_S = 2.0
+MAX_COMPILE_S = 15.0
+"""Seconds of compilation, at most, that timing the finalists as whole steps is worth."""
 MAX_ENGINES_BESIDE = confirm.MAX_FINALISTS
 """Further models with their optimizers that the processes of a confirmation may hold."""
 
@@ -66,15 +71,18 @@ class Planner:
         self._confirmations = [] if retune else cache.load_confirmations(self._key)
         self._free_bytes = memory_per_rank(hardware, nodes.nproc)
         self._overlaps = hardware.device == "cuda" and self._world_size > 1 and question.tries_overlap
-        self._in_place: set[StepSettings] = set()
+        self._fresh: set[StepSettings] = set()  # measured now
         self._fixed = question.fixed_micro_batch
         self._parameter_bytes = info.parameter_bytes
         self._used: dict[StepSettings, Curve] = {}
         self._measured_anything = False
         limit = config.tune.max_seconds or MAX_SECONDS[hardware.device]
         self._max_seconds = limit
-        launch = run or Launch(nodes, hardware.device, cwd)
-        self._runner = TrialRunner(config, launch, limit, self._keep, progress)
+        compiles = question.tries_compile or question.base.compile
+        self._trials = contextlib.ExitStack()
+        if run is None:
+            run = self._trials.enter_context(TrialHost(nodes, hardware.device, cwd, compiles=compiles))
+        self._runner = TrialRunner(config, run, limit, self._keep, progress)
 
     def plan(self) -> Plan:
         """Measure what is missing and choose.
@@ -83,64 +91,58 @@ class Planner:
             DoesNotFitError: not even the smallest size fits.
             WorkerError: every size failed for another reason.
         """
-        asked = self._question.base
-        # Each size compiles for long, so even where compilation is asked for the curve is found without it.
-        explores = asked.compile and self._question.fixed_micro_batch is None
-        first = dataclasses.replace(asked, compile=False) if explores else asked
-        compiles = self._question.tries_compile or explores
-        base = self._curve(first, self._sizes(), is_last=not compiles)
-        if self._question.tries_checkpointing:
-            self._try_checkpointing(base)
-        if compiles and self._options():
-            self._try_compiled(required=explores)
-        elif explores:
-            self._curve(asked, self._sizes())  # fused kernels may fit where the plain ones do not
-        options = [option for option in self._options() if option.settings.compile or not asked.compile]
-        if not options:
-            refusal.refuse(self._used, self._question, self._config, self._hardware.device, self._free_bytes)
-        return self._answer(self._decide(options))
+        with self._trials:
+            asked = self._question.base
+            # Each size compiles for long, so even where compilation is asked for the curve is found without it.
+            explores = asked.compile and self._fixed is None
+            first = dataclasses.replace(asked, compile=False) if explores else asked
+            base = self._curve(first, self._sizes())
+            compiles, fits_plain = self._question.tries_compile or explores, bool(self._options())
+            if compiles and fits_plain:
+                self._try_compiled(required=explores)
+            elif explores:
+                self._curve(asked, self._sizes())  # fused kernels may fit where the plain ones do not
+            if self._question.tries_checkpointing:
+                self._try_checkpointing(base)
+                if compiles and not fits_plain and self._options():
+                    self._try_compiled(required=explores)
+            options = [option for option in self._options() if option.settings.compile or not asked.compile]
+            if not options:
+                refusal.refuse(
+                    self._used, self._question, self._config, self._hardware.device, self._free_bytes
+                )
+            return self._answer(self._decide(options))
 
     def _sizes(self) -> list[int]:
         fixed = self._question.fixed_micro_batch
         return search.candidate_sizes(self._share) if fixed is None else [fixed]
 
-    def _curve(
-        self, way: StepSettings, sizes: list[int], *, rises: bool = True, is_last: bool = True
-    ) -> Curve:
-        """The curve for one way of computing, from the cache if it can answer, with wrong results refused.
-
-        Args:
-            is_last: no other way will be measured, so that its finalists can be timed in the same processes.
-        """
+    def _curve(self, way: StepSettings, sizes: list[int]) -> Curve:
+        """The curve for one way of computing over rising sizes, from the cache if it can answer."""
         known = self._curves.get(way)
-        fixed = self._question.fixed_micro_batch
         if known is None:
             answered = False
-        elif fixed is not None:
-            answered = fixed in {m.micro_batch for m in known.fitting}
-        elif rises:
+        elif self._fixed is not None:
+            answered = self._fixed in {m.micro_batch for m in known.fitting}
+        else:
             answered = known.answers(sizes, self._max_seconds)
-        else:
-            answered = self._covers(known, sizes[0])
-        if known is not None and answered:
-            allowed = self._free_bytes * self._config.tune.memory_fraction
-            self._used[way] = search.reject_wrong_losses(known.within(int(allowed)))
-        else:
-            missing = self._missing(known, sizes)
-            self._measured_anything = True
-            whole = self._whole_spec(way, is_last=is_last)
-            _, confirmation = self._runner.measure(way, missing, rises=rises and fixed is None, whole=whole)
-            self._keep_confirmation(confirmation)
-            self._used[way] = search.reject_wrong_losses(self._curves[way])
-        return self._used[way]
+        if not answered:
+            self._measure(way, self._missing(known, sizes), rises=self._fixed is None)
+        return self._judged(way)
 
-    @staticmethod
-    def _covers(known: Curve, best: int) -> bool:
-        """Whether a curve of a few chosen sizes says enough about ``best``, the size that matters most."""
-        if known.stopped == curve.INTERRUPTED or not known.measurements:
-            return False
-        smallest, largest = known.measurements[0].micro_batch, known.measurements[-1].micro_batch
-        return smallest <= best and (best <= largest or known.stopped != curve.SHARE)
+    def _measure(self, way: StepSettings, sizes: list[int], *, rises: bool) -> Curve:
+        self._measured_anything = True
+        self._fresh.add(way)
+        self._runner.measure(way, sizes, rises=rises)
+        return self._judged(way)
+
+    def _judged(self, way: StepSettings) -> Curve:
+        """The curve with wrong results refused, and what does not fit any more if it is an old one."""
+        found = self._curves[way]
+        if way not in self._fresh:
+            found = found.within(int(self._free_bytes * self._config.tune.memory_fraction))
+        self._used[way] = search.reject_wrong_losses(found)
+        return self._used[way]
 
     @staticmethod
     def _missing(known: Curve | None, sizes: list[int]) -> list[int]:
@@ -169,45 +171,120 @@ class Planner:
 
     def _try_checkpointing(self, base: Curve) -> None:
         """Recomputation costs time, so it can only win where memory forbids a size that would be faster."""
-        largest = base.fitting[-1].micro_batch if base.fitting else 0
-        if base.stopped != curve.MEMORY or largest >= self._share:
+        options = self._options()
+        limited = self._used[search.choose(options).settings] if options else base
+        largest = limited.fitting[-1].micro_batch if limited.fitting else 0
+        if limited.stopped != curve.MEMORY or largest >= self._share:
             return
-        if base.fitting and self._question.fixed_micro_batch is None and not self._gains(base):
+        if limited.fitting and self._fixed is None and not self._gains(limited, base):
             return
-        for mode in base.modes:
-            if mode == base.settings.checkpointing:
+        for mode in limited.modes:
+            if mode == limited.settings.checkpointing:
                 continue
-            way = dataclasses.replace(base.settings, checkpointing=mode)
+            way = dataclasses.replace(limited.settings, checkpointing=mode)
             if way not in self._curves and self._out_of_time(bool(self._options())):
                 return
             sizes = [size for size in self._sizes() if 2 * size >= largest]
-            measured = self._curve(way, sizes, is_last=not self._question.tries_compile)
+            if way.compile:
+                self._climb(way, next((size for size in sizes if size > largest), largest), limited)
+                measured = self._used[way]
+            else:
+                measured = self._curve(way, sizes)
             if measured.fitting and measured.stopped != curve.MEMORY:
                 return  # memory is no longer what limits
 
     @staticmethod
-    def _gains(base: Curve) -> bool:
-        """Whether the largest size that fits is clearly faster per sample than about half of it."""
-        last = base.fitting[-1]
-        half = max(
-            (m for m in base.fitting if 2 * m.micro_batch <= last.micro_batch), default=None, key=_size
-        )
-        if half is None:
-            return True
-        return _rate(last) > STILL_GAINING * _rate(half)
+    def _gains(*curves: Curve) -> bool:
+        """Whether the largest size that fits is clearly faster per sample than about half of it, by the first
+        curve that has both."""
+        for measured in curves:
+            last = measured.fitting[-1]
+            smaller = [m for m in measured.fitting if 2 * m.micro_batch <= last.micro_batch]
+            if smaller:
+                return _rate(last) > STILL_GAINING * _rate(smaller[-1])
+        return True
 
     def _try_compiled(self, *, required: bool) -> None:
-        """Compiling takes long, so only the best few sizes are tried, of the best way so far."""
-        chosen = search.choose(self._options())
+        """Compiling takes long, so few sizes are tried, of the best way so far: from the largest of those that are
+        about as fast as the best, since compiled code has less to gain from small ones."""
+        options = self._options()
+        chosen = search.choose(options)
+        near = [
+            option.micro_batch
+            for option in options
+            if option.settings == chosen.settings
+            and option.measured
+            and option.step_s <= (1 + confirm.CLOSE) * chosen.step_s
+        ]
         way = dataclasses.replace(chosen.settings, compile=True)
-        if way not in self._curves and self._out_of_time(has_answer=not required):
+        if way in self._curves or not self._out_of_time(has_answer=not required):
+            self._climb(way, max(near, default=chosen.micro_batch), self._used[chosen.settings])
+
+    def _climb(self, way: StepSettings, start: int, plain: Curve) -> None:
+        """Measure a compiled curve: upwards from ``start`` while each size gains, downwards if the first did not.
+
+        Args:
+            plain: the curve that suggested ``start``: its shape tells of sizes that are not compiled.
+        """
+        known = self._curves.get(way)
+        if known is not None and self._covers(known, start, plain):
+            self._judged(way)
             return
-        by_time = sorted((o for o in self._options() if o.measured), key=lambda option: option.step_s)
-        near = [o.micro_batch for o in by_time if o.settings == chosen.settings][:COMPILED_SIZES]
-        if self._question.fixed_micro_batch is None:
-            # fused kernels keep less: the next size, which did not fit, may fit
-            near += [size for size in self._sizes() if size > max(near, default=0)][:1]
-        self._curve(way, list(dict.fromkeys(near)), rises=False)
+        measured = self._measure(way, [start], rises=False)
+        if self._fixed is not None or not measured.fitting:
+            return
+        sizes = self._sizes()
+        gain, last = 0.0, start
+        for size in [each for each in sizes if each > start]:
+            gain = self._gain_of(way, size, last)
+            if gain < search.NOISE:
+                break
+            last = size
+        if last == start and gain < -search.NOISE:  # larger ones are slower, or cannot be had
+            for size in [each for each in reversed(sizes) if each < start]:
+                if self._gain_of(way, size, last) < search.NOISE:
+                    break
+                last = size
+
+    def _gain_of(self, way: StepSettings, size: int, last: int) -> float:
+        """Measure one size more: the part by which it is faster per sample than ``last``; -1 where it does not fit
+        or there is no time."""
+        known = self._used[way]
+        before = {m.micro_batch: m for m in known.fitting}[last]
+        needed_s = (before.compile_s or 0.0) + MIN_SIZE_S
+        if self._runner.seconds_left < needed_s:
+            left_s = max(0.0, self._runner.seconds_left)
+            text = f"no time: it would take about {needed_s:.0f} s, {left_s:.0f} s are left"
+            self._skip(way, size, curve.TIME, text)
+            return -1.0
+        state = state_bytes(self._config, self._parameter_bytes)
+        # one point: what is not state grows with the samples
+        peak = state + ((before.peak_memory_bytes or 0) - state) * size / last
+        over = peak - (known.budget_bytes or self._free_bytes)
+        if before.peak_memory_bytes and over > memory_model.STEP_ERROR * peak:
+            text = f"its predicted peak is {memory_text(over)} above what may be used"
+            self._skip(way, size, curve.MEMORY, text)
+            return -1.0
+        found = {m.micro_batch: m for m in self._measure(way, [size], rises=False).fitting}
+        return _rate(found[size]) / _rate(before) - 1 if size in found else -1.0
+
+    def _skip(self, way: StepSettings, size: int, why: str, text: str) -> None:
+        known = self._curves[way]
+        skipped = Curve(way, (Measurement(size, SKIPPED, error=text),), why, self._max_seconds, known.modes)
+        self._keep(skipped)
+        self._progress(sentence(skipped.measurements[0]))
+        self._judged(way)
+
+    @staticmethod
+    def _covers(known: Curve, start: int, plain: Curve) -> bool:
+        """Whether a curve of a few chosen sizes says enough about ``start``, the size that matters most: measured
+        on both sides, or smaller than all, where the plain curve tells how time falls (`search.extended`)."""
+        if known.stopped == curve.INTERRUPTED or not known.measurements:
+            return False
+        largest = known.measurements[-1].micro_batch
+        is_below = bool(plain.fitting) and plain.fitting[0].micro_batch <= start
+        is_above = start <= largest or known.stopped != curve.SHARE
+        return is_above and (is_below or known.measurements[0].micro_batch <= start)
 
     def _out_of_time(self, has_answer: bool) -> bool:
         return has_answer and self._runner.seconds_left < MIN_ROUND_S[self._hardware.device]
@@ -215,10 +292,10 @@ class Planner:
     def _options(self) -> list[Candidate]:
         found = [
             candidate
-            for used in self._used.values()
-            for candidate in search.candidates(used, self._effective, self._world_size)
+            for way in self._used
+            for candidate in search.candidates(self._extended(way), self._effective, self._world_size)
         ]
-        fixed = self._question.fixed_micro_batch
+        fixed = self._fixed
         return found if fixed is None else [option for option in found if option.micro_batch == fixed]
 
     def _decide(self, options: list[Candidate]) -> Decision:
@@ -257,13 +334,11 @@ class Planner:
         return None
 
     def _confirm(self, near: list[Candidate]) -> None:
-        """Time whole steps of these candidates in trial processes of their own, if time and memory allow."""
-        if near[0].settings in self._in_place and len({option.settings for option in near}) == 1:
-            return  # the processes that measured the curve have tried already
-        near = [option for option in near if self._fits_beside(option, near[0])]
-        seconds = self._whole_seconds()
+        """Time whole steps of these candidates in the warm trial processes, if time and memory allow."""
+        near = self._affordable([option for option in near if self._fits_beside(option, near[0])])
+        seconds = min(confirm.MAX_SECONDS[self._hardware.device], max(0.0, self._runner.seconds_left))
         count, _ = confirm.affordable([option.step_s for option in near], seconds)
-        if count < 2 or self._out_of_time(has_answer=True):
+        if count < 2:
             return
         asked = WholeSpec(
             self._effective,
@@ -280,6 +355,23 @@ class Planner:
             return
         self._keep_confirmation(confirmation)
 
+    def _affordable(self, near: list[Candidate]) -> list[Candidate]:
+        """Leave out what would first compile for longer than the answer is worth; the best stays."""
+        left_s = min(MAX_COMPILE_S, self._runner.seconds_left - MIN_SIZE_S)
+        kept = []
+        for option in near:
+            known = self._curve_of(option)
+            done = {m.micro_batch for m in known.fitting if not m.is_estimate}
+            shares = option.shares or batch.rank_shares(self._effective, self._world_size)
+            needed = {
+                part for share in set(shares) for part in batch.micro_batch_sizes(share, option.micro_batch)
+            }
+            cost_s = len(needed - done) * max((m.compile_s or 0.0 for m in known.fitting), default=0.0)
+            if not option.settings.compile or cost_s <= left_s:
+                left_s -= cost_s if option.settings.compile else 0.0
+                kept.append(option)
+        return kept
+
     def _fits_beside(self, option: Candidate, best: Candidate) -> bool:
         """Whether the engines of both can be in memory at once; each further way has one of its own."""
         if option.settings == best.settings:
@@ -289,27 +381,15 @@ class Planner:
         others = MAX_ENGINES_BESIDE * state_bytes(self._config, self._parameter_bytes)
         return largest + others <= budget
 
-    def _whole_spec(self, way: StepSettings, *, is_last: bool) -> WholeSpec | None:
-        """Whole steps in the processes that measure a curve: they are warm, and a new start takes seconds."""
-        if not is_last or self._fixed is not None or self._overlaps:
-            return None
-        self._in_place.add(way)
-        others = [option.step_s for option in self._options() if option.settings != way]
-        known = self._curves.get(way)
-        return WholeSpec(
-            self._effective,
-            self._world_size,
-            self._whole_seconds(),
-            known=known.measurements if known is not None else (),
-            rival_s=min(others, default=None),
-        )
-
-    def _whole_seconds(self) -> float:
-        return min(confirm.MAX_SECONDS[self._hardware.device], max(0.0, self._runner.seconds_left))
-
     def _curve_of(self, option: Candidate) -> Curve:
         """The curve behind a candidate, also where it differs in the way of reducing."""
-        return self._used[dataclasses.replace(option.settings, sync=self._question.base.sync)]
+        return self._extended(dataclasses.replace(option.settings, sync=self._question.base.sync))
+
+    def _extended(self, way: StepSettings) -> Curve:
+        """What was measured in one way, and what that says of smaller sizes."""
+        plain = self._used.get(dataclasses.replace(way, compile=False))
+        used = self._used[way]
+        return search.extended(used, plain) if way.compile and plain is not None else used
 
     def _answer(self, decision: Decision) -> Plan:
         return answer.make(

@@ -1,4 +1,4 @@
-"""The parent's side of trials: starts rank processes under the launcher, and keeps what they measured."""
+"""The parent's side of trials: asks rank processes and keeps what they measured."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from gatrain.config import RunConfig
 from gatrain.errors import DoesNotFitError, GatrainError, Interrupted, WorkerError
-from gatrain.launch.nodes import Nodes
 from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, StepSettings
 from gatrain.tune import curve, settings, spec
 from gatrain.tune.confirm import Confirmation
@@ -23,26 +21,9 @@ from gatrain.tune.estimate import memory_text
 from gatrain.tune.search import seconds_text
 from gatrain.tune.spec import Answers, TrialSpec, WholeSpec
 
-MODULE = "gatrain.tune.trial"
 Progress = Callable[[str], None]
 Run = Callable[[Path], None]
-"""Runs trial processes on a folder until they end; raises the error of the rank that failed."""
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How trial processes are started."""
-
-    nodes: Nodes
-    device: str
-    cwd: Path | None = None
-
-    def __call__(self, folder: Path) -> None:
-        from gatrain.launch.local import run_workers  # imports torch
-
-        # the trial's world is this machine: other nodes start their own
-        local = dataclasses.replace(self.nodes, nnodes=1, node_rank=0, endpoint=None)
-        run_workers(MODULE, folder, local, device=self.device, cwd=self.cwd)
+"""Lets trial processes answer the spec in a folder; raises the error of the rank that failed."""
 
 
 class TrialRunner:
@@ -50,7 +31,7 @@ class TrialRunner:
 
     Args:
         config: of the run; it reaches the processes as a file.
-        run: starts the processes.
+        run: lets the processes answer, such as a `gatrain.tune.host.TrialHost`.
         max_seconds: time for all curves together, the start of the processes included.
         keep: called with every curve, complete or not, also when a person interrupts.
         progress: told one sentence per trial.

@@ -90,6 +90,31 @@ def _judge(m: Measurement, tolerance: float) -> Measurement:
     )
 
 
+def extended(compiled: Curve, plain: Curve) -> Curve:
+    """The compiled curve with estimates below its smallest size: the plain curve's times, scaled to meet it there.
+
+    Compilation takes long, so few sizes are compiled; a smaller effective batch must not need new trials.
+    """
+    if not compiled.fitting:
+        return compiled
+    first = compiled.fitting[0]
+    sizes = [m for m in plain.fitting if m.micro_batch < first.micro_batch]
+    if not sizes or first.micro_batch > plain.fitting[-1].micro_batch:
+        return compiled
+    ratio = (first.micro_step_s or 0.0) / plain.micro_step_s(first.micro_batch)
+    estimates = [
+        Measurement(
+            micro_batch=m.micro_batch,
+            outcome=FITS,
+            peak_memory_bytes=first.peak_memory_bytes,  # no more than that
+            micro_step_s=(m.micro_step_s or 0.0) * ratio,
+            is_estimate=True,
+        )
+        for m in sizes
+    ]
+    return dataclasses.replace(compiled, measurements=(*estimates, *compiled.measurements))
+
+
 def candidates(curve: Curve, effective_batch: int, world_size: int) -> list[Candidate]:
     """Every split of the effective batch that the curve can vouch for, with its cost.
 
@@ -97,6 +122,7 @@ def candidates(curve: Curve, effective_batch: int, world_size: int) -> list[Cand
     fits, so they fit as well. Where the ranks are unequal, the same with shares in proportion to their speed.
     """
     fitting = {m.micro_batch for m in curve.fitting}
+    measured = {m.micro_batch for m in curve.fitting if not m.is_estimate}
     if not fitting:
         return []
     found = []
@@ -110,7 +136,7 @@ def candidates(curve: Curve, effective_batch: int, world_size: int) -> list[Cand
                 micro_batch=size,
                 accumulation_steps=-(-share // size),
                 step_s=step_seconds(curve, effective_batch, world_size, size, shares),
-                measured=size in fitting,
+                measured=size in measured,
                 shares=shares,
             )
             for size in sorted(sizes)
@@ -232,9 +258,10 @@ def trial_rows(curve: Curve, effective_batch: int, world_size: int) -> list[Tria
 
 def interpolated_row(curve: Curve, chosen: Candidate, effective_batch: int) -> Trial:
     """The table's row of a chosen size that was not measured itself."""
-    neighbours = [m.micro_batch for m in curve.fitting]
-    below = max(size for size in neighbours if size < chosen.micro_batch)
-    above = min(size for size in neighbours if size > chosen.micro_batch)
+    measured = [m.micro_batch for m in curve.fitting if not m.is_estimate]
+    below = max((size for size in measured if size < chosen.micro_batch), default=None)
+    above = min(size for size in measured if size > chosen.micro_batch)
+    source = f"on the line between {below} and {above}" if below else f"as uncompiled, scaled to meet {above}"
     return Trial(
         micro_batch=chosen.micro_batch,
         precision=curve.settings.precision,
@@ -245,7 +272,7 @@ def interpolated_row(curve: Curve, chosen: Candidate, effective_batch: int) -> T
         micro_step_s=curve.micro_step_s(chosen.micro_batch),
         samples_per_s=effective_batch / chosen.step_s if chosen.step_s > 0 else None,
         step_s=chosen.step_s,
-        error=f"not measured: on the line between {below} and {above}",
+        error=f"not measured: {source}",
     )
 
 

@@ -33,19 +33,12 @@ class WholeSpec:
     effective_batch: int
     world_size: int
     max_seconds: float
-    finalists: tuple[Finalist, ...] = ()
-    """What to time; where empty, the processes find the close calls of their own curve."""
-    known: tuple[Measurement, ...] = ()
-    """Sizes of this curve that earlier processes measured."""
-    rival_s: float | None = None
-    """Predicted step time of the best other way of computing: within its reach, the parent decides who runs."""
+    finalists: tuple[Finalist, ...]
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> WholeSpec:
         """Inverse of `dataclasses.asdict`."""
-        finalists = tuple(map(Finalist.from_dict, data["finalists"]))
-        known = tuple(map(Measurement.from_dict, data["known"]))
-        return cls(**{**data, "finalists": finalists, "known": known})
+        return cls(**{**data, "finalists": tuple(map(Finalist.from_dict, data["finalists"]))})
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,14 @@
-"""Trial processes: ``python -m gatrain.tune.trial FOLDER`` on each rank, under the launcher that training
-uses.
+"""The ranks of trial processes, forked by `gatrain.tune.host`.
 
-One warm process per rank walks through the sizes of `gatrain.tune.spec.TrialSpec` in rising order and rank 0
-writes a line after each. All decisions to go on or stop are taken together.
+For each request they walk through the sizes of its `gatrain.tune.spec.TrialSpec` in rising order, and rank 0 writes
+a line after each. All decisions to go on or stop are taken together. Model, batches and compiled code stay warm
+from one request to the next.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import time
@@ -16,20 +17,30 @@ from typing import Any
 
 import torch
 
-from gatrain import build, rank
+from gatrain import build
 from gatrain.compose import load_config
+from gatrain.config import RunConfig
 from gatrain.errors import DoesNotFitError
-from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, SKIPPED
+from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, SKIPPED, StepSettings
 from gatrain.rank import Rank
 from gatrain.rundir import RunDir
-from gatrain.tune import confirm, curve, spec
+from gatrain.tasks.base import Task
+from gatrain.train.engine import Engine
+from gatrain.tune import confirm, curve, host, spec
 from gatrain.tune.curve import Measurement
 from gatrain.tune.estimate import memory_text
-from gatrain.tune.measure import Peers, SizeMeter, is_out_of_memory, predicted_seconds
+from gatrain.tune.measure import (
+    Peers,
+    Reference,
+    SizeMeter,
+    TrialBatches,
+    is_out_of_memory,
+    predicted_seconds,
+)
 from gatrain.tune.memory import Memory, memory_of, predicted_peak
 from gatrain.tune.memory_model import between, fit_line
 from gatrain.tune.spec import TrialSpec
-from gatrain.tune.whole import WholeStepTimer, close_calls
+from gatrain.tune.whole import WholeStepTimer
 
 LEVEL_GAIN, FALL = 0.01, 0.02
 """Two sizes in a row that gain less than the one, or lose more than the other, end the rise."""
@@ -40,6 +51,9 @@ SHARE_OF_BUDGET = 0.25
 """Part of the remaining time that the largest size may take once the curve is level."""
 MAX_FAILURES = 2
 REFINEMENTS, WORTH_REFINING = 2, 0.03
+IDLE, FEW = 1.2, 16
+"""A size that takes less than this factor longer than a smaller one waits for the host; only sizes below this part
+of the share are left out for it."""
 SMALLEST_GAP = {"cpu": 4, "cuda": 2}
 """Samples between a size that fits and one that does not, below which nothing in between is tried."""
 STILL = 1e-30
@@ -60,42 +74,92 @@ class Lines:
 
 
 def work(folder: Path, this: Rank) -> None:
-    """Measure what the folder's spec asks for. Every rank runs it."""
-    asked = TrialSpec.read(folder)
-    lines = Lines(folder, this.rank == 0)
+    """Answer requests until there are no more. Every rank runs it, and all see the same requests."""
     _to_log(folder, this)
-    peers = Peers(this)
-    memory = memory_of(this, asked.memory_fraction)
-    config = load_config(folder / spec.CONFIG)
-    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=STILL))
-    finalists = asked.whole.finalists if asked.whole else ()
-    if asked.settings.compile or any(each.settings.compile for each in finalists):
-        import torch._dynamo
+    desk = Desk(this)
+    pending = host.requests(folder)
+    while True:
+        found = desk.peers.gather(next(pending) if this.rank == 0 else None)[0]
+        if found == host.CLOSE or any(desk.peers.gather(this.stop_requested)):
+            return
+        if found is None:
+            continue
+        is_usable = desk.answer(Path(found))
+        desk.peers.gather(None)  # nobody needs the folder any more
+        if this.rank == 0:
+            (Path(found) / host.ANSWERED).touch()
+        if not is_usable:
+            return  # a GPU error spoils whatever follows: the next request starts other processes
 
-        # one compilation for each size and each remainder: beyond the default limit of 8 a function would
-        # silently run uncompiled
-        torch._dynamo.config.recompile_limit = 16 + 2 * len(asked.sizes)
-    try:
-        task = build.build_task(config)
-        modes = build.available_checkpointing(task)
-        engine = build.build_engine(task, config, asked.settings, this.device)
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise DoesNotFitError(
-                f"the model itself does not fit in memory, before any sample: {str(error).splitlines()[0]} "
-                "Use a smaller model, or a GPU that no other process uses."
-            ) from error
-        raise
-    lines.write("ready", modes=list(modes), budget_bytes=min(peers.gather(memory.budget_bytes)))
-    rise = Rise(asked, SizeMeter(engine, task, this, peers, memory), peers, memory, lines, this)
-    stopped = rise.run()
-    lines.write("end", stopped=stopped)  # the curve is complete, whatever becomes of the whole steps
-    if asked.whole is not None and stopped not in (curve.INTERRUPTED, curve.BROKEN):
-        timer = WholeStepTimer(config, task, this, peers, {asked.settings: engine})
-        options = [] if asked.whole.finalists else close_calls(asked, rise.measured, stopped)
-        confirmation = timer.run(asked.whole, options)
-        if confirmation is not None:
-            lines.write("whole", confirmation=confirm.to_dict(confirmation))
+
+class Desk:
+    """What ranks keep between requests: the task, one engine with its model, the reference losses, the budget."""
+
+    def __init__(self, this: Rank) -> None:
+        self.peers = Peers(this)
+        self._rank = this
+        self._memory: Memory | None = None
+        self._config: RunConfig | None = None
+        self._task: Task | None = None
+        self._batches: TrialBatches | None = None
+        self._engine: Engine | None = None
+        self._references: dict[str, Reference] = {}
+        if this.device.type == "cuda":
+            torch.zeros(1, device=this.device)  # makes the context, while the parent still looks around
+
+    def answer(self, folder: Path) -> bool:
+        """Measure what the folder's spec asks for; returns whether these processes may go on. Collective."""
+        asked = TrialSpec.read(folder)
+        lines = Lines(folder, self._rank.rank == 0)
+        memory = self._memory = self._memory or memory_of(self._rank, asked.memory_fraction)
+        config = load_config(folder / spec.CONFIG)
+        config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=STILL))
+        try:
+            task, batches = self._prepare(config)
+            modes = build.available_checkpointing(task)
+            engine = self._engine_for(asked.settings, config, task)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise DoesNotFitError(
+                    f"the model itself does not fit in memory, before any sample: {str(error).splitlines()[0]} "
+                    "Use a smaller model, or a GPU that no other process uses."
+                ) from error
+            raise
+        lines.write("ready", modes=list(modes), budget_bytes=min(self.peers.gather(memory.budget_bytes)))
+        reference = self._references.setdefault(asked.settings.precision, Reference())
+        meter = SizeMeter(engine, batches, self._rank, self.peers, memory, reference)
+        rise = Rise(asked, meter, self.peers, memory, lines, self._rank)
+        stopped = rise.run()
+        lines.write("end", stopped=stopped)  # the curve is complete, whatever becomes of the whole steps
+        if asked.whole is not None and stopped not in (curve.INTERRUPTED, curve.BROKEN):
+            timer = WholeStepTimer(config, batches, this=self._rank, peers=self.peers, first=engine)
+            confirmation = timer.run(asked.whole)
+            if confirmation is not None:
+                lines.write("whole", confirmation=confirm.to_dict(confirmation))
+            del timer  # and with it the engines of the other ways
+            gc.collect()
+        return stopped != curve.BROKEN or not rise.is_broken()
+
+    def _prepare(self, config: RunConfig) -> tuple[Task, TrialBatches]:
+        """The task and its batches, made once: a tuning asks about one configuration."""
+        if self._task is None or self._batches is None or config != self._config:
+            self._config, self._task, self._engine = config, build.build_task(config), None
+            self._batches = TrialBatches(self._task)
+        return self._task, self._batches
+
+    def _engine_for(self, settings: StepSettings, config: RunConfig, task: Task) -> Engine:
+        """The engine of the last request if it computes in the same way, else another. Collective."""
+        if self._engine is not None and self._engine.settings == settings:
+            return self._engine
+        had_compiled = self._engine is not None and self._engine.settings.compile
+        self._engine = None
+        gc.collect()  # a model with its optimizer may be held by a cycle
+        if had_compiled:
+            torch.compiler.reset()
+        if self._memory is not None:
+            self._memory.release()
+        self._engine = build.build_engine(task, config, settings, self._rank.device)
+        return self._engine
 
 
 def _to_log(folder: Path, this: Rank) -> None:
@@ -142,8 +206,9 @@ class Rise:
             if measured.outcome == DOES_NOT_FIT:
                 self._refine(size)
                 return curve.MEMORY
-            if self._failures >= MAX_FAILURES or (measured.outcome == FAILED and self._is_broken()):
+            if self._failures >= MAX_FAILURES or (measured.outcome == FAILED and self.is_broken()):
                 return curve.BROKEN
+            sizes = self._without_idle(sizes)
             trend = self._trend() if self._asked.rises and len(sizes) > 0 else None
             if trend == curve.SLOWER:
                 return trend
@@ -151,6 +216,14 @@ class Rise:
                 # no gain in sight, but the whole share at once would save the accumulation
                 return self._last(sizes[-1])
         return curve.SHARE
+
+    def _without_idle(self, sizes: list[int]) -> list[int]:
+        """Leave out the next size where the last ones kept the GPU waiting: it will take as long as they do."""
+        if not self._asked.rises or self._rank.device.type == "cpu" or len(sizes) < 3 or len(self._rates) < 2:
+            return sizes
+        (low, low_rate), (high, high_rate) = self._rates[-2:]
+        took_as_long = high / high_rate < IDLE * low / low_rate
+        return sizes[1:] if took_as_long and sizes[0] <= self._asked.sizes[-1] // FEW else sizes
 
     def _note(self, measured: Measurement, seconds: float) -> None:
         self._lines.write("trial", measurement=dataclasses.asdict(measured))
@@ -237,7 +310,7 @@ class Rise:
             return self._wall_s
         return max(compiling, predicted_seconds(self._last_fit, size, self._rank.device.type))
 
-    def _is_broken(self) -> bool:
+    def is_broken(self) -> bool:
         """Whether a GPU took an error that spoils what follows, such as an illegal address. Collective."""
         broken = False
         if self._rank.device.type == "cuda":
@@ -267,7 +340,3 @@ class Rise:
             self._lines.write("start", micro_batch=size)
             self._note(self._meter.measure(size), 0.0)
         return curve.LEVEL
-
-
-if __name__ == "__main__":
-    rank.main(work)

@@ -7,7 +7,6 @@ reduction, which is the same for all finalists.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -18,79 +17,48 @@ from gatrain.config import RunConfig
 from gatrain.errors import ExactnessError, PeerFailed
 from gatrain.plan import StepSettings
 from gatrain.rank import Rank
-from gatrain.tasks.base import Batch, Task
+from gatrain.tasks.base import Batch
 from gatrain.train.accumulate import MicroBatch, RankWindow
 from gatrain.train.meter import Meter
-from gatrain.tune import confirm, search
+from gatrain.tune import confirm
 from gatrain.tune.confirm import Confirmation, Finalist, WholeSteps
-from gatrain.tune.curve import Curve, Measurement
 from gatrain.tune.measure import Failure, Peers, TrialBatches, attempt
-from gatrain.tune.search import Candidate
-from gatrain.tune.spec import TrialSpec, WholeSpec
+from gatrain.tune.spec import WholeSpec
 
 if TYPE_CHECKING:
     from gatrain.train.engine import Engine
 
-WARM_UPS = {"cpu": 1, "cuda": 2}
-
-
-def close_calls(asked: TrialSpec, measured: Sequence[Measurement], stopped: str) -> list[Candidate]:
-    """The finalists of the curve that these processes have measured, best first; empty where none is close.
-
-    Pure, from values that all ranks share, so all ranks come to the same list. Where another way of computing
-    may be as fast, only the parent knows all candidates, and nothing is done here.
-    """
-    whole = asked.whole
-    if whole is None:
-        return []
-    merged = {m.micro_batch: m for m in (*whole.known, *measured)}
-    found = Curve(asked.settings, tuple(merged[size] for size in sorted(merged)), stopped)
-    options = search.candidates(search.reject_wrong_losses(found), whole.effective_batch, whole.world_size)
-    if not options:
-        return []
-    best_s = min(option.step_s for option in options)
-    if whole.rival_s is not None and whole.rival_s <= best_s * (1 + confirm.CLOSE_BETWEEN):
-        return []
-    near = confirm.finalists(options)
-    return near if len(near) > 1 else []
+WARM_UPS = {"cpu": 1, "cuda": 1}
 
 
 class WholeStepTimer:
     """Times finalists in turn; every rank runs it in step.
 
     Args:
-        engines: those that exist already; one more is built for each further way of computing, with a model
+        first: an engine that exists already; one more is built for each further way of computing, with a model
             and an optimizer of its own, so the parent asks only for what fits beside each other.
     """
 
     def __init__(
-        self,
-        config: RunConfig,
-        task: Task,
-        this: Rank,
-        peers: Peers,
-        engines: dict[StepSettings, Engine],
+        self, config: RunConfig, batches: TrialBatches, this: Rank, peers: Peers, first: Engine
     ) -> None:
         self._config = config
-        self._task = task
         self._rank = this
         self._peers = peers
-        self._engines = engines
-        self._batches = TrialBatches(task)
+        self._engines = {first.settings: first}
+        self._batches = batches
         self._meter = Meter(this.device)
+        self._windows: dict[Finalist, RankWindow] = {}
         self._steps = 0
 
-    def run(self, asked: WholeSpec, options: Sequence[Candidate] = ()) -> Confirmation | None:
-        """Time ``asked.finalists``, or ``options`` where the parent named none. Collective.
+    def run(self, asked: WholeSpec) -> Confirmation | None:
+        """Time ``asked.finalists``. Collective.
 
         None where fewer than two can be timed within the time allowed, or a person stops it.
         """
         for engine in self._engines.values():
             engine.last_loss_sums()  # the micro-steps of trials were never counted, so nothing may compare them
-        named = list(asked.finalists)
-        if not named:
-            count, _ = confirm.affordable([option.step_s for option in options], asked.max_seconds)
-            named = [confirm.finalist_of(o, asked.effective_batch, asked.world_size) for o in options[:count]]
+        named = asked.finalists
         warm = [self._warm_up(each) for each in named]
         failures = [failure for failure, _ in warm]
         running = [nth for nth, failure in enumerate(failures) if failure is None]
@@ -154,20 +122,24 @@ class WholeStepTimer:
         if settings not in self._engines:
             # lr of the trials' config moves nothing; collective, as weights are broadcast
             self._engines[settings] = build.build_engine(
-                self._task, self._config, settings, self._rank.device
+                self._batches.task, self._config, settings, self._rank.device
             )
         return self._engines[settings]
 
     def _window(self, finalist: Finalist) -> RankWindow:
-        """This rank's micro-batches of worst-case samples; equal sizes share one host batch."""
-        share = finalist.shares[self._rank.rank]
-        sizes = batch.micro_batch_sizes(share, finalist.micro_batch)
-        made = {size: self._host_batch(size) for size in dict.fromkeys(sizes)}
-        return RankWindow([made[size] for size in sizes])
-
-    def _host_batch(self, size: int) -> MicroBatch:
-        prepared, weights = self._batches.worst_case(size)
-        return MicroBatch(self._pinned(prepared), weights)
+        """This rank's micro-batches, read once: every finalist computes the same samples."""
+        if finalist not in self._windows:
+            rank = self._rank.rank
+            sizes = batch.micro_batch_sizes(finalist.shares[rank], finalist.micro_batch)
+            made = self._batches.window(finalist.shares, rank, sizes)
+            pinned: dict[int, Batch] = {}  # equal sizes may share one host batch
+            for host_batch, _ in made:
+                if id(host_batch) not in pinned:
+                    pinned[id(host_batch)] = self._pinned(host_batch)
+            self._windows[finalist] = RankWindow(
+                [MicroBatch(pinned[id(host_batch)], weights) for host_batch, weights in made]
+            )
+        return self._windows[finalist]
 
     def _pinned(self, prepared: Batch) -> Batch:
         """As the loader gives it to a GPU, so that the copies overlap as they do in training."""

@@ -1,0 +1,247 @@
+"""Warm trial processes: one process imports torch once and forks the ranks, which answer one request after another.
+
+Importing torch and its compiler takes as long as many trials. So that happens once for all questions of a tuning,
+and may start while the parent still looks at the model and the data (`TrialHost.start`).
+
+    parent            TrialHost: FOLDER/requests, one line for each folder that holds a trial spec
+    host process      python -m gatrain.tune.host FOLDER: imports, forks one rank for each process of this node
+    ranks             gatrain.tune.trial.work: measure; rank 0 leaves `answered` in the request's folder
+
+The host never touches a GPU: a CUDA context does not survive a fork. Ranks are set up by `gatrain.rank`, like those
+of a training; the trial's world is this machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
+
+from gatrain import rank
+from gatrain.errors import EXIT_CODES, GatrainError, LaunchError, RunFolderError, WorkerError
+from gatrain.launch import protocol
+from gatrain.launch.failure import Exit, first_cause
+from gatrain.launch.net import LOOPBACK, listen
+from gatrain.launch.nodes import Nodes
+from gatrain.rundir import RunDir, read_json, write_json
+
+WORLD, REQUESTS, ANSWERED, FAILED, LOG = "world.json", "requests", "answered", "failed.json", "host.log"
+CLOSE = "close"
+"""The request that ends the ranks."""
+WORK = "gatrain.tune.trial"
+COMPILER = ("torch._dynamo", "torch._inductor.compile_fx", "torch._inductor.async_compile")
+SURVIVORS_S = 3.0
+"""Seconds that ranks may go on after another rank died: most of them wait for it for ever."""
+CLOSE_S = 10.0
+POLL_S = 0.01
+
+
+class TrialHost:
+    """The parent's handle: started on the first request or by `start`, restarted after a crash. A context manager.
+
+    Args:
+        nodes: trials use this node's part of it.
+        device: ``cpu`` or ``cuda``.
+        cwd: working directory of the ranks, first on their import path; None is the current one.
+        compiles: import torch's compiler, too.
+    """
+
+    def __init__(self, nodes: Nodes, device: str, cwd: Path | None = None, *, compiles: bool = False) -> None:
+        self._world = {"nproc": nodes.nproc, "device": device, "compiles": compiles}
+        self._cwd = cwd
+        self._folder: Path | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> TrialHost:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(at_once=error is not None)
+
+    def start(self) -> None:
+        """Start the imports; returns at once. Does nothing if it runs already."""
+        if self._process is not None and self._process.poll() is None:
+            return
+        self.close(at_once=True)
+        self._folder = Path(tempfile.mkdtemp(prefix="gatrain_host_"))  # private to this user
+        write_json(self._folder / WORLD, self._world)
+        (self._folder / REQUESTS).touch()
+        environ = {**os.environ, protocol.LAUNCHER_PID: str(os.getpid())}
+        with open(self._folder / LOG, "ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "gatrain.tune.host", str(self._folder)],
+                cwd=self._cwd,
+                env=environ,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # a terminal's Ctrl-C reaches the parent alone
+            )
+
+    def __call__(self, folder: Path) -> None:
+        """Let the ranks answer one request and wait for it.
+
+        Raises:
+            GatrainError: the error of the rank that failed first, of the class that the rank raised.
+            WorkerError: a rank died.
+        """
+        try:
+            # ranks that a GPU error has spoilt leave with 0 after their answer, perhaps just now: ask others
+            while not self._ask(folder):
+                pass
+        except BaseException:
+            self.close(at_once=True)
+            raise
+
+    def _ask(self, folder: Path) -> bool:
+        """Put the request and wait; False if the processes had left before they saw it."""
+        self.start()
+        assert self._process is not None
+        assert self._folder is not None
+        with open(self._folder / REQUESTS, "a", encoding="utf-8") as file:
+            file.write(f"{folder.resolve()}\n")
+        while not (folder / ANSWERED).exists():
+            status = self._process.poll()
+            if status is not None and not (folder / ANSWERED).exists():
+                if status == 0:
+                    return False
+                self._raise()
+            time.sleep(POLL_S)
+        return True
+
+    def close(self, at_once: bool = False) -> None:
+        """End all processes and wait until they are gone, so that their memory is free.
+
+        Args:
+            at_once: kill them; else they leave by themselves, or are killed after `CLOSE_S`.
+        """
+        process, folder = self._process, self._folder
+        self._process = self._folder = None
+        if process is not None and folder is not None:
+            if not at_once and process.poll() is None:
+                with open(folder / REQUESTS, "a", encoding="utf-8") as file:
+                    file.write(f"{CLOSE}\n")
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(CLOSE_S)
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)  # the host leads the group that holds all ranks
+            process.wait()
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _raise(self) -> NoReturn:
+        """Say why the host has failed."""
+        assert self._folder is not None
+        assert self._process is not None
+        try:
+            failed = read_json(self._folder / FAILED)
+        except RunFolderError:
+            lines = (self._folder / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            text = f"the trial processes ended with status {self._process.returncode}."
+            raise LaunchError("\n".join([text, *(f"  {line}" for line in lines[-3:])])) from None
+        raise EXIT_CODES.get(failed["exit_code"], GatrainError)(failed["message"])
+
+
+def requests(folder: Path, seen: int = 0) -> Iterator[str | None]:
+    """Requests in their order, each once; None about once a second while there is none."""
+    while True:
+        until = time.monotonic() + 1.0
+        found = None
+        while found is None and time.monotonic() < until:
+            lines = (folder / REQUESTS).read_text(encoding="utf-8").split("\n")[:-1]  # a torn line has no end
+            if len(lines) > seen:
+                found, seen = lines[seen], seen + 1
+            else:
+                time.sleep(POLL_S)
+        yield found
+
+
+# --- the host process -----------------------------------------------------------------------------------
+
+
+def main(folder: Path) -> int:
+    """Import, fork the ranks, wait for them. Returns the exit code; the reason of a failure is in `FAILED`."""
+    rank.die_with_launcher()
+    world = read_json(folder / WORLD)
+    os.environ.update(_environment(world))
+    for module in ("torch", WORK, *(COMPILER if world["compiles"] else ())):
+        importlib.import_module(module)
+    began, ranks = time.time(), {}
+    for local_rank in range(world["nproc"]):
+        pid = os.fork()
+        if pid == 0:
+            _become_rank(local_rank, folder)
+        ranks[pid] = local_rank
+    exits, killed = _wait(ranks)
+    if not exits:
+        return 0
+    cause = first_cause(RunDir(folder), exits, began, killed)
+    error = cause.error if cause else WorkerError("the trial processes ended without a reason.")
+    write_json(folder / FAILED, {"exit_code": error.exit_code, "message": str(error)})
+    return 1
+
+
+def _environment(world: dict[str, object]) -> dict[str, str]:
+    """What torchrun would tell the ranks, and what keeps this process from waking the driver."""
+    nproc = int(str(world["nproc"]))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wanted = {"OMP_NUM_THREADS": str(max(1, cores // nproc)), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    with contextlib.closing(listen(LOOPBACK, 0)) as free:
+        port = free.getsockname()[1]
+    return {name: value for name, value in wanted.items() if name not in os.environ} | {
+        "WORLD_SIZE": str(nproc),
+        "LOCAL_WORLD_SIZE": str(nproc),
+        "MASTER_ADDR": LOOPBACK,
+        "MASTER_PORT": str(port),
+        protocol.NODE_RANK: "0",
+        protocol.DEVICE: str(world["device"]),
+        protocol.LAUNCHER_PID: str(os.getpid()),
+        # torch then asks NVML whether there is a GPU, and not the driver, which no fork may have seen
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+    }
+
+
+def _become_rank(local_rank: int, folder: Path) -> NoReturn:
+    os.environ |= {"RANK": str(local_rank), "LOCAL_RANK": str(local_rank)}
+    sys.argv = [WORK, str(folder)]
+    try:
+        rank.main(importlib.import_module(WORK).work)
+    finally:
+        os._exit(WorkerError.exit_code)  # main never returns; the host's own code must not go on here
+
+
+def _wait(ranks: dict[int, int]) -> tuple[list[Exit], set[int]]:
+    """Wait for all ranks: (those that failed, pids that had to be killed)."""
+    exits: list[Exit] = []
+    killed: set[int] = set()
+    left, end_at = dict(ranks), float("inf")
+    while left:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid in left:
+            local_rank, code = left.pop(pid), os.waitstatus_to_exitcode(status)
+            if code != 0:
+                exits.append(Exit(local_rank, pid, code, time.time()))
+                end_at = min(end_at, time.monotonic() + SURVIVORS_S)
+        elif pid == 0:
+            time.sleep(POLL_S)
+        if time.monotonic() > end_at:
+            for other in set(left) - killed:
+                killed.add(other)
+                os.kill(other, signal.SIGKILL)
+    return exits, killed
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
