@@ -15,8 +15,8 @@ from gatrain.errors import ConfigError
 from gatrain.models.gpt import GPT
 from gatrain.plan import StepSettings
 from gatrain.tasks.base import Batch, Task
-from gatrain.train.accumulate import MicroBatch, RankWindow
 from gatrain.tasks.language_model import LanguageModel
+from gatrain.train.accumulate import MicroBatch, RankWindow
 from gatrain.train.checkpointing import apply_checkpointing, available_modes
 from gatrain.train.compiling import compiled_loss_sum, repeated_blocks
 from gatrain.train.engine import Engine

@@ -252,11 +252,16 @@ def _plan(
     cwd: Path,
     retune: bool = False,
 ) -> Plan:
-    from gatrain.tune import make_plan_for
+    from gatrain.tune import make_plan_for, trial_host
 
     listener.progress("Looking at the model and the data")
-    facts = inspect_run(config_yaml, cwd)
-    return make_plan_for(config, facts, hardware, nodes, progress=listener.progress, retune=retune, cwd=cwd)
+    with trial_host(config, hardware, nodes, cwd) as host:
+        if hardware.device == "cuda":
+            host.start()  # its imports take as long as the look at the data
+        facts = inspect_run(config_yaml, cwd)
+        return make_plan_for(
+            config, facts, hardware, nodes, progress=listener.progress, retune=retune, cwd=cwd, run=host
+        )
 
 
 def _moved(run_dir: RunDir, plan: Plan, hardware: Hardware, nodes: Nodes) -> bool:

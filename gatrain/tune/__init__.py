@@ -3,8 +3,8 @@
     config + hardware -> settings (what is asked) -> estimate (what cannot fit) -> planner
     planner -> cache (what is known) or rounds (what is measured) -> search (the model's choice)
             -> confirm (whole steps decide close calls) -> answer, advice -> Plan, or refusal
-    ====== process boundary: a folder with trial_spec.json and config.yaml; trials.jsonl comes back ======
-    trial -> measure (one size), memory, memory_model (what cannot fit), whole (whole steps, in turn)
+    ====== process boundary: folders with trial_spec.json and config.yaml; trials.jsonl comes back ======
+    host (imports once, forks) -> trial -> measure (one size), memory, memory_model, whole (whole steps, in turn)
 
 Importing this package imports no torch.
 """
@@ -21,6 +21,7 @@ from gatrain.plan import Plan, make_plan
 from gatrain.tune import settings
 from gatrain.tune.estimate import DataInfo, check_state_fits, memory_text, state_bytes
 from gatrain.tune.hardware import Gpu, Hardware, choose_precision, detect_hardware
+from gatrain.tune.host import TrialHost
 from gatrain.tune.planner import Planner
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "memory_text",
     "remembered_plan",
     "state_bytes",
+    "trial_host",
 ]
 
 
@@ -59,7 +61,7 @@ def make_plan_for(
         progress: told one sentence at a time, also from another thread.
         retune: measure again, whatever the cache holds.
         cwd: folder of the user's own modules and data; None is the current one.
-        run: starts trial processes on a folder; None uses the launcher.
+        run: lets trial processes answer, such as a `TrialHost`; None starts one and ends it.
 
     Raises:
         PlanError: a fixed micro-batch exceeds a rank's share.
@@ -88,6 +90,13 @@ def make_plan_for(
         config, data_info, hardware, nodes, question, progress=progress, retune=retune, cwd=cwd, run=run
     )
     return planner.plan()
+
+
+def trial_host(config: RunConfig, hardware: Hardware, nodes: Nodes, cwd: Path | None = None) -> TrialHost:
+    """Trial processes for these questions, not started yet: `TrialHost.start` lets their imports begin early."""
+    question = settings.resolve(config, hardware)
+    compiles = question.tries_compile or question.base.compile
+    return TrialHost(nodes, hardware.device, cwd, compiles=compiles)
 
 
 def remembered_plan(

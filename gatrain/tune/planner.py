@@ -300,7 +300,7 @@ class Planner:
 
     def _decide(self, options: list[Candidate]) -> Decision:
         """Choose by the model and, where that is a close call, by whole steps. Pure but for those trials."""
-        near = confirm.finalists(options)
+        near = confirm.finalists(self._worth_timing(options))
         overlapping = self._overlapping(near[0])
         named = {option.key: option for option in (*near, *overlapping)}
         timed = self._known_whole_steps(list(named.values()))
@@ -312,7 +312,16 @@ class Planner:
                 return Decision(verdict.chosen, options, verdict, timed)
             failed = {option.key for option, steps in timed if steps.error}
             options = [option for option in options if option.key not in failed] or options
-        return Decision(search.choose(options), options, timed=timed or [], is_close=len(near) > 1)
+        return Decision(
+            search.choose(self._worth_timing(options)), options, timed=timed or [], is_close=len(near) > 1
+        )
+
+    def _worth_timing(self, options: list[Candidate]) -> list[Candidate]:
+        """Without compiled sizes that were not measured, unless they promise more than the measured ones: timing
+        one would have to compile it first."""
+        measured = [option.step_s for option in options if option.measured]
+        bar = min(measured, default=float("inf")) * (1 - search.NOISE)
+        return [o for o in options if o.measured or not o.settings.compile or o.step_s < bar]
 
     def _overlapping(self, best: Candidate) -> list[Candidate]:
         """The best candidate with the other way of reducing: on several GPUs only whole steps can compare."""

@@ -23,7 +23,7 @@ from gatrain.config import RunConfig
 from gatrain.errors import DoesNotFitError
 from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, SKIPPED, StepSettings
 from gatrain.rank import Rank
-from gatrain.rundir import RunDir
+from gatrain.rundir import RunDir, read_json
 from gatrain.tasks.base import Task
 from gatrain.train.engine import Engine
 from gatrain.tune import confirm, curve, host, spec
@@ -76,7 +76,7 @@ class Lines:
 def work(folder: Path, this: Rank) -> None:
     """Answer requests until there are no more. Every rank runs it, and all see the same requests."""
     _to_log(folder, this)
-    desk = Desk(this)
+    desk = Desk(this, compiles=bool(read_json(folder / host.WORLD)["compiles"]))
     pending = host.requests(folder)
     while True:
         found = desk.peers.gather(next(pending) if this.rank == 0 else None)[0]
@@ -95,7 +95,7 @@ def work(folder: Path, this: Rank) -> None:
 class Desk:
     """What ranks keep between requests: the task, one engine with its model, the reference losses, the budget."""
 
-    def __init__(self, this: Rank) -> None:
+    def __init__(self, this: Rank, *, compiles: bool) -> None:
         self.peers = Peers(this)
         self._rank = this
         self._memory: Memory | None = None
@@ -104,8 +104,15 @@ class Desk:
         self._batches: TrialBatches | None = None
         self._engine: Engine | None = None
         self._references: dict[str, Reference] = {}
-        if this.device.type == "cuda":
-            torch.zeros(1, device=this.device)  # makes the context, while the parent still looks around
+        if this.device.type == "cuda":  # what takes time, while the parent still looks around
+            torch.zeros(1, device=this.device)  # makes the context
+            torch.set_num_threads(
+                min(4, torch.get_num_threads())
+            )  # more only wait for each other in a collate
+            if compiles:
+                from torch._inductor.async_compile import AsyncCompile
+
+                AsyncCompile.warm_pool()
 
     def answer(self, folder: Path) -> bool:
         """Measure what the folder's spec asks for; returns whether these processes may go on. Collective."""
@@ -158,7 +165,7 @@ class Desk:
             torch.compiler.reset()
         if self._memory is not None:
             self._memory.release()
-        self._engine = build.build_engine(task, config, settings, self._rank.device)
+        self._engine = build.build_engine(task, config, settings, self._rank.device, in_place=True)
         return self._engine
 
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from gatrain.train.engine import Engine
 
 WARM_UPS = {"cpu": 1, "cuda": 1}
+MUCH_LONGER = 2.0
+"""Times the allowed seconds that whole steps may take before they are given up."""
 
 
 class WholeStepTimer:
@@ -59,13 +61,18 @@ class WholeStepTimer:
         for engine in self._engines.values():
             engine.last_loss_sums()  # the micro-steps of trials were never counted, so nothing may compare them
         named = asked.finalists
-        warm = [self._warm_up(each) for each in named]
+        failures_read = [self._peers.worst(attempt(lambda each=each: self._window(each))) for each in named]  # type: ignore[misc]
+        warm = [
+            self._warm_up(each) if failure is None else (failure, 0.0)
+            for each, failure in zip(named, failures_read, strict=True)
+        ]
         failures = [failure for failure, _ in warm]
         running = [nth for nth, failure in enumerate(failures) if failure is None]
         # seconds that all ranks share, so that all choose the same number of rounds
         total = sum(warm[nth][1] for nth in running)
-        rounds = min(confirm.ROUNDS[1], int(asked.max_seconds / total) - 1 if total > 0 else 0)
-        if len(running) < 2 or rounds < confirm.ROUNDS[0]:
+        rounds = min(confirm.ROUNDS[1], int(asked.max_seconds / max(total, 1e-9)) - 1)
+        rounds = max(rounds, confirm.ROUNDS[0])  # they were found affordable by their predicted times
+        if len(running) < 2 or rounds * total > MUCH_LONGER * asked.max_seconds:
             return None
         seconds: dict[int, list[float]] = {nth: [] for nth in running}
         for _ in range(rounds):
@@ -122,7 +129,7 @@ class WholeStepTimer:
         if settings not in self._engines:
             # lr of the trials' config moves nothing; collective, as weights are broadcast
             self._engines[settings] = build.build_engine(
-                self._batches.task, self._config, settings, self._rank.device
+                self._batches.task, self._config, settings, self._rank.device, in_place=True
             )
         return self._engines[settings]
 
