@@ -1,13 +1,15 @@
 """Is the tuner's plan the best there is? An exhaustive sweep beside it, for five workloads that differ in kind.
 
-    python tests/benchmarks/tuner_sweep.py --workload gpt2 [--stage plan sweep whole soak] [--effective 512 509]
-        [--seconds 540] [--out FILE] [--work FOLDER] [--smoke]
+    python tests/benchmarks/tuner_sweep.py [--workload gpt2 vit ...] [--stage plan sweep whole soak] [--seconds 540]
+        [--out FILE] [--work FOLDER] [--smoke]
 
-For each workload and effective batch (two of them, one prime):
+For each workload and two effective batches, the second of them prime:
 
-    plan    `gatrain autotune` from empty caches, again from the cache, and for the other effective batch
-    sweep   every micro-batch x checkpointing x compile, each as timed micro-steps, reduction and update, from which
-            the step at the effective batch is composed
+    plan    `gatrain autotune` from empty caches for the first, again from the cache, then for the second effective
+            batch, which plans from the stored curves
+    sweep   micro-batch x checkpointing x compile, each as timed micro-steps, reduction and update, from which the
+            step at the effective batch is composed. Recomputation only adds work at an equal micro-batch, so with
+            checkpointing one size that also fits without it is measured, and those that do not
     whole   the best of the sweep and the chosen plan as whole steps, in one interleaved run
     soak    1,000 micro-steps (at least 20 steps) of the plan on the longest samples; peak against its budget
 
@@ -37,6 +39,7 @@ from typing import Any
 
 STAGES = ("plan", "sweep", "whole", "soak")
 FINALISTS = 3
+WHOLE_S = 15.0
 SOAK_MICRO_STEPS, SOAK_STEPS = 1000, 20
 VIT = """\
 defaults: [base, {data: image_folder}, _self_]
@@ -48,35 +51,43 @@ loss: {_target_: torch.nn.CrossEntropyLoss}
 
 @dataclass(frozen=True)
 class Workload:
-    """A recipe with its overrides, the tiny form of the same for a CPU, and two effective batches."""
+    """A recipe with its overrides, its tiny form for a CPU, two effective batches, and the sweep's sizes."""
 
     words: tuple[str, ...]
     tiny: tuple[str, ...]
     effective: tuple[int, int]
+    sizes: tuple[int, ...]
+    """Without checkpointing."""
+    recomputed: tuple[int, ...]
+    """With checkpointing."""
 
 
 _IMAGES = ("data.path=images", "train.steps=20", "train.epochs=null", "train.data_workers=0")
 _TINY_GPT = ("model.layers=2", "model.width=64", "model.heads=2", "data.context=32")
 WORKLOADS = {
-    "gpt2": Workload(("recipe=gpt2",), (*_TINY_GPT, "data.vocab_size=512", "model.vocab_size=512"), (512, 509)),
+    "gpt2": Workload(
+        ("recipe=gpt2",), (*_TINY_GPT, "data.vocab_size=512", "model.vocab_size=512"), (512, 509),
+        (8, 16, 24, 32, 48, 64, 96, 128), (64, 128),
+    ),
     "gpt350m": Workload(
         ("recipe=gpt2", "model.layers=24", "model.width=1024", "model.heads=16"),
-        (*_TINY_GPT, "data.vocab_size=512", "model.vocab_size=512"),
-        (256, 257),
+        (*_TINY_GPT, "data.vocab_size=512", "model.vocab_size=512"), (256, 251),
+        (8, 16, 24, 32, 48, 64), (32, 64),
     ),
     "resnet50": Workload(
-        ("recipe=resnet50", "model.classes=8", *_IMAGES), ("data.size=32",), (1024, 1021)
+        ("recipe=resnet50", "model.classes=8", *_IMAGES), ("data.size=32",), (512, 251),
+        (64, 128, 251, 256, 512), (256,),
     ),
     "vit": Workload(
         ("recipe=vit", *_IMAGES[:2], "train.data_workers=0"),
         ("data.size=32", "model.image_size=32", "model.num_layers=2", "model.hidden_dim=48",
-         "model.num_heads=2", "model.mlp_dim=96"),
-        (1024, 1021),
+         "model.num_heads=2", "model.mlp_dim=96"), (512, 509),
+        (64, 128, 255, 256, 384, 509, 512), (512,),
     ),
     "padded": Workload(
         ("recipe=padded", "model.layers=12", "model.heads=12", "model.width=768", "data.context=1024"),
-        (*_TINY_GPT, "data.vocab_size=512"),
-        (256, 251),
+        (*_TINY_GPT, "data.vocab_size=512"), (256, 251),
+        (8, 16, 32, 48, 64, 96, 128, 251, 256), (64, 128),
     ),
 }  # fmt: skip
 SMOKE_EFFECTIVE = (16, 13)
@@ -88,13 +99,21 @@ class Bench:
     def __init__(self, name: str, arguments: argparse.Namespace, out: Path, result: dict[str, Any]) -> None:
         self.workload = WORKLOADS[name]
         self.smoke = bool(arguments.smoke)
-        self.deadline = time.monotonic() + arguments.seconds
+        self.deadline = arguments.deadline
         self.folder = arguments.work / ("smoke" if self.smoke else "full") / name
         self._out, self._result = out, result
         self.found: dict[str, Any] = result["workloads"].setdefault(name, {})
         make_project(self.folder, 48 if self.smoke else 1280, 40 if self.smoke else 256)
         os.chdir(self.folder)
         os.environ["GATRAIN_CACHE"] = str(self.folder / "cache")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(self.folder / "kernels")
+        self.host: Any = None
+
+    def close(self) -> None:
+        """End the trial processes, so that their memory is free."""
+        if self.host is not None:
+            self.host.close()
+            self.host = None
 
     def words(self, effective: int) -> list[str]:
         extra = (*self.workload.tiny, "device=cpu") if self.smoke else ("device=cuda",)
@@ -113,71 +132,75 @@ class Bench:
 
     # --- plan -------------------------------------------------------------------------------------------
 
-    def plan(self, effective: int, other: int) -> None:
+    def plan(self) -> None:
         """The command as a user types it: empty caches of plans and of compiled kernels, then remembered."""
         from gatrain.compose import compose
         from gatrain.inspection import inspect_run
 
+        first_e, second_e = self.effective_batches
         began = time.perf_counter()
-        inspect_run(compose(self.words(effective)).yaml, self.folder)  # texts are tokenised once
+        inspect_run(compose(self.words(first_e)).yaml, self.folder)  # texts are tokenised once
         prepared_s = time.perf_counter() - began
-        shutil.rmtree(self.folder / "cache/plans", ignore_errors=True)
-        with tempfile.TemporaryDirectory() as kernels:
-            environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": kernels}
-            first, first_s, command = self._autotune(effective, environment)
-            cached, cached_s, _ = self._autotune(effective, environment)
-            another, another_s, _ = self._autotune(other, environment)
-        self.part(effective)["plan"] = {
+        for name in ("cache/plans", "cache/facts", "kernels"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        first, first_s, command = self._autotune(first_e)
+        cached, cached_s, _ = self._autotune(first_e)
+        second, second_s, second_command = self._autotune(second_e)
+        self.part(first_e)["plan"] = {
             "command": command,
             "data_prepared_s": round(prepared_s, 2),
             "empty_caches_s": round(first_s, 2),
             "cached_s": round(cached_s, 2),
-            "other_effective_batch": other,
-            "other_effective_batch_s": round(another_s, 2),
             "same_from_cache": cached["micro_batches"] == first["micro_batches"],
-            "other_equation": another["equation"],
             "plan": first,
         }
+        self.part(second_e)["plan"] = {
+            "command": second_command,
+            "from_stored_curves_s": round(second_s, 2),
+            "plan": second,
+        }
 
-    def _autotune(self, effective: int, environment: dict[str, str]) -> tuple[dict[str, Any], float, str]:
+    def _autotune(self, effective: int) -> tuple[dict[str, Any], float, str]:
         words = ["autotune", *self.words(effective), "--json"]
         began = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-m", "gatrain", *words], env=environment, stdout=subprocess.PIPE, check=True
-        )
+        done = subprocess.run([sys.executable, "-m", "gatrain", *words], stdout=subprocess.PIPE, check=True)
         return json.loads(done.stdout), time.perf_counter() - began, " ".join(["gatrain", *words])
 
     # --- sweep ------------------------------------------------------------------------------------------
 
-    def sweep(self, effective: int) -> bool:
+    def sweep(self) -> bool:
         """Measure every way that is still missing; returns whether all are there."""
         stored = self.found.setdefault("curves", {})
-        share_sizes = sweep_sizes(max(self.effective_batches), 4 if self.smoke else 16)
-        for way in self._ways(effective):
+        for way in self._ways():
             label = f"{way.precision} {way.checkpointing} {'compiled' if way.compile else 'plain'}"
+            sizes = self.workload.sizes if way.checkpointing == "none" else self.workload.recomputed
+            if self.smoke:
+                sizes = (4, 13, 16) if way.checkpointing == "none" else (16,)
             if label in stored:
                 continue
-            if self.seconds_left < 30:
+            if self.seconds_left < 40:
                 return False
-            curve, _ = self._runner(effective).measure(way, share_sizes, rises=False)
+            # one size after the other, so that memory for the next is predicted from those before
+            curve, _ = self._runner().measure(way, sizes, rises=False)
             stored[label] = dataclasses.asdict(curve)
             self.save()
-        self.part(effective)["sweep"] = [
-            {"settings": dataclasses.asdict(o.settings), "micro_batch": o.micro_batch, "step_s": o.step_s}
-            for o in self._options(effective)
-        ]
+        for effective in self.effective_batches:
+            self.part(effective)["sweep"] = [
+                {"settings": dataclasses.asdict(o.settings), "micro_batch": o.micro_batch, "step_s": o.step_s}
+                for o in self._options(effective)
+            ]
         return True
 
     @property
     def effective_batches(self) -> tuple[int, ...]:
         return SMOKE_EFFECTIVE if self.smoke else self.workload.effective
 
-    def _ways(self, effective: int) -> list[Any]:
+    def _ways(self) -> list[Any]:
         from gatrain import build
         from gatrain.compose import compose
         from gatrain.tune import detect_hardware, settings
 
-        config = compose(self.words(effective)).config
+        config = compose(self.words(self.effective_batches[0])).config
         base = settings.resolve(config, detect_hardware(config.device)).base
         modes = build.available_checkpointing(build.build_task(config))
         compiles = (False,) if self.smoke else (False, True)
@@ -187,15 +210,20 @@ class Bench:
             for mode in modes
         ]
 
-    def _runner(self, effective: int) -> Any:
+    def _runner(self) -> Any:
         from gatrain.compose import compose
         from gatrain.launch.nodes import Nodes
-        from gatrain.tune.rounds import Launch, TrialRunner
+        from gatrain.tune.host import TrialHost
+        from gatrain.tune.rounds import TrialRunner
 
-        composed = compose(self.words(effective)).config
-        launch = Launch(Nodes(1), "cpu" if self.smoke else "cuda", self.folder)
+        device = "cpu" if self.smoke else "cuda"
+        if self.host is None:
+            self.host = TrialHost(Nodes(1), device, self.folder, compiles=not self.smoke)
+        composed = compose(self.words(self.effective_batches[0])).config
         left = max(20.0, self.seconds_left)
-        return TrialRunner(composed, launch, left, lambda curve: None, lambda text: print(text, flush=True))
+        return TrialRunner(
+            composed, self.host, left, lambda curve: None, lambda text: print(text, flush=True)
+        )
 
     def _options(self, effective: int) -> list[Any]:
         from gatrain.tune import search
@@ -207,37 +235,38 @@ class Bench:
 
     # --- whole steps ------------------------------------------------------------------------------------
 
-    def whole(self, effective: int) -> None:
-        """The sweep's best and the plan, each as whole steps, in turn."""
+    def whole(self) -> None:
+        """The sweep's best and the plan, each as whole steps, in turn; for both effective batches."""
         from gatrain.plan import Plan
         from gatrain.tune.confirm import Finalist
         from gatrain.tune.spec import WholeSpec
 
-        plan = Plan.from_dict(self.part(effective)["plan"]["plan"])
-        chosen = Finalist(plan.settings, plan.micro_batch, tuple(plan.shares))
-        best = sorted(self._options(effective), key=lambda o: o.step_s)[:FINALISTS]
-        rivals = [Finalist(o.settings, o.micro_batch, (effective,)) for o in best]
-        named = tuple(dict.fromkeys([chosen, *rivals]))
-        if len(named) < 2:  # the sweep's own best is the plan: compare with its next
-            next_best = sorted(self._options(effective), key=lambda o: o.step_s)[FINALISTS]
-            named += (Finalist(next_best.settings, next_best.micro_batch, (effective,)),)
-        seconds = min(self.seconds_left, 20.0 if self.smoke else 240.0)
-        asked = WholeSpec(effective, 1, seconds, named)
-        _, confirmation = self._runner(effective).measure(chosen.settings, (), whole=asked)
-        if confirmation is None:
-            raise SystemExit(f"whole steps at {effective} were not timed; allow more --seconds")
-        entries = [dataclasses.asdict(e) | {"median_s": e.median_s} for e in confirmation.entries]
-        fastest = min(e.median_s for e in confirmation.entries)
-        mine = confirmation.get(chosen)
-        self.part(effective)["whole"] = {
-            "entries": entries,
-            "plan_over_best": mine.median_s / fastest if mine else None,
-        }
+        for effective in self.effective_batches:
+            plan = Plan.from_dict(self.part(effective)["plan"]["plan"])
+            chosen = Finalist(plan.settings, plan.micro_batch, tuple(plan.shares))
+            best = sorted(self._options(effective), key=lambda o: o.step_s)[: FINALISTS + 1]
+            rivals = [Finalist(o.settings, o.micro_batch, (effective,)) for o in best]
+            named = tuple(dict.fromkeys([chosen, *rivals[:FINALISTS]]))
+            if len(named) < 2:
+                named = (chosen, rivals[-1])
+            asked = WholeSpec(effective, 1, WHOLE_S, named)
+            _, confirmation = self._runner().measure(chosen.settings, (), whole=asked)
+            if confirmation is None:
+                raise SystemExit(f"whole steps at {effective} were not timed")
+            entries = [dataclasses.asdict(e) | {"median_s": e.median_s} for e in confirmation.entries]
+            fastest = min(e.median_s for e in confirmation.entries)
+            mine = confirmation.get(chosen)
+            self.part(effective)["whole"] = {
+                "entries": entries,
+                "plan_over_best": mine.median_s / fastest if mine else None,
+            }
+            self.save()
 
     # --- soak -------------------------------------------------------------------------------------------
 
     def soak(self, effective: int) -> None:
         """In a process of its own, as a training would be."""
+        self.close()
         plan = self.part(effective)["plan"]["plan"]
         (self.folder / "plan.json").write_text(json.dumps(plan))
         micro_steps, steps = (20, 2) if self.smoke else (SOAK_MICRO_STEPS, SOAK_STEPS)
@@ -289,14 +318,6 @@ def soak_here(micro_steps: int, steps: int, words: list[str]) -> None:
     }))  # fmt: skip
 
 
-def sweep_sizes(effective: int, finest: int) -> list[int]:
-    """Sizes of an exhaustive sweep: powers of two, the steps between them, and the near-equal cuts."""
-    sizes = {2**power for power in range(effective.bit_length()) if 2**power <= effective}
-    sizes |= {3 * 2**power for power in range(1, effective.bit_length()) if 3 * 2**power <= effective}
-    sizes |= {-(-effective // k) for k in range(1, finest + 1)}
-    return sorted(sizes)
-
-
 def make_project(folder: Path, images: int, side: int) -> None:
     """A user's folder with the ViT recipe and random images, made once."""
     (folder / "recipes").mkdir(parents=True, exist_ok=True)
@@ -337,27 +358,35 @@ def header() -> dict[str, Any]:
     }
 
 
-def run_stages(bench: Bench, arguments: argparse.Namespace) -> None:
-    for effective in arguments.effective or bench.effective_batches:
-        other = effective - effective // 4  # within the stored curve: a re-plan, not a new trial
-        stages: dict[str, Callable[[], object]] = {
-            "plan": lambda e=effective, o=other: bench.plan(e, o),  # type: ignore[misc]
-            "sweep": lambda e=effective: bench.sweep(e),  # type: ignore[misc]
-            "whole": lambda e=effective: bench.whole(e),  # type: ignore[misc]
-            "soak": lambda e=effective: bench.soak(e),  # type: ignore[misc]
-        }
-        for stage in arguments.stage:
-            if stage in bench.part(effective):
-                continue
-            if bench.seconds_left < 20:
-                print("time is up: call again to go on", flush=True)
+def run_stages(bench: Bench, stages: list[str]) -> None:
+    """Run what is missing of the stages, as far as time allows; soaks last, the prime effective batch first."""
+    first, second = bench.effective_batches
+    done: dict[str, Callable[[], bool]] = {
+        "plan": lambda: "plan" in bench.part(second),
+        "sweep": lambda: "sweep" in bench.part(second),
+        "whole": lambda: "whole" in bench.part(second),
+        "soak": lambda: "soak" in bench.part(first),
+    }
+    for stage in stages:
+        if done[stage]():
+            continue
+        print(f"--- {stage}, {bench.seconds_left:.0f} s left", flush=True)
+        match stage:
+            case "plan":
+                bench.plan()
+            case "sweep" if not bench.sweep():
                 return
-            print(f"--- {stage} at batch.effective={effective}", flush=True)
-            done = stages[stage]()
-            bench.save()
-            if done is False:
-                print("time is up: call again to go on", flush=True)
-                return
+            case "whole":
+                bench.whole()
+            case "soak":
+                for effective in (second, first):
+                    if "soak" not in bench.part(effective) and bench.seconds_left > 60:
+                        bench.soak(effective)
+                        bench.save()
+        bench.save()
+        if bench.seconds_left < 40:
+            print("time is up: call again to go on", flush=True)
+            return
 
 
 def main() -> None:
@@ -367,14 +396,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workload", choices=[*WORKLOADS, "all"], default="all")
+    parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
     parser.add_argument("--stage", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--effective", type=int, nargs="+")
     parser.add_argument("--seconds", type=float, default=540.0)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "gatrain_tuner_sweep")
     parser.add_argument("--smoke", action="store_true", help="tiny models on the CPU")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    arguments.deadline = time.monotonic() + arguments.seconds
     today = datetime.date.today().isoformat()
     kind = "tuner_sweep_smoke" if arguments.smoke else "tuner_sweep"
     out = (arguments.out or Path(__file__).parent / "results" / f"{kind}_{today}.json").resolve()
@@ -383,16 +412,26 @@ def main() -> None:
         result = json.loads(out.read_text())
     result = result or header()
     result["commands"].append(" ".join(["python", *sys.argv]))
-    for name in WORKLOADS if arguments.workload == "all" else [arguments.workload]:
+    for name in arguments.workload:
         bench = Bench(name, arguments, out, result)
-        run_stages(bench, arguments)
+        began = time.monotonic()
+        try:
+            run_stages(bench, arguments.stage)
+        except Exception as error:  # the other workloads still count
+            result.setdefault("errors", []).append(f"{name}: {type(error).__name__}: {error}")
+            print(f"{name} failed: {type(error).__name__}: {error}", flush=True)
+        finally:
+            bench.close()
+            bench.save()
+        print(f"{name} took {time.monotonic() - began:.0f} s", flush=True)
         for effective in bench.effective_batches:
             part = bench.part(effective)
             ratio = part.get("whole", {}).get("plan_over_best")
             planned = part.get("plan", {})
             print(
                 name, effective, planned.get("plan", {}).get("equation"), "plan / best of the sweep:", ratio,
-                "plan in", planned.get("empty_caches_s"), "s, soak:", part.get("soak", {}).get("within_budget"),
+                "plan in", planned.get("empty_caches_s", planned.get("from_stored_curves_s")),
+                "s, soak:", part.get("soak", {}).get("within_budget"), flush=True,
             )  # fmt: skip
 
 
