@@ -221,8 +221,8 @@ def test_another_node_trusts_only_a_heartbeat_that_changes(
 ) -> None:
     run_dir = RunDir(tmp_path)
     nodes = Nodes(1, nnodes=2, endpoint="localhost:1", run_id="this-run")
-    with beating(run_dir, nodes) as ready:
-        ready()
+    with beating(run_dir, nodes) as heart:
+        heart.ready()
         assert wait_for_node_0(run_dir) == "this-run"
     assert not run_dir.heartbeat.exists()
     monkeypatch.setenv("GATRAIN_JOIN_TIMEOUT_S", "0.5")

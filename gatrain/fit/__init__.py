@@ -27,14 +27,14 @@ from gatrain.errors import (
 )
 from gatrain.fit import record
 from gatrain.fit.claim import choose_folder, claimed, remove_run
-from gatrain.fit.heartbeat import beating, wait_for_node_0
+from gatrain.fit.heartbeat import Heartbeat, beating, wait_for_node_0
 from gatrain.inspection import check_modules, inspect_run
 from gatrain.launch import slurm
 from gatrain.launch.join import MeetingPoint
 from gatrain.launch.nodes import Nodes
 from gatrain.plan import Plan
 from gatrain.rundir import RunDir, locked, open_run_dir, read_json, write_json, write_text
-from gatrain.tune.hardware import Hardware, detect_hardware
+from gatrain.tune.hardware import Hardware, detect_hardware, weakest
 
 WORKER = "gatrain.worker"
 
@@ -140,15 +140,16 @@ def fit(
         if RunDir(path).saved_steps():
             return resume(path, (), request, listener)
         remove_run(RunDir(path))  # the first attempt ended before it had saved anything
-    with claimed(path, named) as run_dir, beating(run_dir, nodes) as ready:
-        plan = _plan(composed.config, composed.yaml, hardware, nodes, listener, cwd, retune)
+    with claimed(path, named) as run_dir, beating(run_dir, nodes) as heart:
+        hardware = weakest(hardware, heart.hardware_of_others())
+        plan = _plan(composed.config, composed.yaml, hardware, nodes, listener, cwd, retune, run_dir, heart)
         lines = [f"recipe={composed.recipe}", *map(record.redact, composed.overrides)]
         write_json(run_dir.env, record.environment(composed.recipe, composed.recipe_file, lines, cwd))
         write_text(run_dir.overrides, "\n".join(lines) + "\n")
         _write_plan(run_dir, plan, hardware)
         write_text(run_dir.config, composed.yaml, mode=0o600)  # a value given literally may be a secret
         listener.planned(plan, run_dir.path)
-        ready()
+        heart.ready()
         return _launch(run_dir, nodes, hardware, request, cwd)
 
 
@@ -181,11 +182,12 @@ def resume(
     _check_port(nodes)
     if nodes.node_rank > 0:
         return _follow(run_dir, nodes, hardware, request, listener, cwd)
-    with locked(run_dir), beating(run_dir, nodes) as ready:
+    with locked(run_dir), beating(run_dir, nodes) as heart:
         plan = run_dir.load_plan()
         asks_again = any(_covers(known, key) for known in _REPLAN_KEYS for key in changed)
         if asks_again or _moved(run_dir, plan, hardware, nodes):
-            plan = _plan(config, config_yaml, hardware, nodes, listener, cwd)
+            hardware = weakest(hardware, heart.hardware_of_others())
+            plan = _plan(config, config_yaml, hardware, nodes, listener, cwd, run_dir=run_dir, heart=heart)
             _write_plan(run_dir, plan, hardware)
         if overrides:
             write_text(run_dir.config, config_yaml, mode=0o600)
@@ -195,7 +197,7 @@ def resume(
             with contextlib.suppress(OSError):
                 write_text(run_dir.overrides, run_dir.overrides.read_text(encoding="utf-8") + note)
         listener.planned(plan, run_dir.path)
-        ready()
+        heart.ready()
         return _launch(run_dir, nodes, hardware, request, cwd)
 
 
@@ -251,11 +253,16 @@ def _plan(
     listener: Listener,
     cwd: Path,
     retune: bool = False,
+    run_dir: RunDir | None = None,
+    heart: Heartbeat | None = None,
 ) -> Plan:
     from gatrain.tune import make_plan_for, trial_host
 
     listener.progress("Looking at the model and the data")
-    with trial_host(config, hardware, nodes, cwd) as host:
+    options: dict[str, Any] = {}
+    if run_dir is not None and heart is not None and nodes.nnodes > 1:
+        options = {"shared": run_dir.path, "announce": heart.announce}
+    with trial_host(config, hardware, nodes, cwd, **options) as host:
         if hardware.device == "cuda":
             host.start()  # its imports take as long as the look at the data
         facts = inspect_run(config_yaml, cwd)
@@ -306,8 +313,12 @@ def _follow(
     run_dir: RunDir, nodes: Nodes, hardware: Hardware, request: WorldRequest, listener: Listener, cwd: Path
 ) -> Outcome:
     """On a node other than 0: wait until node 0 has prepared the run folder, then start this node's ranks."""
+    from gatrain.tune.host import Follower
+
     listener.progress(f"Waiting for node 0 to prepare {run_dir.path}")
-    nodes = replace(nodes, run_id=wait_for_node_0(run_dir))
+    with Follower(nodes.node_rank, cwd) as trials:
+        run_id = wait_for_node_0(run_dir, nodes.node_rank, hardware, trials.join)
+    nodes = replace(nodes, run_id=run_id)
     return _launch(run_dir, nodes, hardware, request, cwd)
 
 

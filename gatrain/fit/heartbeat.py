@@ -2,7 +2,8 @@
 
 Node 0 rewrites one small file every two seconds, first as ``preparing``, then as ``ready``. A file left over
 from an earlier run looks the same but never changes, so a node trusts it only after it has seen it change:
-clocks of different machines need not agree.
+clocks of different machines need not agree. The other nodes answer with what hardware they have, beside the beat
+that they heard; and they take part in the trials on the folder that node 0 names.
 """
 
 from __future__ import annotations
@@ -13,59 +14,118 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from gatrain.errors import LaunchError, RunFolderError
 from gatrain.launch import protocol
 from gatrain.launch.nodes import Nodes
 from gatrain.rundir import RunDir, read_json, write_json
+from gatrain.tune.hardware import Hardware
 
 BEAT_S = 2.0
+POLL_S = 0.2
 SILENCE_S = 60.0
 """A node once heard of and then silent for this long is gone; network file systems show changes late."""
 
 
-@contextlib.contextmanager
-def beating(run_dir: RunDir, nodes: Nodes) -> Iterator[Callable[[], None]]:
-    """Tell the other nodes that node 0 prepares; call what is yielded when the run folder is ready.
+class Heartbeat:
+    """Node 0's side. On a single node nothing is written and nobody is waited for."""
 
-    On a single node nothing is written.
-    """
-    if nodes.nnodes == 1:
-        yield lambda: None
-        return
-    state: dict[str, Any] = {"state": "preparing", "run_id": nodes.run_id, "beat": uuid.uuid4().hex}
-    changed, end = threading.Event(), threading.Event()
+    def __init__(self, run_dir: RunDir, nodes: Nodes) -> None:
+        self._run_dir, self._nodes = run_dir, nodes
+        self._state: dict[str, Any] = {"state": "preparing", "run_id": nodes.run_id, "trials": None}
+        self._beats: set[str] = set()
+        self._changed, self._end = threading.Event(), threading.Event()
 
-    def beat() -> None:
+    def ready(self) -> None:
+        """The run folder is complete: the others may start their ranks."""
+        self._tell(state="ready", trials=None)
+
+    def announce(self, trials: Path | None) -> None:
+        """The folder of trial processes that the others shall join; None: there are none (any more)."""
+        self._tell(trials=str(trials) if trials is not None else None)
+
+    def hardware_of_others(self) -> list[Hardware]:
+        """What the other nodes have, in the order of their ranks. Waits until all have answered.
+
+        Raises:
+            LaunchError: a node did not answer in time.
+        """
+        patience_s = protocol.seconds(protocol.JOIN_TIMEOUT_S, 300)
+        deadline = time.monotonic() + patience_s
+        found: dict[int, Hardware] = {}
+        missing = set(range(1, self._nodes.nnodes))
+        while missing:
+            for node_rank in sorted(missing):
+                with contextlib.suppress(RunFolderError, KeyError, TypeError):
+                    answer = read_json(_answer(self._run_dir, node_rank))
+                    if answer["heard"] in self._beats:
+                        found[node_rank] = Hardware.from_dict(answer["hardware"])
+            missing -= found.keys()
+            if missing and time.monotonic() > deadline:
+                raise LaunchError(
+                    f"node rank {', '.join(map(str, sorted(missing)))} did not come within {patience_s:g} s. Start "
+                    f"gatrain there with the same --nnodes and --rdzv-endpoint, each with its own --node-rank, and "
+                    f"the same run.dir on a file system that all nodes share. {protocol.JOIN_TIMEOUT_S} changes "
+                    "how long they wait."
+                )
+            time.sleep(POLL_S if missing else 0)
+        return [found[node_rank] for node_rank in sorted(found)]
+
+    def _tell(self, **what: Any) -> None:
+        self._state |= what
+        self._changed.set()
+
+    def _run(self) -> None:
         until = float("inf")
-        while not end.is_set() and time.monotonic() < until:
-            if state["state"] == "ready" and until == float("inf"):
+        while not self._end.is_set() and time.monotonic() < until:
+            if self._state["state"] == "ready" and until == float("inf"):
                 # a node that comes later than this is refused by the others anyway
                 until = time.monotonic() + 2 * protocol.seconds(protocol.JOIN_TIMEOUT_S, 300)
-            state["beat"] = uuid.uuid4().hex
+            beat = uuid.uuid4().hex
+            self._beats.add(beat)
             with contextlib.suppress(OSError):
-                write_json(run_dir.heartbeat, state)
-            changed.wait(BEAT_S)
-            changed.clear()
+                write_json(self._run_dir.heartbeat, {**self._state, "beat": beat})
+            self._changed.wait(BEAT_S)
+            self._changed.clear()
 
-    def ready() -> None:
-        state["state"] = "ready"
-        changed.set()
 
-    thread = threading.Thread(target=beat, name="gatrain-heartbeat", daemon=True)
+@contextlib.contextmanager
+def beating(run_dir: RunDir, nodes: Nodes) -> Iterator[Heartbeat]:
+    """Tell the other nodes that node 0 prepares, until the context ends."""
+    heart = Heartbeat(run_dir, nodes)
+    if nodes.nnodes == 1:
+        yield heart
+        return
+    thread = threading.Thread(target=heart._run, name="gatrain-heartbeat", daemon=True)
     thread.start()
     try:
-        yield ready
+        yield heart
     finally:
-        end.set()
-        changed.set()
+        heart._end.set()
+        heart._changed.set()
         thread.join()
         run_dir.heartbeat.unlink(missing_ok=True)
+        for node_rank in range(1, nodes.nnodes):
+            _answer(run_dir, node_rank).unlink(missing_ok=True)
 
 
-def wait_for_node_0(run_dir: RunDir) -> str:
+def _answer(run_dir: RunDir, node_rank: int) -> Path:
+    return run_dir.heartbeat.with_name(f".node_{node_rank}.json")
+
+
+def wait_for_node_0(
+    run_dir: RunDir,
+    node_rank: int = 1,
+    hardware: Hardware | None = None,
+    join: Callable[[str | None], None] = lambda trials: None,
+) -> str:
     """Wait until node 0 says that the run folder is ready; return the run's id.
+
+    Args:
+        hardware: what this node has, for node 0 to plan with.
+        join: told each time which folder of trial processes this node shall be part of; None: of none.
 
     Raises:
         LaunchError: node 0 was not heard of in time, or went silent.
@@ -82,7 +142,11 @@ def wait_for_node_0(run_dir: RunDir) -> str:
             elif told.get("beat") != first:
                 if told.get("state") == "ready":
                     return str(told.get("run_id", "gatrain"))
+                if heard is None and hardware is not None:
+                    answer = {"heard": told.get("beat"), "hardware": hardware.to_dict()}
+                    write_json(_answer(run_dir, node_rank), answer)
                 first, heard = told.get("beat"), now
+                join(told.get("trials"))
         if heard is None and now - start > patience_s:
             raise LaunchError(
                 f"node 0 was not heard of in {run_dir.path} within {patience_s:g} s. Does gatrain run there "
@@ -93,4 +157,4 @@ def wait_for_node_0(run_dir: RunDir) -> str:
             raise LaunchError(f"node 0 gave up while it prepared {run_dir.path}; its own output says why.")
         with contextlib.suppress(OSError):
             os.listdir(run_dir.path)  # makes a network file system look again
-        time.sleep(0.2)
+        time.sleep(POLL_S)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from gatrain import batch
 from gatrain.config import RunConfig
@@ -92,11 +93,17 @@ def make_plan_for(
     return planner.plan()
 
 
-def trial_host(config: RunConfig, hardware: Hardware, nodes: Nodes, cwd: Path | None = None) -> TrialHost:
-    """Trial processes for these questions, not started yet: `TrialHost.start` lets their imports begin early."""
+def trial_host(
+    config: RunConfig, hardware: Hardware, nodes: Nodes, cwd: Path | None = None, **options: Any
+) -> TrialHost:
+    """Trial processes for these questions, not started yet: `TrialHost.start` lets their imports begin early.
+
+    Args:
+        options: ``shared`` and ``announce`` of `TrialHost`, for several nodes.
+    """
     question = settings.resolve(config, hardware)
     compiles = question.tries_compile or question.base.compile
-    return TrialHost(nodes, hardware.device, cwd, compiles=compiles)
+    return TrialHost(nodes, hardware.device, cwd, compiles=compiles, **options)
 
 
 def remembered_plan(

@@ -14,7 +14,7 @@ import math
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,38 @@ def detect_hardware(device: str = "auto") -> Hardware:
         total_memory_bytes=total_memory(),
         torch=torch_version,
         hostname=socket.gethostname(),
+    )
+
+
+def weakest(own: Hardware, others: Sequence[Hardware]) -> Hardware:
+    """This node's hardware as far as every other node can follow: the least memory, GPU by GPU, and all names.
+
+    Raises:
+        LaunchError: one node computes on GPUs and another on the CPU.
+    """
+    for node_rank, other in enumerate(others, start=1):
+        if other.device != own.device:
+            raise LaunchError(
+                f"node 0 computes on {own.describe()} ({own.device}), but node {node_rank} on {other.describe()} "
+                f"({other.device}: {other.reason}). Use device={own.device} and the same kind of node everywhere."
+            )
+    gpus = []
+    for gpu in own.gpus:
+        alike = [gpu, *(g for other in others for g in other.gpus if g.index == gpu.index)]
+        gpus.append(
+            dataclasses.replace(
+                gpu,
+                name=" / ".join(dict.fromkeys(g.name for g in alike)),
+                total_bytes=min(g.total_bytes for g in alike),
+                free_bytes=min(g.free_bytes for g in alike),
+                capability=min(g.capability for g in alike),
+            )
+        )
+    return dataclasses.replace(
+        own,
+        gpus=gpus,
+        memory_bytes=min(h.memory_bytes for h in (own, *others)),
+        total_memory_bytes=min(h.total_memory_bytes for h in (own, *others)),
     )
 
 

@@ -4,11 +4,12 @@ Importing torch and its compiler takes as long as many trials. So that happens o
 and may start while the parent still looks at the model and the data (`TrialHost.start`).
 
     parent            TrialHost: FOLDER/requests, one line for each folder that holds a trial spec
-    host process      python -m gatrain.tune.host FOLDER: imports, forks one rank for each process of this node
+    host process      python -m gatrain.tune.host FOLDER NODE: imports, forks one rank for each process of this node
     ranks             gatrain.tune.trial.work: measure; rank 0 leaves `answered` in the request's folder
 
 The host never touches a GPU: a CUDA context does not survive a fork. Ranks are set up by `gatrain.rank`, like those
-of a training; the trial's world is this machine.
+of a training, and form the same world: with several nodes the folders lie in the run folder that all share, and
+each other node starts a host process on the folder that node 0 announces (`Follower`).
 """
 
 from __future__ import annotations
@@ -22,20 +23,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from gatrain import rank
 from gatrain.errors import EXIT_CODES, GatrainError, LaunchError, RunFolderError, WorkerError
 from gatrain.launch import protocol
 from gatrain.launch.failure import Exit, first_cause
-from gatrain.launch.net import LOOPBACK, listen
-from gatrain.launch.nodes import Nodes
+from gatrain.launch.net import LOOPBACK, address_towards, interface_of, listen
+from gatrain.launch.nodes import Nodes, parse_endpoint
 from gatrain.rundir import RunDir, read_json, write_json
 
-WORLD, REQUESTS, ANSWERED, FAILED, LOG = "world.json", "requests", "answered", "failed.json", "host.log"
+WORLD, REQUESTS, ANSWERED, FAILED = "world.json", "requests", "answered", "failed.json"
 CLOSE = "close"
 """The request that ends the ranks."""
 WORK = "gatrain.tune.trial"
@@ -50,15 +51,30 @@ class TrialHost:
     """The parent's handle: started on the first request or by `start`, restarted after a crash. A context manager.
 
     Args:
-        nodes: trials use this node's part of it.
+        nodes: the world; this is node 0.
         device: ``cpu`` or ``cuda``.
         cwd: working directory of the ranks, first on their import path; None is the current one.
         compiles: import torch's compiler, too.
+        shared: with several nodes, a folder that all can read and write.
+        announce: told the folder that the other nodes shall `join`, and None when it is over.
     """
 
-    def __init__(self, nodes: Nodes, device: str, cwd: Path | None = None, *, compiles: bool = False) -> None:
-        self._world = {"nproc": nodes.nproc, "device": device, "compiles": compiles}
+    def __init__(
+        self,
+        nodes: Nodes,
+        device: str,
+        cwd: Path | None = None,
+        *,
+        compiles: bool = False,
+        shared: Path | None = None,
+        announce: Callable[[Path | None], None] = lambda folder: None,
+    ) -> None:
+        self._nodes = nodes
+        self._world = {"nproc": nodes.nproc, "nnodes": nodes.nnodes, "device": device, "compiles": compiles}
         self._cwd = cwd
+        self.shared = shared
+        """Where the folders of requests must lie; None where any place will do."""
+        self._announce = announce
         self._folder: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -75,20 +91,11 @@ class TrialHost:
         if self._process is not None and self._process.poll() is None:
             return
         self.close(at_once=True)
-        self._folder = Path(tempfile.mkdtemp(prefix="gatrain_host_"))  # private to this user
-        write_json(self._folder / WORLD, self._world)
+        self._folder = Path(tempfile.mkdtemp(prefix="gatrain_host_", dir=self.shared))  # private to this user
+        write_json(self._folder / WORLD, self._world | _meeting_place(self._nodes))
         (self._folder / REQUESTS).touch()
-        environ = {**os.environ, protocol.LAUNCHER_PID: str(os.getpid())}
-        with open(self._folder / LOG, "ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "gatrain.tune.host", str(self._folder)],
-                cwd=self._cwd,
-                env=environ,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,  # a terminal's Ctrl-C reaches the parent alone
-            )
+        self._process = join(self._folder, 0, self._cwd)
+        self._announce(self._folder)
 
     def __call__(self, folder: Path) -> None:
         """Let the ranks answer one request and wait for it.
@@ -129,17 +136,16 @@ class TrialHost:
         """
         process, folder = self._process, self._folder
         self._process = self._folder = None
-        if process is not None and folder is not None:
-            if not at_once and process.poll() is None:
-                with open(folder / REQUESTS, "a", encoding="utf-8") as file:
-                    file.write(f"{CLOSE}\n")
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(CLOSE_S)
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)  # the host leads the group that holds all ranks
-            process.wait()
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+        if process is None or folder is None:
+            return
+        if not at_once and process.poll() is None:
+            with open(folder / REQUESTS, "a", encoding="utf-8") as file:
+                file.write(f"{CLOSE}\n")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(CLOSE_S)
+        end(process)
+        self._announce(None)
+        shutil.rmtree(folder, ignore_errors=True)
 
     def _raise(self) -> NoReturn:
         """Say why the host has failed."""
@@ -148,10 +154,66 @@ class TrialHost:
         try:
             failed = read_json(self._folder / FAILED)
         except RunFolderError:
-            lines = (self._folder / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            lines = _log(self._folder, 0).read_text(encoding="utf-8", errors="replace").strip().splitlines()
             text = f"the trial processes ended with status {self._process.returncode}."
             raise LaunchError("\n".join([text, *(f"  {line}" for line in lines[-3:])])) from None
         raise EXIT_CODES.get(failed["exit_code"], GatrainError)(failed["message"])
+
+
+class Follower:
+    """Another node's part in the trials of node 0. A context manager."""
+
+    def __init__(self, node_rank: int, cwd: Path | None) -> None:
+        self._node_rank, self._cwd = node_rank, cwd
+        self._folder: str | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Follower:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.join(None)
+
+    def join(self, folder: str | None) -> None:
+        """Take part in the trials of this folder and of no other; a folder is joined once."""
+        if folder == self._folder:
+            return
+        if self._process is not None:
+            end(self._process)
+        self._folder = folder
+        self._process = join(Path(folder), self._node_rank, self._cwd) if folder is not None else None
+
+
+def join(folder: Path, node_rank: int, cwd: Path | None) -> subprocess.Popen[bytes]:
+    """Start this node's host process on a folder. It ends with its ranks, when node 0 says so."""
+    with open(_log(folder, node_rank), "ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "gatrain.tune.host", str(folder), str(node_rank)],
+            cwd=cwd,
+            env={**os.environ, protocol.LAUNCHER_PID: str(os.getpid())},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # a terminal's Ctrl-C reaches the parent alone
+        )
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Kill a host process with its ranks, if they are still there, and wait until their memory is free."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)  # the host leads the group that holds all ranks
+    process.wait()
+
+
+def _log(folder: Path, node_rank: int) -> Path:
+    return folder / f"host_{node_rank}.log"
+
+
+def _meeting_place(nodes: Nodes) -> dict[str, object]:
+    """Where the ranks meet: an address of node 0, as the user gave it, and a port that is free there now."""
+    host = parse_endpoint(nodes.endpoint)[0] if nodes.endpoint and nodes.nnodes > 1 else LOOPBACK
+    with contextlib.closing(listen("" if nodes.nnodes > 1 else LOOPBACK, 0)) as free:
+        return {"address": host, "port": free.getsockname()[1]}
 
 
 def requests(folder: Path, seen: int = 0) -> Iterator[str | None]:
@@ -171,41 +233,43 @@ def requests(folder: Path, seen: int = 0) -> Iterator[str | None]:
 # --- the host process -----------------------------------------------------------------------------------
 
 
-def main(folder: Path) -> int:
+def main(folder: Path, node_rank: int) -> int:
     """Import, fork the ranks, wait for them. Returns the exit code; the reason of a failure is in `FAILED`."""
     rank.die_with_launcher()
     world = read_json(folder / WORLD)
-    os.environ.update(_environment(world))
+    os.environ.update(_environment(world, node_rank))
     for module in ("torch", WORK, *(COMPILER if world["compiles"] else ())):
         importlib.import_module(module)
     began, ranks = time.time(), {}
     for local_rank in range(world["nproc"]):
         pid = os.fork()
         if pid == 0:
-            _become_rank(local_rank, folder)
-        ranks[pid] = local_rank
+            _become_rank(local_rank, node_rank * world["nproc"] + local_rank, folder)
+        ranks[pid] = node_rank * world["nproc"] + local_rank
     exits, killed = _wait(ranks)
     if not exits:
         return 0
     cause = first_cause(RunDir(folder), exits, began, killed)
     error = cause.error if cause else WorkerError("the trial processes ended without a reason.")
-    write_json(folder / FAILED, {"exit_code": error.exit_code, "message": str(error)})
+    if node_rank == 0:
+        write_json(folder / FAILED, {"exit_code": error.exit_code, "message": str(error)})
     return 1
 
 
-def _environment(world: dict[str, object]) -> dict[str, str]:
+def _environment(world: dict[str, Any], node_rank: int) -> dict[str, str]:
     """What torchrun would tell the ranks, and what keeps this process from waking the driver."""
-    nproc = int(str(world["nproc"]))
+    nproc, address = int(world["nproc"]), str(world["address"])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     wanted = {"OMP_NUM_THREADS": str(max(1, cores // nproc)), "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    with contextlib.closing(listen(LOOPBACK, 0)) as free:
-        port = free.getsockname()[1]
+    own = address if node_rank == 0 else address_towards(address, int(world["port"]))
+    if interface := interface_of(own):
+        wanted["GLOO_SOCKET_IFNAME"] = interface
     return {name: value for name, value in wanted.items() if name not in os.environ} | {
-        "WORLD_SIZE": str(nproc),
+        "WORLD_SIZE": str(nproc * int(world["nnodes"])),
         "LOCAL_WORLD_SIZE": str(nproc),
-        "MASTER_ADDR": LOOPBACK,
-        "MASTER_PORT": str(port),
-        protocol.NODE_RANK: "0",
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(world["port"]),
+        protocol.NODE_RANK: str(node_rank),
         protocol.DEVICE: str(world["device"]),
         protocol.LAUNCHER_PID: str(os.getpid()),
         # torch then asks NVML whether there is a GPU, and not the driver, which no fork may have seen
@@ -213,8 +277,8 @@ def _environment(world: dict[str, object]) -> dict[str, str]:
     }
 
 
-def _become_rank(local_rank: int, folder: Path) -> NoReturn:
-    os.environ |= {"RANK": str(local_rank), "LOCAL_RANK": str(local_rank)}
+def _become_rank(local_rank: int, global_rank: int, folder: Path) -> NoReturn:
+    os.environ |= {"RANK": str(global_rank), "LOCAL_RANK": str(local_rank)}
     sys.argv = [WORK, str(folder)]
     try:
         rank.main(importlib.import_module(WORK).work)
@@ -230,9 +294,9 @@ def _wait(ranks: dict[int, int]) -> tuple[list[Exit], set[int]]:
     while left:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid in left:
-            local_rank, code = left.pop(pid), os.waitstatus_to_exitcode(status)
+            global_rank, code = left.pop(pid), os.waitstatus_to_exitcode(status)
             if code != 0:
-                exits.append(Exit(local_rank, pid, code, time.time()))
+                exits.append(Exit(global_rank, pid, code, time.time()))
                 end_at = min(end_at, time.monotonic() + SURVIVORS_S)
         elif pid == 0:
             time.sleep(POLL_S)
@@ -244,4 +308,4 @@ def _wait(ranks: dict[int, int]) -> tuple[list[Exit], set[int]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))

@@ -82,7 +82,8 @@ class Planner:
         self._trials = contextlib.ExitStack()
         if run is None:
             run = self._trials.enter_context(TrialHost(nodes, hardware.device, cwd, compiles=compiles))
-        self._runner = TrialRunner(config, run, limit, self._keep, progress)
+        shared = run.shared if isinstance(run, TrialHost) else None
+        self._runner = TrialRunner(config, run, limit, self._keep, progress, shared)
 
     def plan(self) -> Plan:
         """Measure what is missing and choose.

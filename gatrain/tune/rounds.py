@@ -35,6 +35,7 @@ class TrialRunner:
         max_seconds: time for all curves together, the start of the processes included.
         keep: called with every curve, complete or not, also when a person interrupts.
         progress: told one sentence per trial.
+        shared: a folder that the ranks of all nodes can read, where there are several.
     """
 
     def __init__(
@@ -44,8 +45,10 @@ class TrialRunner:
         max_seconds: float,
         keep: Callable[[Curve], None],
         progress: Progress,
+        shared: Path | None = None,
     ) -> None:
         self._config = config
+        self._shared = shared
         self._run = run
         self._deadline = time.time() + max_seconds
         self._max_seconds = max_seconds
@@ -87,7 +90,9 @@ class TrialRunner:
             whole=whole,
         )
         answers, error = Answers(), None
-        with tempfile.TemporaryDirectory(prefix="gatrain_tune_", ignore_cleanup_errors=True) as name:
+        with tempfile.TemporaryDirectory(
+            prefix="gatrain_tune_", dir=self._shared, ignore_cleanup_errors=True
+        ) as name:
             folder = Path(name)  # private to this user: the config in it may hold resolved secrets
             asked.write(folder)
             # JSON is YAML as well

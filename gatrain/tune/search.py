@@ -146,10 +146,7 @@ def candidates(curve: Curve, effective_batch: int, world_size: int) -> list[Cand
 
 
 def unequal_shares(curve: Curve, effective_batch: int, world_size: int) -> tuple[int, ...]:
-    """Shares in proportion to the ranks' measured speeds; empty where equal ones are as good.
-
-    Trials run on one node, so the ranks of every node are taken to be like those.
-    """
+    """Shares in proportion to the ranks' measured speeds; empty where equal ones are as good."""
     factors = _factors(curve, world_size)
     if not factors:
         return ()
@@ -159,7 +156,7 @@ def unequal_shares(curve: Curve, effective_batch: int, world_size: int) -> tuple
 
 def _factors(curve: Curve, world_size: int) -> tuple[float, ...]:
     factors = curve.rank_factors
-    return factors * (world_size // len(factors)) if factors and world_size % len(factors) == 0 else ()
+    return factors if len(factors) == world_size else ()
 
 
 def _is_vouched_for(curve: Curve, size: int) -> bool:

@@ -1,8 +1,4 @@
-"""Whole optimizer steps of the finalists, timed in turn, as training runs them. In a trial process.
-
-Every rank of this node computes its own share; with more nodes than one the step lacks their part of the
-reduction, which is the same for all finalists.
-"""
+"""Whole optimizer steps of the finalists, timed in turn, as training runs them. In a trial process."""
 
 from __future__ import annotations
 

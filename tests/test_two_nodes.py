@@ -1,0 +1,133 @@
+"""Two nodes plan together: both take part in the trials, the weaker one is respected, and nobody hangs."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_tune_real import MODULE
+
+from gatrain.errors import LaunchError
+from gatrain.launch.nodes import Nodes
+from gatrain.plan import DOES_NOT_FIT, FAILED, FITS
+from gatrain.tune.hardware import Gpu, Hardware, weakest
+
+RECIPE = """
+defaults: [base, {override optimizer: sgd}, _self_]
+model: {_target_: misbehaving.Model, what: WHAT, at: 4, rank: 1}
+data: {_target_: misbehaving.data}
+loss: {_target_: torch.nn.CrossEntropyLoss}
+train: {steps: 2}
+tune: {max_seconds: 60}
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def fit_on_two_nodes(folder: Path, what: str, *words: str) -> tuple[list[int], list[str], Path]:
+    """``gatrain launch`` on two nodes that are this machine: (exit codes, outputs, run folder)."""
+    (folder / "misbehaving.py").write_text(MODULE)
+    (folder / "recipes").mkdir(exist_ok=True)
+    (folder / "recipes/odd.yaml").write_text(RECIPE.replace("WHAT", what))
+    port = free_port()
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "gatrain", "launch", "--nproc", "1", "--nnodes", "2", "--node-rank", str(node),
+             "--rdzv-endpoint", f"127.0.0.1:{port}", "recipe=odd", "device=cpu", "run.dir=run", *words],
+            cwd=folder,
+            env=os.environ | {"GATRAIN_CACHE": str(folder / f"cache_{node}"), "GATRAIN_JOIN_TIMEOUT_S": "90"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for node in (0, 1)
+    ]  # fmt: skip
+    outputs = [node.communicate(timeout=240)[0] for node in nodes]
+    return [node.returncode for node in nodes], outputs, folder / "run"
+
+
+def plan_of(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run / "plan.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize(("what", "outcome"), [("memory", DOES_NOT_FIT), ("death", FAILED)])
+def test_what_fails_on_the_other_node_alone_counts_for_both(tmp_path: Path, what: str, outcome: str) -> None:
+    codes, outputs, run = fit_on_two_nodes(tmp_path, what, "batch.effective=17")
+    assert codes == [0, 0], "\n".join(outputs)
+    plan = plan_of(run)
+    assert {t["micro_batch"]: t["outcome"] for t in plan["trials"]} == {1: FITS, 2: FITS, 4: outcome}
+    assert plan["world_size"] == 2
+    assert [sum(sizes) for sizes in plan["micro_batches"]] == [9, 8]
+    assert plan["micro_batch"] <= 2
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 2  # and they trained by it
+    assert not list(run.glob("gatrain_*"))
+    assert not list(run.glob(".node_*"))
+
+
+def test_a_second_run_answers_from_the_cache_on_two_nodes(tmp_path: Path) -> None:
+    fit_on_two_nodes(tmp_path, "nothing", "batch.effective=8")
+    codes, outputs, run = fit_on_two_nodes(tmp_path, "nothing", "batch.effective=8", "run.dir=again")
+    assert codes == [0, 0], "\n".join(outputs)
+    assert "remembered" in plan_of(tmp_path / "again")["reason"]
+    assert "micro-batch 1: fits" not in "".join(outputs)
+    assert plan_of(run)["micro_batches"] == plan_of(tmp_path / "again")["micro_batches"]
+
+
+def test_a_node_that_does_not_come_is_named(tmp_path: Path) -> None:
+    (tmp_path / "misbehaving.py").write_text(MODULE)
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes/odd.yaml").write_text(RECIPE.replace("WHAT", "nothing"))
+    done = subprocess.run(
+        [sys.executable, "-m", "gatrain", "launch", "--nproc", "1", "--nnodes", "2", "--node-rank", "0",
+         "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "recipe=odd", "device=cpu", "run.dir=run"],
+        cwd=tmp_path,
+        env=os.environ | {"GATRAIN_JOIN_TIMEOUT_S": "2"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )  # fmt: skip
+    assert done.returncode == LaunchError.exit_code
+    assert "node rank 1 did not come within 2 s" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def gpu(name: str, total: int, free: int, capability: tuple[int, int] = (9, 0)) -> Gpu:
+    return Gpu(0, name, total, free, "GPU-1", capability)
+
+
+def test_the_weakest_node_speaks_for_all() -> None:
+    own = Hardware("cuda", "", [gpu("H100", 80, 70)], memory_bytes=9, total_memory_bytes=10)
+    other = Hardware("cuda", "", [gpu("A100", 40, 39, (8, 0))], memory_bytes=5, total_memory_bytes=6)
+    (found,) = (both := weakest(own, [other])).gpus
+    assert (found.name, found.total_bytes, found.free_bytes, found.capability) == (
+        "H100 / A100",
+        40,
+        39,
+        (8, 0),
+    )
+    assert (both.memory_bytes, both.total_memory_bytes) == (5, 6)
+    assert both.fingerprint() != own.fingerprint()
+    assert weakest(own, []) == weakest(own, [own]) == own
+    with pytest.raises(LaunchError, match="node 0 computes on 1 x H100"):
+        weakest(own, [Hardware("cpu", "no driver")])
+
+
+def test_one_node_waits_for_nobody(tmp_path: Path) -> None:
+    from gatrain.fit.heartbeat import beating
+    from gatrain.rundir import RunDir
+
+    with beating(RunDir(tmp_path), Nodes(2)) as heart:
+        assert heart.hardware_of_others() == []
+        heart.ready()
+    assert not list(tmp_path.iterdir())
