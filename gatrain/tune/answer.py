@@ -12,6 +12,7 @@ from gatrain.plan import FITS, Plan, StepSettings, Trial, make_plan
 from gatrain.tune import advice, curve, search
 from gatrain.tune.confirm import Verdict, WholeSteps
 from gatrain.tune.curve import Curve
+from gatrain.tune.estimate import memory_text
 from gatrain.tune.search import Candidate
 
 TimedCandidate = tuple[Candidate, WholeSteps]
@@ -102,6 +103,12 @@ def observations(
     elif chosen_curve.stopped in (curve.SLOWER, curve.LEVEL) and largest < share:
         why = "slower" if chosen_curve.stopped == curve.SLOWER else "no faster than the noise can show"
         notes.append(f"Micro-batches above {largest} were not tried: the last sizes were {why} per sample.")
+    near = min(chosen_curve.fitting, key=lambda m: abs(m.micro_batch - chosen.micro_batch))
+    if near.fragmentation_bytes:
+        notes.append(
+            f"Of the peak, {memory_text(near.fragmentation_bytes)} is memory cut up by the allocator, as measured; "
+            "the plan leaves room for as much again."
+        )
     notes += [
         f"{search.name(option, chosen).capitalize()} fits as a micro-step but failed as a whole step "
         f"({steps.error}), so it was not chosen."

@@ -5,18 +5,17 @@ The effective batch is not part of it: a curve answers for every effective batch
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
-import importlib.machinery
 import json
-import os
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gatrain.assets import cache_dir as cache_dir
 from gatrain.config import RunConfig
+from gatrain.dependencies import source_hash as source_hash
+from gatrain.dependencies import targets as targets
 from gatrain.errors import RunFolderError
 from gatrain.plan import StepSettings
 from gatrain.rundir import read_json, write_json
@@ -27,19 +26,10 @@ from gatrain.tune.hardware import Hardware
 
 VERSION = 1
 """Of the file's form and of the way of measuring: raise it when old measurements should not count."""
-MAX_SOURCE_FILES = 200
 MAX_CONFIRMATIONS = 50
 """The newest interleaved runs that a file keeps."""
 TRAINING = "gatrain.train.engine"
 """What trials time, whatever the user's own targets are."""
-
-
-def cache_dir() -> Path:
-    """``$GATRAIN_CACHE``, else ``$XDG_CACHE_HOME/gatrain``, else ``~/.cache/gatrain``."""
-    if own := os.environ.get("GATRAIN_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "gatrain"
 
 
 def fingerprint(
@@ -73,73 +63,6 @@ def fingerprint(
     }
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def targets(node: Any) -> Iterator[str]:
-    """Every ``_target_`` inside nested configuration nodes."""
-    if isinstance(node, dict):
-        if isinstance(node.get("_target_"), str):
-            yield node["_target_"]
-        for value in node.values():
-            yield from targets(value)
-    elif isinstance(node, list | tuple):
-        for value in node:
-            yield from targets(value)
-
-
-def source_hash(target: str, cwd: Path | None = None) -> str:
-    """Hash the source that ``target`` names, found on the path without importing anything.
-
-    Of the user's own work the whole package counts, or the module's file and those beside it that the name of
-    an import may reach; of an installed package the one file, for its version is in that text often enough.
-    """
-    names = target.split(".")
-    search = [str(cwd or Path.cwd()), *sys.path]
-    with contextlib.suppress(ImportError, ValueError, OSError, AttributeError):
-        spec = importlib.machinery.PathFinder.find_spec(names[0], search)
-        if spec is None or spec.origin is None:
-            return "not found"
-        origin = Path(spec.origin)
-        if origin.name != "__init__.py":
-            return _hash_files(_siblings(origin))
-        if names[0] == "gatrain":  # the part that is named; `TRAINING` stands for how it is used
-            return _hash_files(sorted(_deepest_file(origin, names[1:]).parent.glob("*.py")))
-        if not _is_installed(origin):
-            return _hash_files(sorted(origin.parent.rglob("*.py"))[:MAX_SOURCE_FILES])
-        return _hash_files([_deepest_file(origin, names[1:])])
-    return "not found"
-
-
-def _siblings(origin: Path) -> list[Path]:
-    if _is_installed(origin):
-        return [origin]
-    return [origin, *sorted(path for path in origin.parent.glob("*.py") if path != origin)[:MAX_SOURCE_FILES]]
-
-
-def _is_installed(origin: Path) -> bool:
-    """Installed packages do not change under the user's hands; Python's own library neither."""
-    return any(part in ("site-packages", "dist-packages", "lib-dynload") for part in origin.parts)
-
-
-def _deepest_file(origin: Path, names: Iterable[str]) -> Path:
-    """Follow ``a.b.c`` from a package's folder to the last file or package that exists."""
-    deepest, folder = origin, origin.parent
-    for name in names:
-        if (folder / f"{name}.py").is_file():
-            return folder / f"{name}.py"
-        if not (folder / name / "__init__.py").is_file():
-            break
-        folder = folder / name
-        deepest = folder / "__init__.py"
-    return deepest
-
-
-def _hash_files(paths: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(path.name.encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def plan_file(key: str) -> Path:

@@ -49,6 +49,8 @@ class Measurement:
     error: str | None = None
     rank_s: tuple[float, ...] = ()
     """Each rank's own ``micro_step_s``, in rank order."""
+    fragmentation_bytes: int = 0
+    """Part of the peak that no tensor filled."""
     compile_s: float | None = None
     """Seconds of the first micro-step of this size, compilation included, on the slowest rank."""
     is_estimate: bool = False

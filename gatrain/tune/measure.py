@@ -247,34 +247,38 @@ class SizeMeter:
         optimizer_s: list[float],
     ) -> Measurement:
         """Compare notes: slowest rank's times, largest peak, the loss that is furthest off. Collective."""
-        peak = self._memory.peak()
+        peak, fragmentation = self._memory.peak(), self._memory.fragmentation()
+        # a long run cuts memory up further than a few steps: there must be room for as much again
+        over = max(peak - self._memory.budget_bytes, peak + fragmentation - self._memory.free_bytes())
         mine = (
             # batches of different lengths are all part of the answer
             (statistics.fmean if self._batches.vary else TYPICAL[self._device.type])(micro_s),
             min(reduce_s),
             min(optimizer_s),
             peak,
-            peak - self._memory.budget_bytes,
+            over,
             loss,
             relative_error(micro_s),
+            fragmentation,
         )
         every = self._peers.gather(mine)
         losses = [each[5] for each in every]
         reference = self._reference
         if reference.loss is None and losses[0] is not None:
             reference.loss, reference.noise = losses[0], max(self._peers.gather(noise))
-        over = max(each[4] for each in every)
+        worst_over = max(each[4] for each in every)
         return Measurement(
             micro_batch=size,
-            outcome=DOES_NOT_FIT if over > 0 else FITS,
+            outcome=DOES_NOT_FIT if worst_over > 0 else FITS,
             peak_memory_bytes=max(each[3] for each in every),
+            fragmentation_bytes=max(each[7] for each in every),
             micro_step_s=max(each[0] for each in every),
             reduce_s=max(each[1] for each in every),
             optimizer_s=max(each[2] for each in every),
             loss=_furthest(losses, reference.loss),
             reference_loss=reference.loss,
             loss_noise=reference.noise,
-            error=f"its peak is {memory_text(over)} above what may be used" if over > 0 else None,
+            error=f"its peak is {memory_text(worst_over)} above what may be used" if worst_over > 0 else None,
             rank_s=tuple(each[0] for each in every),
             noise=max(each[6] for each in every),
         )

@@ -31,6 +31,12 @@ class Memory(Protocol):
     def base(self) -> int:
         """Use now."""
 
+    def fragmentation(self) -> int:
+        """What of the peak no tensor ever filled: cut up by the allocator."""
+
+    def free_bytes(self) -> int:
+        """All that this process could take, if it left no margin."""
+
     def release(self) -> None:
         """Give unused memory back, so that the next size starts from the same place."""
 
@@ -68,6 +74,13 @@ class GpuMemory:
     def base(self) -> int:
         return int(torch.cuda.memory_reserved(self._device)) + self._outside()
 
+    def fragmentation(self) -> int:
+        reserved = torch.cuda.max_memory_reserved(self._device)
+        return max(0, int(reserved - torch.cuda.max_memory_allocated(self._device)))
+
+    def free_bytes(self) -> int:
+        return self._free_at_start
+
     def release(self) -> None:
         with contextlib.suppress(RuntimeError):  # after a device error nothing can be released
             torch.cuda.empty_cache()
@@ -94,6 +107,12 @@ class HostMemory:
 
     def base(self) -> int:
         return _status("VmRSS") or self.peak()
+
+    def fragmentation(self) -> int:
+        return 0  # main memory comes in pages
+
+    def free_bytes(self) -> int:
+        return self.budget_bytes
 
     def release(self) -> None:
         pass
