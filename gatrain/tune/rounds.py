@@ -97,8 +97,7 @@ class TrialRunner:
             asked.write(folder)
             # JSON is YAML as well
             (folder / spec.CONFIG).write_text(json.dumps(dataclasses.asdict(self._config)), encoding="utf-8")
-            what = f"measuring {settings.describe(way)}" if sizes else "timing whole steps of the finalists"
-            self._progress(f"{what} in trial processes")
+            self._progress(_announcement(way, sizes, rises))
             try:
                 with listening(folder / spec.LINES, self._tell):
                     self._run(folder)
@@ -125,6 +124,15 @@ class TrialRunner:
 
     def _tell(self, measurement: Measurement) -> None:
         self._progress(sentence(measurement))
+
+
+def _announcement(way: StepSettings, sizes: Sequence[int], rises: bool) -> str:
+    if not sizes:
+        return "timing whole optimizer steps of the finalists, in turn"
+    what = f"measuring {settings.describe(way)}"
+    if rises:
+        return f"{what}: rising micro-batches"
+    return f"{what}: micro-batch {', '.join(map(str, sizes))}"
 
 
 def sentence(m: Measurement) -> str:
