@@ -1,4 +1,6 @@
-"""Where recipes and config groups are: the user's own folders first, then the ones that ship with gatrain.
+"""Where things are that belong to no run: recipes and config groups, and the folder of what is remembered.
+
+The user's own recipes and groups come first, then those that ship with gatrain.
 
 A wheel carries them inside the package; an editable install has them beside ``pyproject.toml``. They are
 plain folders of YAML on a real file system: running gatrain out of a zip file is not supported.
@@ -6,6 +8,7 @@ plain folders of YAML on a real file system: running gatrain out of a zip file i
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +26,14 @@ class Recipe:
     yours: bool
     description: str = ""
     shadows: Path | None = None
+
+
+def cache_dir() -> Path:
+    """``$GATRAIN_CACHE``, else ``$XDG_CACHE_HOME/gatrain``, else ``~/.cache/gatrain``."""
+    if own := os.environ.get("GATRAIN_CACHE"):
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "gatrain"
 
 
 def shipped_folder(name: str) -> Path:

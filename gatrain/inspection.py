@@ -1,40 +1,39 @@
 """A look at the user's work before anything is spent on it, in a process that ends and gives its memory back.
 
-The parent asks with `inspect_run`; the child (`python -m gatrain.inspection FOLDER`) imports every `_target_`,
-reads the data, and builds the model without memory.
+The parent asks with `inspect_run`, or with `begin_inspection` where it has something else to do meanwhile; the
+child (`python -m gatrain.inspection FOLDER`) imports every `_target_`, reads the data, and builds the model without
+ What is remembered (`gatrain.facts`) needs no child, and the parent never imports torch.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import gc
+import importlib
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+import types
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+from gatrain.assets import cache_dir
 from gatrain.config import RunConfig
+from gatrain.dependencies import State, Watch, named_paths
 from gatrain.errors import EXIT_CODES, ConfigError, DataError, GatrainError, nearest
-from gatrain.rundir import write_json, write_text
+from gatrain.facts import NODES, facts_key, is_known_code, keep, recall
+from gatrain.facts import RunFacts as RunFacts
+from gatrain.rundir import write_json
 
-_CONFIG, _RESULT = "config.yaml", "result.json"
-
-
-@dataclass(frozen=True)
-class RunFacts:
-    """What is known of a run's model and data before it starts."""
-
-    samples: int
-    eval_samples: int
-    fingerprint: str
-    """Of the training data: its source's own ``fingerprint`` if it has one, else its type and size."""
-    parameters: int
-    parameter_bytes: int
-    checkpointing_modes: tuple[str, ...]
-    """Modes of activation checkpointing that the model offers."""
+_CONFIG, _RESULT, _STDERR = "config.yaml", "result.json", "stderr.txt"
 
 
 def check_modules(config: RunConfig, cwd: Path) -> None:
@@ -59,37 +58,136 @@ def check_modules(config: RunConfig, cwd: Path) -> None:
         )
 
 
-def inspect_run(config_yaml: str, cwd: Path | None = None) -> RunFacts:
-    """Check targets, data and model of a composed configuration in a child process.
+def inspect_run(config_yaml: str, cwd: Path | None = None, remember: bool = True) -> RunFacts:
+    """Check targets, data and model of a composed configuration, in a child process unless it is remembered.
 
     Args:
         config_yaml: the configuration as `gatrain.compose` writes it.
         cwd: folder whose modules `_target_` may name; default the current one.
+        remember: False looks again, whatever is remembered. What is found is kept either way; errors never are.
 
     Raises:
         ConfigError, DataError: as found by the child, with its message.
     """
-    with tempfile.TemporaryDirectory(prefix="gatrain-inspect-") as name:
-        folder = Path(name)
-        write_text(folder / _CONFIG, config_yaml)
-        command = [sys.executable, "-m", "gatrain.inspection", str(folder)]
-        child = subprocess.run(command, cwd=cwd, capture_output=True, text=True, errors="replace")
-        if not (folder / _RESULT).is_file():
-            tail = "\n".join(child.stderr.strip().splitlines()[-3:])
+    with begin_inspection(config_yaml, cwd, remember) as inspection:
+        return inspection.facts()
+
+
+def begin_inspection(config_yaml: str, cwd: Path | None = None, remember: bool = True) -> Inspection:
+    """Begin what `inspect_run` does. Close what is returned, or use it as a context manager.
+
+    Raises:
+        OSError: the child cannot be started.
+    """
+    where = (cwd or Path.cwd()).resolve()
+    folder = Path(tempfile.mkdtemp(prefix="gatrain-inspect-"))
+    try:
+        (folder / _CONFIG).write_text(config_yaml, encoding="utf-8")
+        key, known = _look_up(folder / _CONFIG, where)
+        if known is not None and remember:
+            shutil.rmtree(folder, ignore_errors=True)
+            return Inspection(known)
+        return Inspection(None, folder, key, _start(folder, where))
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+class Inspection:
+    """A look that is under way, or remembered. As a context manager it ends its child, come what may."""
+
+    def __init__(
+        self,
+        known: RunFacts | None,
+        folder: Path | None = None,
+        key: str | None = None,
+        child: subprocess.Popen[bytes] | None = None,
+    ) -> None:
+        self.is_remembered = known is not None
+        """Whether the answer is there without a child."""
+        self._known = known
+        self._folder = folder
+        self._key = key
+        self._child = child
+
+    def facts(self) -> RunFacts:
+        """What was found; waits for the child.
+
+        Raises:
+            ConfigError, DataError: as found by the child, with its message.
+        """
+        if self._known is None:
+            try:
+                self._known = self._answer()
+            finally:  # also when the wait is interrupted
+                self.close()
+        return self._known
+
+    def close(self) -> None:
+        """End the child if it still runs, and remove its folder."""
+        if self._child is not None and self._child.poll() is None:
+            self._child.kill()
+            self._child.wait()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def __enter__(self) -> Inspection:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _answer(self) -> RunFacts:
+        assert self._child is not None
+        assert self._folder is not None
+        status = self._child.wait()
+        try:
+            result = json.loads((self._folder / _RESULT).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            said = b""
+            with contextlib.suppress(OSError):
+                said = (self._folder / _STDERR).read_bytes()
+            tail = "\n".join(said.decode(errors="replace").strip().splitlines()[-3:])
             raise GatrainError(
-                f"looking at the model and data failed (exit status {child.returncode}).\n{tail}"
-            )
-        result = json.loads((folder / _RESULT).read_text(encoding="utf-8"))
-    if "error" in result:
-        raise EXIT_CODES.get(result["exit_code"], GatrainError)(result["error"])
-    result["checkpointing_modes"] = tuple(result["checkpointing_modes"])
-    return RunFacts(**result)
+                f"looking at the model and data failed (exit status {status}).\n{tail}"
+            ) from None
+        if "error" in result:
+            raise EXIT_CODES.get(result["exit_code"], GatrainError)(result["error"])
+        found = RunFacts.from_dict(result["facts"])
+        if self._key is not None and result["reads"] is not None:
+            keep(self._key, found, result["reads"])
+        return found
 
 
-def _facts(folder: Path) -> RunFacts:
+def _look_up(path: Path, cwd: Path) -> tuple[str | None, RunFacts | None]:
+    """The key of a stored configuration, and what is remembered under it."""
     from gatrain.compose import load_config
 
-    config = load_config(folder / _CONFIG)
+    try:
+        config = load_config(path)
+    except GatrainError:  # the child says it
+        return None, None
+    key = facts_key(config, cwd)
+    return key, recall(key, config) if key is not None else None
+
+
+def _start(folder: Path, cwd: Path) -> subprocess.Popen[bytes]:
+    with (folder / _STDERR).open("wb") as said:  # a file never fills up, as a pipe that nobody reads does
+        return subprocess.Popen(
+            [sys.executable, "-m", "gatrain.inspection", str(folder)],
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+        )
+
+
+# --- the child ------------------------------------------------------------------------------------------
+
+
+def _look(config: RunConfig) -> RunFacts:
     import torch
 
     from gatrain import build
@@ -106,7 +204,8 @@ def _facts(folder: Path) -> RunFacts:
             else "the training data is empty."
         )
     try:
-        model = build.build_on_meta(task)
+        with _without_compiler():
+            model = build.build_on_meta(task)
     except GatrainError:
         raise
     except Exception:  # some models compute while they are built
@@ -125,10 +224,63 @@ def _facts(folder: Path) -> RunFacts:
     )
 
 
+@contextlib.contextmanager
+def _without_compiler() -> Iterator[None]:
+    """Save the second that importing torch's compiler takes, which has nothing to do here.
+
+    On the meta device much is computed by functions in Python that are marked to be left alone by the compiler,
+    and the first call of one imports it, only to set that mark. Meanwhile a stand-in sets no mark. Whoever asks
+    it for anything else, such as a model that compiles itself, gets the real one.
+    """
+    name = "torch._dynamo"
+    if name in sys.modules:
+        yield
+        return
+    import torch
+
+    stand_in = _StandIn(name)
+    sys.modules[name] = stand_in
+    torch._dynamo = stand_in  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        stand_in.leave()
+
+
+class _StandIn(types.ModuleType):
+    def disable(self, function: Any, *args: Any, **options: Any) -> Any:
+        return function
+
+    def leave(self) -> None:
+        import torch
+
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+            del torch._dynamo
+
+    def __getattr__(self, name: str) -> Any:
+        self.leave()
+        return getattr(importlib.import_module(self.__name__), name)
+
+
 def _main(folder: Path) -> None:
+    from gatrain.compose import load_config
+
     result: dict[str, Any]
     try:
-        result = asdict(_facts(folder))
+        config = load_config(folder / _CONFIG)
+        gc.disable()
+        import torch  # noqa: F401
+
+        gc.enable()
+        gc.freeze()  # a collection need not look through torch again and again
+        watch = None if is_known_code(config) else Watch()
+        found = _look(config)
+        reads: dict[str, State] | None = {}
+        if watch is not None:
+            named = named_paths({key: getattr(config, key) for key in NODES}, Path.cwd())
+            reads = watch.reads([cache_dir(), *(each.path for each in named)])
+        result = {"facts": asdict(found), "reads": reads}
     except GatrainError as error:
         result = {"error": str(error), "exit_code": error.exit_code}
     write_json(folder / _RESULT, result)
@@ -137,3 +289,6 @@ def _main(folder: Path) -> None:
 if __name__ == "__main__":
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # nothing here may take GPU memory
     _main(Path(sys.argv[1]))
+    atexit._run_exitfuncs()
+    sys.stderr.flush()
+    os._exit(0)  # taking torch apart, module by module, takes as long as a third of its import

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sysconfig
 from pathlib import Path
 
@@ -23,9 +24,10 @@ def stdlib_files() -> list[Path]:
         DataError: this Python comes without its sources.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = [
-        path for path in root.rglob("*.py") if not SKIPPED_FOLDERS.intersection(path.relative_to(root).parts)
-    ]
+    files = []
+    for folder, below, names in os.walk(root):
+        below[:] = set(below) - SKIPPED_FOLDERS  # installed packages have tens of thousands of files
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
     if not files:
         raise DataError(
             f"no Python sources under {root}, which is the text used when data.path is not given. "

@@ -28,7 +28,7 @@ from gatrain.errors import (
 from gatrain.fit import record
 from gatrain.fit.claim import choose_folder, claimed, remove_run
 from gatrain.fit.heartbeat import Heartbeat, beating, wait_for_node_0
-from gatrain.inspection import check_modules, inspect_run
+from gatrain.inspection import begin_inspection, check_modules
 from gatrain.launch import slurm
 from gatrain.launch.join import MeetingPoint
 from gatrain.launch.nodes import Nodes
@@ -256,16 +256,20 @@ def _plan(
     run_dir: RunDir | None = None,
     heart: Heartbeat | None = None,
 ) -> Plan:
-    from gatrain.tune import make_plan_for, trial_host
+    from gatrain.tune import make_plan_for, needs_trials, trial_host
 
-    listener.progress("Looking at the model and the data")
     options: dict[str, Any] = {}
     if run_dir is not None and heart is not None and nodes.nnodes > 1:
         options = {"shared": run_dir.path, "announce": heart.announce}
-    with trial_host(config, hardware, nodes, cwd, **options) as host:
-        if hardware.device == "cuda":
-            host.start()  # its imports take as long as the look at the data
-        facts = inspect_run(config_yaml, cwd)
+    with (
+        begin_inspection(config_yaml, cwd) as look,
+        trial_host(config, hardware, nodes, cwd, **options) as host,
+    ):
+        if not look.is_remembered:
+            listener.progress("Looking at the model and the data")
+            if hardware.device == "cuda" and needs_trials(config, hardware):
+                host.start()  # its imports take as long as the look at the data
+        facts = look.facts()
         return make_plan_for(
             config, facts, hardware, nodes, progress=listener.progress, retune=retune, cwd=cwd, run=host
         )

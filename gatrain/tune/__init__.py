@@ -32,6 +32,7 @@ __all__ = [
     "detect_hardware",
     "make_plan_for",
     "memory_text",
+    "needs_trials",
     "remembered_plan",
     "state_bytes",
     "trial_host",
@@ -91,6 +92,11 @@ def make_plan_for(
         config, data_info, hardware, nodes, question, progress=progress, retune=retune, cwd=cwd, run=run
     )
     return planner.plan()
+
+
+def needs_trials(config: RunConfig, hardware: Hardware) -> bool:
+    """Whether anything is left for trials to decide, if nothing is remembered."""
+    return settings.resolve(config, hardware).needs_trials
 
 
 def trial_host(
