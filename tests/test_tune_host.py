@@ -120,7 +120,7 @@ def test_a_host_that_was_not_needed_leaves_nothing(project: Path) -> None:
         group = host._process.pid
         time.sleep(0.3)
         began = time.perf_counter()
-        host.close(at_once=True)
+        host.close()
         assert time.perf_counter() - began < 2
     assert processes_of(group) == []
     assert list((project / "tmp").iterdir()) == []

@@ -262,7 +262,7 @@ def _plan(
     if run_dir is not None and heart is not None and nodes.nnodes > 1:
         options = {"shared": run_dir.path, "announce": heart.announce}
     with (
-        begin_inspection(config_yaml, cwd) as look,
+        begin_inspection(config_yaml, cwd, remember=not retune) as look,
         trial_host(config, hardware, nodes, cwd, **options) as host,
     ):
         if not look.is_remembered:

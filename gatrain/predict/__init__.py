@@ -8,36 +8,27 @@ Everything that comes out is a prediction and says so.
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gatrain import batch
 from gatrain.compose import Composed
 from gatrain.config import RunConfig
-from gatrain.errors import EXIT_CODES, ConfigError, DoesNotFitError, GatrainError
-from gatrain.predict import request
+from gatrain.errors import ConfigError, DoesNotFitError
+from gatrain.predict.child import TIME_LIMIT_S, trace_in_child
 from gatrain.predict.forecast import Forecaster, GpuForecast, ModeForecast, SizeForecast
 from gatrain.predict.gpus import GPUS, GpuModel, find_gpu
-from gatrain.predict.request import TraceRequest, TraceResult
+from gatrain.predict.request import TraceResult, request_for
 from gatrain.predict.roofline import Range
 from gatrain.predict.view import prediction_lines
-from gatrain.rundir import write_json, write_text
 
 __all__ = [
     "GPUS", "GpuForecast", "GpuModel", "ModeForecast", "Prediction", "Range", "SizeForecast", "find_gpu", "predict",
     "trace_in_child",
 ]  # fmt: skip
-
-TIME_LIMIT_S = 300.0
-"""A trace takes seconds; a model that needs longer than this is told so."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +91,10 @@ def predict(
         batch.check_micro_batch(config.batch.effective, nproc, config.batch.micro)
     began = time.perf_counter()
     precisions = {gpu: _precision(config, gpu) for gpu in gpus}
-    requests = {name: _request(config, gpus, nproc, name) for name in dict.fromkeys(precisions.values())}
+    memory_bytes = max(gpu.memory_bytes for gpu in gpus)
+    requests = {
+        name: request_for(config, memory_bytes, nproc, name) for name in dict.fromkeys(precisions.values())
+    }
     traces = dict(
         zip(requests, trace_in_child(composed.yaml, list(requests.values()), cwd, time_limit_s), strict=True)
     )
@@ -131,58 +125,8 @@ def predict(
     return prediction
 
 
-def trace_in_child(
-    config_yaml: str, requests: Sequence[TraceRequest], cwd: Path | None, time_limit_s: float = TIME_LIMIT_S
-) -> list[TraceResult]:
-    """Run the tracing process, which sees no GPU.
-
-    Raises:
-        GatrainError: as found by the child, with its message, or out of time.
-    """
-    with tempfile.TemporaryDirectory(prefix="gatrain-predict-") as name:
-        folder = Path(name)
-        write_text(folder / request.CONFIG, config_yaml)
-        write_json(folder / request.REQUEST, {"requests": [asdict(each) for each in requests]})
-        try:
-            child = subprocess.run(
-                [sys.executable, "-m", "gatrain.predict.trace", str(folder)],
-                cwd=cwd,
-                env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=time_limit_s,
-            )
-        except subprocess.TimeoutExpired:
-            raise GatrainError(
-                f"tracing the model took longer than {time_limit_s:g} s and was stopped. The first time also "
-                "prepares the data: try once more. Else measure it on the GPU: gatrain autotune."
-            ) from None
-        if not (folder / request.RESULT).is_file():
-            tail = "\n".join(child.stderr.strip().splitlines()[-3:])
-            raise GatrainError(f"tracing the model failed (exit status {child.returncode}).\n{tail}")
-        result = json.loads((folder / request.RESULT).read_text(encoding="utf-8"))
-    if "error" in result:
-        raise EXIT_CODES.get(result["exit_code"], GatrainError)(result["error"])
-    return [TraceResult.from_dict(each) for each in result["results"]]
-
-
 def _precision(config: RunConfig, gpu: GpuModel) -> str:
     return gpu.precision if config.precision == "auto" else config.precision
-
-
-def _request(config: RunConfig, gpus: Sequence[GpuModel], nproc: int, precision: str) -> TraceRequest:
-    mode = config.checkpointing
-    return TraceRequest(
-        precision=precision,
-        compile=config.compile is True,
-        modes=["none", "selective", "full"] if mode == "auto" else [mode],
-        world_size=nproc,
-        sync="window" if config.sync == "auto" else config.sync,
-        share=batch.largest_share(config.batch.effective, nproc),
-        memory_bytes=max(gpu.memory_bytes for gpu in gpus),
-        fixed=config.batch.micro if isinstance(config.batch.micro, int) else None,
-    )
 
 
 def _notes(config: RunConfig, traces: list[TraceResult]) -> list[str]:

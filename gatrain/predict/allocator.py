@@ -40,6 +40,10 @@ class Block:
     next: Block | None = None
 
 
+FreeBlock = tuple[int, int, int, Block]
+"""Size, start, and what tells two pools' equal ones apart: ordered as the best fit is looked for."""
+
+
 class CachingAllocator:
     """Counts bytes in use and bytes reserved from the driver, and the peaks of both.
 
@@ -53,7 +57,7 @@ class CachingAllocator:
         self.peak_allocated = 0
         self.peak_reserved = 0
         self._expandable = expandable
-        self._free: dict[bool, list[tuple[int, int, Block]]] = {True: [], False: []}
+        self._free: dict[bool, list[FreeBlock]] = {True: [], False: []}
         self._last: dict[bool, Block | None] = {True: None, False: None}  # end of the expandable segments
         self._next_address = 0
 
@@ -86,10 +90,18 @@ class CachingAllocator:
                     self._last[block.is_small] = block
         self._put_in(block)
 
+    def empty_cache(self) -> None:
+        """Give segments that are wholly free back to the driver, and start new peaks."""
+        for is_small, pool in self._free.items():
+            kept = [entry for entry in pool if entry[-1].previous or entry[-1].next or self._expandable]
+            self.reserved -= sum(entry[0] for entry in pool) - sum(entry[0] for entry in kept)
+            self._free[is_small] = kept
+        self.peak_allocated, self.peak_reserved = self.allocated, self.reserved
+
     def _best_fit(self, size: int, is_small: bool) -> Block | None:
         pool = self._free[is_small]
-        index = bisect.bisect_left(pool, (size, -1), key=_size_and_start)
-        return pool.pop(index)[2] if index < len(pool) else None
+        index = bisect.bisect_left(pool, (size,))
+        return pool.pop(index)[-1] if index < len(pool) else None
 
     def _from_driver(self, size: int, is_small: bool) -> Block:
         if self._expandable:
@@ -141,13 +153,12 @@ class CachingAllocator:
         self._put_in(remaining)
 
     def _put_in(self, block: Block) -> None:
-        bisect.insort(self._free[block.is_small], (block.size, block.start, block), key=_size_and_start)
+        bisect.insort(self._free[block.is_small], (block.size, block.start, id(block), block))
 
     def _take_out(self, block: Block) -> None:
         pool = self._free[block.is_small]
-        index = bisect.bisect_left(pool, (block.size, block.start), key=_size_and_start)
-        while pool[index][2] is not block:  # two segments never share an address, two pools may
-            index += 1
+        index = bisect.bisect_left(pool, (block.size, block.start, id(block)))
+        assert pool[index][-1] is block
         del pool[index]
 
 
@@ -163,10 +174,6 @@ def segment_bytes(size: int) -> int:
     if size < MIN_OWN_SEGMENT_BYTES:
         return LARGE_SEGMENT_BYTES
     return -(-size // LARGE_ROUNDING_BYTES) * LARGE_ROUNDING_BYTES
-
-
-def _size_and_start(entry: tuple[int, int, Block]) -> tuple[int, int]:
-    return entry[0], entry[1]
 
 
 def _merged(block: Block, neighbour: Block) -> Block:

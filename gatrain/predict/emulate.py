@@ -65,6 +65,11 @@ def emulate_cuda() -> None:
         _register_autocast(library)
         _register(library, ["scaled_dot_product_attention.default"], "AutogradCPU", lambda op: _attention)
         _register(library, ["dropout.default"], "AutogradCPU", lambda op: _dropout)
+    updates = torch.library.Library("aten", "IMPL", "Meta")
+    _libraries.append(updates)
+    for overload in ("_fused_sgd_", "_fused_sgd_.tensor_lr"):
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{overload}", "Meta"):
+            updates.impl(overload, _nothing)
     clear = torch.clear_autocast_cache
 
     def clear_both() -> None:
@@ -72,6 +77,10 @@ def emulate_cuda() -> None:
         clear()
 
     torch.clear_autocast_cache = clear_both  # autocast calls it by this name when it ends
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """In place, so no memory: PyTorch (2.14 and before) has no rule for it and would run it on real zeros."""
 
 
 def _register_autocast(library: Any) -> None:
@@ -168,7 +177,12 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """Flash attention for 16 bits without a mask, the memory-efficient kernel for fp32 or a mask, else the sum
-    of its parts."""
+    of its parts.
+
+    On Hopper and data-centre Blackwell PyTorch prefers cuDNN's kernel, if cuDNN is newer than 9.15. It keeps as
+    much for the backward (the result and one number a row); that its backward works in as much memory is an
+    ASSUMPTION. For GPT-2 on an H100 (2026-11-24, torch 2.11) it makes no difference: the peak is in the loss.
+    """
     is_half = query.dtype in (torch.bfloat16, torch.float16)
     fits = query.dim() == 4 and query.shape[-1] == value.shape[-1] and query.shape[-1] % 8 == 0
     if fits and is_half and attn_mask is None and query.shape[-1] <= FLASH_HEAD_DIM:

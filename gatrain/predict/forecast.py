@@ -44,7 +44,7 @@ class ModeForecast:
     step_s: Range | None
     """Seconds of an optimizer step with the proposed micro-batch."""
     straightness: float | None
-    """Relative difference of the straight line and a trace at the largest size of use."""
+    """How far memory is from a straight line in the micro-batch: see `gatrain.predict.request.ModeTrace`."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,8 @@ class Forecaster:
     def size(self, gpu: GpuModel, trace: ModeTrace, micro_batch: int, budget: int) -> SizeForecast:
         """Predicted peak of one micro-batch."""
         steps = -(-self._share // micro_batch)
-        peak = trace.peak(micro_batch, overheads.workspace_bytes(gpu), accumulates=steps > 1)
+        workspace = overheads.workspace_bytes(gpu.capability)
+        peak = trace.peak(micro_batch, workspace, accumulates=steps > 1)
         total = peak.reserved + overheads.outside_bytes(self._world_size)
         return SizeForecast(micro_batch, steps, peak.allocated, peak.reserved, total, total <= budget)
 

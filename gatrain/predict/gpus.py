@@ -55,11 +55,16 @@ class GpuModel:
     @property
     def precision(self) -> str:
         """What ``precision=auto`` means on this GPU."""
-        return "bf16" if self.capability >= BF16_CAPABILITY else "fp32"
+        return precision_of(self.capability)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
         return asdict(self)
+
+
+def precision_of(capability: tuple[int, int]) -> str:
+    """What ``precision=auto`` means for a compute capability."""
+    return "bf16" if capability >= BF16_CAPABILITY else "fp32"
 
 
 def _gpu(

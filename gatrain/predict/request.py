@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from gatrain.predict.timeline import LinearStep, Peak, Recording, Work
+from gatrain import batch
+from gatrain.config import RunConfig
+from gatrain.predict.timeline import Held, LinearStep, Peak, Recording, Replay, Work
 
 CONFIG, REQUEST, RESULT = "config.yaml", "request.json", "result.json"
 
@@ -29,22 +31,36 @@ class TraceRequest:
     fixed: int | None = None
     """A micro-batch that is fixed by the user."""
 
-    def largest_of_use(self, step: LinearStep, persistent: Iterable[int]) -> int:
-        """The size at which a third trace says most: the largest that could be planned."""
-        held = list(persistent)
+    def largest_of_use(self, step: LinearStep, held: Held) -> int:
+        """The size at which a second trace says most: the largest that could be planned."""
         if self.fixed is not None:
             return self.fixed
-        return max(
-            1,
-            largest(
-                self.share, lambda b: step.peak(b, held, accumulates=True).allocated <= self.memory_bytes
-            ),
-        )
+
+        def fits(size: int) -> bool:
+            return step.peak(size, held, accumulates=True).allocated <= self.memory_bytes
+
+        return max(1, largest(self.share, fits))
+
+
+def request_for(config: RunConfig, memory_bytes: int, world_size: int, precision: str) -> TraceRequest:
+    """What a configuration asks of a GPU."""
+    mode = config.checkpointing
+    return TraceRequest(
+        precision=precision,
+        compile=config.compile is True,
+        modes=["none", "selective", "full"] if mode == "auto" else [mode],
+        world_size=world_size,
+        sync="window" if config.sync == "auto" else config.sync,
+        share=batch.largest_share(config.batch.effective, world_size),
+        memory_bytes=memory_bytes,
+        fixed=config.batch.micro if isinstance(config.batch.micro, int) else None,
+    )
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Recordings that hold from micro-batch ``start`` on. Without ``high``, ``low`` is at a prime size."""
+    """Recordings that hold from micro-batch ``start`` on. Without ``high``, ``low`` stands alone: it is at the
+    one size in question or at a prime size."""
 
     start: int
     low: Recording
@@ -52,7 +68,7 @@ class Piece:
 
     @cached_property
     def step(self) -> LinearStep:
-        return LinearStep.proportional(self.low) if self.high is None else LinearStep(self.low, self.high)
+        return LinearStep(self.low, self.high)
 
 
 @dataclass(frozen=True)
@@ -60,24 +76,56 @@ class ModeTrace:
     """One mode of checkpointing at every micro-batch."""
 
     mode: str
-    persistent: list[int]
-    """Bytes of each parameter, buffer, optimizer state and DDP bucket."""
+    model: list[int]
+    """Bytes of each parameter, buffer and DDP bucket."""
+    optimizer: list[int]
+    """Bytes of each tensor of the optimizer's state."""
     pieces: list[Piece]
     straightness: float | None
-    """How far, relatively, the straight line was from the trace at the largest size; None without a check."""
+    """How far, relatively, a trace between two others was from their line; 0 where every storage is of one size
+    or in proportion to the micro-batch, None where a single size was asked for."""
     seconds: float
 
-    def peak(self, micro_batch: int, workspaces: Iterable[int], *, accumulates: bool) -> Peak:
-        """Peak of the allocator's memory in a step."""
-        held = [*self.persistent, *workspaces]
-        return self._piece(micro_batch).step.peak(micro_batch, held, accumulates=accumulates)
+    @property
+    def persistent(self) -> list[int]:
+        """Bytes of each storage that outlives a step."""
+        return [*self.model, *self.optimizer]
+
+    @property
+    def is_regular(self) -> bool:
+        """Whether one size would have told all: what a prime divides grows with the batch, nothing else does."""
+        return all(
+            piece.high is not None and LinearStep(piece.low).agrees_with(piece.step, piece.high.micro_batch)
+            for piece in self.pieces[:1]
+        )
+
+    def peak(self, micro_batch: int, workspace: int, *, accumulates: bool) -> Peak:
+        """Peak of the allocator's memory in a process that trains at this size.
+
+        Args:
+            workspace: bytes that cuBLAS takes for each thread that uses it.
+        """
+        asked = micro_batch, workspace, accumulates
+        if asked not in self._peaks:
+            held = Held(self.model, self.optimizer, workspace)
+            self._peaks[asked] = self._step(micro_batch).peak(micro_batch, held, accumulates=accumulates)
+        return self._peaks[asked]
+
+    def peaks_in_turn(self, sizes: Iterable[int], workspace: int) -> dict[int, Peak]:
+        """Peak at each size in a process that runs one after the other, each with several micro-steps."""
+        replay = Replay(Held(self.model, self.optimizer, workspace))
+        return {size: replay.peak(self._step(size), size, accumulates=True) for size in sizes}
 
     def work(self, micro_batch: int) -> Work:
         """Work of one micro-step."""
-        return self._piece(micro_batch).step.work(micro_batch)
+        return self._step(micro_batch).work(micro_batch)
 
-    def _piece(self, micro_batch: int) -> Piece:
-        return [piece for piece in self.pieces if piece.start <= micro_batch][-1]
+    @cached_property
+    def _peaks(self) -> dict[tuple[int, int, bool], Peak]:
+        return {}
+
+    def _step(self, micro_batch: int) -> LinearStep:
+        return [piece for piece in self.pieces if piece.start <= micro_batch][-1].step
 
 
 @dataclass(frozen=True)
@@ -95,7 +143,8 @@ class TraceResult:
         traces = [
             {
                 "mode": trace.mode,
-                "persistent": trace.persistent,
+                "model": trace.model,
+                "optimizer": trace.optimizer,
                 "pieces": [
                     [p.start, p.low.to_dict(), None if p.high is None else p.high.to_dict()]
                     for p in trace.pieces

@@ -1,23 +1,35 @@
 """Recorded memory events as functions of the micro-batch, and their replay through the allocator's model.
 
 Every storage is ``fixed + slope x b`` bytes. Two recordings at different sizes whose events agree give both
-numbers exactly, so any micro-batch can be replayed without being traced.
+numbers exactly, so any micro-batch can be replayed without being traced. A single recording is exact at its own
+size; at others it is read as if what its size divides grew with the batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from gatrain.predict.allocator import Block, CachingAllocator
 
-FREED = -1
+FREED, WORKSPACE, GRADIENT = -1, -2, -3
+"""Marks in the place of bytes: the storage is given up; cuBLAS is used for the first time by a thread (that of the
+forward is number 0, that of the backward 1) and takes its workspace for good; the storage is what a parameter's
+``.grad`` gets from this micro-step."""
 Events = list[tuple[int, int]]
-"""(number of the storage, its bytes, or `FREED`), in the order in which it happened."""
+"""(number of the storage, its bytes or a mark), in the order in which it happened."""
 
-FORWARD_BACKWARD, ACCUMULATING, REDUCE, UPDATE = "first", "further", "reduce", "update"
-PHASES = (FORWARD_BACKWARD, ACCUMULATING, REDUCE, UPDATE)
+MICRO_STEP, REDUCE, UPDATE = "micro_step", "reduce", "update"
+PHASES = (MICRO_STEP, REDUCE, UPDATE)
+STEPS = 2
+"""Steps that are replayed. The second finds the optimizer's state and the fragments that the first left; further
+ones change nothing (tried for GPT-2 and ResNet-50)."""
+CURVED_BYTES, CURVED_SHARE = 2**16, 0.02
+
+Line = tuple[int, int, float, float]
+"""(number, mark or 0, bytes at size 0, bytes a sample)."""
 
 
 @dataclass
@@ -28,31 +40,52 @@ class Work:
     """(floating-point operations, bytes) of each matrix product, convolution or attention."""
     other_bytes: float = 0
     other_kernels: int = 0
+    constants: list[float] = field(default_factory=list)
+    """Of each product's bytes, those that do not grow with the batch: weights and their gradients."""
+    other_constant: float = 0
 
 
 @dataclass(frozen=True)
 class Recording:
-    """One traced step at one micro-batch: by phase, what was made and given up."""
+    """One traced step at one micro-batch: by phase, what was made and given up.
+
+    Reduction and update do not depend on the micro-batch: a second recording may leave them out.
+    """
 
     micro_batch: int
     phases: dict[str, Events]
     work: Work
     batch_bytes: int
+    largest_elements: int = 0
+    """Elements of the largest tensor: where they pass 2**31, code may go another way."""
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "micro_batch": self.micro_batch,
             "phases": self.phases,
             "batch_bytes": self.batch_bytes,
-            "work": [self.work.products, self.work.other_bytes, self.work.other_kernels],
+            "largest_elements": self.largest_elements,
+            "work": dataclasses.asdict(self.work),
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recording:
         phases = {name: [(int(n), int(size)) for n, size in rows] for name, rows in data["phases"].items()}
-        products, other_bytes, kernels = data["work"]
-        work = Work([(flops, moved) for flops, moved in products], other_bytes, kernels)
-        return cls(data["micro_batch"], phases, work, data["batch_bytes"])
+        work = Work(**data["work"])
+        work.products = [(flops, moved) for flops, moved in work.products]
+        return cls(data["micro_batch"], phases, work, data["batch_bytes"], data["largest_elements"])
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of each storage that outlives a step."""
+
+    model: Sequence[int]
+    """Parameters, buffers, DDP's buckets: there before the first step."""
+    optimizer: Sequence[int] = ()
+    """The optimizer's state, made in the first update."""
+    workspace: int = 0
+    """What cuBLAS takes for each thread that uses it."""
 
 
 @dataclass(frozen=True)
@@ -67,34 +100,36 @@ class LinearStep:
     """A step whose storages are straight lines in the micro-batch.
 
     Args:
-        low, high: two recordings at different sizes.
+        low: a recording with all phases.
+        high: another size's first phase at least; None reads ``low`` alone.
 
     Raises:
         ValueError: their events differ, so the model does different things at the two sizes.
     """
 
-    def __init__(self, low: Recording, high: Recording) -> None:
+    def __init__(self, low: Recording, high: Recording | None = None) -> None:
+        high = _shrunk(low) if high is None else high
+        if not same_events(low, high):
+            raise ValueError(f"micro-batches {low.micro_batch} and {high.micro_batch} do different things")
         self.low, self.high = low, high
-        self._phases = {name: _lines(low, high, name) for name in PHASES}
+        self.micro_step = list(_lines(low, high))
+        self.reduce, self.update = low.phases.get(REDUCE, []), low.phases.get(UPDATE, [])
         self._batch = _line(low.micro_batch, low.batch_bytes, high.micro_batch, high.batch_bytes)
 
-    @classmethod
-    def proportional(cls, recording: Recording) -> LinearStep:
-        """From a single recording at a prime size: what that size divides grows with it, the rest is fixed."""
-        size = recording.micro_batch
+    @property
+    def may_be_curved(self) -> bool:
+        """Whether a large storage is neither of one size nor in proportion to the micro-batch, so that what lies
+        between the two recordings may be off their line."""
+        size = max(self.low.micro_batch, self.high.micro_batch)
+        return any(
+            not mark and slope != 0 and abs(fixed) > max(CURVED_BYTES, CURVED_SHARE * abs(slope) * size)
+            for _, mark, fixed, slope in self.micro_step
+        )
 
-        def shrunk(count: int) -> int:
-            return 0 if count == FREED else (count // size if count % size == 0 else count)
-
-        phases = {
-            name: [(number, FREED if count == FREED else shrunk(count)) for number, count in events]
-            for name, events in recording.phases.items()
-        }
-        work = recording.work
-        # what a product moves is mostly activations at this size; the weights' share is spread over the samples
-        products = [(flops / size, moved / size) for flops, moved in work.products]
-        small = Work(products, work.other_bytes / size, work.other_kernels)
-        return cls(Recording(1, phases, small, recording.batch_bytes // size), recording)
+    def agrees_with(self, other: LinearStep, micro_batch: int) -> bool:
+        """Whether no large storage differs between two readings of the same events at a size."""
+        pairs = zip(_at(self.micro_step, micro_batch), _at(other.micro_step, micro_batch), strict=True)
+        return all(abs(a - b) <= max(CURVED_BYTES, CURVED_SHARE * a) for (_, a), (_, b) in pairs)
 
     def work(self, micro_batch: int) -> Work:
         """Work of one micro-step at a size."""
@@ -110,93 +145,133 @@ class LinearStep:
         ]
         return Work(products, at(low.work.other_bytes, high.work.other_bytes), low.work.other_kernels)
 
-    def peak(
-        self,
-        micro_batch: int,
-        persistent: Iterable[int],
-        *,
-        accumulates: bool,
-        expandable: bool = False,
-    ) -> Peak:
-        """Replay two steps at a size.
+    def batch_bytes(self, micro_batch: int) -> int:
+        """Bytes of one batch."""
+        fixed, slope = self._batch
+        return round(fixed + slope * micro_batch)
+
+    def peak(self, micro_batch: int, held: Held, *, accumulates: bool, expandable: bool = False) -> Peak:
+        """Peak of a process that trains at this size.
 
         Args:
-            persistent: bytes of each storage that outlives steps: parameters, optimizer state, workspaces.
             accumulates: several micro-steps in a step, so that gradients live while activations do.
             expandable: the allocator's ``expandable_segments``.
         """
-        allocator = CachingAllocator(expandable)
-        for size in persistent:
-            allocator.allocate(size)
-        names = PHASES if accumulates else tuple(name for name in PHASES if name != ACCUMULATING)
-        dropped = set() if accumulates else self._temporary_of(ACCUMULATING)
-        surviving = [] if accumulates else self._made_in(ACCUMULATING, dropped)
-        for _ in range(2):  # the second step finds the fragments that the first left
-            live: dict[int, Block | None] = {}
-            for name in names:
-                self._replay(name, micro_batch, allocator, live, dropped)
-                if name == FORWARD_BACKWARD:
-                    for number, fixed, slope in surviving:
-                        live[number] = allocator.allocate(_bytes(fixed, slope, micro_batch))
-            for block in live.values():  # the last small scalars live until the next step replaces them
-                allocator.free(block)
-        copies = CachingAllocator(expandable)  # batches arrive on a stream of their own, one ahead of its use
+        return Replay(held, expandable=expandable).peak(self, micro_batch, accumulates=accumulates)
+
+
+class Replay:
+    """One process on a model of the allocator. Sizes may follow one another, as in a trial."""
+
+    def __init__(self, held: Held, *, expandable: bool = False) -> None:
+        self._allocator = CachingAllocator(expandable)
+        self._expandable = expandable
+        self._held = held
+        self._live: dict[int, Block | None] = {}
+        self._gradients: set[int] = set()
+        self._workspaces: set[int] = set()
+        self._has_state = False
+        for size in held.model:
+            self._allocator.allocate(size)
+
+    def peak(self, step: LinearStep, micro_batch: int, *, accumulates: bool) -> Peak:
+        """Run the first steps at a size, after the cache of what came before was given back."""
+        self._allocator.empty_cache()
+        micro_step = _at(step.micro_step, micro_batch)
+        for _ in range(STEPS):
+            self._micro_step(micro_step)
+            if accumulates:
+                self._micro_step(micro_step)
+            self._run(step.reduce)
+            self._make_optimizer_state()
+            self._run(step.update)
+            self._end_step()
+        copies = CachingAllocator(self._expandable)  # batches arrive on another stream, one ahead of its use
         for _ in range(2 if accumulates else 1):
-            copies.allocate(_bytes(*self._batch, micro_batch))
-        return Peak(
-            allocator.peak_allocated + copies.peak_allocated, allocator.peak_reserved + copies.peak_reserved
-        )
+            copies.allocate(step.batch_bytes(micro_batch))
+        peak = self._allocator
+        return Peak(peak.peak_allocated + copies.peak_allocated, peak.peak_reserved + copies.peak_reserved)
 
-    def _replay(
-        self,
-        name: str,
-        micro_batch: int,
-        allocator: CachingAllocator,
-        live: dict[int, Block | None],
-        dropped: set[int],
-    ) -> None:
-        for number, fixed, slope in self._phases[name]:
-            if number in dropped:
-                continue
-            if fixed == FREED:
-                if number in live:
-                    allocator.free(live.pop(number))
-            elif number not in live:
-                live[number] = allocator.allocate(_bytes(fixed, slope, micro_batch))
+    def _make_optimizer_state(self) -> None:
+        if not self._has_state:
+            self._has_state = True
+            for size in self._held.optimizer:
+                self._allocator.allocate(size)
 
-    def _temporary_of(self, phase: str) -> set[int]:
-        made = {number for number, fixed, _ in self._phases[phase] if fixed != FREED}
-        return made & {number for number, fixed, _ in self._phases[phase] if fixed == FREED}
+    def _micro_step(self, events: Events) -> None:
+        """Forward and backward. Gradients that are there already are added to, and the new ones given up."""
+        before, self._live = self._live, {}
+        kept, self._gradients = self._gradients, set()
+        self._run(events, frees_gradients=bool(kept))
+        for number, block in before.items():
+            if number in self._live:  # a sum of losses takes the place of the last one
+                self._allocator.free(block)
+            else:
+                self._live[number] = block
+        self._gradients |= kept
 
-    def _made_in(self, phase: str, dropped: set[int]) -> list[tuple[int, float, float]]:
-        return [line for line in self._phases[phase] if line[1] != FREED and line[0] not in dropped]
+    def _run(self, events: Events, *, frees_gradients: bool = False) -> None:
+        live, allocator = self._live, self._allocator
+        for number, size in events:
+            if size >= 0:
+                if number not in live:
+                    live[number] = allocator.allocate(size)
+            elif size == WORKSPACE:
+                if number not in self._workspaces:
+                    self._workspaces.add(number)
+                    allocator.allocate(self._held.workspace)
+            elif size == GRADIENT and not frees_gradients:
+                self._gradients.add(number)
+            elif number in live:
+                allocator.free(live.pop(number))
+
+    def _end_step(self) -> None:
+        """The last small scalars live until the next step replaces them."""
+        for block in self._live.values():
+            self._allocator.free(block)
+        self._live, self._gradients = {}, set()
 
 
-def same_events(first: Recording, second: Recording, phases: Iterable[str] = PHASES) -> bool:
-    """Whether two recordings do the same things in the same order, whatever their sizes."""
-    return all(
-        [(n, size == FREED) for n, size in first.phases[name]]
-        == [(n, size == FREED) for n, size in second.phases[name]]
-        for name in phases
-    ) and len(first.work.products) == len(second.work.products)
-
-
-def _lines(low: Recording, high: Recording, phase: str) -> list[tuple[int, float, float]]:
-    first, second = low.phases[phase], high.phases[phase]
-    if not same_events(low, high):
-        raise ValueError(f"micro-batches {low.micro_batch} and {high.micro_batch} do different things")
+def _at(lines: Iterable[Line], micro_batch: int) -> Events:
     return [
-        (number, FREED, 0.0)
-        if size == FREED
-        else (number, *_line(low.micro_batch, size, high.micro_batch, larger))
-        for (number, size), (_, larger) in zip(first, second, strict=True)
+        (number, mark or max(0, round(fixed + slope * micro_batch))) for number, mark, fixed, slope in lines
     ]
+
+
+def same_events(first: Recording, second: Recording) -> bool:
+    """Whether two recordings do the same things in the same order, whatever their sizes."""
+    return _marks(first) == _marks(second) and len(first.work.products) == len(second.work.products)
+
+
+def _marks(recording: Recording) -> list[tuple[int, int]]:
+    return [(number, min(size, 0)) for number, size in recording.phases[MICRO_STEP]]
+
+
+def _lines(low: Recording, high: Recording) -> Iterator[Line]:
+    for (number, size), (_, other) in zip(low.phases[MICRO_STEP], high.phases[MICRO_STEP], strict=True):
+        line = (0.0, 0.0) if size < 0 else _line(low.micro_batch, size, high.micro_batch, other)
+        yield number, min(size, 0), *line
+
+
+def _shrunk(recording: Recording) -> Recording:
+    """A recording as it would be at another size, if what its size divides grew with the batch."""
+    size, other = recording.micro_batch, 1 if recording.micro_batch > 1 else 2
+
+    def scaled(count: int) -> int:
+        return count if count < 0 or count % size else count // size * other
+
+    events = [(number, scaled(count)) for number, count in recording.phases[MICRO_STEP]]
+    work, part = recording.work, other / size
+    constants = work.constants or [0.0] * len(work.products)
+    products = [
+        (flops * part, constant + part * (moved - constant))
+        for (flops, moved), constant in zip(work.products, constants, strict=True)
+    ]
+    others = work.other_constant + part * (work.other_bytes - work.other_constant)
+    small = Work(products, others, work.other_kernels)
+    return Recording(other, {MICRO_STEP: events}, small, recording.batch_bytes // size * other)
 
 
 def _line(low: int, low_bytes: float, high: int, high_bytes: float) -> tuple[float, float]:
     slope = (high_bytes - low_bytes) / (high - low)
     return low_bytes - slope * low, slope
-
-
-def _bytes(fixed: float, slope: float, micro_batch: int) -> int:
-    return max(0, round(fixed + slope * micro_batch))

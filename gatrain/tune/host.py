@@ -37,13 +37,10 @@ from gatrain.launch.nodes import Nodes, parse_endpoint
 from gatrain.rundir import RunDir, read_json, write_json
 
 WORLD, REQUESTS, ANSWERED, FAILED = "world.json", "requests", "answered", "failed.json"
-CLOSE = "close"
-"""The request that ends the ranks."""
 WORK = "gatrain.tune.trial"
 COMPILER = ("torch._dynamo", "torch._inductor.compile_fx", "torch._inductor.async_compile")
 SURVIVORS_S = 3.0
 """Seconds that ranks may go on after another rank died: most of them wait for it for ever."""
-CLOSE_S = 10.0
 POLL_S = 0.01
 
 
@@ -84,13 +81,13 @@ class TrialHost:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close(at_once=error is not None)
+        self.close()
 
     def start(self) -> None:
         """Start the imports; returns at once. Does nothing if it runs already."""
         if self._process is not None and self._process.poll() is None:
             return
-        self.close(at_once=True)
+        self.close()
         self._folder = Path(tempfile.mkdtemp(prefix="gatrain_host_", dir=self.shared))  # private to this user
         write_json(self._folder / WORLD, self._world | _meeting_place(self._nodes))
         (self._folder / REQUESTS).touch()
@@ -109,7 +106,7 @@ class TrialHost:
             while not self._ask(folder):
                 pass
         except BaseException:
-            self.close(at_once=True)
+            self.close()
             raise
 
     def _ask(self, folder: Path) -> bool:
@@ -128,21 +125,13 @@ class TrialHost:
             time.sleep(POLL_S)
         return True
 
-    def close(self, at_once: bool = False) -> None:
-        """End all processes and wait until they are gone, so that their memory is free.
-
-        Args:
-            at_once: kill them; else they leave by themselves, or are killed after `CLOSE_S`.
-        """
+    def close(self) -> None:
+        """Kill all processes and wait until they are gone, so that their memory is free: they have said all that
+        anybody will read."""
         process, folder = self._process, self._folder
         self._process = self._folder = None
         if process is None or folder is None:
             return
-        if not at_once and process.poll() is None:
-            with open(folder / REQUESTS, "a", encoding="utf-8") as file:
-                file.write(f"{CLOSE}\n")
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(CLOSE_S)
         end(process)
         self._announce(None)
         shutil.rmtree(folder, ignore_errors=True)
@@ -185,7 +174,7 @@ class Follower:
 
 
 def join(folder: Path, node_rank: int, cwd: Path | None) -> subprocess.Popen[bytes]:
-    """Start this node's host process on a folder. It ends with its ranks, when node 0 says so."""
+    """Start this node's host process on a folder; `end` it when it is over."""
     with open(_log(folder, node_rank), "ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "gatrain.tune.host", str(folder), str(node_rank)],

@@ -74,13 +74,13 @@ class Lines:
 
 
 def work(folder: Path, this: Rank) -> None:
-    """Answer requests until there are no more. Every rank runs it, and all see the same requests."""
+    """Answer requests until the host is killed. Every rank runs it, and all see the same requests."""
     _to_log(folder, this)
     desk = Desk(this, compiles=bool(read_json(folder / host.WORLD)["compiles"]))
     pending = host.requests(folder)
     while True:
         found = desk.peers.gather(next(pending) if this.rank == 0 else None)[0]
-        if found == host.CLOSE or any(desk.peers.gather(this.stop_requested)):
+        if any(desk.peers.gather(this.stop_requested)):
             return
         if found is None:
             continue
@@ -104,6 +104,9 @@ class Desk:
         self._batches: TrialBatches | None = None
         self._engine: Engine | None = None
         self._references: dict[str, Reference] = {}
+        self._warm: dict[
+            StepSettings, set[int]
+        ] = {}  # sizes that each way has computed: compiled, if it compiles
         if this.device.type == "cuda":  # what takes time, while the parent still looks around
             torch.zeros(1, device=this.device)  # makes the context
             torch.set_num_threads(
@@ -138,8 +141,11 @@ class Desk:
         rise = Rise(asked, meter, self.peers, memory, lines, self._rank)
         stopped = rise.run()
         lines.write("end", stopped=stopped)  # the curve is complete, whatever becomes of the whole steps
+        self._warm.setdefault(asked.settings, set()).update(m.micro_batch for m in rise.measured)
         if asked.whole is not None and stopped not in (curve.INTERRUPTED, curve.BROKEN):
-            timer = WholeStepTimer(config, batches, this=self._rank, peers=self.peers, first=engine)
+            timer = WholeStepTimer(
+                config, batches, this=self._rank, peers=self.peers, first=engine, warm=self._warm
+            )
             confirmation = timer.run(asked.whole)
             if confirmation is not None:
                 lines.write("whole", confirmation=confirm.to_dict(confirmation))
@@ -163,6 +169,7 @@ class Desk:
         gc.collect()  # a model with its optimizer may be held by a cycle
         if had_compiled:
             torch.compiler.reset()
+            self._warm.clear()
         if self._memory is not None:
             self._memory.release()
         self._engine = build.build_engine(task, config, settings, self._rank.device, in_place=True)

@@ -24,7 +24,6 @@ from gatrain.tune.spec import WholeSpec
 if TYPE_CHECKING:
     from gatrain.train.engine import Engine
 
-WARM_UPS = {"cpu": 1, "cuda": 1}
 MUCH_LONGER = 2.0
 """Times the allowed seconds that whole steps may take before they are given up."""
 
@@ -35,11 +34,19 @@ class WholeStepTimer:
     Args:
         first: an engine that exists already; one more is built for each further way of computing, with a model
             and an optimizer of its own, so the parent asks only for what fits beside each other.
+        warm: sizes that each way of computing has met in this process.
     """
 
     def __init__(
-        self, config: RunConfig, batches: TrialBatches, this: Rank, peers: Peers, first: Engine
+        self,
+        config: RunConfig,
+        batches: TrialBatches,
+        this: Rank,
+        peers: Peers,
+        first: Engine,
+        warm: dict[StepSettings, set[int]],
     ) -> None:
+        self._warm = warm
         self._config = config
         self._rank = this
         self._peers = peers
@@ -85,12 +92,17 @@ class WholeStepTimer:
         return Confirmation(asked.effective_batch, asked.world_size, tuple(entries))
 
     def _warm_up(self, finalist: Finalist) -> tuple[Failure | None, float]:
-        """The first steps make buffers, compile a remainder and fill caches: (failure of any rank, seconds of
-        the last). Collective."""
-        failure, seconds = None, 0.0
-        for _ in range(WARM_UPS[self._rank.device.type]):
-            if failure is None:
-                failure, seconds = self._step(finalist)
+        """The first step makes buffers and fills caches; one more where it compiled a size, since its time says
+        nothing then: (failure of any rank, seconds of the last). Collective."""
+        # every rank goes by all shares, so that all take as many steps
+        sizes = {
+            part for share in finalist.shares for part in batch.micro_batch_sizes(share, finalist.micro_batch)
+        }
+        known = self._warm.setdefault(finalist.settings, set())
+        failure, seconds = self._step(finalist)
+        if failure is None and finalist.settings.compile and not sizes <= known:
+            failure, seconds = self._step(finalist)
+        known |= sizes
         return failure, seconds
 
     def _step(self, finalist: Finalist) -> tuple[Failure | None, float]:

@@ -252,7 +252,7 @@ class Bench:
             asked = WholeSpec(effective, 1, WHOLE_S, named)
             _, confirmation = self._runner().measure(chosen.settings, (), whole=asked)
             if confirmation is None:
-                raise SystemExit(f"whole steps at {effective} were not timed")
+                raise RuntimeError(f"whole steps at {effective} were not timed")
             entries = [dataclasses.asdict(e) | {"median_s": e.median_s} for e in confirmation.entries]
             fastest = min(e.median_s for e in confirmation.entries)
             mine = confirmation.get(chosen)

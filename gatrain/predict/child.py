@@ -1,0 +1,97 @@
+"""Start the tracing process and read what it found. It sees no GPU; no torch here."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from gatrain.errors import EXIT_CODES, GatrainError
+from gatrain.predict import request
+from gatrain.predict.request import TraceRequest, TraceResult
+from gatrain.rundir import write_json, write_text
+
+TIME_LIMIT_S = 300.0
+"""A trace takes seconds; a model that needs longer than this is told so."""
+_ERRORS = "errors.txt"
+
+
+def trace_in_child(
+    config_yaml: str, requests: Sequence[TraceRequest], cwd: Path | None, time_limit_s: float = TIME_LIMIT_S
+) -> list[TraceResult]:
+    """Run the tracing process.
+
+    Raises:
+        GatrainError: as found by the child, with its message, or out of time.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="gatrain-predict-"))
+    try:
+        process = start(folder, config_yaml, requests, cwd)
+        try:
+            process.wait(time_limit_s)
+        except subprocess.TimeoutExpired:
+            raise GatrainError(
+                f"tracing the model took longer than {time_limit_s:g} s and was stopped. The first time also "
+                "prepares the data: try once more. Else measure it on the GPU: gatrain autotune."
+            ) from None
+        finally:
+            process.kill()
+            process.wait()
+        return read_result(folder, process.returncode)
+    finally:
+        remove(folder)
+
+
+def start(
+    folder: Path, config_yaml: str, requests: Sequence[TraceRequest], cwd: Path | None, *, niceness: int = 0
+) -> subprocess.Popen[str]:
+    """Start the tracing process and return at once.
+
+    Args:
+        folder: for what it is asked and what it finds.
+        niceness: by how much others go before it.
+    """
+    write_text(folder / request.CONFIG, config_yaml)
+    write_json(folder / request.REQUEST, {"requests": [asdict(each) for each in requests]})
+    with (folder / _ERRORS).open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "gatrain.predict.trace", str(folder)],
+            cwd=cwd,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            text=True,
+        )
+    if niceness:
+        with contextlib.suppress(OSError):  # it may have ended by now
+            os.setpriority(os.PRIO_PROCESS, process.pid, niceness)
+    return process
+
+
+def read_result(folder: Path, exit_status: int) -> list[TraceResult]:
+    """What a process that has ended found.
+
+    Raises:
+        GatrainError: as found by the child, or it died.
+    """
+    if not (folder / request.RESULT).is_file():
+        text = (folder / _ERRORS).read_text(encoding="utf-8", errors="replace")
+        tail = "\n".join(text.strip().splitlines()[-3:])
+        raise GatrainError(f"tracing the model failed (exit status {exit_status}).\n{tail}")
+    result = json.loads((folder / request.RESULT).read_text(encoding="utf-8"))
+    if "error" in result:
+        raise EXIT_CODES.get(result["exit_code"], GatrainError)(result["error"])
+    return [TraceResult.from_dict(each) for each in result["results"]]
+
+
+def remove(folder: Path) -> None:
+    """Remove what was said between the processes."""
+    shutil.rmtree(folder, ignore_errors=True)

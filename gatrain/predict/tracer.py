@@ -1,0 +1,237 @@
+"""A recipe's real model, loss, backward and update on tensors without data, with every allocation written down."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from gatrain.config import RunConfig
+from gatrain.predict.fused import fused_backend
+from gatrain.predict.recorder import Recorder
+from gatrain.predict.request import TraceRequest
+from gatrain.predict.timeline import MICRO_STEP, REDUCE, UPDATE, WORKSPACE, Events, Held, Recording
+from gatrain.tasks.base import Batch, Task, named_weights
+from gatrain.train.accumulate import PlainAccumulation
+from gatrain.train.checkpointing import apply_checkpointing, blocks_of
+from gatrain.train.optimizer import build_optimizer
+from gatrain.train.precision import autocast_for
+from gatrain.train.ranks import Ranks, buckets_of, flatten
+
+_CPU = torch.device("cpu")
+
+
+class Batches:
+    """Batches of any size without data, shaped as real worst-case ones are."""
+
+    def __init__(self, task: Task) -> None:
+        index = int(next(iter(task.worst_case_indices(1))))
+        several = getattr(task.train_data, "__getitems__", None)
+        sample = several([index])[0] if several else task.train_data[index]
+        self._two, three = task.collate([sample] * 2), task.collate([sample] * 3)
+        self.term_names = list(named_weights(task.weight(self._two)))
+        self._leaves, self._spec = pytree.tree_flatten(self._two)
+        self._larger = pytree.tree_leaves(three)
+
+    def fake(self, size: int) -> Batch:
+        """A batch of ``size`` samples. Call it under FakeTensorMode."""
+        leaves = [
+            _of_size(two, three, size) if isinstance(two, Tensor) else two
+            for two, three in zip(self._leaves, self._larger, strict=True)
+        ]
+        return pytree.tree_unflatten(leaves, self._spec)
+
+
+def _of_size(two: Tensor, three: Tensor, size: int) -> Tensor:
+    shape = [a + (b - a) * (size - 2) for a, b in zip(two.shape, three.shape, strict=True)]
+    return torch.empty(shape, dtype=two.dtype)
+
+
+class StepTracer:
+    """One model's step, traced at any micro-batch, in one mode of checkpointing after the other (`in_mode`)."""
+
+    def __init__(
+        self, task: Task, model: nn.Module, config: RunConfig, asked: TraceRequest, batches: Batches
+    ) -> None:
+        self._task = task
+        self._model = model
+        self._asked = asked
+        self._batches = batches
+        self._recorder = Recorder()
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._optimizer = _fused(build_optimizer(config.optimizer, model))
+        self._clip_norm = config.optimizer.clip_norm
+        self._accumulation: PlainAccumulation
+        for parameter in self._parameters:
+            parameter.register_post_accumulate_grad_hook(self._recorder.mark_gradient)
+        self._overlaps = asked.world_size > 1 and asked.sync == "overlap"
+        self._buckets: list[Tensor] = []
+        self._done: dict[int, Recording] = {}
+        self.held = self._make_held()
+
+    @contextlib.contextmanager
+    def in_mode(self, mode: str) -> Iterator[None]:
+        """Trace in a mode of checkpointing; the model is as before at the end."""
+        before = [(block, block.__dict__.get("forward")) for block in blocks_of(self._model)]
+        apply_checkpointing(self._model, mode)
+        self._done = {}
+        self._accumulation = PlainAccumulation(
+            self._model,
+            self._loss_function(),
+            term_names=self._batches.term_names,
+            ranks=Ranks(),
+            stage=lambda batch: lambda: batch,
+            autocast=autocast_for(self._asked.precision, _CPU),
+        )
+        try:
+            yield
+        finally:
+            for block, forward in before:
+                block.__dict__.pop("forward", None)
+                if forward is not None:
+                    block.__dict__["forward"] = forward
+
+    def _loss_function(self) -> Callable[[Batch], Any]:
+        def loss_sum(batch: Batch) -> Any:
+            return self._task.loss_sum(self._model, batch)
+
+        if not self._asked.compile:
+            return loss_sum
+        return torch.compile(loss_sum, backend=fused_backend(self._recorder), dynamic=False)
+
+    def _make_held(self) -> Held:
+        """Bytes of parameters, buffers, optimizer state and, for DDP, buckets: all that outlives a step."""
+        for parameter in self._parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        tensors = [*self._model.parameters(), *self._model.buffers()]
+        if self._overlaps:
+            self._buckets = [torch.zeros_like(parameter) for parameter in self._parameters]
+            tensors += self._buckets
+            for parameter in self._parameters:
+                parameter.register_post_accumulate_grad_hook(_drop_gradient)
+        model = self._recorder.adopt(tensors)
+        state = pytree.tree_leaves([*self._optimizer.state.values()])
+        return Held(model, self._recorder.adopt(leaf for leaf in state if isinstance(leaf, Tensor)))
+
+    def record(self, micro_batch: int, *, quick: bool = False) -> Recording:
+        """Trace a micro-step, the reduction and the update; ``quick``: the micro-step alone will do."""
+        done = self._done.get(micro_batch)
+        if done is None or not (quick or UPDATE in done.phases):
+            done = self._done[micro_batch] = self._record(micro_batch, quick)
+        return done
+
+    def _record(self, micro_batch: int, quick: bool) -> Recording:
+        batch = self._batches.fake(micro_batch)
+        scale = dict.fromkeys(self._batches.term_names, 1.0)
+        if self._asked.compile:  # compile first: the compiler must not see the recorder
+            self._accumulation.micro_step(batch, scale)
+            self._optimizer.zero_grad(set_to_none=True)
+        self._accumulation.take_sums()
+        gc.collect()
+        self._recorder.take()
+        self._recorder.micro_batch = micro_batch
+        phases: dict[str, Events] = {}
+        batch_bytes = sum(self._recorder.adopt(x for x in pytree.tree_leaves(batch) if isinstance(x, Tensor)))
+        with self._recorder, _no_collection():
+            self._accumulation.micro_step(batch, scale)
+            elements = self._recorder.largest_elements
+            phases[MICRO_STEP], work = self._recorder.take()
+            if not quick:
+                self._reduce()
+                phases[REDUCE], _ = self._recorder.take()
+                self._update()
+                phases[UPDATE], _ = self._recorder.take()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._accumulation.take_sums()
+        return Recording(micro_batch, _renumbered(phases), work, batch_bytes, elements)
+
+    def _reduce(self) -> None:
+        """What the window's reduction does to memory; the messages themselves need none of the allocator's."""
+        if self._overlaps:
+            for parameter, bucket in zip(self._parameters, self._buckets, strict=True):
+                parameter.grad = bucket
+        elif self._asked.world_size > 1:
+            flats = [flatten(bucket) for bucket in buckets_of(self._parameters)]
+            del flats
+
+    def _update(self) -> None:
+        limit = float("inf") if self._clip_norm is None else self._clip_norm
+        nn.utils.clip_grad_norm_(self._parameters, limit, foreach=True)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+
+def _renumbered(phases: dict[str, Events]) -> dict[str, Events]:
+    """Numbers from 0 in order of appearance, so that two recordings can be compared."""
+    numbers: dict[int, int] = {}
+    return {
+        name: [
+            (number if size == WORKSPACE else numbers.setdefault(number, len(numbers)), size)
+            for number, size in events
+        ]
+        for name, events in phases.items()
+    }
+
+
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _fused(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """As on a GPU: one kernel for all parameters, without temporary copies."""
+    for group in optimizer.param_groups:
+        group["fused"] = True
+    return optimizer
+
+
+def model_without_memory(task: Task) -> nn.Module:
+    """The model with fake parameters. Where building it needs numbers, it is built for real and emptied."""
+    try:
+        with _no_rejection():
+            return task.build_model()
+    except Exception:  # if the reason is another one, the second attempt says it
+        mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+        with torch.utils._python_dispatch._disable_current_modes():
+            model = task.build_model()
+        known: dict[int, Any] = {}
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    fake = known.setdefault(id(parameter), nn.Parameter(mode.from_tensor(parameter.data)))
+                    fake.requires_grad_(parameter.requires_grad)
+                    module._parameters[name] = fake
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else mode.from_tensor(buffer)
+        return model
+
+
+@contextlib.contextmanager
+def _no_rejection() -> Iterator[None]:
+    """Weights drawn from a cut normal distribution are not looked at and drawn again: there are no numbers."""
+    name = "_no_grad_trunc_normal_"  # the part of ``trunc_normal_`` that torch 2.14 let look at them
+    original = getattr(nn.init, name, None)
+    setattr(nn.init, name, lambda tensor, *args, **kwargs: tensor)
+    try:
+        yield
+    finally:
+        if original is None:
+            delattr(nn.init, name)
+        else:
+            setattr(nn.init, name, original)
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Frees happen where reference counts say, not where the collector happens to run."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
