@@ -139,6 +139,7 @@ def measure_sizes(asked: dict[str, Any]) -> None:
     samples = [task.train_data[index] for index in indices]
     sys.stdin.readline()
     device = torch.device("cpu" if asked["smoke"] else "cuda:0")
+    torch.zeros(1, device=device)  # before there is a context, the allocator knows no device
     for size in asked["sizes"]:
         host = task.collate([samples[i % len(samples)] for i in range(size)])
         takes_events = asked["events"] and size == asked["sizes"][0]
