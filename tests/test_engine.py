@@ -20,7 +20,7 @@ from gatrain.train.accumulate import MicroBatch, RankWindow
 from gatrain.train.checkpointing import apply_checkpointing, available_modes
 from gatrain.train.compiling import compiled_loss_sum, repeated_blocks
 from gatrain.train.engine import Engine
-from gatrain.train.optimizer import learning_rate
+from gatrain.train.optimizer import build_optimizer, learning_rate, make_state
 from gatrain.train.ranks import Ranks
 
 CPU = torch.device("cpu")
@@ -231,6 +231,36 @@ def test_weight_decay_leaves_vectors_alone() -> None:
     one = engine(lambda: nn.Linear(5, 5), optimizer=AdamWConfig(lr=0.1, weight_decay=0.5))
     decays = {len(group["params"][0].shape): group["weight_decay"] for group in one.optimizer.param_groups}
     assert decays == {2: 0.5, 1: 0.0}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        AdamWConfig(lr=0.1, weight_decay=0.5),
+        SGDConfig(lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.5),
+        SGDConfig(lr=0.1, momentum=0.0, nesterov=False, weight_decay=0.5),
+    ],
+    ids=["adamw", "sgd", "plain"],
+)
+def test_state_made_beforehand_changes_no_step(config: AdamWConfig | SGDConfig) -> None:
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(5, 5, generator=generator) for _ in range(4)]
+    found = []
+    for early in (False, True):
+        torch.manual_seed(0)
+        layer = nn.Linear(5, 5, bias=False)
+        optimizer = build_optimizer(config, layer)
+        before = layer.weight.detach().clone()
+        if early:
+            make_state(optimizer)
+            assert torch.equal(layer.weight, before)
+            assert layer.weight.grad is None
+        for gradient_ in gradients:
+            layer.weight.grad = gradient_.clone()
+            optimizer.step()
+        found.append(layer.weight.detach().clone())
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], before)
 
 
 def test_warm_up_in_samples_keeps_its_curve_when_the_effective_batch_changes() -> None:

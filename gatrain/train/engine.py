@@ -21,7 +21,7 @@ from gatrain.tasks.base import Batch, LossSum, LossSums, Task, named_loss_sums
 from gatrain.train.accumulate import PlainAccumulation, RankWindow, WindowResult, WindowToGradient, move_to
 from gatrain.train.checkpointing import apply_checkpointing
 from gatrain.train.compiling import compiled_loss_sum
-from gatrain.train.optimizer import build_optimizer, learning_rate
+from gatrain.train.optimizer import build_optimizer, learning_rate, make_state
 from gatrain.train.precision import autocast_for, forbid_tf32, scaler_for
 from gatrain.train.ranks import Ranks
 
@@ -73,6 +73,7 @@ class Engine:
         ranks.broadcast_from_first([p.data for p in model.parameters()])
         self.share_buffers()
         self.optimizer = build_optimizer(optimizer_config, model)
+        make_state(self.optimizer)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         wrapped = self._wrap(model)
         self._loss_sum = self._loss_function(wrapped)

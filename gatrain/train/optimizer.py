@@ -30,6 +30,30 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
     raise TypeError(f"no optimizer for {type(config).__name__}")
 
 
+@torch.no_grad()
+def make_state(optimizer: torch.optim.Optimizer) -> None:
+    """Create the optimizer's state before the first step, with the values that it would start from.
+
+    Made during the first update, it is cut out of the blocks that activations have left, which then no longer serve
+    the next step's: GPT-2 124M at 32 samples reserved 16 % more memory on an H100 (``tests/benchmarks/results``).
+    Nothing moves: the rate is zero, and all state is set to zero afterwards, also the count of steps.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, torch.Tensor):
+                value.zero_()
+    optimizer.zero_grad(set_to_none=True)
+
+
 def learning_rate(
     config: ScheduleConfig, peak: float, *, step: int, total_steps: int, effective_batch: int
 ) -> float:
