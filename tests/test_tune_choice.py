@@ -497,3 +497,31 @@ def test_another_effective_batch_needs_no_compilation_even_if_it_is_smaller(
         assert plan.compile
     (row,) = (trial for trial in plan.trials if trial.compile)
     assert "not measured: as uncompiled, scaled to meet 64" in str(row.error)
+
+
+def test_ways_of_reducing_that_do_not_fit_beside_each_other_are_not_compared_and_it_is_said() -> None:
+    state = tune.state_bytes(config_of(64), _info().parameter_bytes)
+    tight = gpu()
+    tight = dataclasses.replace(tight, free_bytes=int((32 * 2**20 + 2 * state) / 0.92))
+    two = dataclasses.replace(CUDA, gpus=[tight, tight])
+    machine = WholeMachine(lambda f, nth: 0.5, seconds=lambda size: 0.1 + 0.001 * size)
+    plan = plan_on(machine, config_of(64, compile=False), hardware=two, nodes=Nodes(2))
+    assert plan.sync == "window"
+    assert not machine.timed
+    assert any("was not compared" in note and "sync=overlap" in note for note in plan.notes)
+
+
+def test_recomputation_is_tried_only_where_larger_sizes_promise_more_than_it_costs() -> None:
+    def modes_tried(gain_per_doubling: float) -> set[str]:
+        exponent = math.log2(gain_per_doubling)
+        machine = Machine(
+            seconds=lambda size: 0.01 * size ** (1 - exponent),
+            largest={"none": 8, "selective": 64, "full": 64},
+        )
+        plan_on(machine, config_of(64), retune=True)
+        return {asked.settings.checkpointing for asked in machine.asked}
+
+    assert modes_tried(1.03) == {"none"}
+    assert modes_tried(1.10) == {"none", "selective"}
+    # selective fits the whole share, so memory no longer limits and full is not needed
+    assert modes_tried(1.30) == {"none", "selective"}

@@ -28,6 +28,8 @@ class Decision:
     """Of whole steps; None where the model alone decided."""
     timed: Sequence[TimedCandidate] = field(default_factory=list)
     """All finalists, also those that failed as a whole step."""
+    remarks: Sequence[str] = ()
+    """What could not be compared, and why."""
     is_close: bool = False
     """The model could not tell the best from the next, and no whole steps were timed."""
 
@@ -91,7 +93,7 @@ def observations(
     decision: Decision, chosen_curve: Curve, effective_batch: int, world_size: int, max_seconds: float
 ) -> list[str]:
     """What happened on the way and what the plan is, apart from advice."""
-    notes = []
+    notes = list(decision.remarks)
     chosen = decision.chosen
     share = max(chosen.shares) if chosen.shares else batch.largest_share(effective_batch, world_size)
     largest = chosen_curve.fitting[-1].micro_batch

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from pathlib import Path
 
 from gatrain import batch
@@ -31,14 +32,18 @@ from gatrain.tune.spec import WholeSpec
 
 MAX_SECONDS = {"cpu": 30.0, "cuda": 120.0}
 """Time for trials where ``tune.max_seconds`` is null."""
-STILL_GAINING = 1.10
-"""A last doubling that gained more than this says that larger micro-batches could be faster still, by more than
-recomputation costs: further doublings gain less and less, and it costs a tenth (selective) to a third (full)."""
+WORTH_RECOMPUTING = {"selective": 1.06, "full": 1.15}
+"""A last doubling of the micro-batch that gained this factor says that larger ones may gain more than recomputation
+costs: 2 to 10 % selective and 15 to 30 % full, on an H100; further doublings gain less and less."""
 MIN_ROUND_S = {"cpu": 5.0, "cuda": 15.0}
 """Seconds that must be left to begin with another way of computing."""
 MIN_SIZE_S = 2.0
 MAX_COMPILE_S = 15.0
 """Seconds of compilation, at most, that timing the finalists as whole steps is worth."""
+NOT_OVERLAPPED = (
+    "The overlapped reduction was not compared: memory does not hold both ways beside each other at this "
+    "micro-batch. sync=overlap takes it anyway."
+)
 MAX_ENGINES_BESIDE = confirm.MAX_FINALISTS
 """Further models with their optimizers that the processes of a confirmation may hold."""
 
@@ -177,10 +182,9 @@ class Planner:
         largest = limited.fitting[-1].micro_batch if limited.fitting else 0
         if limited.stopped != curve.MEMORY or largest >= self._share:
             return
-        if limited.fitting and self._fixed is None and not self._gains(limited, base):
-            return
+        gain = self._gain(limited, base) if limited.fitting and self._fixed is None else float("inf")
         for mode in limited.modes:
-            if mode == limited.settings.checkpointing:
+            if mode == limited.settings.checkpointing or gain < WORTH_RECOMPUTING.get(mode, 0.0):
                 continue
             way = dataclasses.replace(limited.settings, checkpointing=mode)
             if way not in self._curves and self._out_of_time(bool(self._options())):
@@ -195,15 +199,15 @@ class Planner:
                 return  # memory is no longer what limits
 
     @staticmethod
-    def _gains(*curves: Curve) -> bool:
-        """Whether the largest size that fits is clearly faster per sample than about half of it, by the first
-        curve that has both."""
+    def _gain(*curves: Curve) -> float:
+        """Factor by which twice the micro-batch was faster per sample at the end of the first curve that tells."""
         for measured in curves:
             last = measured.fitting[-1]
-            smaller = [m for m in measured.fitting if 2 * m.micro_batch <= last.micro_batch]
+            smaller = [m for m in measured.fitting if 1.4 * m.micro_batch <= last.micro_batch]
             if smaller:
-                return _rate(last) > STILL_GAINING * _rate(smaller[-1])
-        return True
+                doublings = math.log2(last.micro_batch / smaller[-1].micro_batch)
+                return float((_rate(last) / _rate(smaller[-1])) ** (1 / doublings))
+        return float("inf")
 
     def _try_compiled(self, *, required: bool) -> None:
         """Compiling takes long, so few sizes are tried, of the best way so far: from the largest of those that are
@@ -303,6 +307,7 @@ class Planner:
         """Choose by the model and, where that is a close call, by whole steps. Pure but for those trials."""
         near = confirm.finalists(self._worth_timing(options))
         overlapping = self._overlapping(near[0])
+        remarks = [NOT_OVERLAPPED] if self._overlaps and not overlapping else []
         named = {option.key: option for option in (*near, *overlapping)}
         timed = self._known_whole_steps(list(named.values()))
         if timed is None and len(named) > 1 and self._measured_anything and self._fixed is None:
@@ -310,12 +315,11 @@ class Planner:
             timed = self._known_whole_steps(list(named.values()))
         if timed is not None:
             if (verdict := confirm.verdict(timed)) is not None:
-                return Decision(verdict.chosen, options, verdict, timed)
+                return Decision(verdict.chosen, options, verdict, timed, remarks=remarks)
             failed = {option.key for option, steps in timed if steps.error}
             options = [option for option in options if option.key not in failed] or options
-        return Decision(
-            search.choose(self._worth_timing(options)), options, timed=timed or [], is_close=len(near) > 1
-        )
+        chosen = search.choose(self._worth_timing(options))
+        return Decision(chosen, options, timed=timed or [], remarks=remarks, is_close=len(near) > 1)
 
     def _worth_timing(self, options: list[Candidate]) -> list[Candidate]:
         """Without compiled sizes that were not measured, unless they promise more than the measured ones: timing
@@ -328,7 +332,8 @@ class Planner:
         """The best candidate with the other way of reducing: on several GPUs only whole steps can compare."""
         if not self._overlaps:
             return []
-        return [dataclasses.replace(best, settings=dataclasses.replace(best.settings, sync="overlap"))]
+        other = dataclasses.replace(best, settings=dataclasses.replace(best.settings, sync="overlap"))
+        return [other] if self._fits_beside(other, best) else []
 
     def _known_whole_steps(self, near: list[Candidate]) -> list[tuple[Candidate, WholeSteps]] | None:
         """What an interleaved run says of these candidates, the newest that has the best and another."""
@@ -386,7 +391,9 @@ class Planner:
         """Whether the engines of both can be in memory at once; each further way has one of its own."""
         if option.settings == best.settings:
             return True
-        largest = max(self._curve_of(each).peak_bytes(each.micro_batch) or 0 for each in (option, best))
+        curves = [self._curve_of(each) for each in (option, best)]
+        largest = max(c.peak_bytes(o.micro_batch) or 0 for c, o in zip(curves, (option, best), strict=True))
+        largest += max((m.fragmentation_bytes for c in curves for m in c.fitting), default=0)
         budget = self._free_bytes * self._config.tune.memory_fraction
         others = MAX_ENGINES_BESIDE * state_bytes(self._config, self._parameter_bytes)
         return largest + others <= budget
