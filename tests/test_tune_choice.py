@@ -525,3 +525,13 @@ def test_recomputation_is_tried_only_where_larger_sizes_promise_more_than_it_cos
     assert modes_tried(1.10) == {"none", "selective"}
     # selective fits the whole share, so memory no longer limits and full is not needed
     assert modes_tried(1.30) == {"none", "selective"}
+
+
+def test_where_memory_keeps_larger_compiled_sizes_away_smaller_ones_are_not_tried_for_that(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gatrain.tune.settings.can_compile", lambda: True)
+    machine = Compiling(lambda size: 0.004 * size, seconds=lambda size: max(0.16, 0.01 * size), largest=64)
+    plan = plan_on(machine, config_of(512), hardware=CUDA)
+    assert machine.compiled_sizes == [64, 128]  # and not 32
+    assert (plan.compile, plan.micro_batch) == (True, 64)

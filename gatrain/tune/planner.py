@@ -162,6 +162,8 @@ class Planner:
         if known is not None and self._question.fixed_micro_batch is not None:
             # one size more says nothing about why the curve ended
             measured = dataclasses.replace(measured, stopped=known.stopped, max_seconds=known.max_seconds)
+        elif known is not None and known.stopped == curve.MEMORY and _largest(measured) < _largest(known):
+            measured = dataclasses.replace(measured, stopped=curve.MEMORY)  # a smaller size lifts no limit
         self._curves[measured.settings] = known.with_new(measured) if known else measured
         self._store()
 
@@ -239,21 +241,24 @@ class Planner:
         if self._fixed is not None or not measured.fitting:
             return
         sizes = self._sizes()
-        gain, last = 0.0, start
+        first: float | None = None
+        last = start
         for size in [each for each in sizes if each > start]:
             gain = self._gain_of(way, size, last)
-            if gain < search.NOISE:
+            first = gain if last == start else first
+            if gain is None or gain < search.NOISE:
                 break
             last = size
-        if last == start and gain < -search.NOISE:  # larger ones are slower, or cannot be had
+        if first is not None and first < -search.NOISE:  # larger is slower, so smaller may be faster
             for size in [each for each in reversed(sizes) if each < start]:
-                if self._gain_of(way, size, last) < search.NOISE:
+                gain = self._gain_of(way, size, last)
+                if gain is None or gain < search.NOISE:
                     break
                 last = size
 
-    def _gain_of(self, way: StepSettings, size: int, last: int) -> float:
-        """Measure one size more: the part by which it is faster per sample than ``last``; -1 where it does not fit
-        or there is no time."""
+    def _gain_of(self, way: StepSettings, size: int, last: int) -> float | None:
+        """Measure one size more: the part by which it is faster per sample than ``last``; None where it does not
+        fit or there is no time."""
         known = self._used[way]
         before = {m.micro_batch: m for m in known.fitting}[last]
         needed_s = (before.compile_s or 0.0) + MIN_SIZE_S
@@ -261,7 +266,7 @@ class Planner:
             left_s = max(0.0, self._runner.seconds_left)
             text = f"no time: it would take about {needed_s:.0f} s, {left_s:.0f} s are left"
             self._skip(way, size, curve.TIME, text)
-            return -1.0
+            return None
         state = state_bytes(self._config, self._parameter_bytes)
         # one point: what is not state grows with the samples
         peak = state + ((before.peak_memory_bytes or 0) - state) * size / last
@@ -269,9 +274,9 @@ class Planner:
         if before.peak_memory_bytes and over > memory_model.STEP_ERROR * peak:
             text = f"its predicted peak is {memory_text(over)} above what may be used"
             self._skip(way, size, curve.MEMORY, text)
-            return -1.0
+            return None
         found = {m.micro_batch: m for m in self._measure(way, [size], rises=False).fitting}
-        return _rate(found[size]) / _rate(before) - 1 if size in found else -1.0
+        return _rate(found[size]) / _rate(before) - 1 if size in found else None
 
     def _skip(self, way: StepSettings, size: int, why: str, text: str) -> None:
         known = self._curves[way]
@@ -425,6 +430,10 @@ class Planner:
 
 def _size(measurement: curve.Measurement) -> int:
     return measurement.micro_batch
+
+
+def _largest(measured: Curve) -> int:
+    return max((m.micro_batch for m in measured.measurements), default=0)
 
 
 def _rate(measurement: curve.Measurement) -> float:
