@@ -167,7 +167,7 @@ def _look_up(path: Path, cwd: Path) -> tuple[str | None, RunFacts | None]:
 
     try:
         config = load_config(path)
-    except GatrainError:  # the child says it
+    except ConfigError:  # the child says it
         return None, None
     key = facts_key(config, cwd)
     return key, recall(key, config) if key is not None else None

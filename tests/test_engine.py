@@ -220,6 +220,31 @@ def test_blocks_that_repeat_are_compiled_once_and_only_inside_the_loss() -> None
     assert len(graphs) == 2
 
 
+def test_lengths_become_dynamic_and_numbers_of_samples_do_not() -> None:
+    shapes: list[tuple[str, ...]] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[object]) -> object:
+        (x,) = (i for i in inputs if isinstance(i, Tensor) and i.dim() == 3 and i.dtype.is_floating_point)
+        shapes.append(tuple(map(str, x.shape[:2])))
+        return graph.forward
+
+    torch._dynamo.reset()
+    task = Next()
+    task.variable_length = True
+    model = GPT(vocab_size=17, context=64, layers=4, heads=2, width=16)
+    loss_sum = compiled_loss_sum(task, model, backend=backend)
+    for samples in (4, 3, 2):  # a table of 64 positions must not be taken for 64 samples
+        for length in (32, 24, 16, 20):
+            tokens = torch.randint(17, (samples, length + 1), generator=torch.Generator().manual_seed(0))
+            loss, _ = loss_sum(tokens)  # type: ignore[misc]
+            assert torch.allclose(loss, task.loss_sum(model, tokens)[0])
+    # blocks and cross-entropy: at a fixed length once, then for any length, for each number of samples
+    numbers = [samples for samples, _ in shapes]
+    assert numbers.count("4") == 4
+    assert numbers.count("3") == numbers.count("2") == 2
+    assert len(shapes) == 8
+
+
 def test_models_that_repeat_nothing_are_compiled_as_one() -> None:
     assert len(repeated_blocks(deeper_gpt())) == 4
     assert repeated_blocks(small_gpt()) == []

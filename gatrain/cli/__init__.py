@@ -333,9 +333,12 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _run(arguments: list[str]) -> int:
+    stop = terminal.Terminable()
     try:
-        with terminal.Terminable():
+        with stop:
             returned = app(arguments, prog_name="gatrain", standalone_mode=False, obj=arguments)
+        if stop.is_asked or returned == Interrupted.exit_code:  # what Typer makes of a KeyboardInterrupt
+            raise KeyboardInterrupt
         sys.stdout.flush()
         return returned if isinstance(returned, int) else 0
     except GatrainError as error:
@@ -349,8 +352,8 @@ def _run(arguments: list[str]) -> int:
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         terminal.debug_traceback()
-        terminal.print_error("interrupted")
-        return Interrupted.exit_code
+        terminal.print_error("stopped by SIGTERM." if stop.is_asked else "interrupted")
+        return stop.EXIT_CODE if stop.is_asked else Interrupted.exit_code
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from gatrain import __version__
-from gatrain.errors import GatrainError, Interrupted, nearest
+from gatrain.errors import GatrainError, nearest
 
 if TYPE_CHECKING:
     from gatrain.fit import Listener
@@ -92,7 +92,13 @@ UsageError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__
 
 
 class Terminable:
-    """Turn SIGTERM into an exception, so that what was begun is cleaned up before the process ends."""
+    """Turn SIGTERM into what Ctrl-C raises, so that what was begun is cleaned up before the process ends.
+
+    No `Exception`: libraries catch those and say them in their own words. ``is_asked`` tells the two apart.
+    """
+
+    EXIT_CODE = 128 + signal.SIGTERM
+    is_asked = False
 
     def __enter__(self) -> None:
         self._previous: Any = None
@@ -103,11 +109,9 @@ class Terminable:
         if self._previous is not None:
             signal.signal(signal.SIGTERM, self._previous)
 
-    @staticmethod
-    def _stop(signum: int, frame: FrameType | None) -> None:
-        error = Interrupted("stopped by SIGTERM.")
-        error.exit_code = 128 + signum
-        raise error
+    def _stop(self, signum: int, frame: FrameType | None) -> None:
+        self.is_asked = True
+        raise KeyboardInterrupt
 
 
 def print_error(text: str) -> None:

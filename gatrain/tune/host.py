@@ -167,8 +167,10 @@ class Follower:
         """Take part in the trials of this folder and of no other; a folder is joined once."""
         if folder == self._folder:
             return
-        if self._process is not None:
+        if self._process is not None and self._folder is not None:
             end(self._process)
+            # node 0 has removed it, but this node's ranks may have written their last words since
+            shutil.rmtree(self._folder, ignore_errors=True)
         self._folder = folder
         self._process = join(Path(folder), self._node_rank, self._cwd) if folder is not None else None
 
