@@ -19,6 +19,7 @@ from gatrain.predict.timeline import MICRO_STEP, REDUCE, UPDATE, WORKSPACE, Even
 from gatrain.tasks.base import Batch, Task, named_weights
 from gatrain.train.accumulate import PlainAccumulation
 from gatrain.train.checkpointing import apply_checkpointing, blocks_of
+from gatrain.train.compiling import compiled_loss_sum
 from gatrain.train.optimizer import build_optimizer
 from gatrain.train.precision import autocast_for
 from gatrain.train.ranks import Ranks, buckets_of, flatten
@@ -102,7 +103,7 @@ class StepTracer:
 
         if not self._asked.compile:
             return loss_sum
-        return torch.compile(loss_sum, backend=fused_backend(self._recorder), dynamic=False)
+        return compiled_loss_sum(self._task, self._model, backend=fused_backend(self._recorder))
 
     def _make_held(self) -> Held:
         """Bytes of parameters, buffers, optimizer state and, for DDP, buckets: all that outlives a step."""
