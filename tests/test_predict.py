@@ -176,15 +176,15 @@ def test_a_size_that_is_no_straight_line_is_suspected() -> None:
     assert LinearStep(recording(5), squares).may_be_curved
 
 
-def test_optimizer_state_comes_with_the_first_update_and_workspaces_with_the_first_product() -> None:
+def test_optimizer_state_comes_before_the_first_step_and_workspaces_with_the_first_product() -> None:
     events = [(0, WORKSPACE), (0, 40 * MIB), (1, WORKSPACE), (1, 30 * MIB), (1, GRADIENT), (0, FREED)]
     step = LinearStep(Recording(1, {MICRO_STEP: events, UPDATE: [(1, FREED)]}, Work(), 0))
-    held = Held([30 * MIB], [30 * MIB] * 2, workspace=32 * MIB)
+    held = Held([30 * MIB], [30 * MIB] * 2, workspace=32 * MIB, gradients=[30 * MIB])
     both = 30 + 64 + 40 + 30  # parameters, workspaces, activations, gradient
     assert step.peak(1, Held([30 * MIB], (), 32 * MIB), accumulates=False).allocated == both * MIB
-    assert step.peak(1, held, accumulates=False).allocated == (both + 60) * MIB  # in the second step
-    # the state moves into the segment of 40 MiB that the first step's activations left, so the second needs another
-    assert step.peak(1, held, accumulates=False).reserved == (both + 30 + 40) * MIB
+    assert step.peak(1, held, accumulates=False).allocated == (both + 60) * MIB
+    # the zeros' segment serves the gradient: nothing is cut up
+    assert step.peak(1, held, accumulates=False).reserved == (both + 60) * MIB
 
 
 def test_sizes_in_turn_find_what_earlier_ones_left() -> None:
@@ -581,7 +581,7 @@ def trial(micro_batch: int, peak: int | None, **other: Any) -> Trial:
 
 def traced() -> TraceResult:
     pieces = [Piece(1, recording(2), recording(4))]
-    return TraceResult(1, 64 * MIB, ["none"], [ModeTrace("none", [512 * MIB], [], pieces, 0.0, 0.0)])
+    return TraceResult(1, 64 * MIB, ["none"], [ModeTrace("none", [512 * MIB], [], pieces, 0.0, 0.0, [])])
 
 
 def test_predictions_stand_beside_the_largest_uncompiled_trials() -> None:

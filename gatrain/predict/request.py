@@ -85,6 +85,8 @@ class ModeTrace:
     """How far, relatively, a trace between two others was from their line; 0 where every storage is of one size
     or in proportion to the micro-batch, None where a single size was asked for."""
     seconds: float
+    gradients: list[int]
+    """Bytes of each parameter that trains."""
 
     @property
     def persistent(self) -> list[int]:
@@ -107,13 +109,13 @@ class ModeTrace:
         """
         asked = micro_batch, workspace, accumulates
         if asked not in self._peaks:
-            held = Held(self.model, self.optimizer, workspace)
+            held = Held(self.model, self.optimizer, workspace, self.gradients)
             self._peaks[asked] = self._step(micro_batch).peak(micro_batch, held, accumulates=accumulates)
         return self._peaks[asked]
 
     def peaks_in_turn(self, sizes: Iterable[int], workspace: int) -> dict[int, Peak]:
         """Peak at each size in a process that runs one after the other, each with several micro-steps."""
-        replay = Replay(Held(self.model, self.optimizer, workspace))
+        replay = Replay(Held(self.model, self.optimizer, workspace, self.gradients))
         return {size: replay.peak(self._step(size), size, accumulates=True) for size in sizes}
 
     def work(self, micro_batch: int) -> Work:
@@ -151,6 +153,7 @@ class TraceResult:
                 ],
                 "straightness": trace.straightness,
                 "seconds": trace.seconds,
+                "gradients": trace.gradients,
             }
             for trace in self.traces
         ]

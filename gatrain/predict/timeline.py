@@ -24,8 +24,8 @@ Events = list[tuple[int, int]]
 MICRO_STEP, REDUCE, UPDATE = "micro_step", "reduce", "update"
 PHASES = (MICRO_STEP, REDUCE, UPDATE)
 STEPS = 2
-"""Steps that are replayed. The second finds the optimizer's state and the fragments that the first left; further
-ones change nothing (tried for GPT-2 and ResNet-50)."""
+"""Steps that are replayed. The second finds the fragments that the first left; further ones change nothing (tried
+for GPT-2 and ResNet-50)."""
 CURVED_BYTES, CURVED_SHARE = 2**16, 0.02
 
 Line = tuple[int, int, float, float]
@@ -83,9 +83,11 @@ class Held:
     model: Sequence[int]
     """Parameters, buffers, DDP's buckets: there before the first step."""
     optimizer: Sequence[int] = ()
-    """The optimizer's state, made in the first update."""
+    """The optimizer's state, made before the first step (`gatrain.train.optimizer.make_state`)."""
     workspace: int = 0
     """What cuBLAS takes for each thread that uses it."""
+    gradients: Sequence[int] = ()
+    """Of parameters that train: zeros stand for them while the optimizer's state is made."""
 
 
 @dataclass(frozen=True)
@@ -170,9 +172,13 @@ class Replay:
         self._live: dict[int, Block | None] = {}
         self._gradients: set[int] = set()
         self._workspaces: set[int] = set()
-        self._has_state = False
         for size in held.model:
             self._allocator.allocate(size)
+        zeros = [self._allocator.allocate(size) for size in held.gradients]
+        for size in held.optimizer:
+            self._allocator.allocate(size)
+        for block in zeros:
+            self._allocator.free(block)
 
     def peak(self, step: LinearStep, micro_batch: int, *, accumulates: bool) -> Peak:
         """Run the first steps at a size, after the cache of what came before was given back."""
@@ -183,7 +189,6 @@ class Replay:
             if accumulates:
                 self._micro_step(micro_step)
             self._run(step.reduce)
-            self._make_optimizer_state()
             self._run(step.update)
             self._end_step()
         copies = CachingAllocator(self._expandable)  # batches arrive on another stream, one ahead of its use
@@ -191,12 +196,6 @@ class Replay:
             copies.allocate(step.batch_bytes(micro_batch))
         peak = self._allocator
         return Peak(peak.peak_allocated + copies.peak_allocated, peak.peak_reserved + copies.peak_reserved)
-
-    def _make_optimizer_state(self) -> None:
-        if not self._has_state:
-            self._has_state = True
-            for size in self._held.optimizer:
-                self._allocator.allocate(size)
 
     def _micro_step(self, events: Events) -> None:
         """Forward and backward. Gradients that are there already are added to, and the new ones given up."""

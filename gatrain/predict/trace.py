@@ -62,7 +62,9 @@ def trace_mode(tracer: StepTracer, mode: str, asked: TraceRequest, known: ModeTr
         else:
             pieces, straightness = _pieces(tracer, asked)
     held, seconds = tracer.held, time.perf_counter() - began
-    return ModeTrace(mode, list(held.model), list(held.optimizer), pieces, straightness, seconds)
+    return ModeTrace(
+        mode, list(held.model), list(held.optimizer), pieces, straightness, seconds, list(held.gradients)
+    )
 
 
 def _pieces(tracer: StepTracer, asked: TraceRequest) -> tuple[list[Piece], float | None]:

@@ -119,7 +119,9 @@ class StepTracer:
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
         model = self._recorder.adopt(tensors)
         state = pytree.tree_leaves([*self._optimizer.state.values()])
-        return Held(model, self._recorder.adopt(leaf for leaf in state if isinstance(leaf, Tensor)))
+        optimizer = self._recorder.adopt(leaf for leaf in state if isinstance(leaf, Tensor))
+        gradients = [parameter.numel() * parameter.element_size() for parameter in self._parameters]
+        return Held(model, optimizer, gradients=gradients)
 
     def record(self, micro_batch: int, *, quick: bool = False) -> Recording:
         """Trace a micro-step, the reduction and the update; ``quick``: the micro-step alone will do."""
