@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import typing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +63,9 @@ class SGDConfig(OptimizerConfig):
     name: str = "sgd"
     momentum: float = 0.0
     nesterov: bool = False
+
+
+OPTIMIZERS: dict[str, type[OptimizerConfig]] = {"adamw": AdamWConfig, "sgd": SGDConfig}
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,36 @@ class RunConfig:
     device: str = "auto"
     """``cpu``, ``cuda``, or ``auto``: the GPUs if there are any."""
 
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> RunConfig:
+        """Inverse of ``dataclasses.asdict``, also after JSON. Values are checked by type alone.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is something else.
+        """
+        config: RunConfig = _from_dict(cls, data)
+        return config
+
+
+def _from_dict(cls: type[Any], data: Any) -> Any:
+    hints = typing.get_type_hints(cls)
+    if not isinstance(data, dict) or data.keys() != hints.keys():
+        raise ValueError(f"not the keys of {cls.__name__}")
+    return cls(**{name: _from_json(hint, data[name]) for name, hint in hints.items()})
+
+
+def _from_json(hint: Any, value: Any) -> Any:
+    if hint is OptimizerConfig:
+        return _from_dict(OPTIMIZERS[value["name"]], value)
+    if dataclasses.is_dataclass(hint):
+        return _from_dict(hint, value)  # type: ignore[arg-type]
+    if typing.get_origin(hint) is tuple:
+        items = typing.get_args(hint)
+        return tuple(_from_json(item, each) for item, each in zip(items, value, strict=True))
+    if hint is not Any and type(value) not in (typing.get_args(hint) or (hint,)):
+        raise TypeError(f"{value!r} is not of type {hint}")
+    return value
+
 
 def validate(config: RunConfig) -> None:
     """Check values and their combinations; composition has already checked names and types.
@@ -143,7 +178,7 @@ def validate(config: RunConfig) -> None:
     _one_of("sync", config.sync, SYNCS)
     _one_of("device", config.device, DEVICES)
     _one_of("schedule.name", config.schedule.name, SCHEDULES)
-    _one_of("optimizer.name", config.optimizer.name, ("adamw", "sgd"))
+    _one_of("optimizer.name", config.optimizer.name, tuple(OPTIMIZERS))
     if config.compile not in (True, False, "auto") or (
         config.compile in (0, 1) and config.compile is not bool(config.compile)
     ):

@@ -1,38 +1,18 @@
-"""Recipe plus overrides -> `RunConfig`: the only place that talks to Hydra. Runs once, at the edge.
+"""Recipe plus overrides -> `RunConfig`. Runs once, at the edge.
 
-A recipe is a Hydra primary config. Three facts about Hydra shape this file:
-
-- it looks for the primary config before it reads ``hydra.searchpath``, so composition starts at the folder
-  that holds the recipe, and the other folders follow as one quoted override;
-- without the typed schema at the head of the defaults list a misspelt key in a file is accepted, and a
-  schema further down silently resets what came before it: both are refused here;
-- its messages speak of its own machinery; `gatrain.compose.messages` says the same in the user's words.
+Importing this package imports no Hydra, which takes longer than an answer from the caches: `composer` does the
+work, and `memory` answers where it was done before.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import typing
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
-from hydra.core.default_element import ResultDefault
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.types import Override, Quote, QuotedString
-from hydra.errors import HydraException
-from hydra.types import RunMode
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from gatrain import assets
-from gatrain.compose import messages, schema
-from gatrain.config import RunConfig, validate
-from gatrain.errors import ConfigError
+from gatrain.config import RunConfig
 
 COMMAND_LINE, DEFAULT = "command line", "default"
 
@@ -66,46 +46,9 @@ def compose(overrides: Sequence[str], cwd: Path | None = None) -> Composed:
     Raises:
         ConfigError: anything that is wrong, in the user's words.
     """
-    cwd = (cwd or Path.cwd()).resolve()
-    given, words = take_recipe(overrides, cwd)
-    recipe = assets.find_recipe(given, cwd)
-    folders = [
-        recipe.path.parent,
-        *assets.search_folders("recipes", cwd),
-        *assets.search_folders("conf", cwd),
-    ]
-    folders = list(dict.fromkeys(folders))
-    parsed = _displacing(messages.parse_overrides(words))
-    words_and_displaced = [override.input_line or "" for override in parsed]
-    _check_extension(recipe.name, [recipe.path], folders)
-    context = messages.Context(recipe.name, recipe.path, folders, parsed)
-    with _initialized(folders) as search_path:
-        schema.register(optimizer_by_group=True)
-        try:
-            elements = _elements(recipe.path.stem, [*words_and_displaced, search_path])
-            _check_schema_first(elements, recipe)
-            if not any(_stem(element) in schema.OPTIMIZER_SCHEMAS for element in elements):
-                schema.register(optimizer_by_group=False)
-            composed = hydra_compose(recipe.path.stem, [*words_and_displaced, search_path])
-        except messages.FOREIGN as error:
-            raise ConfigError(messages.explain(error, context)) from error
-    if OmegaConf.get_type(composed) is not RunConfig:
-        raise ConfigError(_no_schema(recipe))
-    sources = _sources(dict(_leaves(OmegaConf.to_container(composed))), elements, parsed, folders)
-    _settle_keys(composed, sources, parsed)
-    leaves = dict(_leaves(OmegaConf.to_container(composed)))
-    config = _to_config(composed, leaves)
-    validate(config)
-    return Composed(
-        config=config,
-        recipe=recipe.name,
-        recipe_file=recipe.path,
-        overrides=words,
-        yaml=OmegaConf.to_yaml(composed),
-        leaves=leaves,
-        sources={key: sources[key] for key in leaves},
-        shadows=recipe.shadows,
-    )
+    from gatrain.compose import composer
+
+    return composer.compose(overrides, (cwd or Path.cwd()).resolve())
 
 
 def load_config(path: Path) -> RunConfig:
@@ -123,253 +66,22 @@ def reload(path: Path, overrides: Sequence[str]) -> tuple[RunConfig, str]:
     Raises:
         ConfigError: the file or an override is not right.
     """
-    parsed = _displacing(messages.parse_overrides(overrides))
-    stored = read_yaml(path)
-    section = stored.get("optimizer") if "optimizer" in stored else None
-    name = section.get("name", "adamw") if isinstance(section, DictConfig) else "adamw"
-    if name not in schema.OPTIMIZERS:
-        raise ConfigError(f"{path}: optimizer.name={name} is not one of {', '.join(schema.OPTIMIZERS)}.")
-    context = messages.Context(path.stem, path, [path.parent], parsed)
-    try:
-        merged = OmegaConf.merge(schema.thawed(RunConfig(optimizer=schema.OPTIMIZERS[name]())), stored)
-    except messages.FOREIGN as error:
-        raise ConfigError(messages.explain(error, context)) from error
-    assert isinstance(merged, DictConfig)
-    OmegaConf.set_struct(merged, True)
-    for override in parsed:
-        try:
-            OmegaConf.update(merged, override.key_or_group, override.value(), merge=True)
-        except messages.FOREIGN as error:
-            raise ConfigError(messages.explain_override(override, error, context)) from error
-    config = _to_config(merged, dict(_leaves(OmegaConf.to_container(merged))))
-    validate(config)
-    return config, OmegaConf.to_yaml(merged)
+    from gatrain.compose import composer
+
+    return composer.reload(path, overrides)
 
 
-def take_recipe(overrides: Sequence[str], cwd: Path) -> tuple[str, list[str]]:
-    """Split the words into the recipe's name (or path) and the others.
-
-    Raises:
-        ConfigError: no ``recipe=``, several, or an empty one.
-    """
+def split_recipe(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What the words give as recipes, and the other words."""
     given = [word.partition("=")[2].strip().strip("'\"") for word in overrides if word.startswith("recipe=")]
-    words = [word for word in overrides if not word.startswith("recipe=")]
-    names = [recipe.name for recipe in assets.list_recipes(cwd)]
-    known = ", ".join(names) or "none"
-    for word in words:
-        if "=" not in word and not word.startswith("~"):
-            near = messages.close_to(word, names).replace("Did you mean '", "Did you mean 'recipe=")
-            raise ConfigError(f"'{word}' is not an override: those are written KEY=VALUE.{near}")
-    if not given:
-        raise ConfigError(f"no recipe is given. Add recipe=NAME. Known recipes: {known}.")
-    if len(given) > 1:
-        listed = " and ".join(f"recipe={name}" for name in given)
-        raise ConfigError(f"{listed} are both given. Keep one of them.")
-    if not given[0]:
-        raise ConfigError(f"'recipe=' has no name after it. Known recipes: {known}.")
-    return given[0], words
+    return given, [word for word in overrides if not word.startswith("recipe=")]
 
 
-_EITHER_OR = {
-    "train.steps": "train.epochs=null",
-    "train.epochs": "train.steps=null",
-    "schedule.warmup_steps": "schedule.warmup_samples=null",
-    "schedule.warmup_samples": "schedule.warmup_steps=0",
-}
-
-
-def _displacing(parsed: list[Override]) -> list[Override]:
-    """Let a key of the command line displace the recipe's other way of saying the same.
-
-    ``train.steps=5`` for a recipe that counts epochs means five steps. Both together stay a conflict.
-    """
-    given = {override.key_or_group for override in parsed}
-    displaced = []
-    for override in parsed:
-        other = _EITHER_OR.get(override.key_or_group)
-        if other and other.partition("=")[0] not in given and override.value() is not None:
-            displaced += messages.parse_overrides([other])
-    return [*parsed, *displaced]
-
-
-def read_yaml(path: Path) -> DictConfig:
-    """Read a YAML file whose top level is a mapping.
-
-    Raises:
-        ConfigError: names the file and the line.
-    """
-    try:
-        loaded = OmegaConf.load(path)
-    except (messages.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(messages.unreadable(path, error)) from error
-    if not isinstance(loaded, DictConfig):
-        raise ConfigError(f"{path}: the top level must be keys with values, not a list.")
-    return loaded
-
-
-def _check_schema_first(elements: list[ResultDefault], recipe: assets.Recipe) -> None:
-    names = [element.config_path for element in elements]
-    if "schema" not in names:
-        raise ConfigError(_no_schema(recipe))
-    if names[0] != "schema":
-        raise ConfigError(
-            f"{recipe.path}: '- schema' must be the first line of the defaults list; "
-            f"after '{names[0]}' it would reset the values given there."
-        )
-
-
-def _no_schema(recipe: assets.Recipe) -> str:
-    return (
-        f"{recipe.path}: the recipe does not use gatrain's schema, so a misspelt key would go unseen. "
-        "Begin its defaults list with '- base' (or '- schema'): defaults: [base, ..., _self_]."
-    )
-
-
-def _check_extension(name: str, chain: list[Path], folders: list[Path]) -> None:
-    """Refuse a recipe that extends itself, directly or in a circle: Hydra would recurse for ever."""
-    defaults = read_yaml(chain[-1]).get("defaults", [])
-    if not OmegaConf.is_list(defaults):
-        raise ConfigError(f"{chain[-1]}: 'defaults' must be a list, such as: defaults: [schema, _self_].")
-    for entry in defaults:
-        if not isinstance(entry, str) or entry in ("schema", "_self_"):
-            continue
-        parent = entry.split("@")[0].removeprefix("/").removesuffix(".yaml")
-        path = next((p for folder in folders if (p := folder / f"{parent}.yaml").is_file()), None)
-        if path in chain:
-            if len(chain) == 1:
-                raise ConfigError(
-                    f"{path}: recipe '{name}' extends itself: '{entry}' in its defaults list is this file. "
-                    f"Rename yours, for example to my_{path.name}, and keep '{entry}' in its list."
-                )
-            circle = " -> ".join(p.stem for p in [*chain, chain[chain.index(path)]])
-            raise ConfigError(f"{chain[0]}: recipes extend each other in a circle: {circle}.")
-        if path is not None:
-            _check_extension(name, [*chain, path], folders)
-
-
-# --- Hydra ----------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _initialized(folders: list[Path]) -> Iterator[str]:
-    """Start Hydra at the first folder; yield the override that adds the others in order."""
-    quoted = ",".join(QuotedString(f"file://{folder}", Quote.single).with_quotes() for folder in folders[1:])
-    with initialize_config_dir(str(folders[0]), job_name="gatrain", version_base="1.3"):
-        yield f"hydra.searchpath=[{quoted}]"
-
-
-def _elements(recipe: str, words: list[str]) -> list[ResultDefault]:
-    """Return what the recipe's defaults list comes to, in the order of merging."""
-    loader = GlobalHydra.instance().config_loader()
-    defaults = loader.compute_defaults_list(recipe, words, RunMode.RUN).defaults
-    return [element for element in defaults if not (element.config_path or "").startswith("hydra/")]
-
-
-def _stem(element: ResultDefault) -> str:
-    return (element.config_path or "").removesuffix(".yaml")
-
-
-# --- typed result ---------------------------------------------------------------------------------------
-
-
-def _settle_keys(
-    node: DictConfig, sources: Mapping[str, str], parsed: list[Override], prefix: str = ""
-) -> None:
-    """Refuse keys that a typed section does not have; drop those of an optimizer that was switched away.
-
-    Such keys come from ``+key=value``, which forces its way in, and from the optimizer sections of recipes.
-    """
-    declared = OmegaConf.get_type(node)
-    if declared is None or not dataclasses.is_dataclass(declared):
-        return
-    known = {item.name for item in dataclasses.fields(declared)}
-    switched = any(override.key_or_group == "optimizer" for override in parsed)
-    for name in list(node):
-        key, full_key = str(name), f"{prefix}{name!s}"
-        if key in known:
-            held = node._get_node(key)
-            if isinstance(held, DictConfig) and not held._is_none() and not held._is_missing():
-                _settle_keys(held, sources, parsed, f"{full_key}.")
-            continue
-        word = next((o.input_line for o in parsed if o.key_or_group == full_key), None)
-        owner = next((o for o, cls in schema.OPTIMIZERS.items() if key in cls.__dataclass_fields__), None)
-        if prefix == "optimizer." and owner is not None and switched and word is None:
-            del node[key]
-            continue
-        where = f"'{word}'" if word else next((sources[k] for k in sources if k.startswith(full_key)), prefix)
-        if prefix == "optimizer." and owner is not None:
-            raise ConfigError(f"{where}: {full_key} is a key of optimizer={owner}, which is not chosen here.")
-        raise ConfigError(f"{where}: {messages.unknown_key(full_key, sorted(known), None)}")
-
-
-def _to_config(composed: DictConfig, leaves: Mapping[str, Any]) -> RunConfig:
-    missing = [key for key, value in leaves.items() if value == MISSING]
-    if missing:
-        raise ConfigError(messages.missing_values(missing))
-    try:
-        config = OmegaConf.to_object(composed)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(messages.explain_resolution(error, leaves)) from error
-    assert isinstance(config, RunConfig)
-    expected = schema.OPTIMIZERS.get(config.optimizer.name)
-    if expected is not None and type(config.optimizer) is not expected:
-        name = config.optimizer.name
-        raise ConfigError(
-            f"optimizer.name={name} does not change the optimizer. Type optimizer={name} instead."
-        )
-    typed: RunConfig = _with_tuples(config)
-    return typed
-
-
-def _with_tuples(instance: Any, prefix: str = "") -> Any:
-    """Give tuple fields real tuples (OmegaConf has only lists) and check their lengths."""
-    hints = typing.get_type_hints(type(instance))
-    changes: dict[str, Any] = {}
-    for item in dataclasses.fields(instance):
-        value = getattr(instance, item.name)
-        if dataclasses.is_dataclass(value):
-            changes[item.name] = _with_tuples(value, f"{prefix}{item.name}.")
-        elif typing.get_origin(hints[item.name]) is tuple:
-            wanted = len(typing.get_args(hints[item.name]))
-            if len(value) != wanted:
-                shown = ",".join(map(str, value))
-                raise ConfigError(f"{prefix}{item.name}=[{shown}] is not a list of {wanted} numbers.")
-            changes[item.name] = tuple(value)
-    return dataclasses.replace(instance, **changes)
-
-
-def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(node, dict) and node:
-        for key, value in node.items():
-            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
-    elif prefix:
-        yield prefix, node
-
-
-def _sources(
-    leaves: Mapping[str, Any], elements: list[ResultDefault], parsed: list[Override], folders: list[Path]
-) -> dict[str, str]:
-    """Tell for each leaf who set it last, replaying the merge order of the defaults list."""
-    sources = dict.fromkeys(leaves, DEFAULT)
-    for element in elements:
-        name = f"{_stem(element)}.yaml"
-        path = next((folder / name for folder in folders if (folder / name).is_file()), None)
-        if path is None:
-            continue
-        content = OmegaConf.to_container(read_yaml(path))
-        assert isinstance(content, dict)
-        content.pop("defaults", None)
-        for key, _ in _leaves(content, element.package or ""):
-            if key in sources:
-                sources[key] = str(path)
-    for override in parsed:
-        for key in leaves:
-            if key == override.key_or_group or key.startswith(f"{override.key_or_group}."):
-                chooses_file = sources[key] != DEFAULT and _is_group(override, elements)
-                sources[key] = sources[key] if chooses_file else COMMAND_LINE
-    return sources
-
-
-def _is_group(override: Override, elements: list[ResultDefault]) -> bool:
-    group = f"{override.key_or_group}/"
-    return any(_stem(element).startswith(group) for element in elements)
+def folders_of(recipe: assets.Recipe, cwd: Path) -> list[Path]:
+    """The folders that a recipe's parts are looked for in, the first that has one counts."""
+    folders = [
+        recipe.path.parent,
+        *assets.search_folders("recipes", cwd),
+        *assets.search_folders("conf", cwd),
+    ]
+    return list(dict.fromkeys(folders))

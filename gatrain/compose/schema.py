@@ -11,9 +11,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from gatrain.config import AdamWConfig, OptimizerConfig, RunConfig, ScheduleConfig, SGDConfig
-
-OPTIMIZERS: dict[str, type[OptimizerConfig]] = {"adamw": AdamWConfig, "sgd": SGDConfig}
+from gatrain.config import OPTIMIZERS as OPTIMIZERS
+from gatrain.config import AdamWConfig, RunConfig, ScheduleConfig, SGDConfig
 
 OPTIMIZER_SCHEMAS = {f"optimizer/base_{name}" for name in OPTIMIZERS}
 

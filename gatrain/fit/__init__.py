@@ -17,6 +17,7 @@ from typing import Any
 
 from gatrain import batch
 from gatrain.compose import Composed, compose, reload
+from gatrain.compose.memory import compose_remembered
 from gatrain.config import RunConfig
 from gatrain.errors import (
     ConfigError,
@@ -105,7 +106,7 @@ def autotune(
         GatrainError: a leaf that names what is wrong.
     """
     request, listener = request or WorldRequest(), listener or Listener()
-    composed = compose(overrides)
+    composed = compose_remembered(overrides, record.redact_value)
     check_modules(composed.config, Path.cwd())
     hardware, nodes = find_world(composed.config, request)
     plan = _plan(composed.config, composed.yaml, hardware, nodes, listener, Path.cwd(), retune)
@@ -262,7 +263,7 @@ def _plan(
     if run_dir is not None and heart is not None and nodes.nnodes > 1:
         options = {"shared": run_dir.path, "announce": heart.announce}
     with (
-        begin_inspection(config_yaml, cwd, remember=not retune) as look,
+        begin_inspection(config_yaml, cwd, remember=not retune, config=config) as look,
         trial_host(config, hardware, nodes, cwd, **options) as host,
     ):
         if not look.is_remembered:
