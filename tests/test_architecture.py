@@ -36,8 +36,8 @@ ROOMS: dict[str, set[str]] = {
     "predict": {"batch", "build", "compose", "config", "plan", "rundir", "tasks", "train"},
     "worker": {"build", "compose", "rank", "report", "train"},
     "verify": {"batch", "build", "compose", "inspection", "launch", "rank", "train", "tune"},
-    "fit": {"compose", "inspection", "launch", "tune"},
-    "cli": {"fit", "predict", "report", "verify"},
+    "fit": {"compose", "inspection", "launch", "predict", "tune"},
+    "cli": {"fit", "report", "verify"},
 }
 THIRD_PARTY = {
     "typer": {"cli"},

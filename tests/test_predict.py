@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_tune import CPU, CUDA, Machine
 
 from gatrain import cli
 from gatrain.compose import compose
@@ -653,3 +654,46 @@ def test_a_trace_that_fails_costs_only_its_lines(own_model: Path, monkeypatch: p
     monkeypatch.setattr("gatrain.predict.child.start", refuse)
     with compare.start(depends, memory_bytes=GIB, capability=(7, 5)) as tracing:
         assert tracing.result(timeout_s=60) is None
+
+
+class Trials(Machine):
+    """Trial processes of a GPU that is not there, as a host that autotune may start."""
+
+    def __init__(self, announce: Any, **options: Any) -> None:
+        super().__init__()
+        self._announce = announce
+        self.shared = None
+
+    def __enter__(self) -> Trials:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def start(self) -> None:
+        self._announce(Path("trials"))
+
+    def __call__(self, folder: Path) -> None:
+        self.start()
+        time.sleep(6)  # as long as a real one
+        super().__call__(folder)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_autotune_shows_predicted_beside_measured_on_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], device: str
+) -> None:
+    from gatrain import fit
+    from gatrain.cli import _run
+
+    monkeypatch.setenv("GATRAIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(fit, "detect_hardware", lambda name: CUDA if device == "cuda" else CPU)
+    monkeypatch.setattr("gatrain.tune.trial_host", lambda *args, announce, **others: Trials(announce))
+    words = ["autotune", *SMALL_GPT, "batch.effective=8", "checkpointing=none"]
+    assert _run(words) == 0
+    shown = capsys.readouterr().out
+    assert ("as predicted without a GPU, and as measured" in shown) == (device == "cuda")
+    assert shown.count("micro-batch 8, checkpointing none: predicted") == (1 if device == "cuda" else 0)
+    # from the cache nothing is measured, so nothing is predicted
+    assert _run([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["predicted"] == []

@@ -122,9 +122,11 @@ def autotune(
     if plot is not None:
         plan_plot.save_plan_plot(prepared.plan, plot)
     if as_json:
-        terminal.print_json(prepared.plan.to_dict())
+        terminal.print_json(prepared.plan.to_dict() | {"predicted": prepared.predicted})
     else:
-        terminal.print_lines(plan_plot.plan_plot_lines(prepared.plan, terminal.width()))
+        terminal.print_lines(
+            [*prepared.predicted, *plan_plot.plan_plot_lines(prepared.plan, terminal.width())]
+        )
 
 
 @app.command()

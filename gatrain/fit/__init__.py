@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gatrain import batch
 from gatrain.compose import Composed, compose, reload
@@ -37,7 +37,12 @@ from gatrain.plan import Plan
 from gatrain.rundir import RunDir, locked, open_run_dir, read_json, write_json, write_text
 from gatrain.tune.hardware import Hardware, detect_hardware, weakest
 
+if TYPE_CHECKING:
+    from gatrain.predict.compare import Tracing
+
 WORKER = "gatrain.worker"
+PREDICTION_S = 1.0
+"""Seconds that a finished plan waits for the prediction that is shown beside it."""
 
 RESUME_KEYS = (
     "train.steps", "train.epochs", "train.log_every", "train.data_workers", "save", "eval", "tune",
@@ -83,6 +88,8 @@ class Prepared:
     hardware: Hardware
     nodes: Nodes
     plan: Plan
+    predicted: list[str] = field(default_factory=list)
+    """Lines with the peak memory that was predicted without a GPU, beside what trials have just measured."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +116,29 @@ def autotune(
     composed = compose_remembered(overrides, record.redact_value)
     check_modules(composed.config, Path.cwd())
     hardware, nodes = find_world(composed.config, request)
-    plan = _plan(composed.config, composed.yaml, hardware, nodes, listener, Path.cwd(), retune)
+    with contextlib.ExitStack() as stack:
+        tracings: list[Tracing] = []
+
+        def measuring() -> None:
+            """Trials begin: predict beside them what they will show."""
+            from gatrain.predict import compare
+
+            if hardware.gpus and not tracings:
+                weakest_gpu = min(hardware.gpus, key=lambda gpu: gpu.total_bytes)
+                tracing = compare.start(
+                    composed,
+                    memory_bytes=weakest_gpu.total_bytes,
+                    capability=weakest_gpu.capability,
+                    world_size=nodes.world_size,
+                )
+                tracings.append(stack.enter_context(tracing))
+
+        plan = _plan(
+            composed.config, composed.yaml, hardware, nodes, listener, Path.cwd(), retune, measuring=measuring
+        )
+        predicted = [line for tracing in tracings for line in tracing.lines(plan, timeout_s=PREDICTION_S)]
     listener.planned(plan, None)
-    return Prepared(composed, hardware, nodes, plan)
+    return Prepared(composed, hardware, nodes, plan, predicted)
 
 
 def fit(
@@ -256,12 +283,19 @@ def _plan(
     retune: bool = False,
     run_dir: RunDir | None = None,
     heart: Heartbeat | None = None,
+    measuring: Callable[[], None] = lambda: None,
 ) -> Plan:
     from gatrain.tune import make_plan_for, needs_trials, trial_host
 
-    options: dict[str, Any] = {}
-    if run_dir is not None and heart is not None and nodes.nnodes > 1:
-        options = {"shared": run_dir.path, "announce": heart.announce}
+    def announce(trials: Path | None) -> None:
+        if heart is not None:
+            heart.announce(trials)
+        if trials is not None:
+            measuring()
+
+    options: dict[str, Any] = {"announce": announce}
+    if run_dir is not None and nodes.nnodes > 1:
+        options["shared"] = run_dir.path
     with (
         begin_inspection(config_yaml, cwd, remember=not retune, config=config) as look,
         trial_host(config, hardware, nodes, cwd, **options) as host,
