@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -96,6 +97,15 @@ def test_the_users_own_error_keeps_its_class(host: TrialHost) -> None:
         runner(host, unknown=1).measure(WAY, [1])
     with pytest.raises(WorkerError, match="SIGKILL"):
         killed(host)
+
+
+def test_a_log_that_a_message_names_outlives_the_processes(host: TrialHost, project: Path) -> None:
+    with pytest.raises(WorkerError) as caught:
+        killed(host)
+    host.close()
+    (named,) = re.findall(r"\S+rank_0\.log", str(caught.value))
+    assert Path(named.rstrip(":")).is_file()
+    assert (project / "cache") in Path(named).parents
 
 
 def killed(host: TrialHost) -> None:

@@ -29,6 +29,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from gatrain import rank
+from gatrain.assets import cache_dir
 from gatrain.errors import EXIT_CODES, GatrainError, LaunchError, RunFolderError, WorkerError
 from gatrain.launch import protocol
 from gatrain.launch.failure import Exit, first_cause
@@ -42,6 +43,8 @@ COMPILER = ("torch._dynamo", "torch._inductor.compile_fx", "torch._inductor.asyn
 SURVIVORS_S = 3.0
 """Seconds that ranks may go on after another rank died: most of them wait for it for ever."""
 POLL_S = 0.01
+KEPT_FAILURES = 10
+"""Failed trials whose logs are kept."""
 
 
 class TrialHost:
@@ -146,7 +149,23 @@ class TrialHost:
             lines = _log(self._folder, 0).read_text(encoding="utf-8", errors="replace").strip().splitlines()
             text = f"the trial processes ended with status {self._process.returncode}."
             raise LaunchError("\n".join([text, *(f"  {line}" for line in lines[-3:])])) from None
-        raise EXIT_CODES.get(failed["exit_code"], GatrainError)(failed["message"])
+        message = str(failed["message"])
+        if str(self._folder) in message and (kept := _keep_logs(self._folder)) is not None:
+            message = message.replace(str(self._folder), str(kept))
+        raise EXIT_CODES.get(failed["exit_code"], GatrainError)(message)
+
+
+def _keep_logs(folder: Path) -> Path | None:
+    """A copy of the ranks' logs that outlives the processes, for a message that names one; None without a place."""
+    kept = cache_dir() / "failed_trials" / time.strftime("%Y-%m-%d_%H-%M-%S")
+    with contextlib.suppress(OSError):
+        shutil.copytree(
+            folder / RunDir(folder).logs.name, kept / RunDir(folder).logs.name, dirs_exist_ok=True
+        )
+        for old in sorted(kept.parent.iterdir())[:-KEPT_FAILURES]:
+            shutil.rmtree(old, ignore_errors=True)
+        return kept
+    return None
 
 
 class Follower:
