@@ -72,6 +72,12 @@ def test_own_recipe_extends_a_shipped_one_from_another_folder(cwd: Path) -> None
     assert config.model == compose(["recipe=llm"]).config.model
 
 
+def test_a_part_of_recipes_needs_no_defaults_list(cwd: Path) -> None:
+    write(cwd / "recipes" / "common.yaml", "train: {steps: 7}\n")
+    write(cwd / "recipes" / "mine.yaml", MINE.replace("base,", "base, common,"))
+    assert compose(["recipe=mine"]).config.train.steps == 7
+
+
 def test_own_recipe_hides_the_shipped_one_and_says_so(cwd: Path) -> None:
     write(cwd / "recipes" / "llm.yaml", MINE)
     composed = compose(["recipe=llm"])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -78,18 +80,34 @@ def test_what_is_remembered_is_what_is_composed(
     assert again == first
 
 
+@pytest.mark.parametrize("recipe", [recipe.name for recipe in assets.list_recipes(Path("/nonexistent"))])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_every_shipped_recipe_comes_back(
+    recipe: str, optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [f"recipe={recipe}", f"optimizer={optimizer}", *["data.path=images"] * (recipe == "resnet50")]
+    first = remembered(*words)
+    again = only_remembered(monkeypatch, *words)
+    assert repr(again) == repr(first)
+    assert type(again.config.optimizer) is {"adamw": AdamWConfig, "sgd": SGDConfig}[optimizer]
+
+
 def test_other_words_and_other_folders_are_other_compositions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     remembered("recipe=mine", "batch.effective=4")
     assert remembered("recipe=mine", "batch.effective=5").config.batch.effective == 5
+    remembered("recipe=vision")
+    assert len(kept()) == 3
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     with pytest.raises(ConfigError):
         remembered("recipe=mine", "batch.effective=4")
+    remembered("recipe=vision")
+    assert len(kept()) == 4
 
 
-def test_an_edited_or_a_new_file_is_seen(project: Path) -> None:
+def test_an_edited_or_a_new_file_is_seen(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert remembered("recipe=mine").config.model["out_features"] == 1
     (project / "recipes/mine.yaml").write_text(RECIPE.replace("out_features: 1", "out_features: 7"))
     assert remembered("recipe=mine").config.model["out_features"] == 7
@@ -101,6 +119,10 @@ def test_an_edited_or_a_new_file_is_seen(project: Path) -> None:
     assert remembered("recipe=llm").config.optimizer.lr == before
     (project / "recipes/llm.yaml").write_text(RECIPE)  # now hides the shipped one
     assert remembered("recipe=llm").config.model["_target_"] == "torch.nn.Linear"
+    assert (
+        only_remembered(monkeypatch, "recipe=llm").shadows
+        == assets.shipped_folder("recipes").resolve() / "llm.yaml"
+    )
 
 
 @pytest.mark.parametrize(
@@ -108,6 +130,7 @@ def test_an_edited_or_a_new_file_is_seen(project: Path) -> None:
     [
         ("data: {_target_: mine.points, root: '${oc.env:SOMEWHERE}'}", ()),
         ("data: {_target_: mine.points, api_key: hunter2}", ()),
+        ("data: {_target_: mine.points, password: 12345, of: hunter2}", ()),
         ("data: {_target_: mine.points, url: 'https://me:hunter2@example.org/'}", ()),
         ("data: {_target_: mine.points}", ("+data.token=hunter2",)),
         ("data: {_target_: mine.points}", ("+data.root=${oc.env:SOMEWHERE}",)),
@@ -124,6 +147,105 @@ def test_what_may_be_private_is_not_kept(
     monkeypatch.setenv("SOMEWHERE", "other")
     if "oc.env" in line or any("oc.env" in word for word in words):
         assert remembered("recipe=mine", *words).config.data["root"] == "other"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ("defaults: [base, {data: '${oc.env:WHICH}'}, _self_]\nmodel: {_target_: my.net}\n", ()),
+        ("defaults: [base, _self_]\nmodel: {_target_: my.net}\n", ("+data=${oc.env:WHICH}",)),
+    ],
+)
+def test_a_choice_of_file_that_asks_the_environment_is_not_kept(
+    project: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, words: tuple[str, ...]
+) -> None:
+    (project / "recipes/mine.yaml").write_text(recipe)
+    for which, target in (("text", "gatrain.data.TextWindows"), ("digits", "gatrain.data.Digits")):
+        monkeypatch.setenv("WHICH", which)
+        try:
+            assert remembered("recipe=mine", *words).config.data["_target_"] == target
+        except ConfigError:
+            assert words  # Hydra reads no reference there: an error is as good
+        assert kept() == []
+
+
+def test_files_out_of_the_search_path_are_read_anew(project: Path) -> None:
+    (project / "other").mkdir()
+    (project / "recipes/mine.yaml").write_text(RECIPE.replace("base,", "base, ../other/part@_global_,"))
+    for steps in (5, 6):
+        (project / "other/part.yaml").write_text(f"train: {{steps: {steps}}}\n")
+        assert remembered("recipe=mine").config.train.steps == steps
+    assert kept() == []
+
+
+def test_a_secret_that_a_later_word_replaces_is_not_kept() -> None:
+    words = ("recipe=mine", "+data.url=https://me:hunter2@example.org/", "data.url=plain")
+    assert remembered(*words).config.data["url"] == "plain"
+    assert kept() == []
+
+
+def test_what_json_cannot_hold_is_not_kept() -> None:
+    words = ("recipe=mine", "+model.table={1:a,2:b}")
+    assert remembered(*words).config.model["table"] == {1: "a", 2: "b"}
+    assert kept() == []
+
+
+def test_a_damaged_file_that_is_not_needed_is_no_mistake(project: Path) -> None:
+    (project / "recipes/broken.yaml").write_text("a: [${b}\n")
+    assert remembered("recipe=mine").recipe == "mine"
+
+
+def test_an_edit_while_it_is_composed_is_seen(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*given: object) -> Composed:
+        (project / "recipes/mine.yaml").write_text(RECIPE + "train: {steps: 7}\n")
+        return compose(*given)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "compose", slow)
+        assert remembered("recipe=mine").config.train.steps == 7
+    (project / "recipes/mine.yaml").write_text(RECIPE)
+    assert remembered("recipe=mine").config.train.steps == 100
+
+
+@pytest.mark.parametrize("package", ["hydra-core", "omegaconf"])
+def test_another_version_composes_anew(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    remembered("recipe=mine")
+    version = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: "99" if name == package else version(name)
+    )
+    with pytest.raises(AssertionError, match="composed anew"):
+        only_remembered(monkeypatch, "recipe=mine")
+
+
+def test_a_recipe_beside_much_else_is_composed_each_time(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (project / "recipes/mine.yaml").rename(project / "mine.yaml")
+    monkeypatch.setattr(memory, "MAX_ENTRIES", 60)
+    remembered("recipe=./mine.yaml")
+    only_remembered(monkeypatch, "recipe=./mine.yaml")
+    (project / "images").mkdir()
+    os.symlink(project, project / "images" / "round")
+    for number in range(60):
+        (project / "images" / str(number)).touch()
+    assert remembered("recipe=./mine.yaml").recipe == "mine"
+    assert len(kept()) == 1
+
+
+def test_only_the_newest_are_kept_and_a_full_disk_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "MAX_FILES", 2)
+    for steps in (1, 2, 3):
+        remembered("recipe=mine", f"train.steps={steps}")
+    assert len(kept()) == 2
+    only_remembered(monkeypatch, "recipe=mine", "train.steps=3")
+
+    def full(*given: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(memory, "write_text", full)
+    assert remembered("recipe=mine", "train.steps=4").config.train.steps == 4
+    assert len(kept()) == 2
 
 
 def test_files_are_the_users_own_and_damage_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:

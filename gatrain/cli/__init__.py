@@ -111,9 +111,10 @@ def autotune(
 ) -> None:
     """Measure real optimizer steps and print the plan, without training."""
     from gatrain import fit as work
-    from gatrain.report import plan_plot
 
     if plot is not None:
+        from gatrain.report import plan_plot
+
         plan_plot.check_can_draw(plot)
     with terminal.Progress() as progress:
         prepared = work.autotune(
@@ -124,6 +125,8 @@ def autotune(
     if as_json:
         terminal.print_json(prepared.plan.to_dict() | {"predicted": prepared.predicted})
     else:
+        from gatrain.report import plan_plot
+
         terminal.print_lines(
             [*prepared.predicted, *plan_plot.plan_plot_lines(prepared.plan, terminal.width())]
         )
@@ -334,11 +337,24 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     sys.exit(_run(arguments or ["--help"]))
 
 
+def _plain_autotune(arguments: list[str]) -> list[str] | None:
+    """The words of `autotune KEY=VALUE ... [--json]`, which needs no parser; None for anything else.
+
+    What Typer imports in order to parse takes longer than a plan from the cache.
+    """
+    words = [word for word in arguments[1:] if word != "--json"]
+    is_plain = arguments[0] == "autotune" and all("=" in word and word[0] != "-" for word in words)
+    return words if is_plain else None
+
+
 def _run(arguments: list[str]) -> int:
-    stop = terminal.Terminable()
+    stop, returned = terminal.Terminable(), None
     try:
         with stop:
-            returned = app(arguments, prog_name="gatrain", standalone_mode=False, obj=arguments)
+            if (words := _plain_autotune(arguments)) is not None:
+                autotune(words, as_json="--json" in arguments)
+            else:
+                returned = app(arguments, prog_name="gatrain", standalone_mode=False, obj=arguments)
         if stop.is_asked or returned == Interrupted.exit_code:  # what Typer makes of a KeyboardInterrupt
             raise KeyboardInterrupt
         sys.stdout.flush()

@@ -19,6 +19,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,8 @@ def compose_remembered(overrides: Sequence[str], hide: Hide, cwd: Path | None = 
     if known is not None:
         return known
     composed = compose(overrides, cwd)
-    if before is not None and _is_public(composed, before, hide):
-        _keep(before, composed)
+    if before is not None:
+        _keep(before, composed, hide)
     return composed
 
 
@@ -96,7 +97,7 @@ def _look(overrides: Sequence[str], cwd: Path) -> _Look | None:
             __version__, _hash(path.read_bytes() for path in sources),
             sys.version, [importlib.metadata.version(name) for name in _LIBRARIES],
         ]  # fmt: skip
-    except (ConfigError, OSError, ValueError, importlib.metadata.PackageNotFoundError):
+    except (ConfigError, OSError, ValueError, RuntimeError, importlib.metadata.PackageNotFoundError):
         return None
     text = json.dumps(parts).encode("utf-8", "surrogateescape")
     return _Look(recipe, cwd, overrides, words, files, hashlib.sha256(text).hexdigest()[:32])
@@ -109,24 +110,25 @@ def _read_folders(folders: Sequence[Path]) -> tuple[list[str], dict[str, bytes]]
         OSError: a file cannot be read.
         ValueError: there is too much.
     """
-    seen, entries = 0, []
+    entries: list[str] = []
     files: dict[str, bytes] = {}
-    for folder in folders:
-        for root, below, names in os.walk(folder, followlinks=True):
-            below.sort()
-            seen += 1 + len(names)
-            if seen > MAX_ENTRIES:  # links that lead round in a circle end here, too
-                raise ValueError("too many entries")
-            entries.append(root)
-            for name in sorted(names):
-                path = os.path.join(root, name)
-                if not name.endswith(".yaml") or path in files:
-                    continue
-                if not os.path.isfile(path) or os.path.getsize(path) > MAX_BYTES:
+    waiting, room = [str(folder) for folder in folders], MAX_ENTRIES
+    while waiting:
+        folder = waiting.pop()
+        with os.scandir(folder) as listing:
+            found = sorted(islice(listing, room + 1), key=lambda entry: entry.name)
+        entries.append(folder)
+        room -= 1 + len(found)
+        if room < 0:  # links that lead round in a circle end here, too
+            raise ValueError("too many entries")
+        for entry in found:
+            if entry.is_dir():
+                waiting.append(entry.path)
+            elif entry.name.endswith(".yaml"):
+                if not entry.is_file() or entry.stat().st_size > MAX_BYTES:
                     raise ValueError("no ordinary file")
-                entries.append(path)
-                with open(path, "rb") as file:
-                    files[path] = file.read()
+                entries.append(entry.path)
+                files[entry.path] = Path(entry.path).read_bytes()
     return entries, files
 
 
@@ -146,11 +148,15 @@ def _file(key: str) -> Path:
 
 
 def _is_public(composed: Composed, look: _Look, hide: Hide) -> bool:
-    """Whether nothing in it is secret, and files and words are all that it depends on."""
+    """Whether nothing in it is secret, and files and words are all that it depends on.
+
+    Raises:
+        ConfigError: a file on the search path is damaged; it was not needed here.
+    """
     from gatrain.compose.composer import read_yaml
 
-    words = dict(word.lstrip("+~-").partition("=")[::2] for word in look.words)
-    for key, value in [*_nodes(asdict(composed.config)), *_nodes(composed.leaves), *_nodes(words)]:
+    words = [word.lstrip("+~").partition("=")[::2] for word in look.words]
+    for key, value in [*_nodes(asdict(composed.config)), *_nodes(composed.leaves), *words]:
         if _asks(key) or _asks(value) or hide(key, "text") != "text" or hide(key, value) != value:
             return False
     for path, content in look.files.items():
@@ -160,7 +166,7 @@ def _is_public(composed: Composed, look: _Look, hide: Hide) -> bool:
             listed = str(read_yaml(Path(path))._get_node("defaults"))
             if ".." in listed or _asks(listed):
                 return False
-    return not any("=.." in word or "/.." in word for word in look.words if "." not in word.partition("=")[0])
+    return not any(".." in value for key, value in words if "." not in key)  # such a key may choose a file
 
 
 def _asks(text: Any) -> bool:
@@ -181,8 +187,8 @@ def _nodes(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 # --- the files ------------------------------------------------------------------------------------------
 
 
-def _keep(look: _Look, composed: Composed) -> None:
-    """Keep it, atomically, if it comes back the same; where that fails, it is composed again next time."""
+def _keep(look: _Look, composed: Composed, hide: Hide) -> None:
+    """Keep it, atomically, if it may be kept and comes back the same; otherwise it is composed again next time."""
     stored = {
         "version": VERSION,
         "config": asdict(composed.config),
@@ -191,6 +197,8 @@ def _keep(look: _Look, composed: Composed) -> None:
         "sources": composed.sources,
     }
     with contextlib.suppress(OSError, TypeError, ValueError, KeyError, RuntimeError, ConfigError):
+        if not _is_public(composed, look, hide):
+            return
         text = json.dumps(stored)
         # JSON has no numbers as keys, no bytes and no tuples; `repr` also tells 1 from 1.0 and true
         if repr(_rebuild(look, json.loads(text))) != repr(composed):
