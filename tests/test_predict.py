@@ -697,3 +697,68 @@ def test_autotune_shows_predicted_beside_measured_on_a_gpu(
     # from the cache nothing is measured, so nothing is predicted
     assert _run([*words, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["predicted"] == []
+
+
+# --- compiled code --------------------------------------------------------------------------------------
+
+
+def fused_events(function: Any, *inputs: torch.Tensor) -> tuple[Any, Any]:
+    """What a compiled function makes and moves in its forward, and then in its backward."""
+    from gatrain.predict.fused import fused_backend
+
+    recorder = Recorder()
+    call = torch.compile(function, backend=fused_backend(recorder), dynamic=False)
+    call(*inputs).sum().backward()  # compiles
+    recorder.adopt(inputs)
+    recorder.take()
+    with recorder:
+        result = call(*inputs)
+        forward = recorder.take()
+        result.sum().backward()
+    torch._dynamo.reset()
+    return forward, recorder.take()
+
+
+def test_what_overwrote_an_operand_lives_as_long_as_views_of_it() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def function(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        made = 2 * (x @ weight)  # in place of the product
+        return made[:, :32] @ made[:, 32:].T
+
+    with FakeTensorMode():
+        x = torch.zeros(64, 64, requires_grad=True)
+        (events, _), _ = fused_events(function, x, torch.zeros(64, 64))
+    made = dict(event for event in events if event[1] > 0)
+    freed = {number for number, size in events if size == FREED}
+    assert (
+        sum(size for number, size in made.items() if number not in freed) == 2 * 64 * 64 * 4
+    )  # and the result
+
+
+def test_cheap_results_are_made_again_and_not_written() -> None:
+    """GELU's argument in fp32 is read before and after a product: by the forward and by the backward."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def function(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        return torch.utils.checkpoint.checkpoint(
+            lambda x: torch.nn.functional.gelu((x @ first).float()).bfloat16() @ second,
+            x,
+            use_reentrant=False,
+        )
+
+    with FakeTensorMode():
+        x, first, second = (torch.zeros(64, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+        recorded = fused_events(function, x, first, second)
+    for events, work in recorded:
+        assert max(size for _, size in events) == 64 * 64 * 2
+        assert work.other_bytes > 0
+
+
+def test_lengths_that_vary_make_usual_batches_shorter() -> None:
+    result = TraceResult(1, 1, [], [], [0.25, 0.5, 0.5, 1.0])
+    assert result.usual_length(1) == pytest.approx(2.25 / 4)
+    assert result.usual_length(1) < result.usual_length(4) < result.usual_length(64)
+    assert result.usual_length(64) == pytest.approx(1.0)
+    assert TraceResult.from_dict(json.loads(json.dumps(result.to_dict()))) == result
+    assert TraceResult(1, 1, [], []).usual_length(8) == 1.0

@@ -158,7 +158,7 @@ class Forecaster:
                 compiled=self._compiled,
                 may_compile=self._config.compile is not False,
             )
-            total += one.times(sizes.count(size))
+            total += one.times(sizes.count(size) * self._trace.usual_length(size))
         return total
 
     def _plan(self, gpu: GpuModel, chosen: ModeForecast, modes: list[ModeForecast]) -> Plan:

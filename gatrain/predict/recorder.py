@@ -17,6 +17,7 @@ from gatrain.predict.timeline import FREED, GRADIENT, WORKSPACE, Events, Work
 
 _aten = torch.ops.aten
 _DEVICE_OF = torch.ops.prim.device.default
+CONVOLUTIONS = (_aten.convolution, _aten.convolution_backward)
 CUBLAS = (_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm)
 
 
@@ -37,6 +38,8 @@ class Recorder(TorchDispatchMode):
         self._work = Work()
         self._has_workspace: set[bool] = set()
         self._is_paused = False
+        self._copies_layouts = True
+        self._counts_work = True
 
     @classmethod
     def is_infra_mode(cls) -> bool:
@@ -71,6 +74,31 @@ class Recorder(TorchDispatchMode):
         finally:
             self._is_paused = before
 
+    def note_traffic(self, sizes: Iterable[int], kernels: int) -> None:
+        """Count bytes that are read or written, besides what is seen of operations."""
+        for size in sizes:
+            self._work.other_bytes += size
+            self._work.other_constant += size if size % self.micro_batch else 0
+        self._work.other_kernels += kernels
+
+    @contextmanager
+    def without_work(self) -> Iterator[None]:
+        """What is called inside takes memory, and the caller counts what it moves: `note_traffic`."""
+        self._counts_work = False
+        try:
+            yield
+        finally:
+            self._counts_work = True
+
+    @contextmanager
+    def in_best_layout(self) -> Iterator[None]:
+        """What is called inside gets its operands as it likes them best: the compiler chooses their layout."""
+        self._copies_layouts = False
+        try:
+            yield
+        finally:
+            self._copies_layouts = True
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -100,7 +128,9 @@ class Recorder(TorchDispatchMode):
                 self.largest_elements = max(self.largest_elements, result.numel())
         if fresh or func._schema.is_mutable:
             self._note_work(func, args, kwargs, out, given + fresh)
-            for together in _temporaries(func, args, out):
+            for together in _temporaries(func, args, out, self._copies_layouts):
+                if func._overloadpacket in CONVOLUTIONS:
+                    self.note_traffic([2 * size for size in together], len(together))  # read, and written
                 numbers = range(self._count + 1, self._count + 1 + len(together))
                 self._count += len(together)
                 self._events += [*zip(numbers, together, strict=True), *((n, FREED) for n in numbers)]
@@ -133,6 +163,8 @@ class Recorder(TorchDispatchMode):
         sizes = {id(tensor): _bytes(tensor) for tensor in tensors}.values()
         moved = sum(sizes)
         constant = sum(size for size in sizes if size % self.micro_batch)
+        if not self._counts_work:
+            return
         formula: Callable[..., int] | None = flop_registry.get(func._overloadpacket)
         if formula is None:
             self._work.other_bytes += moved
@@ -162,22 +194,24 @@ def _tensors(value: Any) -> list[Tensor]:
     ]
 
 
-def _temporaries(func: Any, args: tuple[Any, ...], out: Any) -> list[list[int]]:
+def _temporaries(func: Any, args: tuple[Any, ...], out: Any, copies_layouts: bool) -> list[list[int]]:
     """Bytes that a CUDA kernel takes for itself while it runs, besides its results; each list at one time.
 
     Flash attention's backward sums dq in fp32, padded to 128 positions and 32 channels, and keeps one number a
     row (``flash_api.cpp``).
 
     cuDNN's tensor-core convolutions want the channels last, so for PyTorch's usual layout in 16 bits cuDNN copies
-    what it reads and writes (kernels ``nchwToNhwc`` and ``nhwcToNchw``) in a workspace. That they are of the size
-    of the operands is an ASSUMPTION. Seen on 2026-11-24 (ResNet-50 at 64 and 128, H100, torch 2.11): the peak of
-    what is allocated falls where they do not matter, and agrees to 0.1 %.
+    what it reads and writes (kernels ``nchwToNhwc`` and ``nhwcToNchw``) in a workspace: traffic as well. That
+    they are of the size of the operands is an ASSUMPTION. Seen on 2026-11-24 (ResNet-50 at 64 and 128, H100, torch
+    2.11): the peak of what is allocated falls where they do not matter, and agrees to 0.6 %.
     """
     packet = func._overloadpacket
     if packet is _aten._scaled_dot_product_flash_attention_backward:
         batch, heads, length, width = args[1].shape
         rows = batch * heads * (-(-length // 128) * 128)
         return [[4 * rows, 4 * rows * (-(-width // 32) * 32)]]
+    if not copies_layouts:
+        return []
     if packet is _aten.convolution and _is_copied(args[0]):
         return [[_bytes(args[0]) + _bytes(args[1]) + _bytes(out)]]
     if packet is _aten.convolution_backward and _is_copied(args[1]):

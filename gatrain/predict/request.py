@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 from gatrain import batch
@@ -139,9 +140,22 @@ class TraceResult:
     offered: list[str]
     """Modes of checkpointing that the model has."""
     traces: list[ModeTrace]
+    lengths: list[float] = field(default_factory=list)
+    """Lengths of the samples as parts of the longest, at equal steps of their order; empty where they are alike."""
+
+    def usual_length(self, micro_batch: int) -> float:
+        """What part of the longest sample's length, which is the traced one, a batch of random samples has: as
+        long as its longest."""
+        count = len(self.lengths)
+        if not count:
+            return 1.0
+        ends = [(nth / count) ** micro_batch for nth in range(count + 1)]
+        shares = (above - below for below, above in pairwise(ends))
+        return sum(part * share for part, share in zip(self.lengths, shares, strict=True))
 
     def to_dict(self) -> dict[str, Any]:
-        data = {"parameters": self.parameters, "gradient_bytes": self.gradient_bytes, "offered": self.offered}
+        names = ("parameters", "gradient_bytes", "offered", "lengths")
+        data: dict[str, Any] = {name: getattr(self, name) for name in names}
         traces = [
             {
                 "mode": trace.mode,

@@ -38,6 +38,7 @@ avoided: dimensions of 1 are copied and broadcast differently."""
 PRIMES = (251, 241, 239, 233, 229, 227)
 """Sizes for the one trace of compiled code; at large ones weights hardly show in what a product moves."""
 MAX_BISECTIONS = 8
+MOST_LENGTHS = 500
 MOST_ELEMENTS = 2**31 - 1
 """Where a tensor has more, code that counts with 32 bits goes another way."""
 
@@ -160,7 +161,14 @@ def _trace(task: Task, batches: Batches, config: RunConfig, asked: TraceRequest)
         for mode in [mode for mode in asked.modes if mode in offered]:
             traces.append(trace_mode(tracer, mode, asked, traces[0] if traces else None))
             torch._dynamo.reset() if asked.compile else None
-    return TraceResult(sum(parameters), gradients, list(offered), traces)
+    return TraceResult(sum(parameters), gradients, list(offered), traces, _lengths(task))
+
+
+def _lengths(task: Task) -> list[float]:
+    """What `TraceResult.lengths` says of the samples, where the data tells their lengths."""
+    lengths = sorted(getattr(task.train_data, "lengths", ()) if task.variable_length else ())
+    steps = min(MOST_LENGTHS, len(lengths))
+    return [float(lengths[(2 * n + 1) * len(lengths) // (2 * steps)] / lengths[-1]) for n in range(steps)]
 
 
 def _main(folder: Path) -> None:

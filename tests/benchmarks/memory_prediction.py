@@ -9,7 +9,7 @@ micro-steps at rising sizes, on worst-case samples; model, optimizer, cache and 
 for each size, so that each is what a process of its own would hold. It reports ``max_memory_allocated``,
 ``max_memory_reserved`` and what the process holds beside them. FILE is written after each process; a second call
 measures what is missing, or again the workloads that are named. ``--events`` adds every allocation of one step at
-the smallest size.
+the largest size.
 
 The second runs anywhere: it predicts what FILE holds, times each prediction, and writes one dated result with
 hardware, versions, commands, errors, their median and worst. ``--smoke`` does both on the CPU, where there is
@@ -40,6 +40,9 @@ MODES = ("none", "full")
 STEPS, MICRO_STEPS = 2, 2
 MOST_S = 120.0
 """A measuring process that takes longer is stopped; what it had measured counts."""
+STATE_FIRST, STATE_LATER = "made before the first step", "made in the first update"
+"""When the training code made the optimizer's state, which decides how memory is cut up. Predictions are of the
+first; files that say nothing were measured with the second, which shows in "reserved" and "in_all"."""
 KEYS = ("allocated", "reserved", "in_all")
 
 VIT = """\
@@ -142,7 +145,7 @@ def measure_sizes(asked: dict[str, Any]) -> None:
     torch.zeros(1, device=device)  # before there is a context, the allocator knows no device
     for size in asked["sizes"]:
         host = task.collate([samples[i % len(samples)] for i in range(size)])
-        takes_events = asked["events"] and size == asked["sizes"][0]
+        takes_events = asked["events"] and size == asked["sizes"][-1]
         try:
             row = measure(task, model, host, settings, config, device, takes_events)
         except Exception as error:  # out of memory, say: the other rows count all the same
@@ -319,6 +322,7 @@ def header(arguments: argparse.Namespace) -> dict[str, Any]:
         "driver": hardware.driver,
         "versions": {**versions(), "cuda": hardware.cuda},
         "command": command(),
+        "optimizer_state": STATE_FIRST,
     }
 
 
@@ -366,7 +370,10 @@ def compare(folder: Path, measured: dict[str, Any], arguments: argparse.Namespac
         "cores": len(os.sched_getaffinity(0)),
         "versions": versions(),
         "table_entry": gpu.to_dict(),
-        "measured": {key: value for key, value in measured.items() if key != "rows"},
+        "measured": {
+            "optimizer_state": STATE_LATER,
+            **{key: value for key, value in measured.items() if key != "rows"},
+        },
         "rows": rows,
     }
 
