@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import library as operators
 from torch.utils import _pytree as pytree
 
 _aten = torch.ops.aten
@@ -58,14 +59,14 @@ def emulate_cuda() -> None:
     """Give fake CPU tensors CUDA's autocast lists, attention and dropout. Once in a process, never undone."""
     if _libraries:
         return
-    library = torch.library.Library("aten", "IMPL")
+    library = operators.Library("aten", "IMPL")
     _libraries.append(library)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # overriding a kernel is what is wanted here
         _register_autocast(library)
         _register(library, ["scaled_dot_product_attention.default"], "AutogradCPU", lambda op: _attention)
         _register(library, ["dropout.default"], "AutogradCPU", lambda op: _dropout)
-    updates = torch.library.Library("aten", "IMPL", "Meta")
+    updates = operators.Library("aten", "IMPL", "Meta")
     _libraries.append(updates)
     for overload in ("_fused_sgd_", "_fused_sgd_.tensor_lr"):
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{overload}", "Meta"):
@@ -103,7 +104,7 @@ def _register_autocast(library: Any) -> None:
             if not overload.endswith("out"):
                 _register(library, [f"{packet}.{overload or 'default'}"], "AutocastCPU", wrappers[packet])
         elif torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "AutocastCPU"):
-            library.impl(full, torch.library.fallthrough_kernel, "AutocastCPU")
+            library.impl(full, operators.fallthrough_kernel, "AutocastCPU")
 
 
 def _register(
