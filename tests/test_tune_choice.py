@@ -19,7 +19,7 @@ from gatrain import batch, tune
 from gatrain.config import AdamWConfig, SGDConfig
 from gatrain.errors import Interrupted, WorkerError
 from gatrain.launch.nodes import Nodes
-from gatrain.plan import FITS, Plan, make_plan
+from gatrain.plan import FAILED, FITS, Plan, make_plan
 from gatrain.tune import advice, confirm, curve, memory_model, search, spec
 from gatrain.tune.confirm import Confirmation, Finalist, WholeSteps
 from gatrain.tune.curve import Curve, Measurement
@@ -535,3 +535,50 @@ def test_where_memory_keeps_larger_compiled_sizes_away_smaller_ones_are_not_trie
     plan = plan_on(machine, config_of(512), hardware=CUDA)
     assert machine.compiled_sizes == [64, 128]  # and not 32
     assert (plan.compile, plan.micro_batch) == (True, 64)
+
+
+def test_a_first_compiled_size_that_does_not_fit_ends_the_climb(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gatrain.tune.settings.can_compile", lambda: True)
+
+    class Fuller(Machine):
+        """Compiled code fits 64 samples, uncompiled code all; 128 are as fast as any, and more are slower."""
+
+        def __call__(self, folder: Path) -> None:
+            self.largest = 64 if spec.TrialSpec.read(folder).settings.compile else 10**9
+            super().__call__(folder)
+
+    machine = Fuller(seconds=lambda size: 0.01 * size * (1.2 if size > 128 else 1.0), compiled=0.5)
+    plan_on(machine, config_of(64), hardware=CUDA)  # compiled at 64, the whole share
+    plan = plan_on(machine, config_of(512), hardware=CUDA)
+    assert [asked.sizes for asked in machine.asked if asked.settings.compile and asked.sizes] == [
+        (64,),
+        (128,),
+    ]
+    assert (plan.compile, plan.micro_batch) == (True, 64)
+
+
+def test_recomputation_is_judged_where_nothing_fits_uncompiled() -> None:
+    class Fused(Machine):
+        """Compiled code fits one sample, uncompiled code none."""
+
+        def __call__(self, folder: Path) -> None:
+            way = spec.TrialSpec.read(folder).settings
+            self.largest = 64 if way.checkpointing != "none" else int(way.compile)
+            super().__call__(folder)
+
+    plan = plan_on(Fused(), config_of(8, compile=True))
+    assert plan.compile
+    assert sum(map(sum, plan.micro_batches)) == 8
+
+
+def test_a_size_that_failed_compiled_is_not_estimated() -> None:
+    plain = Curve(
+        WAY, tuple(Measurement(size, FITS, size, 0.01 * size) for size in (1, 2, 4, 8)), curve.SHARE
+    )
+    way = dataclasses.replace(WAY, compile=True)
+    failed, fits = Measurement(4, FAILED, error="wrong result"), Measurement(8, FITS, 8, 0.04)
+    found = search.extended(Curve(way, (failed, fits), curve.SHARE), plain)
+    assert [(m.micro_batch, m.outcome, m.is_estimate) for m in found.measurements] == [
+        (1, FITS, True), (2, FITS, True), (4, FAILED, False), (8, FITS, False),
+    ]  # fmt: skip
+    assert all(m.micro_step_s == pytest.approx(0.005 * m.micro_batch) for m in found.fitting)

@@ -203,7 +203,7 @@ class Planner:
     @staticmethod
     def _gain(*curves: Curve) -> float:
         """Factor by which twice the micro-batch was faster per sample at the end of the first curve that tells."""
-        for measured in curves:
+        for measured in (each for each in curves if each.fitting):
             last = measured.fitting[-1]
             smaller = [m for m in measured.fitting if 1.4 * m.micro_batch <= last.micro_batch]
             if smaller:
@@ -238,7 +238,7 @@ class Planner:
             self._judged(way)
             return
         measured = self._measure(way, [start], rises=False)
-        if self._fixed is not None or not measured.fitting:
+        if self._fixed is not None or start not in {m.micro_batch for m in measured.fitting}:
             return
         sizes = self._sizes()
         first: float | None = None

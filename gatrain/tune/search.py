@@ -98,7 +98,8 @@ def extended(compiled: Curve, plain: Curve) -> Curve:
     if not compiled.fitting:
         return compiled
     first = compiled.fitting[0]
-    sizes = [m for m in plain.fitting if m.micro_batch < first.micro_batch]
+    known = {m.micro_batch for m in compiled.measurements}  # also those that failed
+    sizes = [m for m in plain.fitting if m.micro_batch < first.micro_batch and m.micro_batch not in known]
     if not sizes or first.micro_batch > plain.fitting[-1].micro_batch:
         return compiled
     ratio = (first.micro_step_s or 0.0) / plain.micro_step_s(first.micro_batch)
