@@ -35,7 +35,7 @@ from gatrain.assets import cache_dir
 from gatrain.config import RunConfig
 from gatrain.dependencies import State, file_state, hash_files, named_state, source_hash, targets
 from gatrain.errors import RunFolderError
-from gatrain.rundir import read_json, write_text
+from gatrain.rundir import drop_oldest, read_json, write_text
 
 VERSION = 1
 """Of the file's form and of the way of looking: raise it when old memories should not count."""
@@ -153,9 +153,7 @@ def keep(key: str, facts: RunFacts, reads: dict[str, State]) -> None:
     stored = {"version": VERSION, "made": time.time(), "facts": asdict(facts), "reads": reads}
     with contextlib.suppress(OSError, ValueError):
         write_text(_file(key), json.dumps(stored) + "\n", mode=0o600)  # names of files may tell something
-        kept = sorted(_file(key).parent.glob("*.json"), key=lambda path: path.stat().st_mtime)
-        for path in kept[:-MAX_FILES]:
-            path.unlink(missing_ok=True)
+        drop_oldest(_file(key).parent, MAX_FILES)
 
 
 def _file(key: str) -> Path:

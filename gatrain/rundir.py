@@ -221,3 +221,13 @@ def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
+
+
+def drop_oldest(folder: Path, most: int) -> None:
+    """Remove the JSON files of a cache that were written first, beyond ``most`` of them.
+
+    Raises:
+        OSError: a file cannot be looked at or removed.
+    """
+    for path in sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime)[:-most]:
+        path.unlink(missing_ok=True)

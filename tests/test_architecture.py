@@ -20,7 +20,7 @@ ROOMS: dict[str, set[str]] = {
     "assets": set(),
     "dependencies": set(),
     "models": set(),
-    "data": {"rundir"},
+    "data": {"assets", "rundir"},
     "tasks": set(),
     "plan": {"batch"},
     "rundir": {"plan"},

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gatrain import batch, tune
+from gatrain import batch, dependencies, tune
 from gatrain.config import AdamWConfig, BatchConfig, RunConfig, SGDConfig, TrainConfig, TuneConfig
 from gatrain.errors import ConfigError, DoesNotFitError, Interrupted, LaunchError, PlanError, WorkerError
 from gatrain.launch.nodes import Nodes
@@ -442,15 +442,15 @@ def test_the_fingerprint_covers_what_times_depend_on(other: dict[str, Any]) -> N
 
 def test_a_change_of_the_users_source_measures_again(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("raise RuntimeError('must not be imported')")
-    before = cache.source_hash("mine.Model", tmp_path)
-    assert before == cache.source_hash("mine.Model", tmp_path)
+    before = dependencies.source_hash("mine.Model", tmp_path)
+    assert before == dependencies.source_hash("mine.Model", tmp_path)
     (tmp_path / "mine.py").write_text("pass")
-    changed = cache.source_hash("mine.Model", tmp_path)
+    changed = dependencies.source_hash("mine.Model", tmp_path)
     assert changed != before
     (tmp_path / "layers.py").write_text("pass")
-    assert cache.source_hash("mine.Model", tmp_path) != changed
-    assert cache.source_hash("nowhere.to.be.found", tmp_path) == "not found"
-    assert "torchvision" not in cache.source_hash("torchvision.models.resnet50", tmp_path)
+    assert dependencies.source_hash("mine.Model", tmp_path) != changed
+    assert dependencies.source_hash("nowhere.to.be.found", tmp_path) == "not found"
+    assert "torchvision" not in dependencies.source_hash("torchvision.models.resnet50", tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gatrain.assets import cache_dir
 from gatrain.config import RunConfig
 from gatrain.errors import GatrainError
 from gatrain.fit.record import versions
 from gatrain.tune import Hardware, choose_precision, detect_hardware, memory_text
-from gatrain.tune.cache import cache_dir
 
 LOW_DISK_BYTES = 5 * 2**30
 LOW_SHARED_MEMORY_BYTES = 2**28

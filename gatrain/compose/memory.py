@@ -27,7 +27,7 @@ from gatrain import __version__, assets
 from gatrain.compose import Composed, compose, folders_of, split_recipe
 from gatrain.config import RunConfig, validate
 from gatrain.errors import ConfigError, RunFolderError
-from gatrain.rundir import read_json, write_text
+from gatrain.rundir import drop_oldest, read_json, write_text
 
 VERSION = 1
 """Of the file's form: raise it when old memories should not count."""
@@ -207,9 +207,7 @@ def _keep(look: _Look, composed: Composed, hide: Hide) -> None:
         if after is None or after.key != look.key:  # something was edited while it was composed
             return
         write_text(_file(look.key), text + "\n", mode=0o600)  # paths and names may tell something
-        kept = sorted(_file(look.key).parent.glob("*.json"), key=lambda path: path.stat().st_mtime)
-        for path in kept[:-MAX_FILES]:
-            path.unlink(missing_ok=True)
+        drop_oldest(_file(look.key).parent, MAX_FILES)
 
 
 def _recall(look: _Look) -> Composed | None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from gatrain import assets
 from gatrain.errors import DataError
 from gatrain.rundir import fsync, write_json
 
@@ -30,13 +31,8 @@ log = logging.getLogger(__name__)
 
 
 def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """The folder of all caches: ``cache_dir``, else ``$GATRAIN_CACHE``, else ``$XDG_CACHE_HOME/gatrain``,
-    else ``~/.cache/gatrain``."""
-    if cache_dir is not None:
-        return Path(cache_dir).expanduser()
-    if given := os.environ.get("GATRAIN_CACHE"):
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gatrain"
+    """The folder of all caches: ``cache_dir``, else `gatrain.assets.cache_dir`."""
+    return Path(cache_dir).expanduser() if cache_dir is not None else assets.cache_dir()
 
 
 def build_once(

@@ -19,7 +19,6 @@ from gatrain.errors import GatrainError, LaunchError, RunFolderError, WorkerErro
 from gatrain.launch import protocol
 from gatrain.launch.failure import Exit, first_cause, is_only_consequence
 from gatrain.launch.join import MeetingPoint
-from gatrain.launch.net import interface_of
 from gatrain.launch.nodes import Nodes
 from gatrain.launch.watch import SURVIVORS_S, Watch, interrupted, name_of
 from gatrain.rundir import RunDir, read_json
@@ -211,18 +210,6 @@ def _rank_environment(
     """Environment for the ranks; torchrun hands them this process's own."""
     if device not in (None, "cpu", "cuda"):
         raise LaunchError(f"device={device!r} is not one of cpu, cuda.")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    wanted = {
-        # without it each rank would use all cores, and torchrun's own default is 1
-        "OMP_NUM_THREADS": str(max(1, cores // nodes.nproc)),
-        # libtorch's warnings (host names without reverse look-up, and the like) help nobody at a terminal
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-    }
-    interface = interface_of(meeting.own_address)
-    if interface is not None:
-        # gloo otherwise takes the host name's address, on Debian 127.0.1.1, which no other node reaches
-        wanted["GLOO_SOCKET_IFNAME"] = interface
-    chosen = {name: value for name, value in wanted.items() if name not in os.environ}
     fixed = {
         protocol.NODE_RANK: str(nodes.node_rank),
         protocol.LAUNCHER_PID: str(os.getpid()),
@@ -231,7 +218,7 @@ def _rank_environment(
     }
     if device is not None:
         fixed[protocol.DEVICE] = device
-    return chosen | dict(given) | fixed
+    return protocol.defaults_for_ranks(nodes.nproc, meeting.own_address) | dict(given) | fixed
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gatrain.errors import LaunchError
+from gatrain.launch.net import interface_of
 
 LAUNCHER_PID = "GATRAIN_LAUNCHER_PID"
 NODE_RANK = "GATRAIN_NODE_RANK"
@@ -63,6 +64,27 @@ def read_rank_states(folder: Path) -> dict[int, RankState]:
             state = RankState(**json.loads(path.read_text()))
             states[state.pid] = state
     return states
+
+
+def defaults_for_ranks(nproc: int, own_address: str) -> dict[str, str]:
+    """What the ranks of this node find in their environment, unless it is set already.
+
+    Args:
+        nproc: ranks of this node.
+        own_address: this node's, on the way to the others.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wanted = {
+        # without it each rank would use all cores, and torchrun's own default is 1
+        "OMP_NUM_THREADS": str(max(1, cores // nproc)),
+        # libtorch's warnings (host names without reverse look-up, and the like) help nobody at a terminal
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
+    interface = interface_of(own_address)
+    if interface is not None:
+        # gloo otherwise takes the host name's address, on Debian 127.0.1.1, which no other node reaches
+        wanted["GLOO_SOCKET_IFNAME"] = interface
+    return {name: value for name, value in wanted.items() if name not in os.environ}
 
 
 def seconds(name: str, default: float) -> float:

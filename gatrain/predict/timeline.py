@@ -22,7 +22,6 @@ Events = list[tuple[int, int]]
 """(number of the storage, its bytes or a mark), in the order in which it happened."""
 
 MICRO_STEP, REDUCE, UPDATE = "micro_step", "reduce", "update"
-PHASES = (MICRO_STEP, REDUCE, UPDATE)
 STEPS = 2
 """Steps that are replayed. The second finds the fragments that the first left; further ones change nothing (tried
 for GPT-2 and ResNet-50)."""

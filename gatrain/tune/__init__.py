@@ -107,8 +107,7 @@ def trial_host(
     Args:
         options: ``shared`` and ``announce`` of `TrialHost`, for several nodes.
     """
-    question = settings.resolve(config, hardware)
-    compiles = question.tries_compile or question.base.compile
+    compiles = settings.resolve(config, hardware).may_compile
     return TrialHost(nodes, hardware.device, cwd, compiles=compiles, **options)
 
 

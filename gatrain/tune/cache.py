@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gatrain.assets import cache_dir as cache_dir
+from gatrain.assets import cache_dir
 from gatrain.config import RunConfig
-from gatrain.dependencies import source_hash as source_hash
-from gatrain.dependencies import targets as targets
+from gatrain.dependencies import source_hash, targets
 from gatrain.errors import RunFolderError
 from gatrain.plan import StepSettings
 from gatrain.rundir import read_json, write_json

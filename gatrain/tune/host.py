@@ -33,7 +33,7 @@ from gatrain.assets import cache_dir
 from gatrain.errors import EXIT_CODES, GatrainError, LaunchError, RunFolderError, WorkerError
 from gatrain.launch import protocol
 from gatrain.launch.failure import Exit, first_cause
-from gatrain.launch.net import LOOPBACK, address_towards, interface_of, listen
+from gatrain.launch.net import LOOPBACK, address_towards, listen
 from gatrain.launch.nodes import Nodes, parse_endpoint
 from gatrain.rundir import RunDir, read_json, write_json
 
@@ -269,12 +269,8 @@ def main(folder: Path, node_rank: int) -> int:
 def _environment(world: dict[str, Any], node_rank: int) -> dict[str, str]:
     """What torchrun would tell the ranks, and what keeps this process from waking the driver."""
     nproc, address = int(world["nproc"]), str(world["address"])
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    wanted = {"OMP_NUM_THREADS": str(max(1, cores // nproc)), "TORCH_CPP_LOG_LEVEL": "ERROR"}
     own = address if node_rank == 0 else address_towards(address, int(world["port"]))
-    if interface := interface_of(own):
-        wanted["GLOO_SOCKET_IFNAME"] = interface
-    return {name: value for name, value in wanted.items() if name not in os.environ} | {
+    return protocol.defaults_for_ranks(nproc, own) | {
         "WORLD_SIZE": str(nproc * int(world["nnodes"])),
         "LOCAL_WORLD_SIZE": str(nproc),
         "MASTER_ADDR": address,

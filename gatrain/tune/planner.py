@@ -83,10 +83,11 @@ class Planner:
         self._measured_anything = False
         limit = config.tune.max_seconds or MAX_SECONDS[hardware.device]
         self._max_seconds = limit
-        compiles = question.tries_compile or question.base.compile
         self._trials = contextlib.ExitStack()
         if run is None:
-            run = self._trials.enter_context(TrialHost(nodes, hardware.device, cwd, compiles=compiles))
+            run = self._trials.enter_context(
+                TrialHost(nodes, hardware.device, cwd, compiles=question.may_compile)
+            )
         shared = run.shared if isinstance(run, TrialHost) else None
         self._runner = TrialRunner(config, run, limit, self._keep, progress, shared)
 

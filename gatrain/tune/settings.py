@@ -26,6 +26,11 @@ class Question:
     """``sync=auto``: on several GPUs the overlapped reduction is compared as well."""
 
     @property
+    def may_compile(self) -> bool:
+        """Whether any trial may compile."""
+        return self.tries_compile or self.base.compile
+
+    @property
     def needs_trials(self) -> bool:
         """Whether anything is left that only a measurement can decide."""
         return self.fixed_micro_batch is None or self.tries_checkpointing or self.tries_compile

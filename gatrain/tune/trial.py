@@ -79,9 +79,10 @@ def work(folder: Path, this: Rank) -> None:
     desk = Desk(this, compiles=bool(read_json(folder / host.WORLD)["compiles"]))
     pending = host.requests(folder)
     while True:
-        found = desk.peers.gather(next(pending) if this.rank == 0 else None)[0]
-        if any(desk.peers.gather(this.stop_requested)):
+        told = desk.peers.gather((next(pending) if this.rank == 0 else None, this.stop_requested))
+        if any(stops for _, stops in told):
             return
+        found, _ = told[0]
         if found is None:
             continue
         is_usable = desk.answer(Path(found))
@@ -100,18 +101,14 @@ class Desk:
         self._rank = this
         self._memory: Memory | None = None
         self._config: RunConfig | None = None
-        self._task: Task | None = None
         self._batches: TrialBatches | None = None
         self._engine: Engine | None = None
         self._references: dict[str, Reference] = {}
-        self._warm: dict[
-            StepSettings, set[int]
-        ] = {}  # sizes that each way has computed: compiled, if it compiles
+        # sizes that each way has computed: compiled, if it compiles
+        self._warm: dict[StepSettings, set[int]] = {}
         if this.device.type == "cuda":  # what takes time, while the parent still looks around
             torch.zeros(1, device=this.device)  # makes the context
-            torch.set_num_threads(
-                min(4, torch.get_num_threads())
-            )  # more only wait for each other in a collate
+            torch.set_num_threads(min(4, torch.get_num_threads()))  # more wait for each other in a collate
             if compiles:
                 from torch._inductor.async_compile import AsyncCompile
 
@@ -125,9 +122,9 @@ class Desk:
         config = load_config(folder / spec.CONFIG)
         config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=STILL))
         try:
-            task, batches = self._prepare(config)
-            modes = build.available_checkpointing(task)
-            engine = self._engine_for(asked.settings, config, task)
+            batches = self._prepare(config)
+            modes = build.available_checkpointing(batches.task)
+            engine = self._engine_for(asked.settings, config, batches.task)
         except Exception as error:
             if is_out_of_memory(error):
                 raise DoesNotFitError(
@@ -153,12 +150,12 @@ class Desk:
             gc.collect()
         return stopped != curve.BROKEN or not rise.is_broken()
 
-    def _prepare(self, config: RunConfig) -> tuple[Task, TrialBatches]:
+    def _prepare(self, config: RunConfig) -> TrialBatches:
         """The task and its batches, made once: a tuning asks about one configuration."""
-        if self._task is None or self._batches is None or config != self._config:
-            self._config, self._task, self._engine = config, build.build_task(config), None
-            self._batches = TrialBatches(self._task)
-        return self._task, self._batches
+        if self._batches is None or config != self._config:
+            self._config, self._engine = config, None
+            self._batches = TrialBatches(build.build_task(config))
+        return self._batches
 
     def _engine_for(self, settings: StepSettings, config: RunConfig, task: Task) -> Engine:
         """The engine of the last request if it computes in the same way, else another. Collective."""

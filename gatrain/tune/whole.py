@@ -46,11 +46,11 @@ class WholeStepTimer:
         first: Engine,
         warm: dict[StepSettings, set[int]],
     ) -> None:
-        self._warm = warm
         self._config = config
         self._rank = this
         self._peers = peers
         self._engines = {first.settings: first}
+        self._warm = warm
         self._batches = batches
         self._meter = Meter(this.device)
         self._windows: dict[Finalist, RankWindow] = {}
@@ -64,11 +64,7 @@ class WholeStepTimer:
         for engine in self._engines.values():
             engine.last_loss_sums()  # the micro-steps of trials were never counted, so nothing may compare them
         named = asked.finalists
-        failures_read = [self._peers.worst(attempt(lambda each=each: self._window(each))) for each in named]  # type: ignore[misc]
-        warm = [
-            self._warm_up(each) if failure is None else (failure, 0.0)
-            for each, failure in zip(named, failures_read, strict=True)
-        ]
+        warm = [self._warm_up(each) for each in named]
         failures = [failure for failure, _ in warm]
         running = [nth for nth, failure in enumerate(failures) if failure is None]
         # seconds that all ranks share, so that all choose the same number of rounds
@@ -94,6 +90,9 @@ class WholeStepTimer:
     def _warm_up(self, finalist: Finalist) -> tuple[Failure | None, float]:
         """The first step makes buffers and fills caches; one more where it compiled a size, since its time says
         nothing then: (failure of any rank, seconds of the last). Collective."""
+        failure = self._peers.worst(attempt(lambda: self._window(finalist)))  # reads its samples
+        if failure is not None:
+            return failure, 0.0
         # every rank goes by all shares, so that all take as many steps
         sizes = {
             part for share in finalist.shares for part in batch.micro_batch_sizes(share, finalist.micro_batch)

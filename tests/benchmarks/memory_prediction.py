@@ -36,6 +36,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common import VIT
+
 MODES = ("none", "full")
 STEPS, MICRO_STEPS = 2, 2
 MOST_S = 120.0
@@ -44,13 +46,6 @@ STATE_FIRST, STATE_LATER = "made before the first step", "made in the first upda
 """When the training code made the optimizer's state, which decides how memory is cut up. Predictions are of the
 first; files that say nothing were measured with the second, which shows in "reserved" and "in_all"."""
 KEYS = ("allocated", "reserved", "in_all")
-
-VIT = """\
-defaults: [base, {data: image_folder}, _self_]
-model: {_target_: torchvision.models.VisionTransformer, image_size: 224, patch_size: 16, num_layers: 12,
-  num_heads: 12, hidden_dim: 768, mlp_dim: 3072, num_classes: 8}
-loss: {_target_: torch.nn.CrossEntropyLoss}
-"""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ import dataclasses
 import datetime
 import json
 import os
-import platform
 import random
 import shutil
 import subprocess
@@ -37,16 +36,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common import VIT, header
+
 STAGES = ("plan", "sweep", "whole", "soak")
 FINALISTS = 3
 WHOLE_S = 15.0
 SOAK_MICRO_STEPS, SOAK_STEPS = 1000, 20
-VIT = """\
-defaults: [base, {data: image_folder}, _self_]
-model: {_target_: torchvision.models.VisionTransformer, image_size: 224, patch_size: 16, num_layers: 12,
-  num_heads: 12, hidden_dim: 768, mlp_dim: 3072, num_classes: 8}
-loss: {_target_: torch.nn.CrossEntropyLoss}
-"""
 
 
 @dataclass(frozen=True)
@@ -338,26 +333,6 @@ def make_project(folder: Path, images: int, side: int) -> None:
     (folder / "images/complete").touch()
 
 
-def header() -> dict[str, Any]:
-    """Date, hardware, versions."""
-    import torch
-
-    from gatrain.tune import detect_hardware
-
-    hardware = detect_hardware()
-    return {
-        "date": datetime.date.today().isoformat(),
-        "hardware": {"device": hardware.describe(), "driver": hardware.driver, "cores": hardware.cpu_cores},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-        },
-        "commands": [],
-        "workloads": {},
-    }
-
-
 def run_stages(bench: Bench, stages: list[str]) -> None:
     """Run what is missing of the stages, as far as time allows; soaks last, the prime effective batch first."""
     first, second = bench.effective_batches
@@ -410,7 +385,7 @@ def main() -> None:
     result: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):
         result = json.loads(out.read_text())
-    result = result or header()
+    result = result or {**header(), "commands": [], "workloads": {}}
     result["commands"].append(" ".join(["python", *sys.argv]))
     for name in arguments.workload:
         bench = Bench(name, arguments, out, result)

@@ -12,16 +12,16 @@ Writes one dated JSON file with hardware, versions, the commands, both plans and
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from common import header
 
 GIB = 2**30
 HOLD = """
@@ -51,11 +51,9 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
 
-    import torch
-
     from gatrain.tune import detect_hardware
 
-    hardware = detect_hardware("cuda")
+    hardware = detect_hardware()
     if len(hardware.gpus) < 2:
         sys.exit("This needs two GPUs.")
     words = ["recipe=gpt2", "batch.effective=512", *arguments.overrides]
@@ -83,13 +81,7 @@ def main() -> None:
     plans: dict[str, dict[str, Any]] = {"free": json.loads(free), "held": json.loads(held)}
     steps = [line["step_s"] for line in lines[5:]]
     result = {
-        "date": datetime.date.today().isoformat(),
-        "hardware": {"device": hardware.describe(), "driver": hardware.driver, "cores": hardware.cpu_cores},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-        },
+        **header(),
         "command": " ".join(["python", *sys.argv]),
         "held_gib": arguments.held_gib,
         "free_bytes_of_the_second": second_free,

@@ -1,0 +1,32 @@
+"""What several benchmarks share: a model of torchvision as a recipe, and the head of a result file."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from typing import Any
+
+VIT = """\
+defaults: [base, {data: image_folder}, _self_]
+model: {_target_: torchvision.models.VisionTransformer, image_size: 224, patch_size: 16, num_layers: 12,
+  num_heads: 12, hidden_dim: 768, mlp_dim: 3072, num_classes: 8}
+loss: {_target_: torch.nn.CrossEntropyLoss}
+"""
+
+
+def header() -> dict[str, Any]:
+    """Date, hardware, versions."""
+    import torch
+
+    from gatrain.tune import detect_hardware
+
+    hardware = detect_hardware()
+    return {
+        "date": datetime.date.today().isoformat(),
+        "hardware": {"device": hardware.describe(), "driver": hardware.driver, "cores": hardware.cpu_cores},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+        },
+    }
