@@ -19,6 +19,7 @@ from gatrain.config import BatchConfig, RunConfig, TrainConfig
 from gatrain.errors import ConfigError, WorkerError
 from gatrain.launch.nodes import Nodes
 from gatrain.plan import FITS, StepSettings
+from gatrain.rundir import RunDir
 from gatrain.tune.curve import Curve
 from gatrain.tune.host import TrialHost
 from gatrain.tune.rounds import TrialRunner
@@ -112,11 +113,13 @@ def killed(host: TrialHost) -> None:
     """The kernel takes a rank before it has begun."""
     host.start()
     assert host._process is not None
-    group = host._process.pid
+    assert host._folder is not None
     deadline = time.monotonic() + 60
-    while len(processes_of(group)) < 2:
+    # a child that an import runs for a moment is no rank: a rank has a log
+    while not RunDir(host._folder).rank_log(0).exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    group = host._process.pid
     for pid in processes_of(group):
         if pid != group:
             os.kill(pid, signal.SIGKILL)
