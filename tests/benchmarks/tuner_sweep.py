@@ -1,7 +1,7 @@
 """Is the tuner's plan the best there is? An exhaustive sweep beside it, for five workloads that differ in kind.
 
     python tests/benchmarks/tuner_sweep.py [--workload gpt2 vit ...] [--stage plan sweep whole soak] [--seconds 540]
-        [--out FILE] [--work FOLDER] [--smoke]
+        [--checkpointing none selective full] [--out FILE] [--work FOLDER] [--smoke]
 
 For each workload and two effective batches, the second of them prime:
 
@@ -14,7 +14,9 @@ For each workload and two effective batches, the second of them prime:
     soak    1,000 micro-steps (at least 20 steps) of the plan on the longest samples; peak against its budget
 
 Results are added to one JSON file, dated, with hardware, versions and every command. A stage that was done is left
-out, and a call ends after about `--seconds`: call again to go on. `--smoke` runs tiny models on the CPU.
+out, and a call ends after about `--seconds`: call again to go on. With `--checkpointing` only these modes are
+swept, so that several GPUs of one kind can share a sweep: merge their files with `--merge FILE ...`. `--smoke` runs
+tiny models on the CPU.
 """
 
 from __future__ import annotations
@@ -95,6 +97,7 @@ class Bench:
         self.workload = WORKLOADS[name]
         self.smoke = bool(arguments.smoke)
         self.deadline = arguments.deadline
+        self._modes = arguments.checkpointing
         self.folder = arguments.work / ("smoke" if self.smoke else "full") / name
         self._out, self._result = out, result
         self.found: dict[str, Any] = result["workloads"].setdefault(name, {})
@@ -143,6 +146,7 @@ class Bench:
         second, second_s, second_command = self._autotune(second_e)
         self.part(first_e)["plan"] = {
             "command": command,
+            "cores": os.cpu_count(),
             "data_prepared_s": round(prepared_s, 2),
             "empty_caches_s": round(first_s, 2),
             "cached_s": round(cached_s, 2),
@@ -171,7 +175,7 @@ class Bench:
             sizes = self.workload.sizes if way.checkpointing == "none" else self.workload.recomputed
             if self.smoke:
                 sizes = (4, 13, 16) if way.checkpointing == "none" else (16,)
-            if label in stored:
+            if label in stored or (self._modes is not None and way.checkpointing not in self._modes):
                 continue
             if self.seconds_left < 40:
                 return False
@@ -179,6 +183,8 @@ class Bench:
             curve, _ = self._runner().measure(way, sizes, rises=False)
             stored[label] = dataclasses.asdict(curve)
             self.save()
+        if len(stored) < len(self._ways()):
+            return False
         for effective in self.effective_batches:
             self.part(effective)["sweep"] = [
                 {"settings": dataclasses.asdict(o.settings), "micro_batch": o.micro_batch, "step_s": o.step_s}
@@ -364,6 +370,24 @@ def run_stages(bench: Bench, stages: list[str]) -> None:
             return
 
 
+def merge(result: dict[str, Any], other: dict[str, Any]) -> None:
+    """Add what another file holds and this one lacks: workloads, effective batches, stages, curves.
+
+    Raises:
+        ValueError: it was measured with other hardware or versions.
+    """
+    for key in ("device", "driver"):
+        if result["hardware"][key] != other["hardware"][key]:
+            raise ValueError(f"hardware differs: {result['hardware']} and {other['hardware']}")
+    if result["versions"] != other["versions"]:
+        raise ValueError(f"versions differ: {result['versions']} and {other['versions']}")
+    result["commands"] += [each for each in other["commands"] if each not in result["commands"]]
+    for name, parts in other["workloads"].items():
+        for part, stages in parts.items():
+            mine = result["workloads"].setdefault(name, {}).setdefault(part, {})
+            mine.update({key: value for key, value in stages.items() if key not in mine})
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--soak"]:
         soak_here(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
@@ -374,6 +398,8 @@ def main() -> None:
     parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
     parser.add_argument("--stage", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--seconds", type=float, default=540.0)
+    parser.add_argument("--checkpointing", nargs="+", help="sweep these modes only")
+    parser.add_argument("--merge", nargs="+", type=Path, help="first add what these result files hold")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "gatrain_tuner_sweep")
     parser.add_argument("--smoke", action="store_true", help="tiny models on the CPU")
     parser.add_argument("--out", type=Path)
@@ -386,8 +412,13 @@ def main() -> None:
     with contextlib.suppress(OSError, ValueError):
         result = json.loads(out.read_text())
     result = result or {**header(), "commands": [], "workloads": {}}
+    for path in arguments.merge or ():
+        merge(result, json.loads(path.read_text()))
     result["commands"].append(" ".join(["python", *sys.argv]))
     for name in arguments.workload:
+        if arguments.deadline - time.monotonic() < 40:
+            print(f"no time for {name}: call again to go on", flush=True)
+            break
         bench = Bench(name, arguments, out, result)
         began = time.monotonic()
         try:
