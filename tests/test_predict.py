@@ -111,6 +111,20 @@ def test_fragments_cost_memory_and_expandable_segments_less() -> None:
     assert peak(expandable=True) == 200 * MIB  # whole pages of 20 MiB
 
 
+def test_of_equal_blocks_the_lowest_address_is_taken_and_large_segments_go_down() -> None:
+    """Seen in every allocation of three models on an H100: replayed in this order, what is reserved is exact."""
+
+    def taken_again(size: int) -> int:
+        allocator = CachingAllocator()
+        blocks = [allocator.allocate(size) for _ in range(3)]
+        for block in blocks:
+            allocator.free(block)
+        return blocks.index(allocator.allocate(size))
+
+    assert taken_again(15 * MIB) == 0
+    assert taken_again(64 * MIB) == 2
+
+
 def test_zero_bytes_take_nothing_and_a_second_free_is_a_mistake() -> None:
     allocator = CachingAllocator()
     allocator.free(allocator.allocate(0))
@@ -271,23 +285,114 @@ def test_a_further_micro_step_is_the_first_one_with_its_gradients_given_up() -> 
             assert most[1] > 1.1 * most[0]
 
 
+def bytes_made(recorder: Recorder) -> list[int]:
+    return [size for _, size in recorder.take()[0] if size > 0]
+
+
 def test_convolutions_of_16_bits_take_room_for_copies_with_channels_last() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    def made(dtype: torch.dtype, layout: torch.memory_format) -> list[int]:
-        image = torch.zeros(2, 8, 16, 16, dtype=dtype).to(memory_format=layout)
-        weight = torch.zeros(4, 8, 3, 3, dtype=dtype)
+    def made(
+        dtype: torch.dtype, layout: torch.memory_format, *, pixels: int = 16, kernel: int = 3
+    ) -> list[int]:
+        image = torch.zeros(2, 8, pixels, pixels, dtype=dtype).to(memory_format=layout)
+        weight = torch.zeros(16, 8, kernel, kernel, dtype=dtype)
+        recorder = Recorder()
+        recorder.adopt([image, weight])
+        with recorder:
+            torch.nn.functional.conv2d(image, weight, padding=kernel // 2)
+        return bytes_made(recorder)
+
+    with FakeTensorMode():
+        result, read = 2 * 2 * 16 * 256, 2 * (2 * 8 * 256 + 16 * 8 * 9)
+        assert made(torch.bfloat16, torch.contiguous_format) == [result, result + read]
+        assert made(torch.bfloat16, torch.channels_last) == [result]
+        assert made(torch.float32, torch.contiguous_format) == [2 * result]
+        # one pixel: a product as it is, unless the rows of pixels lie at odd addresses
+        assert made(torch.bfloat16, torch.contiguous_format, kernel=1) == [result]
+        odd = 2 * 2 * 49
+        assert made(torch.bfloat16, torch.contiguous_format, pixels=7, kernel=1) == [16 * odd, 24 * odd]
+
+
+def test_three_channels_are_filled_up_to_eight() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        image = torch.zeros(2, 3, 16, 16, dtype=torch.bfloat16)
+        weight = torch.zeros(16, 3, 3, 3, dtype=torch.bfloat16)
         recorder = Recorder()
         recorder.adopt([image, weight])
         with recorder:
             torch.nn.functional.conv2d(image, weight, padding=1)
-        return [size for _, size in recorder.take()[0] if size > 0]
+        assert bytes_made(recorder)[1] == 2 * (2 * (8 + 16) * 256 + 16 * 8 * 9)
+
+
+def test_gradients_of_one_value_are_added_in_place_unless_another_holds_the_first() -> None:
+    """As on real tensors (``torch/csrc/autograd/input_buffer.cpp``), which a dispatch mode hides."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def made(keeps: bool) -> int:
+        value = torch.zeros(64, 64, requires_grad=True)
+        kept = []
+        recorder = Recorder()
+        recorder.adopt([value])
+        with recorder:
+            inner = value.mul(2)
+            relu = inner.relu()
+            total = (relu + inner.sigmoid()).sum()
+            if keeps:  # what arrives at `inner` first, since it was used by relu last in the backward
+                for node, _ in total.grad_fn.next_functions[0][0].next_functions:  # type: ignore[union-attr]
+                    node.register_hook(lambda inputs, outputs: kept.append(inputs[0]))  # type: ignore[union-attr]
+            recorder.take()
+            total.backward()
+        return bytes_made(recorder).count(4 * 64 * 64)
 
     with FakeTensorMode():
-        result, read = 2 * 2 * 4 * 256, 2 * (2 * 8 * 256 + 4 * 8 * 9)
-        assert made(torch.bfloat16, torch.contiguous_format) == [result, result + read]
-        assert made(torch.bfloat16, torch.channels_last) == [result]
-        assert made(torch.float32, torch.contiguous_format) == [2 * result]
+        assert made(keeps=True) == made(keeps=False) + 1
+
+
+def test_a_linear_adds_its_bias_in_place_and_a_norm_copies_mixed_rows() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        linear, norm = torch.nn.Linear(64, 64), torch.nn.LayerNorm(64)
+        rows = torch.zeros(8, 4, 64)
+        recorder = Recorder()
+        recorder.adopt([rows, *linear.parameters(), *norm.parameters()])
+        size = 8 * 4 * 64 * 4
+        for given, with_copy in ((rows, 0), (rows.transpose(0, 1), 1)):
+            with recorder:
+                linear(given)
+                assert (
+                    bytes_made(recorder).count(size) == 1 + with_copy
+                )  # a product wants its rows in order, too
+                norm(given)
+                assert bytes_made(recorder).count(size) == 1 + with_copy
+
+
+def test_autocast_casts_the_last_argument_first() -> None:
+    """As the compiler of PyTorch's wheels orders it: seen in every allocation of a GPT-2 on an H100."""
+    code = """
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from gatrain.predict.emulate import emulate_cuda
+from gatrain.predict.recorder import Recorder
+emulate_cuda()
+with FakeTensorMode():
+    rows, linear = torch.zeros(64, 32), torch.nn.Linear(32, 16)
+    recorder = Recorder()
+    recorder.adopt([rows, *linear.parameters()])
+    with torch.autocast("cpu", torch.bfloat16), recorder:
+        linear(rows)
+        print([size for _, size in recorder.take()[0]])
+        torch.cat([rows, torch.zeros(64, 32, dtype=torch.bfloat16)])
+        print([size for _, size in recorder.take()[0] if size > 0])
+"""
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+    first, second = done.stdout.splitlines()
+    bias, weight, data, result, workspace = 2 * 16, 2 * 32 * 16, 2 * 64 * 32, 2 * 64 * 16, WORKSPACE
+    assert first.startswith(str([bias, weight, data, result, workspace])[:-1])
+    assert second == str([2 * 64 * 32, 4 * 128 * 32])  # zeros, and one result: CUDA's list has no cat
 
 
 @pytest.fixture(scope="module")

@@ -45,9 +45,7 @@ FP32 = _names(
 )
 FP32_RESULT = _names("prod softmax log_softmax cumprod cumsum linalg_vector_norm linalg_matrix_norm sum")
 """Asked to give fp32 with their ``dtype`` argument."""
-WIDEST = _names(
-    "addcdiv addcmul atan2 bilinear cross dot vdot grid_sample index_put tensordot scatter_add cat stack"
-)
+WIDEST = _names("addcdiv addcmul atan2 bilinear cross dot vdot grid_sampler index_put tensordot scatter_add")
 
 FLASH_HEAD_DIM = 256
 
@@ -124,8 +122,12 @@ def _casting(op: Any, dtype_for: Callable[[list[Any]], torch.dtype]) -> Callable
     def run(*args: Any, **kwargs: Any) -> Any:
         dtype = dtype_for(pytree.arg_tree_leaves(*args, **kwargs))
         with _without_autocast():
-            args, kwargs = pytree.tree_map_only(Tensor, lambda leaf: _cast(leaf, dtype), (args, kwargs))
-            return op(*args, **kwargs)
+            # the last argument first, as GCC has the casts in a call's argument list: it decides where they lie
+            kwargs = pytree.tree_map_only(Tensor, lambda leaf: _cast(leaf, dtype), kwargs)
+            cast = [
+                pytree.tree_map_only(Tensor, lambda leaf: _cast(leaf, dtype), arg) for arg in reversed(args)
+            ]
+            return op(*reversed(cast), **kwargs)
 
     return run
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -9,15 +11,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from gatrain.predict.timeline import FREED, GRADIENT, WORKSPACE, Events, Work
 
 _aten = torch.ops.aten
+_ADD = _aten.add.Tensor
 _DEVICE_OF = torch.ops.prim.device.default
 CONVOLUTIONS = (_aten.convolution, _aten.convolution_backward)
+NORMS = (
+    _aten.native_layer_norm,
+    _aten.native_layer_norm_backward,
+    _aten.native_group_norm,
+    _aten.native_group_norm_backward,
+)
+GROUP_NORMS = NORMS[2:]
+CHANNELS = 8
+"""Tensor cores take channels by so many: missing ones are filled up."""
 CUBLAS = (_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm)
 
 
@@ -40,6 +52,7 @@ class Recorder(TorchDispatchMode):
         self._is_paused = False
         self._copies_layouts = True
         self._counts_work = True
+        self._holders_of_unshared = _holders_of_unshared()
 
     @classmethod
     def is_infra_mode(cls) -> bool:
@@ -104,10 +117,12 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         if func is _DEVICE_OF and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # the autograd engine asks three times for each operation
-        if func._overloadpacket in CUBLAS:
-            self._note_workspace()
         kwargs = kwargs or {}
+        adds_in_place = func is _ADD and self._adds_in_place(args)
         out = func(*args, **kwargs)
+        if adds_in_place and not self._is_paused:
+            self._replace(_storage(args[0]), _storage(out))
+            self._note_work(func, args, kwargs, out, [*args[:2], out])
         # tensors on "meta" were asked for to have no memory
         results = [leaf for leaf in _tensors(out) if leaf.device.type != "meta"]
         fresh = [result for result in results if _storage(result)._cdata not in self._known]
@@ -126,6 +141,8 @@ class Recorder(TorchDispatchMode):
             if self._add(storage):
                 self._events.append((self._known[storage._cdata], storage.nbytes()))
                 self.largest_elements = max(self.largest_elements, result.numel())
+        if func._overloadpacket in CUBLAS:
+            self._note_workspace()  # the kernel asks for it, with its result made
         if fresh or func._schema.is_mutable:
             self._note_work(func, args, kwargs, out, given + fresh)
             for together in _temporaries(func, args, out, self._copies_layouts):
@@ -142,6 +159,29 @@ class Recorder(TorchDispatchMode):
         if is_backward not in self._has_workspace and not self._is_paused:
             self._has_workspace.add(is_backward)
             self._events.append((int(is_backward), WORKSPACE))
+
+    def _adds_in_place(self, args: tuple[Any, ...]) -> bool:
+        """Whether PyTorch adds in place here, as it does but for subclasses of Tensor and under dispatch modes.
+
+        The autograd engine does so with a second gradient of a value, if it alone holds the first
+        (``torch/csrc/autograd/input_buffer.cpp``), and ``linear`` with its bias (``native/Linear.cpp``).
+        """
+        first, second = args[0], args[1]
+        if not isinstance(second, Tensor) or first.dtype != second.dtype:
+            return False
+        in_engine = torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
+        is_sum = in_engine and first.shape == second.shape
+        is_bias = first.dim() > 1 and second.shape == first.shape[-1:]
+        if not (is_sum or is_bias) or _storage(first).nbytes() != _bytes(first):
+            return False
+        return _holders(first) == self._holders_of_unshared
+
+    def _replace(self, old: Any, new: Any) -> None:
+        """The new storage is the old one: what was written of that goes on under its number."""
+        number = self._known.pop(old._cdata, None)
+        if number is not None:
+            self._known[new._cdata] = number
+            weakref.finalize(new, self._forget, new._cdata, False)
 
     def _add(self, storage: Any, silent: bool = False) -> bool:
         key = storage._cdata
@@ -180,6 +220,35 @@ def _storage(tensor: Tensor) -> Any:
     return tensor.untyped_storage()
 
 
+def _holders(tensor: Tensor) -> tuple[int, int, int]:
+    """How many hold a tensor in Python, hold it in C++, and hold its storage; this call included."""
+    storage = _storage(tensor)
+    return sys.getrefcount(tensor), tensor._use_count(), torch._C._storage_Use_Count(storage._cdata)  # type: ignore[attr-defined]
+
+
+def _holders_of_unshared() -> tuple[int, int, int]:
+    """What `_holders` says, in a dispatch mode, of a gradient that the autograd engine alone holds."""
+    found: list[tuple[int, int, int]] = []
+
+    class Asks(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            if func is _ADD and torch._C._current_graph_task_id() != -1:
+                self.ask(args)
+            return func(*args, **(kwargs or {}))
+
+        def ask(self, args: tuple[Any, ...]) -> None:
+            first, _ = args[0], args[1]  # as many names as in `Recorder._adds_in_place`
+            found.append(_holders(first))
+
+    with torch.enable_grad(), FakeTensorMode():
+        value = torch.ones(2, requires_grad=True)
+        with Asks():  # type: ignore[no-untyped-call]
+            (value.relu() + value.sigmoid()).sum().backward()
+    return next(iter(found), (0, 0, 0))  # like no tensor's, should an engine do without
+
+
 def _tensors(value: Any) -> list[Tensor]:
     """The tensors among the arguments or results of an operation, which are nested once at most."""
     if isinstance(value, Tensor):
@@ -201,24 +270,54 @@ def _temporaries(func: Any, args: tuple[Any, ...], out: Any, copies_layouts: boo
     row (``flash_api.cpp``).
 
     cuDNN's tensor-core convolutions want the channels last, so for PyTorch's usual layout in 16 bits cuDNN copies
-    what it reads and writes (kernels ``nchwToNhwc`` and ``nhwcToNchw``) in a workspace: traffic as well. That
-    they are of the size of the operands is an ASSUMPTION. Seen on 2026-11-24 (ResNet-50 at 64 and 128, H100, torch
-    2.11): the peak of what is allocated falls where they do not matter, and agrees to 0.6 %.
+    what it reads and writes (kernels ``nchwToNhwc`` and ``nhwcToNchw``) in a workspace: traffic as well. Where it
+    does, and how large that is, was read off every allocation of a ResNet-50 (128 images, H100, torch 2.11,
+    2026-11-26); for other shapes, GPUs and versions it is an ASSUMPTION. What is left out are partial sums of
+    weights' gradients, up to 13 times a weight in fp32.
     """
     packet = func._overloadpacket
     if packet is _aten._scaled_dot_product_flash_attention_backward:
         batch, heads, length, width = args[1].shape
         rows = batch * heads * (-(-length // 128) * 128)
         return [[4 * rows, 4 * rows * (-(-width // 32) * 32)]]
+    if packet in NORMS:
+        is_backward = "backward" in packet.__name__
+        # the kernels want rows beside each other, and copy what comes otherwise
+        sizes = [_bytes(t) for t in args[: 1 + is_backward] if not t.is_contiguous()]
+        if packet in GROUP_NORMS:
+            samples, channels = args[5:7] if is_backward else args[3:5]
+            sizes += [4 * samples * channels] * (3 if is_backward else 2)  # fp32 sums of each channel
+        return [sizes]
     if not copies_layouts:
         return []
     if packet is _aten.convolution and _is_copied(args[0]):
-        return [[_bytes(args[0]) + _bytes(args[1]) + _bytes(out)]]
+        data, weight, stride = args[0], args[1], args[3]
+        return _together([data, out, *_copied(weight)]) if _needs_copies(weight, stride, out) else []
     if packet is _aten.convolution_backward and _is_copied(args[1]):
-        gradient, data, weight = (_bytes(tensor) for tensor in args[:3])
-        wanted = [result for result in out[:2] if result is not None]  # for the input, for the weight
-        return [[gradient + data + weight] for _ in wanted]
+        gradient, data, weight, stride = *args[:3], args[4]
+        copies = _together([gradient, data, *_copied(weight)])
+        for_input, for_weight = (copies if result is not None else [] for result in out[:2])
+        if not _needs_copies(weight, stride, gradient):
+            # the weight's gradient is then a product for each sample, if they take less, and their sum in fp32
+            for_input = []
+            for_weight = [[min(4 * data.shape[0] * weight.numel(), size) for size in for_weight[0]]]
+        return [*for_input, *for_weight]
     return []
+
+
+def _together(tensors: list[Tensor]) -> list[list[int]]:
+    """Bytes of all, in one list; the channels are the second dimension of data and of weights."""
+    return [[sum(_bytes(t) // t.shape[1] * (-(-t.shape[1] // CHANNELS) * CHANNELS) for t in tensors)]]
+
+
+def _copied(weight: Tensor) -> list[Tensor]:
+    """A weight of one pixel is laid out alike either way."""
+    return [] if math.prod(weight.shape[2:]) == 1 else [weight]
+
+
+def _needs_copies(weight: Tensor, stride: list[int], out: Tensor) -> bool:
+    """A convolution with one pixel, no stride and an even number of pixels is a matrix product as it is."""
+    return bool(_copied(weight)) or max(stride) > 1 or math.prod(out.shape[2:]) % 2 == 1
 
 
 def _is_copied(tensor: Tensor) -> bool:

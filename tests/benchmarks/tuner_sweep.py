@@ -340,13 +340,13 @@ def make_project(folder: Path, images: int, side: int) -> None:
 
 
 def run_stages(bench: Bench, stages: list[str]) -> None:
-    """Run what is missing of the stages, as far as time allows; soaks last, the prime effective batch first."""
+    """Run what is missing of the stages, as far as time allows; soaks last."""
     first, second = bench.effective_batches
     done: dict[str, Callable[[], bool]] = {
         "plan": lambda: "plan" in bench.part(second),
         "sweep": lambda: "sweep" in bench.part(second),
         "whole": lambda: "whole" in bench.part(second),
-        "soak": lambda: "soak" in bench.part(first),
+        "soak": lambda: "soak" in bench.part(second),
     }
     for stage in stages:
         if done[stage]():
@@ -360,7 +360,7 @@ def run_stages(bench: Bench, stages: list[str]) -> None:
             case "whole":
                 bench.whole()
             case "soak":
-                for effective in (second, first):
+                for effective in (first, second):
                     if "soak" not in bench.part(effective) and bench.seconds_left > 60:
                         bench.soak(effective)
                         bench.save()
