@@ -59,11 +59,6 @@ def micro_batch_sizes(share: int, micro_batch: int) -> list[int]:
     return [micro_batch] * full + ([rest] if rest else [])
 
 
-def split_window(window: int, world_size: int, micro_batch: int) -> list[list[int]]:
-    """Sizes of all micro-batches, by rank. Their sum is ``window``."""
-    return split_shares(rank_shares(window, world_size), micro_batch)
-
-
 def largest_share(effective_batch: int, world_size: int) -> int:
     """Samples of the busiest rank: the largest micro-batch that can be of use."""
     return -(-effective_batch // world_size)

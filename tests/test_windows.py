@@ -44,7 +44,6 @@ def test_the_last_window_of_an_epoch_is_short_and_nothing_is_dropped() -> None:
     schedule = WindowSchedule(samples=10, effective_batch=4, seed=0)
     sizes = [len(schedule.window(index).ids) for index in range(6)]
     assert sizes == [4, 4, 2, 4, 4, 2]
-    assert schedule.samples_before(5) == 18
     assert schedule.steps(None, 1.5) == 5
     assert schedule.steps(7, None) == 7
 

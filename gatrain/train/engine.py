@@ -190,10 +190,6 @@ class Engine:
         losses, weights = self._plain.take_sums()
         return torch.as_tensor(losses, dtype=torch.float64), torch.as_tensor(weights, dtype=torch.float64)
 
-    def agree(self, failed: bool) -> bool:
-        """Whether any rank says that it failed. Collective on the host."""
-        return self.ranks.sum([float(failed)])[0] > 0
-
     def evaluate(self, batch: Batch) -> tuple[dict[str, LossSum], dict[str, LossSum]]:
         """Loss sums and further metric sums of one batch on the device; no gradients, evaluation mode."""
         with evaluating(self.model), torch.no_grad(), self._autocast():

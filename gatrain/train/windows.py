@@ -134,11 +134,6 @@ class WindowSchedule:
         positions = np.arange(first, min(first + self.effective_batch, self.samples), dtype=np.int64)
         return Window(index, epoch, permutation(self.samples, self.seed, epoch, positions))
 
-    def samples_before(self, index: int) -> int:
-        """Samples consumed by the windows before ``index``."""
-        epoch, nth = divmod(index, self.per_epoch)
-        return epoch * self.samples + nth * self.effective_batch
-
     def steps(self, steps: int | None, epochs: float | None) -> int:
         """Number of windows to train: ``steps``, or as many as cover ``epochs``."""
         if steps is not None:

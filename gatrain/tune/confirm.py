@@ -70,10 +70,6 @@ class Confirmation:
         """What this run says of one finalist."""
         return next((entry for entry in self.entries if entry.finalist == finalist), None)
 
-    def covers(self, finalists: Sequence[Finalist]) -> bool:
-        """Whether every one of them was timed in this run (or failed in it)."""
-        return all(self.get(finalist) is not None for finalist in finalists)
-
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Confirmation:
         """Inverse of `dataclasses.asdict`.

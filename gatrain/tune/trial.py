@@ -174,7 +174,9 @@ class Desk:
 
 
 def _to_log(folder: Path, this: Rank) -> None:
-    """What the user's model prints must not reach standard output, which may be one JSON object."""
+    """What the user's model prints goes to the log on rank 0, too: the others write there already."""
+    if this.rank != 0:
+        return
     with open(RunDir(folder).rank_log(this.rank), "a", encoding="utf-8") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
