@@ -99,15 +99,17 @@ class Rank:
 
         A collective on host memory (gloo): every rank must call it, at the same point of its work.
         """
-        if self.world_size > 1:
-            import torch
-            import torch.distributed as dist
+        if self.world_size == 1:
+            return self.stop_requested
+        import torch
+        import torch.distributed as dist
 
-            signum = torch.tensor([self.stop.signum or 0])
-            dist.all_reduce(signum, op=dist.ReduceOp.MAX)
-            if signum.item():
-                self.request_stop(int(signum.item()))
-        return self.stop_requested
+        signum = torch.tensor([self.stop.signum or 0])
+        dist.all_reduce(signum, op=dist.ReduceOp.MAX)
+        if signum.item():
+            self.request_stop(int(signum.item()))
+        # a signal that came meanwhile waits for the next call: the others have not heard of it
+        return bool(signum.item())
 
 
 @dataclass(frozen=True)
