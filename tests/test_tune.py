@@ -393,6 +393,28 @@ def test_a_second_call_answers_from_the_cache() -> None:
     assert "remembered" not in first.reason
 
 
+@pytest.mark.parametrize(("fixed_s", "tries"), [(0.0004, False), (0.01, True)])
+def test_a_larger_effective_batch_is_measured_only_if_larger_sizes_promise_anything(
+    fixed_s: float, tries: bool
+) -> None:
+    machine = Machine(lambda size: fixed_s + 0.001 * size)
+    plan_on(machine, config_of(32))
+    machine.asked.clear()
+    plan = plan_on(machine, config_of(128))
+    assert [asked.sizes for asked in machine.asked] == ([(64, 128)] if tries else [])
+    assert plan.micro_batch == (128 if tries else 32)
+    untried = [note for note in plan.notes if "above 32 were not tried" in note]
+    assert untried == ([] if tries else [untried[0]])
+    assert tries or "by 1.2% at most" in untried[0]
+
+
+def test_the_possible_gain_is_the_fixed_part_by_the_flattest_line() -> None:
+    assert curve_of({8: 0.010, 16: 0.018, 32: 0.034}).possible_gain == pytest.approx(0.002 / 0.034)
+    assert curve_of({8: 0.033, 16: 0.033, 32: 0.034}).possible_gain > 0.9  # the host is what takes the time
+    assert curve_of({16: 0.01, 32: 0.03}).possible_gain == 0  # larger is slower
+    assert curve_of({32: 0.03}).possible_gain == 1  # nobody knows
+
+
 def test_another_effective_batch_plans_from_the_stored_curve() -> None:
     plan_on(Machine(largest=16), config_of(64, checkpointing="none"))
     for effective in (509, 7, 64, 1):

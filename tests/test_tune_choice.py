@@ -432,6 +432,15 @@ def test_noise_makes_no_rank_unequal() -> None:
         for m in unequal((0.5, 1.0)).measurements
     ]
     assert Curve(WAY, tuple(rows), curve.SHARE).rank_factors == ()
+    assert Curve(WAY, unequal((0.5, 1.0)).measurements[:2], curve.SHARE).rank_factors == ()  # too few to tell
+
+
+def test_compiled_sizes_that_are_estimated_keep_the_ranks_apart() -> None:
+    plain = unequal((0.5, 1.0))
+    largest = dataclasses.replace(plain.measurements[-1], rank_s=(1.0, 2.0), micro_step_s=2.0)
+    compiled = Curve(dataclasses.replace(WAY, compile=True), (largest,), curve.SHARE)
+    assert compiled.rank_factors == ()
+    assert search.extended(compiled, plain).rank_factors == (0.5, 1.0)
 
 
 def test_a_plan_with_shares_still_multiplies_out() -> None:
@@ -547,7 +556,7 @@ def test_a_first_compiled_size_that_does_not_fit_ends_the_climb(monkeypatch: pyt
             self.largest = 64 if spec.TrialSpec.read(folder).settings.compile else 10**9
             super().__call__(folder)
 
-    machine = Fuller(seconds=lambda size: 0.01 * size * (1.2 if size > 128 else 1.0), compiled=0.5)
+    machine = Fuller(lambda size: (0.1 + 0.01 * size) * (1.2 if size > 128 else 1.0), compiled=0.5)
     plan_on(machine, config_of(64), hardware=CUDA)  # compiled at 64, the whole share
     plan = plan_on(machine, config_of(512), hardware=CUDA)
     assert [asked.sizes for asked in machine.asked if asked.settings.compile and asked.sizes] == [

@@ -24,8 +24,8 @@ SHARE, MEMORY, TIME, SLOWER, LEVEL, BROKEN, INTERRUPTED = (
 )
 """Why a curve ends where it does: all sizes asked for were tried; the next did not fit; time ran out; larger
 sizes were slower, or no faster; sizes crashed; a person stopped it."""
-
-
+WORTH_TRIALS = 0.03
+"""Part of the time that larger sizes must promise to be tried for a larger effective batch."""
 UNEQUAL, UNEQUAL_SIZES = 0.10, 3
 """Ranks whose micro-step times differ by more than this part, at each of so many sizes, are unequal."""
 
@@ -136,7 +136,7 @@ class Curve:
         always among the same: anything less is noise.
         """
         rows = [m.rank_s for m in self.fitting[-UNEQUAL_SIZES:] if len(m.rank_s) > 1 and min(m.rank_s) > 0]
-        if len(rows) < min(UNEQUAL_SIZES, len(self.fitting)) or not rows or len(set(map(len, rows))) != 1:
+        if len(rows) < UNEQUAL_SIZES or len(set(map(len, rows))) != 1:
             return ()
         slowest = {row.index(max(row)) for row in rows}
         if any(max(row) <= (1 + UNEQUAL) * min(row) for row in rows):
@@ -163,7 +163,19 @@ class Curve:
             return False
         if self.stopped in (MEMORY, SLOWER, LEVEL, TIME, BROKEN):
             return True
-        return max(sizes) <= max((m.micro_batch for m in self.measurements), default=0)
+        largest = max((m.micro_batch for m in self.measurements), default=0)
+        return max(sizes) <= largest or self.possible_gain < WORTH_TRIALS
+
+    @property
+    def possible_gain(self) -> float:
+        """The part of the time per sample that larger sizes could save at most: what does not grow with the size,
+        by the flattest of the lines through the last sizes."""
+        points = [(m.micro_batch, m.micro_step_s or 0.0) for m in self.fitting[-3:]]
+        if len(points) < 2 or points[-1][1] <= 0:
+            return 1.0
+        size, seconds = points[-1]
+        slope = min((seconds - low_s) / (size - low) for low, low_s in points[:-1])
+        return max(0.0, 1 - slope * size / seconds)
 
     def with_new(self, other: Curve) -> Curve:
         """This curve with the measurements of a later process; where both have a size, the later counts."""

@@ -80,6 +80,7 @@ class Planner:
         self._fixed = question.fixed_micro_batch
         self._parameter_bytes = info.parameter_bytes
         self._used: dict[StepSettings, Curve] = {}
+        self._remarks: list[str] = []
         self._measured_anything = False
         limit = config.tune.max_seconds or MAX_SECONDS[hardware.device]
         self._max_seconds = limit
@@ -135,7 +136,17 @@ class Planner:
             answered = known.answers(sizes, self._max_seconds)
         if not answered:
             self._measure(way, self._missing(known, sizes), rises=self._fixed is None)
+        elif known is not None and self._fixed is None and known.stopped == curve.SHARE:
+            self._note_untried(known, sizes)
         return self._judged(way)
+
+    def _note_untried(self, known: Curve, sizes: list[int]) -> None:
+        largest = _largest(known)
+        if largest < sizes[-1] and not self._remarks:
+            self._remarks.append(
+                f"Micro-batches above {largest} were not tried: by the times up to there they could be faster by "
+                f"{known.possible_gain:.1%} at most. --retune measures them."
+            )
 
     def _measure(self, way: StepSettings, sizes: list[int], *, rises: bool) -> Curve:
         self._measured_anything = True
@@ -313,7 +324,7 @@ class Planner:
         """Choose by the model and, where that is a close call, by whole steps. Pure but for those trials."""
         near = confirm.finalists(self._worth_timing(options))
         overlapping = self._overlapping(near[0])
-        remarks = [NOT_OVERLAPPED] if self._overlaps and not overlapping else []
+        remarks = [*self._remarks, *([NOT_OVERLAPPED] if self._overlaps and not overlapping else [])]
         named = {option.key: option for option in (*near, *overlapping)}
         timed = self._known_whole_steps(list(named.values()))
         if timed is None and len(named) > 1 and self._measured_anything and self._fixed is None:

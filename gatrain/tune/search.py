@@ -109,6 +109,7 @@ def extended(compiled: Curve, plain: Curve) -> Curve:
             outcome=FITS,
             peak_memory_bytes=first.peak_memory_bytes,  # no more than that
             micro_step_s=(m.micro_step_s or 0.0) * ratio,
+            rank_s=tuple(seconds * ratio for seconds in m.rank_s),
             is_estimate=True,
         )
         for m in sizes
