@@ -2,8 +2,8 @@
 
 A transformer repeats one block: compiling that block compiles them all, in a fraction of the time that the whole
 model takes, at a cost of about 1 % in speed (``tests/benchmarks/results``). Convolutions are compiled as one graph:
-their memory layout is chosen across blocks, and their blocks differ in shape, so there is less to share. ResNet-50's
-blocks, one by one, saved at most a fifth of the compilation and took half as long again in each micro-step
+their memory layout is chosen across blocks, and their blocks differ in shape, so there is less to share. One by
+one, ResNet-50's blocks saved at most a fifth of the compilation and took half as long again in each micro-step
 (``tests/benchmarks/results/resnet_compile_2026-11-26.json``).
 """
 
