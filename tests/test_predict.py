@@ -327,6 +327,25 @@ def test_three_channels_are_filled_up_to_eight() -> None:
         assert bytes_made(recorder)[1] == 2 * (2 * (8 + 16) * 256 + 16 * 8 * 9)
 
 
+@pytest.mark.parametrize(
+    ("trains", "kernel", "rooms"), [(True, 3, 2), (False, 3, 1), (True, 1, 1), (False, 1, 0)]
+)
+def test_a_frozen_weight_takes_no_room_for_its_gradient(trains: bool, kernel: int, rooms: int) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        image = torch.zeros(2, 8, 16, 16, dtype=torch.bfloat16, requires_grad=True)
+        weight = torch.zeros(16, 8, kernel, kernel, dtype=torch.bfloat16, requires_grad=trains)
+        recorder = Recorder()
+        recorder.adopt([image, weight])
+        with recorder:
+            total = torch.nn.functional.conv2d(image, weight, padding=kernel // 2).sum()
+            recorder.take()
+            total.backward()
+        room = 2 * (2 * (8 + 16) * 256 + 16 * 8 * 9) if kernel == 3 else 4 * 2 * 16 * 8
+        assert bytes_made(recorder).count(room) == rooms
+
+
 def test_gradients_of_one_value_are_added_in_place_unless_another_holds_the_first() -> None:
     """As on real tensors (``torch/csrc/autograd/input_buffer.cpp``), which a dispatch mode hides."""
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -363,9 +382,8 @@ def test_a_linear_adds_its_bias_in_place_and_a_norm_copies_mixed_rows() -> None:
         for given, with_copy in ((rows, 0), (rows.transpose(0, 1), 1)):
             with recorder:
                 linear(given)
-                assert (
-                    bytes_made(recorder).count(size) == 1 + with_copy
-                )  # a product wants its rows in order, too
+                # a product wants its rows in order, too
+                assert bytes_made(recorder).count(size) == 1 + with_copy
                 norm(given)
                 assert bytes_made(recorder).count(size) == 1 + with_copy
 

@@ -21,13 +21,8 @@ _aten = torch.ops.aten
 _ADD = _aten.add.Tensor
 _DEVICE_OF = torch.ops.prim.device.default
 CONVOLUTIONS = (_aten.convolution, _aten.convolution_backward)
-NORMS = (
-    _aten.native_layer_norm,
-    _aten.native_layer_norm_backward,
-    _aten.native_group_norm,
-    _aten.native_group_norm_backward,
-)
-GROUP_NORMS = NORMS[2:]
+LAYER_NORMS = (_aten.native_layer_norm, _aten.native_layer_norm_backward)
+GROUP_NORMS = (_aten.native_group_norm, _aten.native_group_norm_backward)
 CHANNELS = 8
 """Tensor cores take channels by so many: missing ones are filled up."""
 CUBLAS = (_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm)
@@ -280,7 +275,7 @@ def _temporaries(func: Any, args: tuple[Any, ...], out: Any, copies_layouts: boo
         batch, heads, length, width = args[1].shape
         rows = batch * heads * (-(-length // 128) * 128)
         return [[4 * rows, 4 * rows * (-(-width // 32) * 32)]]
-    if packet in NORMS:
+    if packet in LAYER_NORMS + GROUP_NORMS:
         is_backward = "backward" in packet.__name__
         # the kernels want rows beside each other, and copy what comes otherwise
         sizes = [_bytes(t) for t in args[: 1 + is_backward] if not t.is_contiguous()]
@@ -292,32 +287,32 @@ def _temporaries(func: Any, args: tuple[Any, ...], out: Any, copies_layouts: boo
         return []
     if packet is _aten.convolution and _is_copied(args[0]):
         data, weight, stride = args[0], args[1], args[3]
-        return _together([data, out, *_copied(weight)]) if _needs_copies(weight, stride, out) else []
+        return [[_copies_bytes(data, out, weight)]] if _needs_copies(weight, stride, out) else []
     if packet is _aten.convolution_backward and _is_copied(args[1]):
         gradient, data, weight, stride = *args[:3], args[4]
-        copies = _together([gradient, data, *_copied(weight)])
-        for_input, for_weight = (copies if result is not None else [] for result in out[:2])
-        if not _needs_copies(weight, stride, gradient):
-            # the weight's gradient is then a product for each sample, if they take less, and their sum in fp32
-            for_input = []
-            for_weight = [[min(4 * data.shape[0] * weight.numel(), size) for size in for_weight[0]]]
-        return [*for_input, *for_weight]
+        copies = _copies_bytes(gradient, data, weight)
+        for_input, for_weight = (result is not None for result in out[:2])
+        if _needs_copies(weight, stride, gradient):
+            return [[copies]] * (for_input + for_weight)
+        # the weight's gradient is then a product for each sample, if they take less, and their sum in fp32
+        return [[min(4 * data.shape[0] * weight.numel(), copies)]] * for_weight
     return []
 
 
-def _together(tensors: list[Tensor]) -> list[list[int]]:
-    """Bytes of all, in one list; the channels are the second dimension of data and of weights."""
-    return [[sum(_bytes(t) // t.shape[1] * (-(-t.shape[1] // CHANNELS) * CHANNELS) for t in tensors)]]
+def _copies_bytes(data: Tensor, out: Tensor, weight: Tensor) -> int:
+    """Bytes of the three with the channels, their second dimension, last and filled up."""
+    tensors = [data, out] if _has_one_pixel(weight) else [data, out, weight]
+    return sum(_bytes(t) // t.shape[1] * (-(-t.shape[1] // CHANNELS) * CHANNELS) for t in tensors)
 
 
-def _copied(weight: Tensor) -> list[Tensor]:
-    """A weight of one pixel is laid out alike either way."""
-    return [] if math.prod(weight.shape[2:]) == 1 else [weight]
+def _has_one_pixel(weight: Tensor) -> bool:
+    """Such a weight is laid out alike either way."""
+    return math.prod(weight.shape[2:]) == 1
 
 
 def _needs_copies(weight: Tensor, stride: list[int], out: Tensor) -> bool:
     """A convolution with one pixel, no stride and an even number of pixels is a matrix product as it is."""
-    return bool(_copied(weight)) or max(stride) > 1 or math.prod(out.shape[2:]) % 2 == 1
+    return not _has_one_pixel(weight) or max(stride) > 1 or math.prod(out.shape[2:]) % 2 == 1
 
 
 def _is_copied(tensor: Tensor) -> bool:
