@@ -123,11 +123,10 @@ def _casting(op: Any, dtype_for: Callable[[list[Any]], torch.dtype]) -> Callable
         dtype = dtype_for(pytree.arg_tree_leaves(*args, **kwargs))
         with _without_autocast():
             # the last argument first, as GCC has the casts in a call's argument list: it decides where they lie
-            kwargs = pytree.tree_map_only(Tensor, lambda leaf: _cast(leaf, dtype), kwargs)
-            cast = [
-                pytree.tree_map_only(Tensor, lambda leaf: _cast(leaf, dtype), arg) for arg in reversed(args)
-            ]
-            return op(*reversed(cast), **kwargs)
+            kwargs, last_first = pytree.tree_map_only(
+                Tensor, lambda leaf: _cast(leaf, dtype), (kwargs, args[::-1])
+            )
+            return op(*last_first[::-1], **kwargs)
 
     return run
 

@@ -5,7 +5,7 @@ operations take their traffic. The two ends of the range differ in how close rea
 
 The factors are ASSUMPTIONS, chosen wide: large bf16 matrix products reach 60 to 80 % of the datasheet's peak and
 small or odd-shaped ones 30 to 50 %; streaming kernels reach 80 to 92 % of the bandwidth. Two of the pessimistic
-ones were widened after a look at ``tests/benchmarks/results/tuner_sweep_2026-11-26.json`` (an H100): compiled
+ones were widened for what ``tests/benchmarks/results/tuner_sweep_2026-11-26.json`` shows (an H100): compiled
 ResNet-50 at 512 images comes down to 45 % of the bandwidth, and small eager micro-batches of it and of ViT-B/16 to
 50 microseconds of the host for each kernel.
 """

@@ -65,6 +65,8 @@ def make(
     if is_remembered:
         reason += " (remembered from earlier measurements; --retune measures again)"
     budget = chosen_curve.budget_bytes or allowed_bytes
+    # few sizes are compiled: how far the sizes go is for the curve without compilation to say
+    plain = used.get(dataclasses.replace(chosen_curve.settings, compile=False), chosen_curve)
     return make_plan(
         effective_batch=effective_batch,
         world_size=world_size,
@@ -73,7 +75,9 @@ def make(
         reason=reason,
         trials=rows(decision, used.values(), chosen_curve, effective_batch, world_size),
         notes=[
-            *observations(decision, chosen_curve, effective_batch, world_size, max_seconds),
+            *observations(
+                decision, chosen_curve, plain, effective_batch, world_size, max_seconds, config.batch.micro
+            ),
             *advice.sentences(
                 chosen_curve,
                 chosen,
@@ -90,7 +94,13 @@ def make(
 
 
 def observations(
-    decision: Decision, chosen_curve: Curve, effective_batch: int, world_size: int, max_seconds: float
+    decision: Decision,
+    chosen_curve: Curve,
+    plain: Curve,
+    effective_batch: int,
+    world_size: int,
+    max_seconds: float,
+    asked_micro_batch: int | str,
 ) -> list[str]:
     """What happened on the way and what the plan is, apart from advice."""
     notes = list(decision.remarks)
@@ -105,6 +115,11 @@ def observations(
     elif chosen_curve.stopped in (curve.SLOWER, curve.LEVEL) and largest < share:
         why = "slower" if chosen_curve.stopped == curve.SLOWER else "no faster than the noise can show"
         notes.append(f"Micro-batches above {largest} were not tried: the last sizes were {why} per sample.")
+    elif plain.stopped == curve.SHARE and plain.largest < share and asked_micro_batch == "auto":
+        notes.append(
+            f"Micro-batches above {plain.largest} were not tried: by the times up to there they could be faster by "
+            f"{plain.possible_gain:.1%} at most. --retune measures them."
+        )
     near = min(chosen_curve.fitting, key=lambda m: abs(m.micro_batch - chosen.micro_batch))
     if near.fragmentation_bytes:
         notes.append(

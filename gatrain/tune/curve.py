@@ -163,8 +163,12 @@ class Curve:
             return False
         if self.stopped in (MEMORY, SLOWER, LEVEL, TIME, BROKEN):
             return True
-        largest = max((m.micro_batch for m in self.measurements), default=0)
-        return max(sizes) <= largest or self.possible_gain < WORTH_TRIALS
+        return max(sizes) <= self.largest or self.possible_gain < WORTH_TRIALS
+
+    @property
+    def largest(self) -> int:
+        """The largest size that was tried, whatever came of it; 0 without any."""
+        return max((m.micro_batch for m in self.measurements), default=0)
 
     @property
     def possible_gain(self) -> float:

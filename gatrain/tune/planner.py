@@ -80,7 +80,6 @@ class Planner:
         self._fixed = question.fixed_micro_batch
         self._parameter_bytes = info.parameter_bytes
         self._used: dict[StepSettings, Curve] = {}
-        self._remarks: list[str] = []
         self._measured_anything = False
         limit = config.tune.max_seconds or MAX_SECONDS[hardware.device]
         self._max_seconds = limit
@@ -136,17 +135,7 @@ class Planner:
             answered = known.answers(sizes, self._max_seconds)
         if not answered:
             self._measure(way, self._missing(known, sizes), rises=self._fixed is None)
-        elif known is not None and self._fixed is None and known.stopped == curve.SHARE:
-            self._note_untried(known, sizes)
         return self._judged(way)
-
-    def _note_untried(self, known: Curve, sizes: list[int]) -> None:
-        largest = _largest(known)
-        if largest < sizes[-1] and not self._remarks:
-            self._remarks.append(
-                f"Micro-batches above {largest} were not tried: by the times up to there they could be faster by "
-                f"{known.possible_gain:.1%} at most. --retune measures them."
-            )
 
     def _measure(self, way: StepSettings, sizes: list[int], *, rises: bool) -> Curve:
         self._measured_anything = True
@@ -174,7 +163,7 @@ class Planner:
         if known is not None and self._question.fixed_micro_batch is not None:
             # one size more says nothing about why the curve ended
             measured = dataclasses.replace(measured, stopped=known.stopped, max_seconds=known.max_seconds)
-        elif known is not None and known.stopped == curve.MEMORY and _largest(measured) < _largest(known):
+        elif known is not None and known.stopped == curve.MEMORY and measured.largest < known.largest:
             measured = dataclasses.replace(measured, stopped=curve.MEMORY)  # a smaller size lifts no limit
         self._curves[measured.settings] = known.with_new(measured) if known else measured
         self._store()
@@ -303,9 +292,8 @@ class Planner:
         on both sides, or smaller than all, where the plain curve tells how time falls (`search.extended`)."""
         if known.stopped == curve.INTERRUPTED or not known.measurements:
             return False
-        largest = known.measurements[-1].micro_batch
         is_below = bool(plain.fitting) and plain.fitting[0].micro_batch <= start
-        is_above = start <= largest or known.stopped != curve.SHARE
+        is_above = start <= known.largest or known.stopped != curve.SHARE
         return is_above and (is_below or known.measurements[0].micro_batch <= start)
 
     def _out_of_time(self, has_answer: bool) -> bool:
@@ -324,7 +312,7 @@ class Planner:
         """Choose by the model and, where that is a close call, by whole steps. Pure but for those trials."""
         near = confirm.finalists(self._worth_timing(options))
         overlapping = self._overlapping(near[0])
-        remarks = [*self._remarks, *([NOT_OVERLAPPED] if self._overlaps and not overlapping else [])]
+        remarks = [NOT_OVERLAPPED] if self._overlaps and not overlapping else []
         named = {option.key: option for option in (*near, *overlapping)}
         timed = self._known_whole_steps(list(named.values()))
         if timed is None and len(named) > 1 and self._measured_anything and self._fixed is None:
@@ -438,14 +426,6 @@ class Planner:
             max_seconds=self._max_seconds,
             allowed_bytes=int(self._free_bytes * self._config.tune.memory_fraction),
         )
-
-
-def _size(measurement: curve.Measurement) -> int:
-    return measurement.micro_batch
-
-
-def _largest(measured: Curve) -> int:
-    return max((m.micro_batch for m in measured.measurements), default=0)
 
 
 def _rate(measurement: curve.Measurement) -> float:

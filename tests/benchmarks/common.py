@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import json
 import platform
+from pathlib import Path
 from typing import Any
 
 VIT = """\
@@ -30,3 +32,15 @@ def header() -> dict[str, Any]:
             "cuda": torch.version.cuda,
         },
     }
+
+
+def result_path(kind: str, out: Path | None) -> Path:
+    """Where a result goes: the file that was asked for, or a dated one beside the earlier ones."""
+    name = f"{kind}_{datetime.date.today().isoformat()}.json"
+    return (out or Path(__file__).parent / "results" / name).resolve()
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Write a result file, with its folder if that is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")

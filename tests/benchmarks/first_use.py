@@ -20,6 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from common import result_path, write_result
+
 
 def cpu_model() -> str:
     """The processor's own name, or its architecture."""
@@ -62,9 +64,8 @@ def main() -> None:
             "plan": json.loads((run / "plan.json").read_text()),
             "printed": done.stdout.replace(f"{folder}/", "").splitlines(),
         }  # fmt: skip
-    out = arguments.out or Path(__file__).parent / "results" / f"first_use_{result['date']}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    out = result_path("first_use", arguments.out)
+    write_result(out, result)
     print(f"{result['command']}: {wall_s:.1f} s, written to {out}")
 
 

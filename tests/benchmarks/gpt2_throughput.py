@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from common import result_path, write_result
+
 WARM_UP_STEPS = 10
 
 
@@ -112,10 +114,9 @@ def main() -> None:
 
     import torch
 
-    today = datetime.date.today().isoformat()
     name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else platform.processor() or "CPU"
     result: dict[str, Any] = {
-        "date": today,
+        "date": datetime.date.today().isoformat(),
         "hardware": {"gpu": name, "count": torch.cuda.device_count()},
         "versions": {
             "python": platform.python_version(),
@@ -133,9 +134,7 @@ def main() -> None:
             "windows_equal": by_gpus[1]["windows"] == by_gpus[2]["windows"],
             "speed_up": by_gpus[2]["tokens_per_s"] / by_gpus[1]["tokens_per_s"],
         }
-    out = arguments.out or Path(__file__).parent / "results" / f"gpt2_throughput_{today}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(result_path("gpt2_throughput", arguments.out), result)
     print(json.dumps({key: value for key, value in result.items() if key != "fit"}, indent=1))
     for run in result["fit"]:
         print(run["gpus"], "GPU:", f"{run['tokens_per_s']:,.0f} tokens/s", run["equation"])

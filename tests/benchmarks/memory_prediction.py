@@ -36,7 +36,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import VIT
+from common import VIT, result_path, write_result
 
 MODES = ("none", "full")
 STEPS, MICRO_STEPS = 2, 2
@@ -287,7 +287,7 @@ def measure_all(folder: Path, target: Path, arguments: argparse.Namespace) -> di
                 if process is not None:
                     process.stop()
             raise
-        target.write_text(json.dumps(results, indent=1) + "\n")
+        write_result(target, results)
         shown = [row.get("failed") or row.get("reserved") for row in kept[f"{name} {mode}"]]
         print(f"{name} {mode}: {shown} in {time.perf_counter() - began:.1f} s", flush=True)
     return results
@@ -434,8 +434,7 @@ def main() -> None:
         parser.error("give one of --measure-all FILE, --compare FILE and --smoke")
     target = (arguments.measure_all or Path()).resolve()
     measured = json.loads(arguments.compare.read_text()) if arguments.compare else {}
-    name = f"memory_prediction_{datetime.date.today().isoformat()}.json"
-    out = (arguments.out or Path(__file__).parent / "results" / name).resolve()
+    out = result_path("memory_prediction", arguments.out)
     with work_folder() as folder:
         if not arguments.compare:
             measured = measure_all(
@@ -445,8 +444,7 @@ def main() -> None:
             return
         result = compare(folder, measured, arguments)
     if not arguments.smoke or arguments.out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
+        write_result(out, result)
     shown = ("absolute_error", "slowest_prediction_s", "slowest_prediction_cpu_s")
     print(json.dumps({key: result[key] for key in shown}, indent=1))
 

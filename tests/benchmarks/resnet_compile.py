@@ -11,7 +11,6 @@ without a search for their best form. Each runs in a process of its own with an 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import subprocess
@@ -22,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import header
+from common import header, result_path, write_result
 
 WAYS = (
     "eager", "eager-channels_last", "whole", "whole-channels_last", "whole-untuned", "blocks-channels_last",
@@ -84,9 +83,10 @@ def measure(way: str, images: int, device: str) -> dict[str, Any]:
     import torch._inductor.config
 
     from gatrain.models.resnet import resnet50
+    from gatrain.train.compiling import RECOMPILATIONS
 
     kind, *options = way.split("-")
-    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.recompile_limit = RECOMPILATIONS
     if "untuned" in options:
         torch._inductor.config.triton.autotune_pointwise = False
     layout = torch.channels_last if "channels_last" in options else torch.contiguous_format
@@ -147,10 +147,7 @@ def main() -> None:
         )
         result["ways"][way] = found
         print(way, found, flush=True)
-    today = datetime.date.today().isoformat()
-    out = arguments.out or Path(__file__).parent / "results" / f"resnet_compile_{today}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(result_path("resnet_compile", arguments.out), result)
 
 
 if __name__ == "__main__":

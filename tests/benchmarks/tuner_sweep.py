@@ -1,7 +1,7 @@
 """Is the tuner's plan the best there is? An exhaustive sweep beside it, for five workloads that differ in kind.
 
     python tests/benchmarks/tuner_sweep.py [--workload gpt2 vit ...] [--stage plan sweep whole soak] [--seconds 540]
-        [--checkpointing none selective full] [--out FILE] [--work FOLDER] [--smoke]
+        [--checkpointing none selective full] [--merge FILE ...] [--out FILE] [--work FOLDER] [--smoke]
 
 For each workload and two effective batches, the second of them prime:
 
@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import json
 import os
 import random
@@ -38,9 +37,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import VIT, header
+from common import VIT, header, result_path, write_result
 
 STAGES = ("plan", "sweep", "whole", "soak")
+MODES = ("none", "selective", "full")
+LEAST_S = 40.0
+"""Seconds that must be left to begin with anything."""
 FINALISTS = 3
 WHOLE_S = 15.0
 SOAK_MICRO_STEPS, SOAK_STEPS = 1000, 20
@@ -121,8 +123,7 @@ class Bench:
         return self.found.setdefault(str(effective), {})
 
     def save(self) -> None:
-        self._out.parent.mkdir(parents=True, exist_ok=True)
-        self._out.write_text(json.dumps(self._result, indent=1) + "\n")
+        write_result(self._out, self._result)
 
     @property
     def seconds_left(self) -> float:
@@ -170,20 +171,21 @@ class Bench:
     def sweep(self) -> bool:
         """Measure every way that is still missing; returns whether all are there."""
         stored = self.found.setdefault("curves", {})
-        for way in self._ways():
+        ways = self._ways()
+        for way in ways:
             label = f"{way.precision} {way.checkpointing} {'compiled' if way.compile else 'plain'}"
             sizes = self.workload.sizes if way.checkpointing == "none" else self.workload.recomputed
             if self.smoke:
                 sizes = (4, 13, 16) if way.checkpointing == "none" else (16,)
             if label in stored or (self._modes is not None and way.checkpointing not in self._modes):
                 continue
-            if self.seconds_left < 40:
+            if self.seconds_left < LEAST_S:
                 return False
             # one size after the other, so that memory for the next is predicted from those before
             curve, _ = self._runner().measure(way, sizes, rises=False)
             stored[label] = dataclasses.asdict(curve)
             self.save()
-        if len(stored) < len(self._ways()):
+        if len(stored) < len(ways):
             return False
         for effective in self.effective_batches:
             self.part(effective)["sweep"] = [
@@ -365,7 +367,7 @@ def run_stages(bench: Bench, stages: list[str]) -> None:
                         bench.soak(effective)
                         bench.save()
         bench.save()
-        if bench.seconds_left < 40:
+        if bench.seconds_left < LEAST_S:
             print("time is up: call again to go on", flush=True)
             return
 
@@ -398,16 +400,15 @@ def main() -> None:
     parser.add_argument("--workload", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
     parser.add_argument("--stage", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--seconds", type=float, default=540.0)
-    parser.add_argument("--checkpointing", nargs="+", help="sweep these modes only")
+    parser.add_argument("--checkpointing", nargs="+", choices=MODES, help="sweep these modes only")
     parser.add_argument("--merge", nargs="+", type=Path, help="first add what these result files hold")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "gatrain_tuner_sweep")
     parser.add_argument("--smoke", action="store_true", help="tiny models on the CPU")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     arguments.deadline = time.monotonic() + arguments.seconds
-    today = datetime.date.today().isoformat()
     kind = "tuner_sweep_smoke" if arguments.smoke else "tuner_sweep"
-    out = (arguments.out or Path(__file__).parent / "results" / f"{kind}_{today}.json").resolve()
+    out = result_path(kind, arguments.out)
     result: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):
         result = json.loads(out.read_text())
@@ -416,7 +417,7 @@ def main() -> None:
         merge(result, json.loads(path.read_text()))
     result["commands"].append(" ".join(["python", *sys.argv]))
     for name in arguments.workload:
-        if arguments.deadline - time.monotonic() < 40:
+        if arguments.deadline - time.monotonic() < LEAST_S:
             print(f"no time for {name}: call again to go on", flush=True)
             break
         bench = Bench(name, arguments, out, result)

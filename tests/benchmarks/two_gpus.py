@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import header
+from common import header, result_path, write_result
 
 GIB = 2**30
 HOLD = """
@@ -93,10 +93,7 @@ def main() -> None:
         "fit_peak_bytes": max(line["peak_memory_bytes"] for line in lines),
         "fit_step_s": sorted(steps)[len(steps) // 2],
     }
-    today = result["date"]
-    out = arguments.out or Path(__file__).parent / "results" / f"two_gpus_{today}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(result_path("two_gpus", arguments.out), result)
     for kind, plan in plans.items():
         print(kind, plan["equation"], plan["sync"], plan["predicted_peak_bytes"], plan["memory_budget_bytes"])
     print({key: result[key] for key in ("seconds", "respects_the_weaker", "fit_step_s")})
