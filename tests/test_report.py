@@ -17,6 +17,7 @@ import pytest
 from rich.console import Console, ConsoleDimensions
 from rich.text import Text
 
+from gatrain import units
 from gatrain.errors import ConfigError
 from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, SKIPPED, Plan, Trial, make_plan
 from gatrain.report import (
@@ -449,7 +450,7 @@ def test_numbers_read_well() -> None:
     assert [words.decimal(v) for v in (4.81234, 0.5, 123.456, 1e-5, math.nan, None)] == [
         "4.812", "0.5000", "123.5", "1e-5", "nan", "-",
     ]  # fmt: skip
-    assert [words.duration(v) for v in (0.2, 59.6, 3599, 7500, 273_600)] == [
+    assert [units.duration(v) for v in (0.2, 59.6, 3599, 7500, 273_600)] == [
         "0s",
         "1m 00s",
         "59m 59s",
@@ -457,7 +458,13 @@ def test_numbers_read_well() -> None:
         "3d 04h",
     ]
     assert [words.learning_rate(v) for v in (0.1, 2.9e-3, 0.0)] == ["0.1", "2.9e-3", "0"]
-    assert [words.size(v) for v in (2**20 * 312, 2**30 * 1.9)] == ["312 MiB", "1.9 GiB"]
+    assert [units.size(v) for v in (2**20 * 312, 2**30 * 1.9)] == ["312 MiB", "1.9 GiB"]
+    assert [units.seconds(v) for v in (8.1e-5, 0.413, 2.31, 1234)] == [
+        "0.081 ms",
+        "413 ms",
+        "2.31 s",
+        "1,234 s",
+    ]
 
 
 # --- failures

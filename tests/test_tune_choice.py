@@ -82,7 +82,7 @@ def test_a_close_call_is_decided_by_whole_steps_and_says_so() -> None:
     assert plan.micro_batch == 32  # the model would take 64
     assert [asked.whole is None for asked in machine.asked] == [True, False]
     assert "confirmed over 5 whole steps each: the next, micro-batch" in plan.reason
-    assert "0.600 s per optimizer step" in plan.reason
+    assert "600 ms per optimizer step" in plan.reason
     confirmed = {t.micro_batch: t.confirmed_step_s for t in plan.trials if t.confirmed_step_s is not None}
     assert confirmed[32] == pytest.approx(0.60)
     assert len(confirmed) == len(machine.timed[0]) <= confirm.MAX_FINALISTS
@@ -342,7 +342,7 @@ def test_advice_is_short_and_fits_the_case() -> None:
     assert "no accumulation is needed" in said(4)
     assert "accumulation is a choice" not in said(4)
     assert "'optimizer.betas=[0.9,0.999937]'" in said(64)  # 0.999 ** (4 / 64)
-    assert "is predicted to take 0.405 s instead of 0.805 s without the gradient reduction" in said(64)
+    assert "is predicted to take 405 ms instead of 805 ms without the gradient reduction" in said(64)
     assert "reduction" not in said(64, 2)
     assert "One more GPU" not in said(64, on_gpu=False)
     assert "betas" not in said(64, optimizer=SGDConfig())

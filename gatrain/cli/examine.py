@@ -12,11 +12,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gatrain import units
 from gatrain.assets import cache_dir
 from gatrain.config import RunConfig
 from gatrain.errors import GatrainError
 from gatrain.fit.record import versions
-from gatrain.tune import Hardware, choose_precision, detect_hardware, memory_text
+from gatrain.tune import Hardware, choose_precision, detect_hardware
 
 LOW_DISK_BYTES = 5 * 2**30
 LOW_SHARED_MEMORY_BYTES = 2**28
@@ -55,12 +56,12 @@ class Report:
             ("device", f"{self.device} ({self.device_reason})"),
             ("precision", f"{self.precision} ({self.precision_reason})"),
             ("processes", f"{self.nproc} {plural} with gatrain fit"),
-            ("free memory", memory_text(self.free_memory_bytes)),
-            ("cache", f"{self.cache} ({memory_text(self.cache_bytes)})"),
-            ("free disk", f"{memory_text(self.disk_free_bytes)} in the current folder"),
+            ("free memory", units.size(self.free_memory_bytes)),
+            ("cache", f"{self.cache} ({units.size(self.cache_bytes)})"),
+            ("free disk", f"{units.size(self.disk_free_bytes)} in the current folder"),
         ]
         for gpu in self.hardware["gpus"]:
-            free, total = memory_text(gpu["free_bytes"]), memory_text(gpu["total_bytes"])
+            free, total = units.size(gpu["free_bytes"]), units.size(gpu["total_bytes"])
             rows.append((f"gpu {gpu['index']}", f"{gpu['name']}, {free} free of {total}"))
         if self.slurm_job:
             rows.append(("slurm job", self.slurm_job))
@@ -123,7 +124,7 @@ def _problems(hardware: Hardware, found: dict[str, str | None], disk: int) -> li
         problems.append(f"this machine has an NVIDIA driver, but no GPU is used: {hardware.reason}.")
     busy = [gpu for gpu in hardware.gpus if gpu.free_bytes < 0.9 * gpu.total_bytes]
     for gpu in busy:
-        used = memory_text(gpu.total_bytes - gpu.free_bytes)
+        used = units.size(gpu.total_bytes - gpu.free_bytes)
         problems.append(f"GPU {gpu.index} ({gpu.name}) already has {used} in use by other processes.")
     if len({gpu.name for gpu in hardware.gpus}) > 1:
         problems.append("the GPUs are unlike; every one of them waits for the slowest.")
@@ -131,10 +132,10 @@ def _problems(hardware: Hardware, found: dict[str, str | None], disk: int) -> li
         shared = shutil.disk_usage("/dev/shm").total
         if shared < LOW_SHARED_MEMORY_BYTES:
             problems.append(
-                f"/dev/shm has only {memory_text(shared)}, and NCCL wants more. In Docker: --shm-size=1g."
+                f"/dev/shm has only {units.size(shared)}, and NCCL wants more. In Docker: --shm-size=1g."
             )
     if disk < LOW_DISK_BYTES:
-        problems.append(f"only {memory_text(disk)} of disk are free here; saved states may not fit.")
+        problems.append(f"only {units.size(disk)} of disk are free here; saved states may not fit.")
     folder = cache_dir()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not os.access(existing, os.W_OK):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gatrain import batch
+from gatrain import batch, units
 from gatrain.compose import Composed
 from gatrain.config import RunConfig
 from gatrain.errors import ConfigError, DoesNotFitError
@@ -159,7 +159,7 @@ def _refuse(prediction: Prediction, forecasters: dict[str, Forecaster], nproc: i
     where = f"It should fit on: {', '.join(others)}." if others else "It fits on no GPU of the table."
     fraction = forecast.budget_bytes / forecast.gpu.memory_bytes
     raise DoesNotFitError(
-        f"predicted: at micro-batch {asked} a step needs {forecast.smallest_peak_bytes / 2**30:.1f} GiB at least, "
-        f"but {forecast.budget_bytes / 2**30:.1f} GiB ({fraction:.0%}) of a {forecast.gpu.name} may be used. "
+        f"predicted: at micro-batch {asked} a step needs {units.size(forecast.smallest_peak_bytes)} at least, "
+        f"but {units.size(forecast.budget_bytes)} ({fraction:.0%}) of a {forecast.gpu.name} may be used. "
         f"{where}"
     )

@@ -17,10 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
+from gatrain import units
 from gatrain.compose import Composed
 from gatrain.plan import FITS, Plan, Trial
 from gatrain.predict import child, overheads
-from gatrain.predict.forecast import gib
 from gatrain.predict.gpus import precision_of
 from gatrain.predict.request import ModeTrace, TraceRequest, TraceResult, request_for
 
@@ -132,8 +132,8 @@ def comparison_lines(
         expected = trial_peak(modes[mode], sizes, trial.micro_batch, capability, plan.world_size)
         measured = trial.peak_memory_bytes or 1
         lines.append(
-            f"  micro-batch {trial.micro_batch}, checkpointing {mode}: predicted {gib(expected)}, "
-            f"measured {gib(measured)} ({expected / measured - 1:+.1%})"
+            f"  micro-batch {trial.micro_batch}, checkpointing {mode}: predicted {units.size(expected)}, "
+            f"measured {units.size(measured)} ({expected / measured - 1:+.1%})"
         )
     return lines
 

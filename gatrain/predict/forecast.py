@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gatrain import batch
+from gatrain import batch, units
 from gatrain.config import RunConfig
 from gatrain.plan import FITS, Plan, Trial, make_plan
 from gatrain.predict import overheads, roofline
@@ -179,8 +179,8 @@ class Forecaster:
         steps = chosen.proposed.accumulation_steps
         reason = (
             f"predicted, not measured: on {gpu.name} micro-batch {chosen.proposed.micro_batch} x {steps} with "
-            f"checkpointing {chosen.checkpointing} fits in {gib(chosen.proposed.peak_bytes)} and should take "
-            f"{seconds(chosen.step_s)} per optimizer step; gatrain autotune on that GPU measures it"
+            f"checkpointing {chosen.checkpointing} fits in {units.size(chosen.proposed.peak_bytes)} and should "
+            f"take {seconds(chosen.step_s)} per optimizer step; gatrain autotune on that GPU measures it"
         )
         return make_plan(
             effective_batch=self._effective,
@@ -210,11 +210,6 @@ def _shown(most: int, share: int) -> list[int]:
     return sorted({1, *below[-SHOWN_SIZES:], most, *above})
 
 
-def gib(count: float) -> str:
-    """Bytes for people."""
-    return f"{count / 2**30:.1f} GiB"
-
-
 def seconds(span: Range) -> str:
-    """A range of seconds for people, with two digits."""
-    return f"{span.low:.2g} to {span.high:.2g} s"
+    """A range of seconds for people."""
+    return units.seconds_range(span.low, span.high)

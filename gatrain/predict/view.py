@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gatrain.predict.forecast import GpuForecast, ModeForecast, gib, seconds
+from gatrain import units
+from gatrain.predict.forecast import GpuForecast, ModeForecast, seconds
 
 if TYPE_CHECKING:
     from gatrain.predict import Prediction
@@ -25,7 +26,7 @@ def _one(forecast: GpuForecast) -> list[str]:
     gpu = forecast.gpu
     compiled = "compiled" if forecast.compile else "not compiled"
     lines = [
-        f"{gpu.name}: {gib(gpu.memory_bytes)}, of which {gib(forecast.budget_bytes)} may be used; "
+        f"{gpu.name}: {units.size(gpu.memory_bytes)}, of which {units.size(forecast.budget_bytes)} may be used; "
         f"{forecast.precision}, {compiled}",
         "",
         "checkpointing  micro-batch  accum.  allocated   reserved   in all      result",
@@ -35,7 +36,7 @@ def _one(forecast: GpuForecast) -> list[str]:
             mark = "->" if forecast.plan and mode.proposed == size and _is_chosen(forecast, mode) else "  "
             lines.append(
                 f"{mark} {mode.checkpointing:<12}{size.micro_batch:>10}{size.accumulation_steps:>8}"
-                f"{gib(size.allocated_bytes):>13}{gib(size.reserved_bytes):>11}{gib(size.peak_bytes):>11}"
+                f"{units.size(size.allocated_bytes):>13}{units.size(size.reserved_bytes):>11}{units.size(size.peak_bytes):>11}"
                 f"   {'fits' if size.fits else 'does not fit'}"
             )
     lines.append("")
@@ -69,9 +70,9 @@ def _table(prediction: Prediction) -> list[str]:
     for forecast in prediction.gpus:
         cells = "".join(f"{mode.largest_micro_batch or '-':>11}" for mode in forecast.modes)
         result = seconds(forecast.step_s) if forecast.step_s else "does not fit"
-        memory = gib(forecast.gpu.memory_bytes)
+        memory = units.size(forecast.gpu.memory_bytes)
         lines.append(f"{forecast.gpu.name:<16}{memory:>10}  {forecast.precision:<5}{cells}   {result}")
     if not prediction.fits:
         least = min(forecast.smallest_peak_bytes for forecast in prediction.gpus)
-        lines += ["", f"It fits on none of these: one sample needs {gib(least)} at least."]
+        lines += ["", f"It fits on none of these: one sample needs {units.size(least)} at least."]
     return lines

@@ -22,6 +22,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from gatrain import units
 from gatrain.report import text
 from gatrain.report.meter import Meter
 from gatrain.report.plain import silence, step_values
@@ -224,8 +225,8 @@ def _progress(meter: Meter, elapsed: float, left: float | None, width: int) -> T
     info = meter.info
     done = meter.step / info.total_steps if info.total_steps else 1.0
     before = f"step {meter.step:>{len(str(info.total_steps))}}/{info.total_steps} "
-    after = f" {done:>4.0%}  {text.duration(elapsed)}"
-    after += f", {text.duration(left)} left" if left is not None else ""
+    after = f" {done:>4.0%}  {units.duration(elapsed)}"
+    after += f", {units.duration(left)} left" if left is not None else ""
     room = width - len(before) - len(after)
     line = Text(before, _NUMBER)
     if room >= 8:

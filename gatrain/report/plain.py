@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any, TextIO
 
+from gatrain import units
 from gatrain.report import text
 from gatrain.report.meter import Meter
 from gatrain.report.sink import QuietSink
@@ -94,7 +95,9 @@ class PlainSink(QuietSink):
     def _step_line(self, meter: Meter) -> None:
         self._printed_at, self._printed_step = self._clock(), meter.step
         values = step_values(meter)
-        values["left"] = f"left {text.duration(meter.seconds_left)}" if meter.seconds_left is not None else ""
+        values["left"] = (
+            f"left {units.duration(meter.seconds_left)}" if meter.seconds_left is not None else ""
+        )
         parts = [self._step_label(meter, meter.step)]
         for name, value in values.items():
             width = self._widths[name] = max(len(value), self._widths.get(name, 0))
@@ -131,11 +134,11 @@ def step_values(meter: Meter) -> dict[str, str]:
     if rate is not None:
         values["lr"] = f"lr {text.learning_rate(rate)}"
     if meter.samples_per_s is not None:
-        values["samples"] = f"{text.rate(meter.samples_per_s)} samples/s"
+        values["samples"] = f"{units.rate(meter.samples_per_s)} samples/s"
     if meter.tokens_per_s is not None:
-        values["tokens"] = f"{text.rate(meter.tokens_per_s)} tokens/s"
+        values["tokens"] = f"{units.rate(meter.tokens_per_s)} tokens/s"
     if meter.peak_memory_bytes:
-        values["memory"] = f"mem {text.size(meter.peak_memory_bytes)}"
+        values["memory"] = f"mem {units.size(meter.peak_memory_bytes)}"
     return values
 
 

@@ -12,7 +12,7 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.table import Table
 from rich.text import Text
 
-from gatrain import batch
+from gatrain import batch, units
 from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, SKIPPED, Plan, Trial
 from gatrain.report import text
 
@@ -50,15 +50,18 @@ _COLUMNS = (
     ),
     _Column("\nresult", lambda _, trial: _OUTCOMES.get(trial.outcome, trial.outcome)),
     _Column(
-        "peak\nmemory", lambda _, trial: _or_dash(trial.peak_memory_bytes, text.size), justify="right", rank=1
+        "peak\nmemory",
+        lambda _, trial: _or_dash(trial.peak_memory_bytes, units.size),
+        justify="right",
+        rank=1,
     ),
     _Column(
-        "samples\nper s", lambda _, trial: _or_dash(trial.samples_per_s, text.rate), justify="right", rank=3
+        "samples\nper s", lambda _, trial: _or_dash(trial.samples_per_s, units.rate), justify="right", rank=3
     ),
-    _Column("time of\na step", lambda _, trial: _or_dash(trial.step_s, text.short_time), justify="right"),
+    _Column("time of\na step", lambda _, trial: _or_dash(trial.step_s, units.seconds), justify="right"),
     _Column(
         "whole\nsteps",
-        lambda _, trial: _or_dash(trial.confirmed_step_s, text.short_time),
+        lambda _, trial: _or_dash(trial.confirmed_step_s, units.seconds),
         justify="right",
         rank=4,
         optional=True,
@@ -223,7 +226,7 @@ def _sentences(plan: Plan, trials: list[Trial]) -> list[str]:
     ]
     lines.append(", ".join(how))
     if plan.predicted_peak_bytes is not None and plan.memory_budget_bytes is not None:
-        peak, budget = text.size(plan.predicted_peak_bytes), text.size(plan.memory_budget_bytes)
+        peak, budget = units.size(plan.predicted_peak_bytes), units.size(plan.memory_budget_bytes)
         lines.append(f"Peak memory {peak}; {budget} may be used")
     if plan.reason:
         lines.append(f"Why: {text.clean(plan.reason)}")

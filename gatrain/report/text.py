@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gatrain import units
 from gatrain.train.events import RunInfo
 
 # Whatever could move the cursor, colour, retitle or reorder a terminal: C0 and C1 controls (escape sequences
@@ -63,38 +64,6 @@ def learning_rate(value: float) -> str:
     return f"{value:.3g}" if value >= 0.01 or value == 0 else scientific(value)
 
 
-def rate(value: float) -> str:
-    """Write a rate with a thousands separator where it is large and digits where it is small."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.3g}"
-
-
-def size(count: float) -> str:
-    """Write bytes: ``1.9 GiB`` or ``312 MiB``."""
-    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.0f} MiB"
-
-
-def short_time(seconds: float) -> str:
-    """Write the time of one step: ``8.12 ms``, ``413 ms`` or ``2.31 s``."""
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
-
-
-def duration(seconds: float) -> str:
-    """Write a span: ``42s``, ``1m 12s``, ``2h 05m``, ``3d 04h``."""
-    whole = int(seconds + 0.5)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m {whole % 60:02d}s"
-    if whole < 86400:
-        return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
-    return f"{whole // 86400}d {whole % 86400 // 3600:02d}h"
-
-
-def plural(count: int, noun: str) -> str:
-    """Write ``1 step``, ``1,200 steps``."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
 def shown_path(path: Path, base: Path | None = None) -> str:
     """Write a path relative to ``base`` (the current folder) where it lies inside it."""
     try:
@@ -135,13 +104,13 @@ def header_rows(info: RunInfo) -> list[tuple[str, str]]:
         "compiled" if info.compile else "not compiled",
         f"sync {clean(info.sync)}",
     ]
-    data = [f"{plural(info.train_samples, 'sample')} to train on"]
+    data = [f"{units.plural(info.train_samples, 'sample')} to train on"]
     if info.eval_samples:
         data.append(f"{info.eval_samples:,} held out")
     steps = f"{info.total_steps:,}"
     if info.steps_per_epoch:
         epochs = info.total_steps / info.steps_per_epoch
-        steps += f", {epochs:.3g} epoch{'s' * (epochs != 1)} of {plural(info.steps_per_epoch, 'step')}"
+        steps += f", {epochs:.3g} epoch{'s' * (epochs != 1)} of {units.plural(info.steps_per_epoch, 'step')}"
     if info.first_step:
         steps += f"; going on after step {info.first_step:,}"
     rows = [
@@ -170,9 +139,9 @@ def summary_rows(summary: Mapping[str, Any], info: RunInfo) -> list[tuple[str, s
     """Label and value for each line of the closing block, the generated sample excepted."""
     status = clean(summary.get("status", "ended"))
     step = summary.get("step")
-    done = f"{step:,} of {plural(info.total_steps, 'step')}" if isinstance(step, int) else ""
+    done = f"{step:,} of {units.plural(info.total_steps, 'step')}" if isinstance(step, int) else ""
     elapsed = number(summary.get("elapsed_s"))
-    took = f"in {duration(elapsed)}" if elapsed is not None else ""
+    took = f"in {units.duration(elapsed)}" if elapsed is not None else ""
     rows = [(status, " ".join(part for part in (done, took) if part))]
     if summary.get("loss") is not None:
         rows.append(("loss", f"{decimal(summary['loss'])} at the last step"))

@@ -20,7 +20,7 @@ from gatrain.config import RunConfig
 from gatrain.launch.nodes import Nodes
 from gatrain.plan import Plan, make_plan
 from gatrain.tune import settings
-from gatrain.tune.estimate import DataInfo, check_state_fits, memory_text, state_bytes
+from gatrain.tune.estimate import DataInfo, check_state_fits, state_bytes
 from gatrain.tune.hardware import Gpu, Hardware, choose_precision, detect_hardware
 from gatrain.tune.host import TrialHost
 from gatrain.tune.planner import Planner
@@ -31,7 +31,6 @@ __all__ = [
     "choose_precision",
     "detect_hardware",
     "make_plan_for",
-    "memory_text",
     "needs_trials",
     "remembered_plan",
     "state_bytes",

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gatrain import batch
+from gatrain import batch, units
 from gatrain.config import AdamWConfig, OptimizerConfig
 from gatrain.tune import search
 from gatrain.tune.curve import Curve
-from gatrain.tune.search import Candidate, seconds_text
+from gatrain.tune.search import Candidate
 
 MOST_SENTENCES = 3
 REACH = 0.15
@@ -51,9 +51,9 @@ def sentences(
         said.append(f"Another effective batch would split better: {words}; predicted, the micro-steps alone.")
     if on_gpu and (faster := next_gpu_step_s(curve, effective_batch, world_size)) is not None:
         unknown = " without the gradient reduction, which one GPU does not show" if world_size == 1 else ""
-        now = seconds_text(chosen.step_s)
+        now = units.seconds(chosen.step_s)
         said.append(
-            f"One more GPU: a step is predicted to take {seconds_text(faster)} instead of {now}{unknown}."
+            f"One more GPU: a step is predicted to take {units.seconds(faster)} instead of {now}{unknown}."
         )
     if world_size == 1 and chosen.accumulation_steps > 1 and isinstance(optimizer, AdamWConfig):
         said.append(small_batch_sentence(chosen.micro_batch, effective_batch, optimizer))

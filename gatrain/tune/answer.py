@@ -6,13 +6,12 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from gatrain import batch
+from gatrain import batch, units
 from gatrain.config import RunConfig
 from gatrain.plan import FITS, Plan, StepSettings, Trial, make_plan
 from gatrain.tune import advice, curve, search
 from gatrain.tune.confirm import Verdict, WholeSteps
 from gatrain.tune.curve import Curve
-from gatrain.tune.estimate import memory_text
 from gatrain.tune.search import Candidate
 
 TimedCandidate = tuple[Candidate, WholeSteps]
@@ -123,7 +122,7 @@ def observations(
     near = min(chosen_curve.fitting, key=lambda m: abs(m.micro_batch - chosen.micro_batch))
     if near.fragmentation_bytes:
         notes.append(
-            f"Of the peak, {memory_text(near.fragmentation_bytes)} is memory cut up by the allocator, as measured; "
+            f"Of the peak, {units.size(near.fragmentation_bytes)} is memory cut up by the allocator, as measured; "
             "the plan leaves room for as much again."
         )
     notes += [
@@ -138,8 +137,8 @@ def observations(
         )
         notes.append(
             f"The ranks are unequal, so are their shares: {', '.join(map(str, chosen.shares))} samples. "
-            f"Equal shares would take {search.seconds_text(equal_s)} per step by the same model, "
-            f"these {search.seconds_text(chosen.step_s)}; the gradient is the same."
+            f"Equal shares would take {units.seconds(equal_s)} per step by the same model, "
+            f"these {units.seconds(chosen.step_s)}; the gradient is the same."
         )
     return notes
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from gatrain import units
 from gatrain.config import RunConfig, SGDConfig
 from gatrain.errors import DoesNotFitError
 from gatrain.tune.hardware import Hardware
-
-GIB = 2**30
 
 
 class DataInfo(Protocol):
@@ -20,11 +19,6 @@ class DataInfo(Protocol):
     def parameters(self) -> int: ...
     @property
     def parameter_bytes(self) -> int: ...
-
-
-def memory_text(count: float) -> str:
-    """Bytes for people: ``1.25 GiB``, or ``12 MiB`` below half a GiB."""
-    return f"{count / GIB:.2f} GiB" if count >= GIB / 2 else f"{count / 2**20:.0f} MiB"
 
 
 def state_bytes(config: RunConfig, parameter_bytes: int) -> int:
@@ -59,7 +53,7 @@ def check_state_fits(config: RunConfig, info: DataInfo, hardware: Hardware, loca
     if needed <= allowed:
         return
     per_parameter = needed / max(info.parameters, 1)
-    where = f"of the {memory_text(free)} free on " + (
+    where = f"of the {units.size(free)} free on " + (
         f"the fullest GPU ({min(hardware.gpus[:local_ranks], key=lambda g: g.free_bytes).name})"
         if hardware.gpus
         else f"this machine for each of {local_ranks} process(es)"
@@ -67,12 +61,12 @@ def check_state_fits(config: RunConfig, info: DataInfo, hardware: Hardware, loca
     advice = ["a smaller model"]
     if state_bytes(config, info.parameter_bytes) > 2 * info.parameter_bytes:
         without = 2 * info.parameter_bytes
-        advice.append(f"optimizer=sgd (which needs {memory_text(without)} without momentum)")
+        advice.append(f"optimizer=sgd (which needs {units.size(without)} without momentum)")
     if hardware.gpus and free < 0.9 * max(gpu.total_bytes for gpu in hardware.gpus):
         advice.append("a GPU that no other process uses")
     raise DoesNotFitError(
-        f"parameters, gradients and optimizer state alone take {memory_text(needed)} "
-        f"({info.parameters:,} parameters x {per_parameter:.0f} bytes), but only {memory_text(allowed)} "
+        f"parameters, gradients and optimizer state alone take {units.size(needed)} "
+        f"({info.parameters:,} parameters x {per_parameter:.0f} bytes), but only {units.size(allowed)} "
         f"({config.tune.memory_fraction:.0%}) {where} may be used. "
         f"No micro-batch and no checkpointing can change that. Use {' or '.join(advice)}."
     )

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from gatrain import units
 from gatrain.errors import DoesNotFitError, GatrainError
 from gatrain.launch.reasons import user_frames
 from gatrain.plan import DOES_NOT_FIT, FAILED, FITS
@@ -29,7 +30,6 @@ from gatrain.rank import Rank
 from gatrain.tasks.base import Batch, Task, named_weights
 from gatrain.train.meter import Meter
 from gatrain.tune.curve import Measurement
-from gatrain.tune.estimate import memory_text
 from gatrain.tune.memory import Memory
 
 if TYPE_CHECKING:
@@ -278,7 +278,7 @@ class SizeMeter:
             loss=_furthest(losses, reference.loss),
             reference_loss=reference.loss,
             loss_noise=reference.noise,
-            error=f"its peak is {memory_text(worst_over)} above what may be used" if worst_over > 0 else None,
+            error=f"its peak is {units.size(worst_over)} above what may be used" if worst_over > 0 else None,
             rank_s=tuple(each[0] for each in every),
             noise=max(each[6] for each in every),
         )

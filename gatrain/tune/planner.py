@@ -13,7 +13,7 @@ import dataclasses
 import math
 from pathlib import Path
 
-from gatrain import batch
+from gatrain import batch, units
 from gatrain.config import RunConfig
 from gatrain.errors import GatrainError, Interrupted
 from gatrain.launch.nodes import Nodes
@@ -22,7 +22,7 @@ from gatrain.tune import answer, cache, confirm, curve, memory_model, refusal, s
 from gatrain.tune.answer import Decision
 from gatrain.tune.confirm import Confirmation, WholeSteps
 from gatrain.tune.curve import Curve, Measurement
-from gatrain.tune.estimate import DataInfo, memory_per_rank, memory_text, state_bytes
+from gatrain.tune.estimate import DataInfo, memory_per_rank, state_bytes
 from gatrain.tune.hardware import Hardware
 from gatrain.tune.host import TrialHost
 from gatrain.tune.rounds import Progress, Run, TrialRunner, sentence
@@ -273,7 +273,7 @@ class Planner:
         peak = state + ((before.peak_memory_bytes or 0) - state) * size / last
         over = peak - (known.budget_bytes or self._free_bytes)
         if before.peak_memory_bytes and over > memory_model.STEP_ERROR * peak:
-            text = f"its predicted peak is {memory_text(over)} above what may be used"
+            text = f"its predicted peak is {units.size(over)} above what may be used"
             self._skip(way, size, curve.MEMORY, text)
             return None
         found = {m.micro_batch: m for m in self._measure(way, [size], rises=False).fitting}

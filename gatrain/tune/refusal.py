@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NoReturn
 
+from gatrain import units
 from gatrain.config import RunConfig
 from gatrain.errors import DoesNotFitError, WorkerError
 from gatrain.plan import DOES_NOT_FIT, FAILED, StepSettings
 from gatrain.tune import settings
 from gatrain.tune.curve import Curve
-from gatrain.tune.estimate import memory_text
 from gatrain.tune.settings import Question
 
 
@@ -38,9 +38,9 @@ def refuse(
         )
     smallest = min(refused, key=lambda m: m.micro_batch)
     ways = "; ".join(settings.describe(way) for way in used)
-    peak = f" (peak {memory_text(smallest.peak_memory_bytes)})" if smallest.peak_memory_bytes else ""
+    peak = f" (peak {units.size(smallest.peak_memory_bytes)})" if smallest.peak_memory_bytes else ""
     raise DoesNotFitError(
-        f"the model does not fit at micro-batch {smallest.micro_batch}{peak}: {memory_text(free_bytes)} were "
+        f"the model does not fit at micro-batch {smallest.micro_batch}{peak}: {units.size(free_bytes)} were "
         f"free per rank, of which tune.memory_fraction={config.tune.memory_fraction:g} may be "
         f"used. Tried: {ways}. {smallest.error or ''} Use {', or '.join(_ways_out(used, question, device))}."
     )

@@ -11,14 +11,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from gatrain import units
 from gatrain.config import RunConfig
 from gatrain.errors import DoesNotFitError, GatrainError, Interrupted, WorkerError
 from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, StepSettings
 from gatrain.tune import curve, settings, spec
 from gatrain.tune.confirm import Confirmation
 from gatrain.tune.curve import Curve, Measurement
-from gatrain.tune.estimate import memory_text
-from gatrain.tune.search import seconds_text
 from gatrain.tune.spec import Answers, TrialSpec, WholeSpec
 
 Progress = Callable[[str], None]
@@ -139,8 +138,8 @@ def sentence(m: Measurement) -> str:
     """One trial for people."""
     text = f"micro-batch {m.micro_batch}: {m.outcome.replace('_', ' ')}"
     if m.outcome == FITS and m.micro_step_s:
-        peak = f", peak {memory_text(m.peak_memory_bytes)}" if m.peak_memory_bytes else ""
-        return f"{text}, {seconds_text(m.micro_step_s)} per micro-step{peak}"
+        peak = f", peak {units.size(m.peak_memory_bytes)}" if m.peak_memory_bytes else ""
+        return f"{text}, {units.seconds(m.micro_step_s)} per micro-step{peak}"
     return f"{text} ({m.error})" if m.error else text
 
 

@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from gatrain import batch
+from gatrain import batch, units
 from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, StepSettings, Trial
 from gatrain.tune.curve import Curve, Measurement
 
@@ -287,16 +287,16 @@ def explain(
         confirmed: measured seconds of whole steps, and what they say of the other finalists.
     """
     others = [o for o in options if o.measured and o.key != chosen.key]
-    text = f"{name(chosen, chosen)} takes {seconds_text(confirmed[0] if confirmed else chosen.step_s)}"
+    text = f"{name(chosen, chosen)} takes {units.seconds(confirmed[0] if confirmed else chosen.step_s)}"
     text += " per optimizer step"
     if confirmed:
         text += f", {confirmed[1]}"
     elif others:
         other = min(others, key=lambda option: option.step_s)
         if other.step_s > chosen.step_s * (1 + NOISE):
-            text += f"; the next best, {name(other, chosen)}, takes {seconds_text(other.step_s)}"
+            text += f"; the next best, {name(other, chosen)}, takes {units.seconds(other.step_s)}"
         else:
-            text += f", within {NOISE:.0%} of {name(other, chosen)} ({seconds_text(other.step_s)})"
+            text += f", within {NOISE:.0%} of {name(other, chosen)} ({units.seconds(other.step_s)})"
     for curve in curves:
         refused = [m.micro_batch for m in curve.measurements if m.outcome == DOES_NOT_FIT]
         if refused and dataclasses.replace(curve.settings, sync=chosen.settings.sync) == chosen.settings:
@@ -318,11 +318,3 @@ def name(option: Candidate, chosen: Candidate) -> str:
     if option.settings.compile != chosen.settings.compile:
         differing.append("compiled" if option.settings.compile else "not compiled")
     return text + (f" ({', '.join(differing)})" if differing else "")
-
-
-def seconds_text(seconds: float) -> str:
-    """Three significant digits: ``0.412 s``, ``12.3 s``, ``0.00215 s``."""
-    if seconds <= 0 or not math.isfinite(seconds):
-        return f"{seconds:.3g} s"
-    digits = max(0, 2 - math.floor(math.log10(seconds)))
-    return f"{seconds:.{digits}f} s"

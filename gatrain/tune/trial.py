@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from gatrain import build
+from gatrain import build, units
 from gatrain.compose import load_config
 from gatrain.config import RunConfig
 from gatrain.errors import DoesNotFitError
@@ -28,7 +28,6 @@ from gatrain.tasks.base import Task
 from gatrain.train.engine import Engine
 from gatrain.tune import confirm, curve, host, spec
 from gatrain.tune.curve import Measurement
-from gatrain.tune.estimate import memory_text
 from gatrain.tune.measure import (
     Peers,
     Reference,
@@ -264,7 +263,7 @@ class Rise:
             return curve.TIME
         over = max(self._peers.gather(self._over(size)))
         if over > 0:
-            self._skip(size, f"its predicted peak is {memory_text(over)} above what may be used")
+            self._skip(size, f"its predicted peak is {units.size(over)} above what may be used")
             return curve.MEMORY
         return None
 
