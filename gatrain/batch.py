@@ -2,7 +2,8 @@
 
 ``E`` effective batch (samples per optimizer step, over all ranks), ``W`` world size, ``b`` micro-batch,
 ``K`` accumulation steps of the rank that has most. Whatever the numbers, primes included, the micro-batches
-of all ranks sum to the window exactly: a remainder becomes a smaller last micro-batch, never a rounding.
+of all ranks sum to the window exactly: where a share does not divide, some micro-batches are one sample smaller,
+never a rounding.
 """
 
 from __future__ import annotations
@@ -51,12 +52,23 @@ def window_shares(window: int, plan_shares: Sequence[int]) -> list[int]:
 
 
 def micro_batch_sizes(share: int, micro_batch: int) -> list[int]:
-    """Cut one rank's share into micro-batches of ``micro_batch`` samples; the last may be smaller.
+    """Cut one rank's share into as few micro-batches of at most ``micro_batch`` samples as it takes.
 
-    No entry is zero; a share of zero gives an empty list.
+    They differ by at most one sample, the larger first: a small remainder would cost a whole micro-step, and
+    BatchNorm cannot take one of a single sample. A share of zero gives an empty list.
+
+    >>> micro_batch_sizes(512, 16) == [16] * 32
+    True
+    >>> micro_batch_sizes(9, 4)
+    [3, 3, 3]
     """
-    full, rest = divmod(share, micro_batch)
-    return [micro_batch] * full + ([rest] if rest else [])
+    steps = -(-share // micro_batch)
+    return rank_shares(share, steps) if steps else []
+
+
+def even_size(share: int, micro_batch: int) -> int:
+    """The largest micro-batch of ``share`` cut by ``micro_batch``; cutting by it gives the same."""
+    return -(-share // -(-share // micro_batch)) if share else micro_batch
 
 
 def largest_share(effective_batch: int, world_size: int) -> int:
@@ -89,8 +101,8 @@ def equation(effective_batch: int, micro_batches: list[list[int]]) -> str:
 
     >>> equation(512, [[16] * 16] * 2)
     '512 = 2 ranks x 16 accumulation steps x 16'
-    >>> equation(23, [[5, 3], [5, 3], [5, 2]])
-    '23 = 2 ranks x (5 + 3) + 1 rank x (5 + 2)'
+    >>> equation(23, [[4, 4], [4, 4], [4, 3]])
+    '23 = 2 ranks x (2 x 4) + 1 rank x (4 + 3)'
     """
     if all(sizes == micro_batches[0] for sizes in micro_batches) and len(set(micro_batches[0])) == 1:
         ranks, steps, size = len(micro_batches), len(micro_batches[0]), micro_batches[0][0]

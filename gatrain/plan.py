@@ -34,7 +34,7 @@ class Trial:
     step_s: float | None = None
     """Predicted seconds of one optimizer step at the effective batch with this micro-batch."""
     confirmed_step_s: float | None = None
-    """Median seconds of whole optimizer steps at the effective batch (all micro-steps with the remainder, the
+    """Median seconds of whole optimizer steps at the effective batch (all micro-steps, the
     reduction, the update), timed in turn with the other finalists; None for all but finalists."""
     confirmed_steps: int | None = None
     """Whole steps behind that median."""

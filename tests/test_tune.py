@@ -347,6 +347,20 @@ def test_a_fixed_micro_batch_needs_no_trial() -> None:
     assert "batch.micro=2 was asked for" in plan.reason
 
 
+def test_a_fixed_micro_batch_that_does_not_divide_is_evened_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_on(Machine(), config_of(9, micro=4), hardware=CUDA)
+    assert plan.micro_batch == 4  # as asked: the most that a micro-batch may hold
+    assert plan.micro_batches == [[3, 3, 3]]
+    assert plan.equation == "9 = 1 rank x 3 accumulation steps x 3"
+
+
+def test_no_candidate_is_named_by_a_size_that_its_split_does_not_have() -> None:
+    level = curve_of({1: 0.1, 2: 0.11, 4: 0.12, 8: 0.13})
+    for option in search.candidates(level, 9, 1):
+        assert max(batch.micro_batch_sizes(9, option.micro_batch)) == option.micro_batch
+        assert option.accumulation_steps == len(batch.micro_batch_sizes(9, option.micro_batch))
+
+
 def test_a_fixed_micro_batch_beyond_the_share_is_refused_first() -> None:
     with pytest.raises(PlanError, match=r"batch\.micro=8 or less"):
         tune.make_plan_for(config_of(16, micro=10), Info(), CPU, Nodes(2), run=no_trial)

@@ -1,7 +1,7 @@
 """The finalists: which candidates are timed as whole optimizer steps, and what those times say. No torch.
 
 The model of `gatrain.tune.search` composes a step from parts. What it leaves out (the copies of a real window, a
-remainder between two measured sizes, an allocator that must keep two sizes at once) is a few percent, so
+size between two measured ones, an allocator that must keep two sizes at once) is a few percent, so
 candidates closer than that are decided by whole steps, timed in turn: A B C A B C. A disturbance then meets all of
 them alike, and the noise is that of the ratios within a round, not of the machine.
 """

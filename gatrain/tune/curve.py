@@ -91,7 +91,7 @@ class Curve:
 
     @property
     def unusable(self) -> set[int]:
-        """Sizes known not to work: they may not appear in a split, not even as its remainder."""
+        """Sizes known not to work: they may not appear in a split, not even as its smaller size."""
         return {m.micro_batch for m in self.measurements if m.outcome != FITS}
 
     def micro_step_s(self, size: int) -> float:
@@ -114,7 +114,7 @@ class Curve:
     def peak_bytes(self, size: int) -> int | None:
         """Peak memory at ``size``, on the line between its measured neighbours; None where not known.
 
-        A step of this size also computes its remainder, which needs less.
+        A step of this size may also compute a smaller one, which needs less.
         """
         below = [m for m in self.fitting if m.micro_batch <= size and m.peak_memory_bytes is not None]
         above = [m for m in self.fitting if m.micro_batch >= size and m.peak_memory_bytes is not None]

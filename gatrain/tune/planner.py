@@ -300,13 +300,13 @@ class Planner:
         return has_answer and self._runner.seconds_left < MIN_ROUND_S[self._hardware.device]
 
     def _options(self) -> list[Candidate]:
-        found = [
+        return [
             candidate
             for way in self._used
-            for candidate in search.candidates(self._extended(way), self._effective, self._world_size)
+            for candidate in search.candidates(
+                self._extended(way), self._effective, self._world_size, self._fixed
+            )
         ]
-        fixed = self._fixed
-        return found if fixed is None else [option for option in found if option.micro_batch == fixed]
 
     def _decide(self, options: list[Candidate]) -> Decision:
         """Choose by the model and, where that is a close call, by whole steps. Pure but for those trials."""

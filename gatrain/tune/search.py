@@ -4,7 +4,7 @@ The cost of one optimizer step on the busiest rank is
 
     step_s(b) = sum of micro_step_s over that rank's micro-batches + reduce_s + optimizer_s
 
-where the time of a smaller last micro-batch lies on the line between measured sizes. Where the ranks are unequal
+where the time of a size that was not measured lies on the line between measured ones. Where the ranks are unequal
 it is the largest of all ranks, each with times and a share of its own.
 """
 
@@ -117,11 +117,14 @@ def extended(compiled: Curve, plain: Curve) -> Curve:
     return dataclasses.replace(compiled, measurements=(*estimates, *compiled.measurements))
 
 
-def candidates(curve: Curve, effective_batch: int, world_size: int) -> list[Candidate]:
+def candidates(
+    curve: Curve, effective_batch: int, world_size: int, fixed: int | None = None
+) -> list[Candidate]:
     """Every split of the effective batch that the curve can vouch for, with its cost.
 
-    Besides measured sizes these are the near-equal cuts of the share between them: smaller than a size that
-    fits, so they fit as well. Where the ranks are unequal, the same with shares in proportion to their speed.
+    With ``fixed`` it is the split by that micro-batch alone, if it was measured. Else, besides measured sizes,
+    these are the near-equal cuts of the share between them: smaller than a size that fits, so they fit as well.
+    Where the ranks are unequal, the same with shares in proportion to their speed.
     """
     fitting = {m.micro_batch for m in curve.fitting}
     measured = {m.micro_batch for m in curve.fitting if not m.is_estimate}
@@ -131,7 +134,11 @@ def candidates(curve: Curve, effective_batch: int, world_size: int) -> list[Cand
     for shares in {(), unequal_shares(curve, effective_batch, world_size)}:
         share = max(shares) if shares else batch.largest_share(effective_batch, world_size)
         cuts = {-(-share // k) for k in range(1, 33)}
-        sizes = {size for size in fitting | cuts if size <= share and _is_vouched_for(curve, size)}
+        # a size that does not divide the share is evened out, which gives one of the cuts
+        sizes = {batch.even_size(share, size) for size in fitting | cuts if size <= share}
+        sizes = {size for size in sizes if _is_vouched_for(curve, size)}
+        if fixed is not None:
+            sizes = fitting & {fixed}
         found += [
             Candidate(
                 settings=curve.settings,
@@ -193,8 +200,8 @@ def step_seconds(
 
 def share_seconds(curve: Curve, share: int, size: int) -> float:
     """Seconds of all micro-steps of ``share`` samples on the slowest rank."""
-    full, rest = divmod(share, size)
-    return full * curve.micro_step_s(size) + (curve.micro_step_s(rest) if rest else 0.0)
+    sizes = batch.micro_batch_sizes(share, size)
+    return sum(sizes.count(part) * curve.micro_step_s(part) for part in set(sizes))
 
 
 def choose(options: Sequence[Candidate]) -> Candidate:
