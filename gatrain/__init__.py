@@ -11,16 +11,18 @@ if TYPE_CHECKING:
     from gatrain.tasks.base import Task as Task
     from gatrain.train.accumulate import WindowResult as WindowResult
     from gatrain.train.accumulate import accumulate as accumulate
+    from gatrain.train.main_gradients import MasterWeights as MasterWeights
     from gatrain.train.windows import windows as windows
 
 _LIBRARY = {
     "Task": "gatrain.tasks.base",
     "accumulate": "gatrain.train.accumulate",
+    "MasterWeights": "gatrain.train.main_gradients",
     "WindowResult": "gatrain.train.accumulate",
     "windows": "gatrain.train.windows",
 }
 
-__all__ = ["Task", "WindowResult", "__version__", "accumulate", "windows"]
+__all__ = ["MasterWeights", "Task", "WindowResult", "__version__", "accumulate", "windows"]
 
 
 def __getattr__(name: str) -> Any:

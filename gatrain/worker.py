@@ -33,7 +33,7 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
     # rank 0 chooses, so that all ranks resume from the same state
     found = saved_state.newest_valid(run_dir.saved) if engine.ranks.rank == 0 else (None, [])
     path, problems = engine.ranks.share_object(found)
-    progress = saved_state.load(path, engine.model, engine.optimizer) if path else fresh
+    progress = saved_state.load(path, engine.model, engine.optimizer, engine.masters) if path else fresh
     saved_state.check_same_run(progress, fresh)
     if engine.scaler and progress.scaler:
         engine.scaler.load_state_dict(progress.scaler)

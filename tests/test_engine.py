@@ -274,7 +274,7 @@ def test_state_made_beforehand_changes_no_step(config: AdamWConfig | SGDConfig) 
     for early in (False, True):
         torch.manual_seed(0)
         layer = nn.Linear(5, 5, bias=False)
-        optimizer = build_optimizer(config, layer)
+        optimizer = build_optimizer(config, list(layer.parameters()))
         before = layer.weight.detach().clone()
         if early:
             make_state(optimizer)

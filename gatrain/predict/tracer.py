@@ -20,6 +20,7 @@ from gatrain.tasks.base import Batch, Task, named_weights
 from gatrain.train.accumulate import PlainAccumulation
 from gatrain.train.checkpointing import apply_checkpointing, blocks_of
 from gatrain.train.compiling import compiled_loss_sum
+from gatrain.train.main_gradients import MasterWeights
 from gatrain.train.optimizer import build_optimizer
 from gatrain.train.precision import autocast_for
 from gatrain.train.ranks import Ranks, buckets_of, flatten
@@ -64,12 +65,14 @@ class StepTracer:
         self._asked = asked
         self._batches = batches
         self._recorder = Recorder()
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._optimizer = _fused(build_optimizer(config.optimizer, model))
+        self._masters = MasterWeights(model)
+        self._parameters = self._masters.trained
+        self._optimizer = _fused(build_optimizer(config.optimizer, self._parameters))
         self._clip_norm = config.optimizer.clip_norm
         self._accumulation: PlainAccumulation
-        for parameter in self._parameters:
-            parameter.register_post_accumulate_grad_hook(self._recorder.mark_gradient)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._mark_gradient)
         self._overlaps = asked.world_size > 1 and asked.sync == "overlap"
         self._buckets: list[Tensor] = []
         self._done: dict[int, Recording] = {}
@@ -88,6 +91,7 @@ class StepTracer:
             ranks=Ranks(),
             stage=lambda batch: lambda: batch,
             autocast=autocast_for(self._asked.precision, _CPU),
+            main_gradients=self._masters,
         )
         try:
             yield
@@ -110,8 +114,9 @@ class StepTracer:
         for parameter in self._parameters:
             parameter.grad = torch.zeros_like(parameter)
         self._optimizer.step()
+        self._masters.copy_to_model()
         self._optimizer.zero_grad(set_to_none=True)
-        tensors = [*self._model.parameters(), *self._model.buffers()]
+        tensors = [*self._model.parameters(), *self._model.buffers(), *self._parameters]
         if self._overlaps:
             self._buckets = [torch.zeros_like(parameter) for parameter in self._parameters]
             tensors += self._buckets
@@ -122,6 +127,10 @@ class StepTracer:
         optimizer = self._recorder.adopt(leaf for leaf in state if isinstance(leaf, Tensor))
         gradients = [parameter.numel() * parameter.element_size() for parameter in self._parameters]
         return Held(model, optimizer, gradients=gradients)
+
+    def _mark_gradient(self, parameter: Tensor) -> None:
+        assert isinstance(parameter, nn.Parameter)
+        self._recorder.mark_gradient(self._masters.of(parameter))
 
     def record(self, micro_batch: int, *, quick: bool = False) -> Recording:
         """Trace a micro-step, the reduction and the update; ``quick``: the micro-step alone will do."""
@@ -165,9 +174,11 @@ class StepTracer:
             del flats
 
     def _update(self) -> None:
+        self._masters.take_changes()
         limit = float("inf") if self._clip_norm is None else self._clip_norm
         nn.utils.clip_grad_norm_(self._parameters, limit, foreach=True)
         self._optimizer.step()
+        self._masters.copy_to_model()
         self._optimizer.zero_grad(set_to_none=True)
 
 

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from gatrain.errors import ExactnessError, PeerFailed
 from gatrain.tasks.base import Batch, LossSums, Weights, named_loss_sums, named_weights
+from gatrain.train.main_gradients import MainGradients, MasterWeights, half_parameters
 from gatrain.train.ranks import Ranks
 from gatrain.train.windows import derive_seed
 
@@ -92,6 +93,7 @@ class PlainAccumulation:
             one micro-step ahead of its use.
         autocast: makes a context manager for the forward.
         scaler: fp16 loss scaler; one scale for the whole window.
+        main_gradients: where the gradients of 16-bit parameters are summed in fp32; None where there are none.
     """
 
     def __init__(
@@ -105,11 +107,13 @@ class PlainAccumulation:
         stage: Callable[[Batch], Callable[[], Batch]],
         autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
         scaler: torch.amp.GradScaler | None = None,
+        main_gradients: MainGradients | None = None,
     ) -> None:
         self._ddp = model if isinstance(model, DistributedDataParallel) else None
         if sync == "overlap" and self._ddp is None and ranks.world_size > 1:
             raise ValueError("sync='overlap' needs a model wrapped in DistributedDataParallel")
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        own = [p for p in model.parameters() if p.requires_grad]
+        self._parameters = own if main_gradients is None else main_gradients.trained
         self._device = self._parameters[0].device if self._parameters else torch.device("cpu")
         self._loss_sum = loss_sum
         self._term_names = list(term_names)
@@ -257,8 +261,12 @@ def accumulate(
     term_names: Sequence[str] = ("loss",),
     autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     scaler: torch.amp.GradScaler | None = None,
+    master_weights: MasterWeights | None = None,
 ) -> WindowResult:
     """Put the exact gradient of one window into ``.grad``: for people who keep their own training loop.
+
+    16-bit parameters: with ``master_weights`` their gradient is found in fp32, in the ``.grad`` of the masters.
+    Without, it is summed in fp32 over micro-batches and ranks all the same and rounded once into ``.grad``.
 
     Works in one process, under torch.distributed with a plain model (gradients are added once, after all
     micro-steps), and with a model in DistributedDataParallel (its last backward reduces). A rank may have no
@@ -273,6 +281,7 @@ def accumulate(
         term_names: names of the terms where ``weight`` returns a mapping.
         autocast: for example ``lambda: torch.autocast("cuda", torch.bfloat16)``.
         scaler: fp16 scaler; call ``scaler.unscale_``, ``step`` and ``update`` once per window yourself.
+        master_weights: of a model with 16-bit parameters (`gatrain.MasterWeights`); step those.
 
     Returns:
         The totals over all ranks; ``loss()`` gives the mean loss of the window.
@@ -280,6 +289,26 @@ def accumulate(
     Raises:
         ExactnessError: ``loss_sum`` used another weight than ``weight`` counted.
     """
+    if master_weights is None and half_parameters(model):
+        with MainGradients(model) as sums:
+            return _accumulate(model, micro_batches, loss_sum, weight, term_names, autocast, scaler, sums)
+    if master_weights is not None:
+        master_weights.take_changes()
+    return _accumulate(model, micro_batches, loss_sum, weight, term_names, autocast, scaler, master_weights)
+
+
+def _accumulate(
+    model: nn.Module,
+    micro_batches: Iterable[Batch],
+    loss_sum: Callable[[nn.Module, Batch], LossSums],
+    weight: Callable[[Batch], Weights],
+    term_names: Sequence[str],
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]],
+    scaler: torch.amp.GradScaler | None,
+    main_gradients: MainGradients | None,
+) -> WindowResult:
+    # DistributedDataParallel would add 16-bit gradients in 16 bits
+    reduces = isinstance(model, DistributedDataParallel) and main_gradients is None
     listed = [MicroBatch(batch, named_weights(weight(batch))) for batch in micro_batches]
     device = next(model.parameters()).device
     strategy = PlainAccumulation(
@@ -287,10 +316,11 @@ def accumulate(
         lambda batch: loss_sum(model, batch),
         term_names=term_names,
         ranks=Ranks.current(),
-        sync="overlap" if isinstance(model, DistributedDataParallel) else "window",
+        sync="overlap" if reduces else "window",
         stage=lambda batch: lambda: move_to(batch, device),
         autocast=autocast,
         scaler=scaler,
+        main_gradients=main_gradients,
     )
     return strategy(RankWindow(listed))
 

@@ -16,11 +16,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from gatrain.config import OptimizerConfig, ScheduleConfig
+from gatrain.errors import ConfigError
 from gatrain.plan import StepSettings
 from gatrain.tasks.base import Batch, LossSum, LossSums, Task, named_loss_sums
 from gatrain.train.accumulate import PlainAccumulation, RankWindow, WindowResult, WindowToGradient, move_to
 from gatrain.train.checkpointing import apply_checkpointing
 from gatrain.train.compiling import compiled_loss_sum
+from gatrain.train.main_gradients import MasterWeights
 from gatrain.train.optimizer import build_optimizer, learning_rate, make_state
 from gatrain.train.precision import autocast_for, forbid_tf32, scaler_for
 from gatrain.train.ranks import Ranks
@@ -63,7 +65,6 @@ class Engine:
         self.device = device
         self.ranks = ranks
         self.settings = settings
-        self.scaler = scaler_for(settings.precision, device)
         self._config = optimizer_config
         self._clock = clock
         self._autocast = autocast_for(settings.precision, device)
@@ -72,9 +73,17 @@ class Engine:
         apply_checkpointing(model, settings.checkpointing)
         ranks.broadcast_from_first([p.data for p in model.parameters()])
         self.share_buffers()
-        self.optimizer = build_optimizer(optimizer_config, model)
+        self.masters = MasterWeights(model)
+        if self.masters.dtypes and settings.sync == "overlap" and ranks.world_size > 1:
+            raise ConfigError(
+                f"sync=overlap would add the gradients of {self.masters.dtypes} parameters in 16 bits. "
+                "Use sync=window, which adds them in fp32."
+            )
+        self.scaler = scaler_for("fp16" if self.masters.has_fp16 else settings.precision, device)
+        self._parameters = self.masters.trained
+        self.optimizer = build_optimizer(optimizer_config, self._parameters)
         make_state(self.optimizer)
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self.masters.copy_to_model()  # the same weights: they were stepped with rate zero
         wrapped = self._wrap(model)
         self._loss_sum = self._loss_function(wrapped)
         self._plain = PlainAccumulation(
@@ -86,6 +95,7 @@ class Engine:
             stage=self.stage,
             autocast=self._autocast,
             scaler=self.scaler,
+            main_gradients=self.masters,
         )
         self.gradient: WindowToGradient = self._plain
 
@@ -153,6 +163,7 @@ class Engine:
         lr = self.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        self.masters.take_changes()
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
         limit = self._config.clip_norm
@@ -162,6 +173,7 @@ class Engine:
             self.scaler.update()
         else:
             self.optimizer.step()
+        self.masters.copy_to_model()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 

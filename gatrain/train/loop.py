@@ -253,6 +253,7 @@ class Trainer:
                     self.engine.model,
                     self.engine.optimizer,
                     self.config.save.keep,
+                    self.engine.masters,
                 )
                 self.sinks.saved(self.progress.step, path)
             except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,9 +12,13 @@ from torch import nn
 from gatrain.config import AdamWConfig, OptimizerConfig, ScheduleConfig, SGDConfig
 
 
-def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW (fused on a GPU) or SGD; weight decay on parameters of two or more dimensions only."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def build_optimizer(config: OptimizerConfig, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW (fused on a GPU) or SGD; weight decay on parameters of two or more dimensions only.
+
+    Args:
+        config: which one, with its values.
+        parameters: those that are trained (`gatrain.train.main_gradients.MasterWeights` for 16-bit ones).
+    """
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},

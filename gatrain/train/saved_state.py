@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from gatrain.errors import SavedStateError
 from gatrain.rundir import fsync, read_json, write_json
+from gatrain.train.main_gradients import MasterWeights
 
 MODEL, OPTIMIZER, PROGRESS, MANIFEST = (
     "model.safetensors",
@@ -31,6 +32,8 @@ MODEL, OPTIMIZER, PROGRESS, MANIFEST = (
 )
 _NAME = re.compile(r"step_(\d{8,})")
 _TEMPORARY = ".writing-"
+_MASTER = "master"
+"""Key of a 16-bit parameter's fp32 master weight, beside the optimizer's own."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +51,17 @@ class Progress:
 
 
 def save(
-    folder: Path, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int
+    folder: Path,
+    progress: Progress,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    keep: int,
+    masters: MasterWeights | None = None,
 ) -> Path:
     """Write one saved state under ``folder`` and remove those beyond the newest ``keep`` (0 keeps all).
 
-    Called by rank 0 only. Waits for the device.
+    Called by rank 0 only. Waits for the device. ``masters`` are what the optimizer steps in place of 16-bit
+    parameters.
 
     Raises:
         OSError: it could not be written (disk full); earlier states are untouched and nothing is left over.
@@ -65,7 +74,7 @@ def save(
         temporary.mkdir()
         tensors, aliases = _unique_tensors(model)
         save_file(tensors, temporary / MODEL, metadata={"format": "pt"})
-        state, scalars = _optimizer_state(model, optimizer)
+        state, scalars = _optimizer_state(model, optimizer, masters)
         save_file(state, temporary / OPTIMIZER)
         write_json(temporary / PROGRESS, {**vars(progress), "aliases": aliases, "optimizer": scalars})
         manifest = {name: _fingerprint(temporary / name) for name in (MODEL, OPTIMIZER, PROGRESS)}
@@ -117,7 +126,9 @@ def find_damage(path: Path) -> str | None:
     return None
 
 
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+def load(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, masters: MasterWeights | None = None
+) -> Progress:
     """Fill model and optimizer from a saved state, in place, and return its progress.
 
     Raises:
@@ -129,7 +140,12 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Prog
     tensors.update({alias: tensors[name] for alias, name in aliases.items()})
     _check_same_tensors(path, model.state_dict(), tensors)
     model.load_state_dict(tensors)
-    _load_optimizer(path, model, optimizer, load_file(path / OPTIMIZER), scalars)
+    state = load_file(path / OPTIMIZER)
+    if masters is not None:
+        owners = {name: parameter for parameter, name in _names(model, None).items()}
+        saved = {f"{name}/{_MASTER}": parameter for name, parameter in owners.items()}
+        masters.load({saved[place]: state.pop(place) for place in [*state] if place in saved})
+    _load_optimizer(path, model, optimizer, state, scalars, masters)
     return Progress(**data)
 
 
@@ -169,24 +185,30 @@ def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
     return tensors, aliases
 
 
-def _parameter_names(model: nn.Module) -> dict[int, str]:
-    return {id(parameter): name for name, parameter in model.named_parameters()}
+def _names(model: nn.Module, masters: MasterWeights | None) -> dict[Tensor, str]:
+    """The name of each parameter that the optimizer may step."""
+    return {
+        masters.of(parameter) if masters is not None else parameter: name
+        for name, parameter in model.named_parameters()
+    }
 
 
 def _optimizer_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer
+    model: nn.Module, optimizer: torch.optim.Optimizer, masters: MasterWeights | None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Optimizer state by parameter name: tensors as ``<parameter>/<key>``, everything else as JSON."""
-    names = _parameter_names(model)
+    names = _names(model, masters)
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {"class": type(optimizer).__name__, "values": {}}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
-            place = f"{names[id(parameter)]}/{key}"
+            place = f"{names[parameter]}/{key}"
             if isinstance(value, Tensor):
                 tensors[place] = value.detach().cpu().contiguous()
             else:
                 scalars["values"][place] = value
+    for _, master in masters.weights() if masters is not None else ():
+        tensors[f"{names[master]}/{_MASTER}"] = master.detach().cpu().contiguous()
     return tensors, scalars
 
 
@@ -196,13 +218,14 @@ def _load_optimizer(
     optimizer: torch.optim.Optimizer,
     tensors: dict[str, Tensor],
     scalars: dict[str, Any],
+    masters: MasterWeights | None,
 ) -> None:
     if scalars["class"] != type(optimizer).__name__:
         raise SavedStateError(
             f"{path} was saved with the optimizer {scalars['class']}, "
             f"but this run uses {type(optimizer).__name__}."
         )
-    parameters = dict(model.named_parameters())
+    parameters = {name: parameter for parameter, name in _names(model, masters).items()}
     for place, value in {**tensors, **scalars["values"]}.items():
         name, _, key = place.rpartition("/")
         if name not in parameters:
