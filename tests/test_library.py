@@ -29,7 +29,14 @@ def test_the_example_is_short_and_gives_the_same_losses_on_two_processes() -> No
 
 def test_the_public_names_are_these_and_load_on_demand() -> None:
     assert gatrain.__all__ == sorted(gatrain.__all__)
-    assert set(gatrain.__all__) == {"Task", "WindowResult", "__version__", "accumulate", "windows"}
+    assert set(gatrain.__all__) == {
+        "MasterWeights",
+        "Task",
+        "WindowResult",
+        "__version__",
+        "accumulate",
+        "windows",
+    }
     for name in gatrain.__all__:
         assert getattr(gatrain, name)
     code = "import gatrain, sys; assert not {'torch', 'numpy', 'hydra', 'rich', 'typer'} & set(sys.modules)"
