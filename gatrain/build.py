@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import inspect
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -12,17 +12,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from gatrain.causes import chain, told
 from gatrain.config import RunConfig
+from gatrain.construction import build_without_memory_or_really, check_numbers, check_shapes, kept_defaults
 from gatrain.errors import ConfigError, GatrainError, nearest
 from gatrain.plan import StepSettings
+from gatrain.signatures import believed_parameters, certain_parameters, mistake
 from gatrain.tasks.base import Task
-from gatrain.train.checkpointing import available_modes
 from gatrain.train.engine import Engine, StepClock
 from gatrain.train.ranks import Ranks
 from gatrain.train.windows import derive_seed
 
 NODES = ("model", "data", "loss", "task")
-_GIVEN_BY_GATRAIN = {"task": {"model", "data", "loss"}}
 _MODEL_SEED = 0x6D6F64656C  # "model": keeps initial weights apart from every other use of the run's seed
 
 
@@ -32,12 +33,13 @@ def check_targets(config: RunConfig) -> None:
     Raises:
         ConfigError: a target that does not import, a keyword that it does not have, or one that is missing.
     """
+    _check_own_nodes(config)
     for key in NODES:
         for path, node in _target_nodes(key, getattr(config, key)):
             target = locate(path, node["_target_"])
-            given = set(node) - {"_target_", "_args_", "_partial_", "_recursive_", "_convert_"}
-            extra = _GIVEN_BY_GATRAIN.get(path, set())
-            _check_keywords(path, node, target, given, extra)
+            _check_keywords(
+                path, node, target, _keywords(node), {"model", "data", "loss"} if path == "task" else set()
+            )
 
 
 def build_task(config: RunConfig) -> Task:
@@ -47,12 +49,12 @@ def build_task(config: RunConfig) -> Task:
         ConfigError: a node cannot be instantiated, or ``task`` is not a Task.
         DataError: the data is missing or unusable.
     """
-    data = instantiate("data", config.data)
-    loss = instantiate("loss", config.loss) if config.loss is not None else None
-    model_factory = partial(instantiate, "model", config.model)
-    given: dict[str, Any] = {"model": model_factory, "data": data}
-    if loss is not None:
-        given["loss"] = loss
+    given: dict[str, Any] = {}
+    if config.model is not None:
+        given["model"] = partial(instantiate, "model", config.model)
+    for key in ("data", "loss"):
+        if getattr(config, key) is not None:
+            given[key] = instantiate(key, getattr(config, key))
     task = instantiate("task", config.task, **given)
     if not isinstance(task, Task):
         raise ConfigError(
@@ -67,18 +69,38 @@ def build_model(task: Task, seed: int, device: torch.device, *, in_place: bool =
 
     Args:
         in_place: make it on the device at once, where that works: much quicker, and with other weights.
+
+    Raises:
+        ConfigError: it is no module, or has parameters without shape or numbers.
     """
     if in_place and device.type == "cuda":
-        with contextlib.suppress(RuntimeError, NotImplementedError), torch.device(device):
-            torch.manual_seed(derive_seed(seed, _MODEL_SEED))
-            if isinstance(model := task.build_model(), nn.Module):
-                return model.to(device)
+        # what fails here, wrapped in whatever error, is made on the CPU below
+        with contextlib.suppress(Exception), kept_defaults():
+            with torch.device(device):
+                torch.manual_seed(derive_seed(seed, _MODEL_SEED))
+                model = check_shapes(task.build_model())
+            check_numbers(model)
+            return model.to(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, _MODEL_SEED))
-        model = task.build_model()
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model gave a {type(model).__name__}, not a torch.nn.Module.")
+        model = check_shapes(task.build_model())
+    check_numbers(model)
     return model.to(device)
+
+
+def model_for_a_look(task: Task, seed: int) -> nn.Module:
+    """The model with its shapes, and without memory if it can be made so.
+
+    Raises:
+        ConfigError: it cannot be made, for real neither; or is no module with known shapes.
+    """
+
+    def really() -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(seed, _MODEL_SEED))
+            return task.build_model()
+
+    return check_shapes(build_without_memory_or_really(task.build_model, really))
 
 
 def build_engine(
@@ -99,22 +121,6 @@ def build_engine(
     return Engine(task, model, settings, config.optimizer, Ranks.current(), device, clock)
 
 
-def available_checkpointing(task: Task) -> tuple[str, ...]:
-    """Which modes of activation checkpointing the task's model offers; builds it without memory."""
-    try:
-        return available_modes(build_on_meta(task))
-    except GatrainError:
-        raise
-    except Exception:  # a model that cannot be built without memory: ask the real one
-        return available_modes(task.build_model())
-
-
-def build_on_meta(task: Task) -> nn.Module:
-    """The model with shapes but no memory, however large it is."""
-    with torch.device("meta"):
-        return task.build_model()
-
-
 def instantiate(key: str, node: dict[str, Any], **given: Any) -> Any:
     """Make the object of one configuration node.
 
@@ -127,11 +133,13 @@ def instantiate(key: str, node: dict[str, Any], **given: Any) -> Any:
     try:
         return hydra_instantiate(node, **given, _convert_="all")
     except InstantiationException as error:
-        cause: BaseException | None = error.__cause__
+        # Hydra's own error only repeats the first cause
+        cause = next((each for each in chain(error) if not isinstance(each, InstantiationException)), error)
         if isinstance(cause, GatrainError):
             raise cause from None
-        text = f"{type(cause).__name__}: {cause}" if cause is not None else str(error).splitlines()[0]
-        raise ConfigError(f"{key}: could not make {node.get('_target_')}: {text}") from error
+        if isinstance(cause, TypeError) and re.search("unexpected keyword|required .*argument", str(cause)):
+            _explain_keywords(key, node, set(given))
+        raise ConfigError(told(cause, f"{key}: could not make {node.get('_target_')}: ")) from error
 
 
 def locate(path: str, dotted: str) -> Any:
@@ -175,6 +183,31 @@ def locate(path: str, dotted: str) -> Any:
     return found
 
 
+def _check_own_nodes(config: RunConfig) -> None:
+    """A task of the user's own that takes no model or data needs none in the recipe, and takes none from it.
+
+    Raises:
+        ConfigError: one is missing, or given to a task that does not take it.
+    """
+    dotted = config.task["_target_"]
+    parameters = certain_parameters(locate("task", dotted))
+    if parameters is None:
+        return
+    is_open = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    for key in ("model", "data", "loss"):
+        node, parameter = getattr(config, key), parameters.get(key)
+        if node is None and key not in config.task and parameter and parameter.default is parameter.empty:
+            raise ConfigError(
+                f"{key} has no _target_, but {dotted} takes the argument {key!r}. Name a class or function, for "
+                f"example {key}: {{_target_: my_module.MyClass}}, or let {dotted} do without {key!r}."
+            )
+        if node is not None and parameter is None and not is_open:
+            raise ConfigError(
+                f"{key}={node['_target_']} is given, but {dotted} takes no argument {key!r}. Remove {key} from the "
+                f"recipe, or let {dotted}.__init__ take {key}."
+            )
+
+
 def _target_nodes(path: str, node: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     if isinstance(node, dict):
         if "_target_" in node:
@@ -189,30 +222,31 @@ def _target_nodes(path: str, node: Any) -> Iterator[tuple[str, dict[str, Any]]]:
 def _check_keywords(
     path: str, node: dict[str, Any], target: Callable[..., Any], given: set[str], extra: set[str]
 ) -> None:
+    """Refuse keywords that the target certainly does not take; in doubt its call tells."""
     if not callable(target):
         raise ConfigError(f"{path}._target_={node['_target_']} is a {type(target).__name__}, not callable.")
-    try:
-        parameters = inspect.signature(target).parameters
-    except (TypeError, ValueError):  # built in C: nothing to compare with
+    parameters = certain_parameters(target)
+    if parameters is None:
         return
-    kinds = {parameter.kind for parameter in parameters.values()}
-    named = [
-        name
-        for name, parameter in parameters.items()
-        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-    ]
-    if inspect.Parameter.VAR_KEYWORD not in kinds:
-        for name in sorted(given - set(named)):
-            allowed = ", ".join(sorted(set(named) - extra)) or "none"
-            raise ConfigError(
-                f"{path}.{name} is not an argument of {node['_target_']} (it has: {allowed})."
-                f"{nearest(name, set(named) - extra)}"
-            )
-    if node.get("_partial_") or node.get("_args_"):
-        return
-    for name in named:
-        if parameters[name].default is inspect.Parameter.empty and name not in given | extra:
-            raise ConfigError(
-                f"{path}: {node['_target_']} needs the argument {name!r}. Add {path}.{name}=... "
-                f"(+{path}.{name}=... on the command line)."
-            )
+    complete = not (node.get("_partial_") or node.get("_args_"))
+    if text := mistake(path, node["_target_"], parameters, given, extra, complete=complete):
+        raise ConfigError(text)
+
+
+def _explain_keywords(path: str, node: dict[str, Any], extra: set[str]) -> None:
+    """After a call failed with a TypeError: say it better where the target's own words show a wrong keyword.
+
+    Raises:
+        ConfigError: they do.
+    """
+    for key, inner in _target_nodes(path, node):
+        target = locate(key, inner["_target_"])
+        parameters = believed_parameters(target)
+        if parameters is not None and not inner.get("_args_") and not inner.get("_partial_"):
+            more = extra if key == path else set()
+            if text := mistake(key, inner["_target_"], parameters, _keywords(inner), more):
+                raise ConfigError(text)
+
+
+def _keywords(node: dict[str, Any]) -> set[str]:
+    return set(node) - {"_target_", "_args_", "_partial_", "_recursive_", "_convert_"}

@@ -230,10 +230,12 @@ def validate(config: RunConfig) -> None:
         _above_zero("tune.max_seconds", config.tune.max_seconds)
     if not 0 < config.tune.memory_fraction <= 1:
         raise ConfigError(f"tune.memory_fraction={config.tune.memory_fraction} is not above 0 and at most 1.")
-    for key in ("model", "data", "task"):
-        _has_target(key, getattr(config, key))
-    if config.loss is not None:
-        _has_target("loss", config.loss)
+    _has_target("task", config.task)
+    ready = config.task["_target_"].startswith("gatrain.tasks.")
+    for key in ("model", "data", "loss"):
+        # a task of the user's own may make its model and data itself: `build.check_targets` asks what it takes
+        if getattr(config, key) is not None or (ready and key != "loss"):
+            _has_target(key, getattr(config, key))
 
 
 def _has_target(key: str, node: Any) -> None:

@@ -47,7 +47,8 @@ NODES = ("model", "data", "loss", "task")
 _KNOWN_CODE = ("gatrain.", "torch.nn.", "torch.utils.data.", "torchvision.")
 """Reads nothing but what its arguments name."""
 _LOOKS = (
-    "build.py", "dependencies.py", "facts.py", "inspection.py", "train/checkpointing.py",
+    "build.py", "construction.py", "signatures.py", "dependencies.py", "facts.py", "inspection.py",
+    "train/checkpointing.py",
     "data/*.py", "models/*.py", "tasks/*.py",
 )  # fmt: skip
 """The parts of gatrain that decide what a look finds."""

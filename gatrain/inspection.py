@@ -1,8 +1,9 @@
 """A look at the user's work before anything is spent on it, in a process that ends and gives its memory back.
 
 The parent asks with `inspect_run`, or with `begin_inspection` where it has something else to do meanwhile; the
-child (`python -m gatrain.inspection FOLDER`) imports every `_target_`, reads the data, and builds the model without
- What is remembered (`gatrain.facts`) needs no child, and the parent never imports torch.
+child (`python -m gatrain.inspection FOLDER`) imports every `_target_`, reads the data, and builds the model,
+without memory where that works. What is remembered (`gatrain.facts`) needs no child, and the parent never imports
+torch.
 """
 
 from __future__ import annotations
@@ -18,17 +19,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import types
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from gatrain.assets import cache_dir
+from gatrain.causes import told
 from gatrain.config import RunConfig
 from gatrain.dependencies import State, Watch, named_paths
-from gatrain.errors import EXIT_CODES, ConfigError, DataError, GatrainError, nearest
+from gatrain.errors import EXIT_CODES, ConfigError, DataError, GatrainError, WorkerError, nearest
 from gatrain.facts import NODES, facts_key, is_known_code, keep, recall
 from gatrain.facts import RunFacts as RunFacts
 from gatrain.rundir import write_json
@@ -194,7 +194,11 @@ def _start(folder: Path, cwd: Path) -> subprocess.Popen[bytes]:
 # --- the child ------------------------------------------------------------------------------------------
 
 
-def _look(config: RunConfig) -> RunFacts:
+class _Again(Exception):
+    """The model could not be made; in a fresh process nothing is left of the attempt without memory."""
+
+
+def _look(config: RunConfig, really: bool = False) -> RunFacts:
     import torch
 
     from gatrain import build
@@ -211,12 +215,14 @@ def _look(config: RunConfig) -> RunFacts:
             else "the training data is empty."
         )
     try:
-        with _without_compiler():
-            model = build.build_on_meta(task)
-    except GatrainError:
-        raise
-    except Exception:  # some models compute while they are built
-        model = build.build_model(task, config.train.seed, torch.device("cpu"))
+        if really:
+            model = build.build_model(task, config.train.seed, torch.device("cpu"))
+        else:
+            model = build.model_for_a_look(task, config.train.seed)
+    except Exception as error:
+        if really:
+            raise
+        raise _Again from error
     parameters = list(model.parameters())
     if not any(parameter.requires_grad for parameter in parameters):
         raise ConfigError(f"the model {type(model).__name__} has no parameter to train.")
@@ -231,46 +237,7 @@ def _look(config: RunConfig) -> RunFacts:
     )
 
 
-@contextlib.contextmanager
-def _without_compiler() -> Iterator[None]:
-    """Save the second that importing torch's compiler takes, which has nothing to do here.
-
-    On the meta device much is computed by functions in Python that are marked to be left alone by the compiler,
-    and the first call of one imports it, only to set that mark. Meanwhile a stand-in sets no mark. Whoever asks
-    it for anything else, such as a model that compiles itself, gets the real one.
-    """
-    name = "torch._dynamo"
-    if name in sys.modules:
-        yield
-        return
-    import torch
-
-    stand_in = _StandIn(name)
-    sys.modules[name] = stand_in
-    torch._dynamo = stand_in  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        stand_in.leave()
-
-
-class _StandIn(types.ModuleType):
-    def disable(self, function: Any, *args: Any, **options: Any) -> Any:
-        return function
-
-    def leave(self) -> None:
-        import torch
-
-        if sys.modules.get(self.__name__) is self:
-            del sys.modules[self.__name__]
-            del torch._dynamo
-
-    def __getattr__(self, name: str) -> Any:
-        self.leave()
-        return getattr(importlib.import_module(self.__name__), name)
-
-
-def _main(folder: Path) -> None:
+def _main(folder: Path, really: bool) -> None:
     from gatrain.compose import load_config
 
     result: dict[str, Any]
@@ -282,7 +249,7 @@ def _main(folder: Path) -> None:
         gc.enable()
         gc.freeze()  # a collection need not look through torch again and again
         watch = None if is_known_code(config) else Watch()
-        found = _look(config)
+        found = _look(config, really)
         reads: dict[str, State] | None = {}
         if watch is not None:
             named = named_paths({key: getattr(config, key) for key in NODES}, Path.cwd())
@@ -290,12 +257,18 @@ def _main(folder: Path) -> None:
         result = {"facts": asdict(found), "reads": reads}
     except GatrainError as error:
         result = {"error": str(error), "exit_code": error.exit_code}
+    except _Again:
+        command = [sys.executable, "-m", "gatrain.inspection", str(folder), "--really"]
+        os.execv(sys.executable, command)
+    except Exception as error:
+        text = told(error, "looking at the model and data failed: ")
+        result = {"error": text, "exit_code": WorkerError.exit_code}
     write_json(folder / _RESULT, result)
 
 
 if __name__ == "__main__":
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # nothing here may take GPU memory
-    _main(Path(sys.argv[1]))
+    _main(Path(sys.argv[1]), "--really" in sys.argv)
     atexit._run_exitfuncs()
     sys.stderr.flush()
     os._exit(0)  # taking torch apart, module by module, takes as long as a third of its import

@@ -537,32 +537,6 @@ def test_a_run_of_ones_own_code(here: Path) -> None:
     assert (found.samples, found.parameters) == (400, 5 * 8)
 
 
-def test_the_look_does_without_the_compiler(here: Path) -> None:
-    """It would take a second to import, only to be told that it is not wanted."""
-    yaml = compose(TINY, here).yaml
-    (here / "config.yaml").write_text(yaml)
-    script = (
-        "import sys, torch; from pathlib import Path; from gatrain import inspection as i; from gatrain.compose "
-        "import load_config; found = i._look(load_config(Path('config.yaml')));"
-        "print('torch._dynamo' in sys.modules, hasattr(torch._dynamo, 'optimize'), found.parameters)"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    early, real, parameters = done.stdout.split()
-    assert (early, real) == ("False", "True")
-    assert int(parameters) == inspect_run(yaml).parameters
-
-
-def test_a_model_that_compiles_itself_gets_the_real_compiler() -> None:
-    script = (
-        "import torch\nfrom gatrain import inspection as i\n"
-        "with i._without_compiler(), torch.device('meta'):\n"
-        "    compiled = torch.compile(torch.nn.Linear(2, 2))\n"
-        "print(type(compiled).__name__)"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.stdout.strip() == "OptimizedModule", done.stderr
-
-
 def test_the_parent_can_work_while_the_child_looks(here: Path) -> None:
     yaml = compose(TINY, here).yaml
     began = time.perf_counter()

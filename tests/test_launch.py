@@ -17,12 +17,13 @@ from typing import Any
 import pytest
 
 from gatrain import rank as rank_module
+from gatrain.causes import user_frames
 from gatrain.errors import DataError, Interrupted, LaunchError, WorkerError
 from gatrain.launch import protocol
 from gatrain.launch.failure import Exit, first_cause
 from gatrain.launch.local import run_workers
 from gatrain.launch.nodes import Nodes
-from gatrain.launch.reasons import describe, user_frames
+from gatrain.launch.reasons import describe
 from gatrain.rundir import RunDir, write_json
 
 REPO = Path(__file__).resolve().parents[1]

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
-import sysconfig
-import traceback
-from pathlib import Path
 
+from gatrain.causes import told
 from gatrain.errors import DoesNotFitError, GatrainError, WorkerError
 
 
@@ -24,26 +22,7 @@ def describe(error: BaseException) -> tuple[int, str, str]:
         first = str(error).partition("\n")[0].partition(" This is typically")[0]
         text = f"lost the connection to another rank, or waited too long for it ({first})"
         return WorkerError.exit_code, type(error).__name__, text
-    lines = [f"{type(error).__name__}: {error}".rstrip(": ")]
-    lines += [f"  at {f.filename}:{f.lineno} in {f.name}: {f.line}" for f in user_frames(error)]
-    return WorkerError.exit_code, type(error).__name__, "\n".join(lines)
-
-
-def user_frames(error: BaseException, most: int = 3) -> list[traceback.FrameSummary]:
-    """The innermost frames of the user's own code; where there are none, the innermost frame."""
-    frames = list(traceback.extract_tb(error.__traceback__))
-    torch_file = getattr(sys.modules.get("torch"), "__file__", None)
-    libraries = [Path(__file__).parents[1], *([Path(torch_file).parent] if torch_file else [])]
-    standard = [Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")]
-
-    def is_user(frame: traceback.FrameSummary) -> bool:
-        path = Path(frame.filename)
-        if frame.filename.startswith("<") or any(path.is_relative_to(folder) for folder in libraries):
-            return False
-        installed = "site-packages" in path.parts
-        return installed or not any(path.is_relative_to(folder) for folder in standard)
-
-    return [frame for frame in frames if is_user(frame)][-most:] or frames[-1:]
+    return WorkerError.exit_code, type(error).__name__, told(error)
 
 
 def is_consequence(error: BaseException) -> bool:

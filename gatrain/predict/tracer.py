@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from gatrain.config import RunConfig
+from gatrain.construction import check_shapes, kept_defaults
 from gatrain.predict.fused import fused_backend
 from gatrain.predict.recorder import Recorder
 from gatrain.predict.request import TraceRequest
@@ -208,22 +210,25 @@ def _fused(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 def model_without_memory(task: Task) -> nn.Module:
     """The model with fake parameters. Where building it needs numbers, it is built for real and emptied."""
     try:
-        with _no_rejection():
-            return task.build_model()
+        with kept_defaults(), _no_rejection():
+            model = check_shapes(task.build_model())
     except Exception:  # if the reason is another one, the second attempt says it
-        mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
         with torch.utils._python_dispatch._disable_current_modes():
-            model = task.build_model()
-        known: dict[int, Any] = {}
-        for module in model.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    fake = known.setdefault(id(parameter), nn.Parameter(mode.from_tensor(parameter.data)))
-                    fake.requires_grad_(parameter.requires_grad)
-                    module._parameters[name] = fake
-            for name, buffer in module._buffers.items():
-                module._buffers[name] = None if buffer is None else mode.from_tensor(buffer)
-        return model
+            model = check_shapes(task.build_model())
+    mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    known: dict[int, Any] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not isinstance(parameter, FakeTensor):
+                if id(parameter) not in known:
+                    known[id(parameter)] = nn.Parameter(
+                        mode.from_tensor(parameter.data), requires_grad=parameter.requires_grad
+                    )
+                module._parameters[name] = known[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not isinstance(buffer, FakeTensor):
+                module._buffers[name] = mode.from_tensor(buffer)
+    return model
 
 
 @contextlib.contextmanager

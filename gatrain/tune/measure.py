@@ -23,8 +23,8 @@ import torch
 import torch.distributed as dist
 
 from gatrain import units
+from gatrain.causes import user_frames
 from gatrain.errors import DoesNotFitError, GatrainError
-from gatrain.launch.reasons import user_frames
 from gatrain.plan import DOES_NOT_FIT, FAILED, FITS
 from gatrain.rank import Rank
 from gatrain.tasks.base import Batch, Task, named_weights

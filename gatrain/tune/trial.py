@@ -25,6 +25,7 @@ from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, SKIPPED, StepSettings
 from gatrain.rank import Rank
 from gatrain.rundir import RunDir, read_json
 from gatrain.tasks.base import Task
+from gatrain.train.checkpointing import available_modes
 from gatrain.train.engine import Engine
 from gatrain.tune import confirm, curve, host, spec
 from gatrain.tune.curve import Measurement
@@ -122,8 +123,8 @@ class Desk:
         config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=STILL))
         try:
             batches = self._prepare(config)
-            modes = build.available_checkpointing(batches.task)
             engine = self._engine_for(asked.settings, config, batches.task)
+            modes = available_modes(engine.model)
         except Exception as error:
             if is_out_of_memory(error):
                 raise DoesNotFitError(

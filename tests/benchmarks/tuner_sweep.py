@@ -201,11 +201,12 @@ class Bench:
     def _ways(self) -> list[Any]:
         from gatrain import build
         from gatrain.compose import compose
+        from gatrain.train.checkpointing import available_modes
         from gatrain.tune import detect_hardware, settings
 
         config = compose(self.words(self.effective_batches[0])).config
         base = settings.resolve(config, detect_hardware(config.device)).base
-        modes = build.available_checkpointing(build.build_task(config))
+        modes = available_modes(build.model_for_a_look(build.build_task(config), config.train.seed))
         compiles = (False,) if self.smoke else (False, True)
         return [
             dataclasses.replace(base, checkpointing=mode, compile=compiled)
