@@ -26,7 +26,7 @@ import os
 import sys
 import sysconfig
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ _KNOWN_CODE = ("gatrain.", "torch.nn.", "torch.utils.data.", "torchvision.")
 """Reads nothing but what its arguments name."""
 _LOOKS = (
     "build.py", "construction.py", "signatures.py", "dependencies.py", "facts.py", "inspection.py",
-    "train/checkpointing.py",
+    "train/checkpointing.py", "train/main_gradients.py",
     "data/*.py", "models/*.py", "tasks/*.py",
 )  # fmt: skip
 """The parts of gatrain that decide what a look finds."""
@@ -69,6 +69,10 @@ class RunFacts:
     parameter_bytes: int
     checkpointing_modes: tuple[str, ...]
     """Modes of activation checkpointing that the model offers."""
+    half_parameters: int = 0
+    """Trained parameters of 16 bits, which get fp32 main gradients and master weights."""
+    half_dtypes: str = ""
+    """Their dtypes: ``bf16``, ``fp16`` or ``bf16 and fp16``."""
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> RunFacts:
@@ -77,10 +81,11 @@ class RunFacts:
         Raises:
             KeyError, TypeError, ValueError: it is something else.
         """
-        values = {item.name: data[item.name] for item in fields(cls)}
+        values = {i.name: data[i.name] for i in fields(cls) if i.default is MISSING or i.name in data}
         values["checkpointing_modes"] = tuple(values["checkpointing_modes"])
         counts = [values[name] for name in ("samples", "eval_samples", "parameters", "parameter_bytes")]
-        texts = [values["fingerprint"], *values["checkpointing_modes"]]
+        counts.append(values.get("half_parameters", 0))
+        texts = [values["fingerprint"], values.get("half_dtypes", ""), *values["checkpointing_modes"]]
         if not all(type(count) is int and count >= 0 for count in counts):
             raise ValueError("not a count")
         if not all(isinstance(text, str) for text in texts):

@@ -203,6 +203,7 @@ def _look(config: RunConfig, really: bool = False) -> RunFacts:
 
     from gatrain import build
     from gatrain.train.checkpointing import available_modes
+    from gatrain.train.main_gradients import half_names, half_parameters
 
     build.check_targets(config)
     task = build.build_task(config)
@@ -226,6 +227,7 @@ def _look(config: RunConfig, really: bool = False) -> RunFacts:
     parameters = list(model.parameters())
     if not any(parameter.requires_grad for parameter in parameters):
         raise ConfigError(f"the model {type(model).__name__} has no parameter to train.")
+    half = half_parameters(model)
     own = getattr(task.train_data, "fingerprint", None)
     return RunFacts(
         samples=samples,
@@ -234,6 +236,8 @@ def _look(config: RunConfig, really: bool = False) -> RunFacts:
         parameters=sum(parameter.numel() for parameter in parameters),
         parameter_bytes=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
         checkpointing_modes=available_modes(model),
+        half_parameters=sum(parameter.numel() for parameter in half),
+        half_dtypes=half_names(parameter.dtype for parameter in half),
     )
 
 

@@ -61,6 +61,7 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
             steps_per_epoch=schedule.per_epoch,
             baseline_name=baseline[0] if baseline else None,
             baseline_loss=baseline[1] if baseline else None,
+            half_dtypes=engine.masters.dtypes,
         )
         sinks.start(info)
         for problem in problems:

@@ -34,6 +34,8 @@ class Info:
     fingerprint: str = "data"
     parameters: int = 1000
     parameter_bytes: int = 4000
+    half_parameters: int = 0
+    half_dtypes: str = ""
 
 
 def gpu(name: str = "H100", capability: tuple[int, int] = (9, 0), free: int = 79 * GIB) -> Gpu:
@@ -374,6 +376,20 @@ def test_a_fixed_micro_batch_on_a_gpu_decides_only_the_rest(monkeypatch: pytest.
     assert all(asked.sizes == (16,) for asked in machine.asked)
     fixed = config_of(64, micro=16, checkpointing="none", compile=False)
     assert tune.make_plan_for(fixed, Info(), CUDA, Nodes(1), run=no_trial).micro_batch == 16
+
+
+def test_16_bit_parameters_are_named_count_their_masters_and_are_never_overlapped() -> None:
+    half = Info(parameters=1000, parameter_bytes=2000, half_parameters=1000, half_dtypes="bf16")
+    # the parameter itself, and master, main gradient and two moments in fp32
+    assert tune.state_bytes(config_of(optimizer=AdamWConfig()), 2000, 1000) == 18_000
+    assert tune.state_bytes(config_of(optimizer=SGDConfig()), 2000 + 400, 1000) == 10_000 + 800
+    plan = tune.make_plan_for(config_of(64, micro=16), half, CPU, Nodes(2), run=no_trial)
+    assert "All 1,000 parameters are bf16" in plan.notes[0]
+    assert plan.sync == "window"
+    overlap = dataclasses.replace(config_of(64, micro=16), sync="overlap")
+    with pytest.raises(ConfigError, match="sync=window"):
+        tune.make_plan_for(overlap, half, CPU, Nodes(2), run=no_trial)
+    assert tune.make_plan_for(overlap, Info(), CPU, Nodes(2), run=no_trial).sync == "overlap"
 
 
 @pytest.mark.parametrize(

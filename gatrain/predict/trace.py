@@ -154,7 +154,9 @@ def _trace(task: Task, batches: Batches, config: RunConfig, asked: TraceRequest)
         model = model_without_memory(task)
         offered = available_modes(model)
         parameters = [p.numel() for p in model.parameters()]
-        gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        gradients = sum(
+            p.numel() * max(p.element_size(), 4) for p in model.parameters() if p.requires_grad
+        )  # fp32 at least (`gatrain.train.main_gradients`)
         if not gradients:
             raise ConfigError(f"the model {type(model).__name__} has no parameter to train.")
         tracer = StepTracer(task, model, config, asked, batches)

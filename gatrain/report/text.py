@@ -100,6 +100,7 @@ def header_rows(info: RunInfo) -> list[tuple[str, str]]:
     """Label and value for each fact that stands above the progress."""
     how = [
         clean(info.precision),
+        *([f"{clean(info.half_dtypes)} parameters with fp32 master weights"] if info.half_dtypes else []),
         "no checkpointing" if info.checkpointing == "none" else f"{clean(info.checkpointing)} checkpointing",
         "compiled" if info.compile else "not compiled",
         f"sync {clean(info.sync)}",

@@ -32,6 +32,8 @@ class RunInfo:
     steps_per_epoch: int
     baseline_name: str | None = None
     baseline_loss: float | None = None
+    half_dtypes: str = ""
+    """Of trained parameters with fp32 main gradients and master weights: ``bf16``, say."""
 
 
 class Sink(Protocol):

@@ -9,7 +9,7 @@ The main gradient is the ``.grad`` of an fp32 stand-in for the parameter: whoeve
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 
 import torch
@@ -26,7 +26,7 @@ def half_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad and p.dtype in HALF]
 
 
-def half_names(dtypes: Iterator[torch.dtype] | list[torch.dtype]) -> str:
+def half_names(dtypes: Iterable[torch.dtype]) -> str:
     """Names of the 16-bit dtypes among these: ``bf16``, ``fp16``, ``bf16 and fp16``, or nothing."""
     return " and ".join(sorted({HALF[dtype] for dtype in dtypes if dtype in HALF}))
 
@@ -61,7 +61,7 @@ class MainGradients:
     @property
     def dtypes(self) -> str:
         """Which 16-bit dtypes there are, in words; empty if there are none."""
-        return half_names([parameter.dtype for parameter, _ in self._stand_ins.values()])
+        return half_names(parameter.dtype for parameter, _ in self._stand_ins.values())
 
     @property
     def has_fp16(self) -> bool:

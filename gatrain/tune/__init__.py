@@ -11,6 +11,7 @@ Importing this package imports no torch.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,9 @@ def make_plan_for(
         GatrainError: what went wrong while the model or its data were built.
         Interrupted, KeyboardInterrupt: a person stopped it; what was measured is kept in the cache.
     """
-    question = settings.resolve(config, hardware)
+    half = data_info.half_dtypes
+    question = settings.for_dtypes(settings.resolve(config, hardware), half, nodes.world_size)
+    notes = [settings.half_note(data_info.half_parameters, half, data_info.parameters)] if half else []
     fixed = question.fixed_micro_batch
     if fixed is not None:
         batch.check_micro_batch(config.batch.effective, nodes.world_size, fixed)
@@ -86,11 +89,13 @@ def make_plan_for(
             compile=question.base.compile,
             sync=question.base.sync,
             reason=f"batch.micro={fixed} was asked for; {question.precision_reason}",
+            notes=notes,
         )
     planner = Planner(
         config, data_info, hardware, nodes, question, progress=progress, retune=retune, cwd=cwd, run=run
     )
-    return planner.plan()
+    plan = planner.plan()
+    return dataclasses.replace(plan, notes=[*notes, *plan.notes])
 
 
 def needs_trials(config: RunConfig, hardware: Hardware) -> bool:

@@ -48,7 +48,7 @@ def fingerprint(
         "nodes": nodes,
         "sources": {target: source_hash(target, cwd) for target in sorted({TRAINING, *targets(nodes)})},
         "data": info.fingerprint,
-        "parameters": [info.parameters, info.parameter_bytes],
+        "parameters": [info.parameters, info.parameter_bytes, info.half_parameters],
         "optimizer": [
             optimizer.name,
             bool(getattr(optimizer, "momentum", 0.0)),

@@ -19,19 +19,25 @@ class DataInfo(Protocol):
     def parameters(self) -> int: ...
     @property
     def parameter_bytes(self) -> int: ...
+    @property
+    def half_parameters(self) -> int: ...
+    @property
+    def half_dtypes(self) -> str: ...
 
 
-def state_bytes(config: RunConfig, parameter_bytes: int) -> int:
+def state_bytes(config: RunConfig, parameter_bytes: int, half_parameters: int = 0) -> int:
     """Bytes of parameters, gradients and optimizer state on every rank, whatever the micro-batch.
 
-    AdamW keeps two moments per parameter, SGD one where it has momentum.
+    AdamW keeps two moments per parameter, SGD one where it has momentum. A trained 16-bit parameter has a master
+    weight besides, and all but itself is fp32.
     """
     optimizer = config.optimizer
     if isinstance(optimizer, SGDConfig) or optimizer.name == "sgd":
         copies = 1 if getattr(optimizer, "momentum", 0.0) else 0
     else:
         copies = 2
-    return parameter_bytes * (2 + copies)
+    half_bytes = 2 * half_parameters
+    return (parameter_bytes - half_bytes) * (2 + copies) + half_bytes + 4 * half_parameters * (2 + copies)
 
 
 def memory_per_rank(hardware: Hardware, local_ranks: int) -> int:
@@ -47,7 +53,7 @@ def check_state_fits(config: RunConfig, info: DataInfo, hardware: Hardware, loca
     Raises:
         DoesNotFitError: parameters, gradients and optimizer state exceed the memory of the weakest rank.
     """
-    needed = state_bytes(config, info.parameter_bytes)
+    needed = state_bytes(config, info.parameter_bytes, info.half_parameters)
     free = memory_per_rank(hardware, local_ranks)
     allowed = int(free * config.tune.memory_fraction)
     if needed <= allowed:
@@ -59,8 +65,8 @@ def check_state_fits(config: RunConfig, info: DataInfo, hardware: Hardware, loca
         else f"this machine for each of {local_ranks} process(es)"
     )
     advice = ["a smaller model"]
-    if state_bytes(config, info.parameter_bytes) > 2 * info.parameter_bytes:
-        without = 2 * info.parameter_bytes
+    without = 2 * info.parameter_bytes + 6 * info.half_parameters
+    if needed > without:
         advice.append(f"optimizer=sgd (which needs {units.size(without)} without momentum)")
     if hardware.gpus and free < 0.9 * max(gpu.total_bytes for gpu in hardware.gpus):
         advice.append("a GPU that no other process uses")

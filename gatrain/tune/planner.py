@@ -78,7 +78,7 @@ class Planner:
         self._overlaps = hardware.device == "cuda" and self._world_size > 1 and question.tries_overlap
         self._fresh: set[StepSettings] = set()  # measured now
         self._fixed = question.fixed_micro_batch
-        self._parameter_bytes = info.parameter_bytes
+        self._state_bytes = state_bytes(config, info.parameter_bytes, info.half_parameters)
         self._used: dict[StepSettings, Curve] = {}
         self._measured_anything = False
         limit = config.tune.max_seconds or MAX_SECONDS[hardware.device]
@@ -268,7 +268,7 @@ class Planner:
             text = f"no time: it would take about {needed_s:.0f} s, {left_s:.0f} s are left"
             self._skip(way, size, curve.TIME, text)
             return None
-        state = state_bytes(self._config, self._parameter_bytes)
+        state = self._state_bytes
         # one point: what is not state grows with the samples
         peak = state + ((before.peak_memory_bytes or 0) - state) * size / last
         over = peak - (known.budget_bytes or self._free_bytes)
@@ -400,7 +400,7 @@ class Planner:
         largest = max(c.peak_bytes(o.micro_batch) or 0 for c, o in zip(curves, (option, best), strict=True))
         largest += max((m.fragmentation_bytes for c in curves for m in c.fitting), default=0)
         budget = self._free_bytes * self._config.tune.memory_fraction
-        others = MAX_ENGINES_BESIDE * state_bytes(self._config, self._parameter_bytes)
+        others = MAX_ENGINES_BESIDE * self._state_bytes
         return largest + others <= budget
 
     def _curve_of(self, option: Candidate) -> Curve:
