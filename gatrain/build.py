@@ -21,10 +21,9 @@ from gatrain.signatures import believed_parameters, certain_parameters, mistake
 from gatrain.tasks.base import Task
 from gatrain.train.engine import Engine, StepClock
 from gatrain.train.ranks import Ranks
-from gatrain.train.windows import derive_seed
+from gatrain.train.seeding import DATA, MODEL, seeded
 
 NODES = ("model", "data", "loss", "task")
-_MODEL_SEED = 0x6D6F64656C  # "model": keeps initial weights apart from every other use of the run's seed
 
 
 def check_targets(config: RunConfig) -> None:
@@ -52,10 +51,11 @@ def build_task(config: RunConfig) -> Task:
     given: dict[str, Any] = {}
     if config.model is not None:
         given["model"] = partial(instantiate, "model", config.model)
-    for key in ("data", "loss"):
-        if getattr(config, key) is not None:
-            given[key] = instantiate(key, getattr(config, key))
-    task = instantiate("task", config.task, **given)
+    with seeded(config.train.seed, DATA):  # a split drawn at random must be the same on every rank and day
+        for key in ("data", "loss"):
+            if getattr(config, key) is not None:
+                given[key] = instantiate(key, getattr(config, key))
+        task = instantiate("task", config.task, **given)
     if not isinstance(task, Task):
         raise ConfigError(
             f"task._target_={config.task['_target_']} gave a {type(task).__name__}, not a gatrain.tasks.Task. "
@@ -76,13 +76,11 @@ def build_model(task: Task, seed: int, device: torch.device, *, in_place: bool =
     if in_place and device.type == "cuda":
         # what fails here, wrapped in whatever error, is made on the CPU below
         with contextlib.suppress(Exception), kept_defaults():
-            with torch.device(device):
-                torch.manual_seed(derive_seed(seed, _MODEL_SEED))
+            with seeded(seed, MODEL), torch.device(device):
                 model = check_shapes(task.build_model())
             check_numbers(model)
             return model.to(device)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, _MODEL_SEED))
+    with seeded(seed, MODEL):
         model = check_shapes(task.build_model())
     check_numbers(model)
     return model.to(device)

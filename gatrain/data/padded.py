@@ -148,6 +148,8 @@ class PaddedText:
             else None
         )
 
+    deterministic_collate = True
+
     def collate(self, samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Pad ``tokens`` with 0 and ``labels`` with -100 to the longest sample: both int64 ``[B, L]``.
 

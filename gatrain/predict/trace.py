@@ -142,7 +142,7 @@ def trace_all(config: RunConfig, requests: Sequence[TraceRequest]) -> list[Trace
     """Trace every way of computing that the requests name and the model offers."""
     build.check_targets(config)
     task = build.build_task(config)
-    batches = Batches(task)
+    batches = Batches(task, config.train.seed)
     emulate_cuda()
     gc.freeze()  # what is loaded by now is not looked at again by each collection
     return [_trace(task, batches, config, asked) for asked in requests]
@@ -151,7 +151,7 @@ def trace_all(config: RunConfig, requests: Sequence[TraceRequest]) -> list[Trace
 def _trace(task: Task, batches: Batches, config: RunConfig, asked: TraceRequest) -> TraceResult:
     traces: list[ModeTrace] = []
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = model_without_memory(task)
+        model = model_without_memory(task, config.train.seed)
         offered = available_modes(model)
         parameters = [p.numel() for p in model.parameters()]
         gradients = sum(

@@ -19,6 +19,7 @@ from gatrain.predict.recorder import Recorder
 from gatrain.predict.request import TraceRequest
 from gatrain.predict.timeline import MICRO_STEP, REDUCE, UPDATE, WORKSPACE, Events, Held, Recording
 from gatrain.tasks.base import Batch, Task, named_weights
+from gatrain.train import samples
 from gatrain.train.accumulate import PlainAccumulation
 from gatrain.train.checkpointing import apply_checkpointing, blocks_of
 from gatrain.train.compiling import compiled_loss_sum
@@ -26,6 +27,7 @@ from gatrain.train.main_gradients import MasterWeights
 from gatrain.train.optimizer import build_optimizer
 from gatrain.train.precision import autocast_for
 from gatrain.train.ranks import Ranks, buckets_of, flatten
+from gatrain.train.seeding import MODEL, seeded
 
 _CPU = torch.device("cpu")
 
@@ -33,11 +35,10 @@ _CPU = torch.device("cpu")
 class Batches:
     """Batches of any size without data, shaped as real worst-case ones are."""
 
-    def __init__(self, task: Task) -> None:
-        index = int(next(iter(task.worst_case_indices(1))))
-        several = getattr(task.train_data, "__getitems__", None)
-        sample = several([index])[0] if several else task.train_data[index]
-        self._two, three = task.collate([sample] * 2), task.collate([sample] * 3)
+    def __init__(self, task: Task, seed: int = 0) -> None:
+        key = (0, int(next(iter(task.worst_case_indices(1)))))
+        (sample,) = samples.read(task, task.train_data, [key], seed)
+        self._two, three = (samples.collated(task, [sample] * n, [key] * n, seed) for n in (2, 3))
         self.term_names = list(named_weights(task.weight(self._two)))
         self._leaves, self._spec = pytree.tree_flatten(self._two)
         self._larger = pytree.tree_leaves(three)
@@ -207,13 +208,13 @@ def _fused(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return optimizer
 
 
-def model_without_memory(task: Task) -> nn.Module:
+def model_without_memory(task: Task, seed: int = 0) -> nn.Module:
     """The model with fake parameters. Where building it needs numbers, it is built for real and emptied."""
     try:
         with kept_defaults(), _no_rejection():
             model = check_shapes(task.build_model())
     except Exception:  # if the reason is another one, the second attempt says it
-        with torch.utils._python_dispatch._disable_current_modes():
+        with torch.utils._python_dispatch._disable_current_modes(), seeded(seed, MODEL):
             model = check_shapes(task.build_model())
     mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
     known: dict[int, Any] = {}

@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 Batch = Any
 """What `Task.collate` returns: any nesting of dicts, lists and tuples with tensors as leaves."""
@@ -53,6 +54,19 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def build_model(self) -> nn.Module:
         """Make the model on the CPU with fresh weights (the random seed is set by the caller)."""
+
+    @property
+    def collates_deterministically(self) -> bool:
+        """Whether `collate` is known to draw no random number: torch's own, or declared by
+        ``deterministic_collate = True`` where it is written."""
+        return type(self).collate is Task.collate or declares(self, "deterministic_collate", "collate")
+
+    counts_samples: bool = False
+    """True if `weight` counts samples: then it must equal the number of samples collated."""
+
+    def count_samples(self, batch: Batch) -> int | None:
+        """Number of samples in a host batch; None where it cannot be told from the batch."""
+        return None
 
     @abc.abstractmethod
     def weight(self, batch: Batch) -> Weights:
@@ -96,6 +110,34 @@ class Task(abc.ABC):
     def shortened(self, batch: Batch) -> Batch:
         """A cheaper batch of the same samples for `gatrain verify`, such as shorter sequences."""
         return batch
+
+
+def is_deterministic(data: Samples) -> bool:
+    """Whether reading a sample draws no random number: the data says so, or is torch's own TensorDataset.
+
+    A subclass that reads in its own way must say it again.
+    """
+    if type(data) is TensorDataset:
+        return bool(getattr(data, "deterministic", True))
+    return declares(data, "deterministic", "__getitem__", "__getitems__")
+
+
+def declares(owner: Any, trait: str, *methods: str) -> bool:
+    """Whether ``owner.trait`` is true and was said of the methods it has: none was replaced since by a subclass
+    or on the object."""
+    if not getattr(owner, trait, False):
+        return False
+    own = getattr(owner, "__dict__", {})
+    if trait in own:
+        return True
+    if any(method in own for method in methods):
+        return False
+    for kind in type(owner).__mro__:
+        if trait in kind.__dict__:
+            return True
+        if any(method in kind.__dict__ for method in methods):
+            return False
+    return True  # given by __getattr__, as wrappers do
 
 
 def named_weights(weights: Weights) -> dict[str, float]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatrain.errors import ConfigError
-from gatrain.tasks.base import Batch, LossSum, Task
+from gatrain.tasks.base import Batch, LossSum, Task, declares
 from gatrain.tasks.parts import check_factory, find_splits, make_model
 
 IGNORED = -100
@@ -52,6 +52,9 @@ class LanguageModel(Task):
         self.train_data, self.eval_data = find_splits(data, eval_fraction)
         self.data = data
         self._collate = getattr(data, "collate", None)
+        self._collates_deterministically = self._collate is None or declares(
+            data, "deterministic_collate", "collate"
+        )
         self.variable_length = bool(getattr(data, "variable_length", False))
 
     def build_model(self) -> nn.Module:
@@ -72,6 +75,11 @@ class LanguageModel(Task):
 
     def collate(self, samples: list[Any]) -> Batch:
         return self._collate(samples) if self._collate is not None else super().collate(samples)
+
+    @property
+    def collates_deterministically(self) -> bool:
+        own = type(self).collate is LanguageModel.collate
+        return self._collates_deterministically if own else super().collates_deterministically
 
     def weight(self, batch: Batch) -> int:
         """Label tokens of a batch on the host."""

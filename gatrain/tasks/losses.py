@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from gatrain.errors import ConfigError
 
@@ -90,13 +91,14 @@ class SummedLoss:
         """The target that does not count, where the loss has one."""
         return self._loss.ignore_index if self.kind == "classes" else None
 
-    def weight(self, targets: Any) -> Weight:
+    def weight(self, targets: Any, inputs: Any = None) -> Weight:
         """What the mean over ``targets`` divides by; a tensor on their device only where class weights or
-        ignored targets must be summed."""
+        ignored targets must be summed. ``inputs`` of the same batch tell lists of samples from lists of columns.
+        """
         if self._weight is not None:
             return self._weight(targets)
         if self.kind == "samples":
-            return samples_in(targets)
+            return samples_in(targets, inputs)
         if not isinstance(targets, Tensor):
             raise ConfigError(
                 f"{self.name} needs a tensor of targets, but the data gives a {type(targets).__name__}."
@@ -114,7 +116,7 @@ class SummedLoss:
         total: Tensor = (class_weights[torch.where(counted, targets, 0)] * counted).sum()
         return total
 
-    def sum(self, outputs: Any, targets: Any) -> tuple[Tensor, Weight]:
+    def sum(self, outputs: Any, targets: Any, inputs: Any = None) -> tuple[Tensor, Weight]:
         """(summed loss, weight used) of one micro-batch, in fp32 or better.
 
         Raises:
@@ -123,7 +125,7 @@ class SummedLoss:
         outputs, targets = _widened(outputs), targets
         if isinstance(outputs, Tensor) and isinstance(targets, Tensor) and targets.is_floating_point():
             targets = targets.to(outputs.dtype)
-        weight = self.weight(targets)
+        weight = self.weight(targets, inputs)
         if self.kind == "classes":
             return self._class_loss(outputs, targets), weight
         if self.kind == "elements":
@@ -137,7 +139,7 @@ class SummedLoss:
         value = self._loss(outputs, targets)
         if isinstance(value, Tensor) and value.dim() == 0:
             return value * weight, weight
-        if isinstance(value, Tensor) and self.kind == "samples" and value.shape == (samples_in(targets),):
+        if isinstance(value, Tensor) and self.kind == "samples" and list(value.shape) == [weight]:
             return value.sum(), weight  # one loss for each sample
         given = f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         raise ConfigError(
@@ -166,22 +168,56 @@ class SummedLoss:
         return loss(outputs, targets)  # type: ignore[no-any-return]
 
 
-def samples_in(targets: Any) -> int:
-    """Number of samples in a batch of targets: the first size of its first tensor.
+def samples_in(targets: Any, inputs: Any = None) -> int:
+    """Number of samples in a batch of targets: the first size of a tensor, the length of a list of samples.
+
+    A list or tuple may also hold columns, one tensor with all samples each; ``inputs`` of the same batch decide
+    where the list could be either. The entries of a dict must agree.
 
     Raises:
-        ConfigError: there is no tensor with a batch dimension.
+        ConfigError: there is no tensor with a batch dimension, or the entries of a dict disagree.
     """
-    if isinstance(targets, Tensor) and targets.dim() > 0:
-        return int(targets.shape[0])
-    parts = targets.values() if isinstance(targets, dict) else targets
-    if isinstance(parts, (list, tuple)) or isinstance(targets, dict):
-        for part in parts:
-            return samples_in(part)
+    found = _possible_counts(targets)
+    if len(found) > 1 and inputs is not None:
+        found = [count for count in found if count in _possible_counts(inputs)] or found
+    if found:
+        return found[0]
+    if isinstance(targets, Mapping):
+        shapes = ", ".join(
+            f"{name}: {list(part.shape)}" for name, part in targets.items() if isinstance(part, Tensor)
+        )
+        raise ConfigError(
+            f"cannot count the samples in a dict of targets ({shapes or 'no tensors'}): the first dimensions of "
+            "its tensors must be the samples. Give task.weight, a function of the targets that counts what the "
+            "loss's mean divides by."
+        )
     raise ConfigError(
         f"cannot count the samples in targets of type {type(targets).__name__}: expected a tensor whose "
-        "first dimension is the batch, or a list, tuple or dict of them."
+        "first dimension is the batch, or a list, tuple or dict of them. Or give task.weight, a function of the "
+        "targets."
     )
+
+
+def _possible_counts(nested: Any) -> list[int]:
+    """Numbers of samples that a part of a batch may hold, the likeliest first; none if it does not tell."""
+    if isinstance(nested, Tensor):
+        return [int(nested.size(0))] if nested.dim() > 0 else []
+    if isinstance(nested, PackedSequence):
+        return [int(nested.batch_sizes[0])] if len(nested.batch_sizes) else [0]
+    if isinstance(nested, Mapping):
+        return _agreed(nested.values())
+    if isinstance(nested, tuple) and hasattr(nested, "_fields"):
+        return _agreed(nested)
+    if isinstance(nested, (list, tuple)):
+        columns = [count for count in _agreed(nested) if count != len(nested)]
+        return [len(nested), *columns]
+    return []
+
+
+def _agreed(parts: Iterable[Any]) -> list[int]:
+    """The counts that are possible for every part that tells one."""
+    each = [counts for part in parts if (counts := _possible_counts(part))]
+    return [count for count in each[0] if all(count in other for other in each)] if each else []
 
 
 def _kind(loss: Any) -> str:

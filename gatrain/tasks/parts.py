@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from gatrain.errors import ConfigError, DataError
-from gatrain.tasks.base import Samples
+from gatrain.tasks.base import Samples, is_deterministic
 
 ModelFactory = Callable[[], nn.Module]
 
@@ -20,7 +20,7 @@ class Part:
         self.dataset = dataset
         self.start = start
         self.stop = stop
-        self.deterministic = bool(getattr(dataset, "deterministic", False))
+        self.deterministic = is_deterministic(dataset)
 
     def __len__(self) -> int:
         return self.stop - self.start

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from gatrain.errors import ConfigError
-from gatrain.tasks.base import Batch, LossSum, Task, Weights
-from gatrain.tasks.losses import SummedLoss, WeightFunction
+from gatrain.tasks.base import Batch, LossSum, Task, Weights, declares
+from gatrain.tasks.losses import SummedLoss, WeightFunction, samples_in
 from gatrain.tasks.parts import check_factory, find_splits, make_model
 
 
@@ -46,6 +46,9 @@ class Supervised(Task):
         self._factory = check_factory(model)
         self.train_data, self.eval_data = find_splits(data, eval_fraction)
         self._collate = getattr(data, "collate", None)
+        self._collates_deterministically = self._collate is None or declares(
+            data, "deterministic_collate", "collate"
+        )
         self._loss = SummedLoss(loss, weight)
         self.variable_length = bool(getattr(data, "variable_length", False))
 
@@ -55,13 +58,30 @@ class Supervised(Task):
     def collate(self, samples: list[Any]) -> Batch:
         return self._collate(samples) if self._collate is not None else super().collate(samples)
 
+    @property
+    def collates_deterministically(self) -> bool:
+        own = type(self).collate is Supervised.collate
+        return self._collates_deterministically if own else super().collates_deterministically
+
+    @property
+    def counts_samples(self) -> bool:  # type: ignore[override]
+        return self._loss.kind == "samples"
+
+    def count_samples(self, batch: Batch) -> int | None:
+        try:
+            inputs, targets = _pair(batch)
+            return samples_in(targets, inputs)
+        except ConfigError:
+            return None
+
     def weight(self, batch: Batch) -> Weights:
-        weight = self._loss.weight(_pair(batch)[1])
+        inputs, targets = _pair(batch)
+        weight = self._loss.weight(targets, inputs)
         return weight.item() if isinstance(weight, Tensor) else weight
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> LossSum:
         inputs, targets = _pair(batch)
-        return self._loss.sum(model(inputs), targets)
+        return self._loss.sum(model(inputs), targets, inputs)
 
     def eval_metrics(self, model: nn.Module, batch: Batch) -> Mapping[str, LossSum]:
         """``accuracy``, where targets are class numbers and outputs are scores ``[B, classes, ...]``."""

@@ -18,13 +18,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils import _pytree as pytree
 
 from gatrain.errors import ExactnessError, PeerFailed
 from gatrain.tasks.base import Batch, LossSums, Weights, named_loss_sums, named_weights
+from gatrain.train.batches import move_to as move_to
 from gatrain.train.main_gradients import MainGradients, MasterWeights, half_parameters
 from gatrain.train.ranks import Ranks
-from gatrain.train.windows import derive_seed
+from gatrain.train.seeding import seed_everything
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,22 @@ class MicroBatch:
 
     batch: Batch
     weights: Mapping[str, float]
+    samples: int | None = None
+    """Samples that it holds; None where nobody counted."""
+    dropped: int = 0
+    """Samples that the collate function left out."""
+    tokens: int | None = None
+    keys: tuple[tuple[int, int], ...] = ()
+    """(epoch, sample id) of every sample that was read for it."""
+    position: int | None = None
+    """Place of its first sample in the window, over all ranks."""
+    undeclared_draws: bool = False
+    """Whether data or collate function drew random numbers although they are declared deterministic."""
+
+    @property
+    def is_empty(self) -> bool:
+        """True if the collate function left nothing: there is no batch to compute."""
+        return self.batch is None and not self.weights
 
 
 @dataclass(frozen=True)
@@ -41,7 +57,8 @@ class RankWindow:
 
     micro_batches: Sequence[MicroBatch]
     seed: tuple[int, ...] | None = None
-    """Random numbers of micro-step i are keyed by these integers and i; None leaves the generators alone."""
+    """Random numbers of a micro-step are keyed by these integers and its position in the window (its index where
+    that is unknown); None leaves the generators alone."""
     counts: Mapping[str, float] = field(default_factory=dict)
     """Further host numbers to be summed over the ranks with the weights, such as samples or a stop request."""
 
@@ -243,7 +260,9 @@ class PlainAccumulation:
                 if index < last:  # started now, so that the copy overlaps this micro-step
                     staged.append(self._stage(window.micro_batches[index + 1].batch))
                 if window.seed is not None:
-                    torch.manual_seed(derive_seed(*window.seed, index))
+                    # by position, not by rank: another number of ranks draws the same for the same samples
+                    position = window.micro_batches[index].position
+                    seed_everything(*window.seed, index if position is None else position)
                 self.micro_step(batch, scale, reduce_in_backward=overlap and index == last)
         except Exception:
             if self._ranks.world_size > 1 and not overlap:
@@ -323,10 +342,3 @@ def _accumulate(
         main_gradients=main_gradients,
     )
     return strategy(RankWindow(listed))
-
-
-def move_to(batch: Batch, device: torch.device) -> Batch:
-    """Copy every tensor of a nested batch to ``device``, without waiting where its memory is pinned."""
-    return pytree.tree_map(
-        lambda leaf: leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf, batch
-    )

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils import _pytree as pytree
 
 from gatrain.config import OptimizerConfig, ScheduleConfig
 from gatrain.errors import ConfigError
 from gatrain.plan import StepSettings
 from gatrain.tasks.base import Batch, LossSum, LossSums, Task, named_loss_sums
-from gatrain.train.accumulate import PlainAccumulation, RankWindow, WindowResult, WindowToGradient, move_to
+from gatrain.train.accumulate import PlainAccumulation, RankWindow, WindowResult, WindowToGradient
+from gatrain.train.batches import move_to, moves_itself, tensors_of
 from gatrain.train.checkpointing import apply_checkpointing
 from gatrain.train.compiling import compiled_loss_sum
 from gatrain.train.main_gradients import MasterWeights
@@ -117,7 +117,7 @@ class Engine:
 
     def stage(self, batch: Batch) -> Callable[[], Batch]:
         """Start copying a host batch to the device; the returned function gives it to the current stream."""
-        if self._copies is None:
+        if self._copies is None or moves_itself(batch):
             return lambda: move_to(batch, self.device)
         with torch.cuda.stream(self._copies):
             moved = move_to(batch, self.device)
@@ -127,9 +127,8 @@ class Engine:
         def ready() -> Batch:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(arrived)
-            for leaf in pytree.tree_leaves(moved):
-                if isinstance(leaf, Tensor):
-                    leaf.record_stream(stream)  # its memory must not be reused for copies before then
+            for tensor in tensors_of(moved):
+                tensor.record_stream(stream)  # its memory must not be reused for copies before then
             return moved
 
         return ready

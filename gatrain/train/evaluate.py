@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from gatrain.train.engine import Engine
-from gatrain.train.loader import Key, load_batches
+from gatrain.train.loader import load_batches
+from gatrain.train.samples import Key
 
 
 def evaluate(engine: Engine, *, samples: int | None, micro_batch: int, workers: int = 0) -> dict[str, float]:

@@ -5,30 +5,31 @@ A window is loaded whole before its first forward, since its weights must be kno
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import itertools
 import queue
-import random
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 
 from gatrain import batch
-from gatrain.errors import DataError, GatrainError
-from gatrain.tasks.base import Samples, Task, named_weights
+from gatrain.errors import GatrainError
+from gatrain.tasks.base import Samples, Task, is_deterministic
+from gatrain.train import samples
 from gatrain.train.accumulate import MicroBatch
+from gatrain.train.batches import pinned
 from gatrain.train.ranks import Ranks
-from gatrain.train.windows import Ids, Window, WindowSchedule, derive_seed, digest
+from gatrain.train.samples import Key
+from gatrain.train.windows import Ids, Window, WindowSchedule, digest
 
-Key = tuple[int, int]
-"""(epoch, sample id): what a sample's random augmentation depends on, besides the run's seed."""
+DRAWS_UNDECLARED = (
+    "the data or its collate function is declared deterministic but draws random numbers: it is read with seeds, "
+    "and not ahead in a thread. Leave `deterministic = True` (or `deterministic_collate = True`) out."
+)
 
 
 @dataclass(frozen=True)
@@ -38,81 +39,42 @@ class LoadedWindow:
     index: int
     epoch: int
     samples: int
-    """Samples of the whole window, all ranks."""
+    """Samples of this rank's part that reached a batch."""
+    dropped: int
+    """Samples of this rank's part that the collate function left out."""
     digest: int
     """This rank's part of the window's fingerprint; the ranks' parts add up."""
     tokens: int | None
     """Input tokens of this rank's part."""
     micro_batches: list[MicroBatch]
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    micro_batch: MicroBatch
-    tokens: int | None
+    notices: list[str] = field(default_factory=list)
+    """What a person should know of how it was read; each is said once."""
 
 
 @dataclass(frozen=True)
 class _Failure:
     """An error on its way out of a loader process, which would wrap it in a stack trace."""
 
+    kind: type[GatrainError]
     message: str
 
 
 class _MicroBatches(Dataset[Any]):
-    """Reads, collates and weighs one micro-batch of samples; runs in loader processes too."""
+    """Loads one micro-batch of samples at a time; runs in loader processes."""
 
     def __init__(self, task: Task, data: Samples, seed: int) -> None:
         self._task = task
         self._data = data
         self._seed = seed
-        self._deterministic = is_deterministic(data)
 
     def __getitem__(self, key: Key) -> Any:
         raise NotImplementedError("micro-batches are read whole, through __getitems__")
 
-    def __getitems__(self, keys: list[Key]) -> _Loaded | _Failure:
+    def __getitems__(self, keys: list[Key]) -> MicroBatch | _Failure:
         try:
-            collated = self._task.collate(self._read(keys))
-            weights = named_weights(self._task.weight(collated))
-            return _Loaded(MicroBatch(collated, weights), self._task.tokens(collated))
+            return samples.load(self._task, self._data, keys, self._seed)
         except GatrainError as error:
-            return _Failure(str(error))
-        except Exception as error:
-            ids = ", ".join(str(sample) for _, sample in keys[:8]) + (", ..." if len(keys) > 8 else "")
-            return _Failure(f"cannot load the samples {ids}: {type(error).__name__}: {error}")
-
-    def _read(self, keys: list[Key]) -> list[Any]:
-        if self._deterministic:
-            ids = [sample for _, sample in keys]
-            if hasattr(self._data, "__getitems__"):
-                return list(self._data.__getitems__(ids))
-            return [self._data[sample] for sample in ids]
-        return [self._read_seeded(*key) for key in keys]
-
-    def _read_seeded(self, epoch: int, sample: int) -> Any:
-        seed = derive_seed(self._seed, epoch, sample)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
-        return self._data[sample]
-
-
-def is_deterministic(data: Samples) -> bool:
-    """Whether reading a sample draws no random number (the data says so, or is a TensorDataset)."""
-    return bool(getattr(data, "deterministic", isinstance(data, TensorDataset)))
-
-
-@contextlib.contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Reading a seeded sample in this process must not disturb the generators of the model."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
+            return _Failure(type(error), str(error))
 
 
 class WindowLoader:
@@ -120,12 +82,12 @@ class WindowLoader:
 
     ``shares`` are the plan's samples of each rank in a full window; None means that all ranks are equal.
 
-    With ``workers`` processes, or for deterministic data in a thread, the next window is read while the current
-    one is computed. Random data without loader processes is read in the calling thread, because the random
-    generators belong to the whole process.
+    With ``workers`` processes the next window is read while the current one is computed. Without, a thread
+    reads ahead only where nothing in it can draw from the random generators, which belong to the whole process
+    and to the model's forward: declared data and collate functions, looked at during the first window.
 
     Raises:
-        DataError: while iterating, when samples cannot be read or weighed.
+        GatrainError: while iterating, when samples cannot be read or weighed.
     """
 
     def __init__(
@@ -141,114 +103,137 @@ class WindowLoader:
         workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
+        self._task = task
         self._schedule = schedule
         self._ranks = ranks
         self._micro_batch = micro_batch
         self._shares = shares
         self._range = range(start, stop)
+        self._workers = workers
         self._pin_memory = pin_memory
-        self._read_ahead = workers > 0 or is_deterministic(task.train_data)
-        self._loader = host_loader(task, task.train_data, self._all_keys(), schedule.seed, workers)
+        self._in_thread = False
+        self._told: set[str] = set()
 
     def __iter__(self) -> Iterator[LoadedWindow]:
-        return _in_background(self._load()) if self._read_ahead else self._load()
+        windows = self._windows()
+        if self._workers:
+            yield from _in_background(windows)
+            return
+        self._in_thread = False
+        for first in itertools.islice(windows, 1):  # read here, so that what draws numbers is noticed
+            yield first
+            declared = is_deterministic(self._task.train_data) and self._task.collates_deterministically
+            self._in_thread = declared and not any(m.undeclared_draws for m in first.micro_batches)
+        yield from _in_background(windows) if self._in_thread else windows
 
     def _mine(self, window: Window) -> tuple[int, Ids, list[int]]:
         """This rank's part of a window: first position, sample ids, and the sizes to cut them into."""
         first, ids = window.slice_of(self._ranks.rank, self._ranks.world_size, self._shares)
         return first, ids, batch.micro_batch_sizes(len(ids), self._micro_batch)
 
-    def _all_keys(self) -> Iterator[list[Key]]:
-        for index in self._range:
-            window = self._schedule.window(index)
-            _, ids, sizes = self._mine(window)
-            ends = itertools.accumulate(sizes)
-            for size, end in zip(sizes, ends, strict=True):
-                yield [(window.epoch, sample) for sample in ids[end - size : end].tolist()]
+    def _keys(self, window: Window) -> list[list[Key]]:
+        """(epoch, sample) of each sample of each micro-batch of this rank."""
+        _, ids, sizes = self._mine(window)
+        ends = itertools.accumulate(sizes)
+        return [
+            [(window.epoch, sample) for sample in ids[end - size : end].tolist()]
+            for size, end in zip(sizes, ends, strict=True)
+        ]
 
-    def _load(self) -> Iterator[LoadedWindow]:
-        source = iter(self._loader)
+    def _micro_batches(self) -> Iterator[MicroBatch]:
+        keys = (each for index in self._range for each in self._keys(self._schedule.window(index)))
+        data, seed = self._task.train_data, self._schedule.seed
+        if self._workers:
+            yield from _from_processes(self._task, data, keys, seed, self._workers)
+        for each in keys:
+            yield samples.load(self._task, data, each, seed, trusted=self._in_thread)
+
+    def _windows(self) -> Iterator[LoadedWindow]:
+        source = self._micro_batches()
         for index in self._range:
             window = self._schedule.window(index)
             first, ids, sizes = self._mine(window)
-            with contextlib.nullcontext() if self._read_ahead else _random_state_kept():
-                loaded = [next(source) for _ in sizes]
-            for item in loaded:
-                if isinstance(item, _Failure):
-                    raise DataError(item.message)
-            counted = [item.tokens for item in loaded if item.tokens is not None]
-            micro_batches = [item.micro_batch for item in loaded]
-            if self._pin_memory:
-                micro_batches = [MicroBatch(_pinned(m.batch), m.weights) for m in micro_batches]
+            starts = itertools.accumulate(sizes, initial=first)
+            loaded = [
+                dataclasses.replace(micro, position=position)
+                for micro, position in zip(itertools.islice(source, len(sizes)), starts, strict=False)
+            ]
+            counted = [micro.tokens for micro in loaded if micro.tokens is not None]
+            full = [micro for micro in loaded if not micro.is_empty]
             yield LoadedWindow(
                 index=index,
                 epoch=window.epoch,
-                samples=len(window.ids),
+                samples=sum(micro.samples or 0 for micro in loaded),
+                dropped=sum(micro.dropped for micro in loaded),
                 digest=digest(first, ids),
-                tokens=sum(counted) if len(counted) == len(loaded) else None,
-                micro_batches=micro_batches,
+                tokens=sum(counted) if len(counted) == len(full) else None,
+                micro_batches=[self._pinned(micro) for micro in full],
+                notices=list(self._notices(loaded)),
             )
 
+    def _pinned(self, micro: MicroBatch) -> MicroBatch:
+        return dataclasses.replace(micro, batch=pinned(micro.batch)) if self._pin_memory else micro
 
-def host_loader(
-    task: Task, data: Samples, keys: Iterator[list[Key]] | Sequence[list[Key]], seed: int, workers: int
-) -> DataLoader[Any]:
-    """A DataLoader that gives one `_Loaded` or `_Failure` for each list of keys, in order."""
-    return DataLoader(
-        _MicroBatches(task, data, seed),
-        batch_sampler=keys,  # type: ignore[arg-type]
-        collate_fn=_unchanged,
-        num_workers=workers,
-        prefetch_factor=4 if workers else None,
-        generator=torch.Generator(),  # the process's own generator stays untouched
-    )
+    def _notices(self, loaded: Sequence[MicroBatch]) -> Iterator[str]:
+        if any(micro.undeclared_draws for micro in loaded) and DRAWS_UNDECLARED not in self._told:
+            self._told.add(DRAWS_UNDECLARED)
+            yield DRAWS_UNDECLARED
 
 
 def load_batches(
     task: Task, data: Samples, keys: Sequence[list[Key]], workers: int = 0
 ) -> Iterator[MicroBatch]:
-    """Read the given lists of samples in order, for evaluation.
+    """Read the given lists of samples in order, for evaluation. Micro-batches of which nothing is left are not
+    given.
 
     Raises:
-        DataError: samples cannot be read or weighed.
+        GatrainError: samples cannot be read or weighed.
     """
-    source = iter(host_loader(task, data, keys, seed=0, workers=workers))
-    for _ in keys:
-        with _random_state_kept():
-            item = next(source)
+    source: Iterator[MicroBatch] = (
+        _from_processes(task, data, keys, seed=0, workers=workers)
+        if workers
+        else (samples.load(task, data, each, seed=0) for each in keys)
+    )
+    return (micro for micro in source if not micro.is_empty)
+
+
+def _from_processes(
+    task: Task, data: Samples, keys: Iterable[list[Key]], seed: int, workers: int
+) -> Iterator[MicroBatch]:
+    """The micro-batch of each list of keys, in order, loaded by ``workers`` processes."""
+    loader = DataLoader(
+        _MicroBatches(task, data, seed),
+        batch_sampler=keys,  # type: ignore[arg-type]
+        collate_fn=_unchanged,
+        num_workers=workers,
+        prefetch_factor=4,
+        generator=torch.Generator(),  # the process's own generator stays untouched
+    )
+    for item in loader:
         if isinstance(item, _Failure):
-            raise DataError(item.message)
-        yield item.micro_batch
+            raise item.kind(item.message)
+        yield item
 
 
 def _unchanged(item: Any) -> Any:
     return item
 
 
-def _pinned(nested: Any) -> Any:
-    return pytree.tree_map(lambda leaf: leaf.pin_memory() if isinstance(leaf, Tensor) else leaf, nested)
-
-
 def _in_background(windows: Iterator[LoadedWindow]) -> Iterator[LoadedWindow]:
     """Run an iterator in a thread, one item ahead. Errors arrive at the item where they happened."""
-    items: queue.Queue[LoadedWindow | BaseException | None] = queue.Queue(maxsize=1)
+    items: queue.SimpleQueue[LoadedWindow | BaseException | None] = queue.SimpleQueue()
+    wanted = threading.Semaphore(1)  # items that may be made now; one more for each that is taken
     stopped = threading.Event()
-
-    def offer(item: LoadedWindow | BaseException | None) -> bool:
-        while not stopped.is_set():
-            with contextlib.suppress(queue.Full):
-                items.put(item, timeout=0.1)
-                return True
-        return False
 
     def run() -> None:
         try:
-            for window in windows:
-                if not offer(window):
-                    return
-            offer(None)
+            while not stopped.is_set():
+                if wanted.acquire(timeout=0.1):
+                    items.put(window := next(windows, None))
+                    if window is None:
+                        return
         except BaseException as error:  # handed over to the consumer, whatever it is
-            offer(error)
+            items.put(error)
 
     thread = threading.Thread(target=run, name="gatrain-loader", daemon=True)
     thread.start()
@@ -256,6 +241,7 @@ def _in_background(windows: Iterator[LoadedWindow]) -> Iterator[LoadedWindow]:
         while (item := items.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
+            wanted.release()
             yield item
     finally:
         stopped.set()

@@ -23,6 +23,7 @@ from gatrain.train.events import Sink
 from gatrain.train.loader import LoadedWindow, WindowLoader
 from gatrain.train.meter import Mark, Meter
 from gatrain.train.saved_state import Progress
+from gatrain.train.seeding import MICRO_STEP
 from gatrain.train.windows import WindowSchedule
 
 
@@ -59,6 +60,8 @@ class Trainer:
     _last_loss: float | None = None
     _saved_step: int = -1
     _told_of_short_window: bool = False
+    _dropped: int = 0
+    _told_of_dropped: int = 0
 
     def run(self) -> dict[str, Any]:
         """Train, evaluate, save; return the summary that tells how it ended.
@@ -108,6 +111,8 @@ class Trainer:
         every = self.config
         previous = self._meter.mark()
         for loaded in loader:
+            for text in loaded.notices:
+                self.sinks.notice(text)
             result, norm = self.engine.step(self._rank_window(loaded), loaded.index)
             end = self._meter.mark()
             self._pending.append(_Pending(loaded.index, result, norm, previous, end))
@@ -131,7 +136,8 @@ class Trainer:
 
     def _rank_window(self, loaded: LoadedWindow) -> RankWindow:
         counts = {
-            "samples": loaded.samples if self.engine.ranks.rank == 0 else 0,
+            "samples": loaded.samples,
+            "dropped": loaded.dropped,
             "digest": loaded.digest,
             "tokens": loaded.tokens or 0,
             "has_tokens": loaded.tokens is not None and bool(loaded.micro_batches),
@@ -139,7 +145,7 @@ class Trainer:
         }
         return RankWindow(
             loaded.micro_batches,
-            seed=(self.schedule.seed, loaded.index, self.engine.ranks.rank),
+            seed=(self.schedule.seed, MICRO_STEP, loaded.index),
             counts=counts,
         )
 
@@ -195,6 +201,7 @@ class Trainer:
             "grad_norm": norm,
             "lr": self.engine.learning_rate(item.index),
             "samples": samples,
+            "dropped_samples": int(counts["dropped"]),
             "tokens": tokens if counts["has_tokens"] else None,
             "samples_per_s": counts["samples"] / step_s,
             "tokens_per_s": counts["tokens"] / step_s if counts["has_tokens"] else None,
@@ -204,15 +211,17 @@ class Trainer:
         }
         self.sinks.step(record)
         self._last_loss = loss
+        self._tell_of_dropped(item.index + 1, int(counts["dropped"]))
+        given = counts["samples"] + counts["dropped"]
         if item.result.is_empty:
             self.sinks.notice(
                 f"step {item.index + 1}: every label of the window is masked; no update was made."
             )
-        elif counts["samples"] < self.schedule.effective_batch and not self._told_of_short_window:
+        elif given < self.schedule.effective_batch and not self._told_of_short_window:
             self._told_of_short_window = True
             self.sinks.notice(
-                f"step {item.index + 1} ends an epoch with a window of {int(counts['samples'])} samples, as every "
-                "epoch will; its gradient is the exact mean over those."
+                f"step {item.index + 1} ends an epoch with a window of {int(given)} samples, as every epoch will; "
+                "its gradient is the exact mean over those."
             )
         scaler_handles_it = self.engine.scaler is not None and math.isfinite(loss)
         if not (math.isfinite(norm) and math.isfinite(loss)) and not scaler_handles_it:
@@ -220,6 +229,16 @@ class Trainer:
                 f"step {item.index + 1}: the loss is {loss:g} and the gradient norm {norm:g}. "
                 "No state was saved since then. Lower optimizer.lr, set optimizer.clip_norm, or use "
                 f"precision=fp32, then: gatrain resume {self.run_dir.path}"
+            )
+
+    def _tell_of_dropped(self, step: int, dropped: int) -> None:
+        """Say it at the first sample that collate drops, and again when there are ten times as many."""
+        self._dropped += dropped
+        if self._dropped and self._dropped >= 10 * self._told_of_dropped:
+            self._told_of_dropped = self._dropped
+            self.sinks.notice(
+                f"collate dropped {self._dropped} samples up to step {step}: losses and gradients are the exact "
+                "means over the others, and the count of samples leaves them out."
             )
 
     def _peak_memory_of_ranks(self) -> int:

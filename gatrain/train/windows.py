@@ -18,26 +18,10 @@ import numpy.typing as npt
 
 from gatrain import batch
 from gatrain.errors import DataError
+from gatrain.train.seeding import derive_seed, mix64
 
 Ids = npt.NDArray[np.int64]
 _ROUNDS = 8
-_MASK64 = (1 << 64) - 1
-
-
-def mix64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """SplitMix64's finaliser: a bijection of 64-bit words in which every input bit moves every output bit."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
-def derive_seed(*parts: int) -> int:
-    """Hash integers to one 63-bit seed; the order of the parts matters."""
-    state = 0
-    for part in parts:
-        mixed = np.array([(state + 0x9E3779B97F4A7C15 + (part & _MASK64)) & _MASK64], dtype=np.uint64)
-        state = int(mix64(mixed)[0])
-    return state >> 1
 
 
 def permutation(samples: int, seed: int, epoch: int, positions: Ids) -> Ids:

@@ -27,7 +27,8 @@ from gatrain.causes import user_frames
 from gatrain.errors import DoesNotFitError, GatrainError
 from gatrain.plan import DOES_NOT_FIT, FAILED, FITS
 from gatrain.rank import Rank
-from gatrain.tasks.base import Batch, Task, named_weights
+from gatrain.tasks.base import Batch, Task
+from gatrain.train import samples
 from gatrain.train.meter import Meter
 from gatrain.tune.curve import Measurement
 from gatrain.tune.memory import Memory
@@ -311,9 +312,10 @@ def predicted_seconds(last: Measurement, size: int, device: str) -> float:
 class TrialBatches:
     """Host batches of any size from few samples: the largest for time and memory, one repeated for truth."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, seed: int = 0) -> None:
         self.task = task
-        self._samples: dict[int, Any] = {}
+        self._seed = seed
+        self._samples: dict[samples.Key, Any] = {}
 
     def worst_case(self, size: int) -> tuple[Batch, Mapping[str, float]]:
         """``size`` samples that need the most memory, with their weights."""
@@ -358,17 +360,14 @@ class TrialBatches:
         return self._batch([next(iter(self.task.worst_case_indices(1)))] * size)
 
     def _batch(self, indices: Sequence[int]) -> tuple[Batch, Mapping[str, float]]:
-        batch = self.task.collate([self._read(int(index)) for index in indices])
-        return batch, named_weights(self.task.weight(batch))
+        keys = [(0, int(index)) for index in indices]
+        micro = samples.make(self.task, [self._read(key) for key in keys], keys, self._seed)
+        return micro.batch, micro.weights
 
-    def _read(self, index: int) -> Any:
-        if index not in self._samples:
-            random.seed(index)  # augmentation must give every rank the same sample
-            torch.manual_seed(index)
-            data = self.task.train_data
-            several = getattr(data, "__getitems__", None)
-            self._samples[index] = several([index])[0] if several else data[index]
-        return self._samples[index]
+    def _read(self, key: samples.Key) -> Any:
+        if key not in self._samples:
+            (self._samples[key],) = samples.read(self.task, self.task.train_data, [key], self._seed)
+        return self._samples[key]
 
 
 def attempt(work: Callable[[], object]) -> Failure | None:

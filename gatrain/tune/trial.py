@@ -154,7 +154,7 @@ class Desk:
         """The task and its batches, made once: a tuning asks about one configuration."""
         if self._batches is None or config != self._config:
             self._config, self._engine = config, None
-            self._batches = TrialBatches(build.build_task(config))
+            self._batches = TrialBatches(build.build_task(config), config.train.seed)
         return self._batches
 
     def _engine_for(self, settings: StepSettings, config: RunConfig, task: Task) -> Engine:

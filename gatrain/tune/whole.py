@@ -5,15 +5,13 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-from torch.utils import _pytree as pytree
-
 from gatrain import batch, build
 from gatrain.config import RunConfig
 from gatrain.errors import ExactnessError, PeerFailed
 from gatrain.plan import StepSettings
 from gatrain.rank import Rank
 from gatrain.tasks.base import Batch
+from gatrain.train import batches
 from gatrain.train.accumulate import MicroBatch, RankWindow
 from gatrain.train.meter import Meter
 from gatrain.tune import confirm
@@ -159,4 +157,4 @@ class WholeStepTimer:
         """As the loader gives it to a GPU, so that the copies overlap as they do in training."""
         if self._rank.device.type != "cuda":
             return prepared
-        return pytree.tree_map(lambda leaf: leaf.pin_memory() if isinstance(leaf, Tensor) else leaf, prepared)
+        return batches.pinned(prepared)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils import _pytree as pytree
 
 from gatrain import batch, build
 from gatrain import rank as rank_process
@@ -21,7 +20,9 @@ from gatrain.config import RunConfig
 from gatrain.errors import GatrainError
 from gatrain.rundir import RunDir, read_json, write_json
 from gatrain.tasks.base import Batch, Task, named_loss_sums, named_weights
-from gatrain.train.accumulate import MicroBatch, PlainAccumulation, RankWindow, WindowResult, move_to
+from gatrain.train import samples
+from gatrain.train.accumulate import MicroBatch, PlainAccumulation, RankWindow, WindowResult
+from gatrain.train.batches import map_tensors, move_to, tensors_of
 from gatrain.train.checkpointing import apply_checkpointing
 from gatrain.train.engine import batch_norms
 from gatrain.train.precision import forbid_tf32
@@ -76,11 +77,12 @@ class Verification:
         return (time.perf_counter() - began) / len(probe)
 
     def host_batch(self, ids: list[int]) -> Batch:
+        seed = self.config.train.seed
         for sample in ids:
             if sample not in self._samples:
-                torch.manual_seed(sample)
-                self._samples[sample] = self.task.train_data[sample]
-        collated = self.task.collate([self._samples[sample] for sample in ids])
+                (self._samples[sample],) = samples.read(self.task, self.task.train_data, [(0, sample)], seed)
+        keys = [(0, sample) for sample in ids]
+        collated = samples.collated(self.task, [self._samples[sample] for sample in ids], keys, seed)
         return self.task.shortened(collated) if self.shorten else collated
 
     def weights_differ(self, sizes: list[int]) -> bool:
@@ -92,10 +94,9 @@ class Verification:
         return any(weight != weights[0] for weight in weights)
 
     def on_device(self, host: Batch, dtype: torch.dtype) -> Batch:
-        moved = move_to(host, self.device)
-        return pytree.tree_map(
-            lambda leaf: leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf,
-            moved,
+        return map_tensors(
+            lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor,
+            move_to(host, self.device),
         )
 
     def model(self, dtype: torch.dtype) -> nn.Module:
@@ -248,7 +249,7 @@ def one_algorithm() -> contextlib.AbstractContextManager[Any]:
 
 
 def _elements(batch: Batch) -> int:
-    return sum(leaf.numel() for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor))
+    return sum(tensor.numel() for tensor in tensors_of(batch))
 
 
 def flat_gradient(model: nn.Module) -> Tensor:

@@ -1,0 +1,280 @@
+"""Reading samples and making micro-batches of them: the one way for training, trials, verify and prediction.
+
+Random numbers of a sample follow from (seed, epoch, sample), those of a collate function from (seed, epoch, first
+sample), whoever reads and wherever: a thread, a loader process or the calling thread. The process's own
+generators are left as they were.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from gatrain.errors import DataError, GatrainError
+from gatrain.tasks.base import Batch, Samples, Task, is_deterministic, named_weights
+from gatrain.train import seeding
+from gatrain.train.accumulate import MicroBatch
+from gatrain.train.batches import parts_of
+
+Key = tuple[int, int]
+"""(epoch, sample id)."""
+
+T = TypeVar("T")
+
+_watch = threading.local()
+_SEARCHED_FOR_ONE_THAT_READS = 64
+
+
+def read(task: Task, data: Samples, keys: Sequence[Key], seed: int, *, trusted: bool = False) -> list[Any]:
+    """The samples of ``keys``, in order.
+
+    A dataset that declares itself deterministic and draws numbers all the same is read again, seeded.
+
+    Args:
+        trusted: take the declaration for true and touch no generator, as a thread beside the model must.
+    """
+    if is_deterministic(data):
+        if trusted:
+            return _read_plain(data, keys)
+        samples, drew = _compared(lambda: _read_plain(data, keys))
+        if not drew:
+            return samples
+        _note_draw(undeclared=True)
+    samples = []
+    with seeding.kept_random_state():
+        for epoch, sample in keys:
+            seeding.seed_everything(seed, epoch, sample)
+            samples.append(_watched(lambda sample=sample: _read_one(data, sample)))  # type: ignore[misc]
+    return samples
+
+
+def collated(
+    task: Task, samples: list[Any], keys: Sequence[Key], seed: int, *, trusted: bool = False
+) -> Batch:
+    """One batch of the samples that were read for ``keys``; see `read` for ``trusted``."""
+    if task.collates_deterministically:
+        if trusted:
+            return task.collate(samples)
+        before = list(samples)  # a collate function may change its list
+        batch, drew = _compared(lambda: task.collate(samples))
+        if not drew:
+            return batch
+        _note_draw(undeclared=True)
+        samples = before
+    with seeding.seeded(seed, seeding.COLLATE, *keys[0]):
+        return _watched(lambda: task.collate(samples))
+
+
+def load(task: Task, data: Samples, keys: Sequence[Key], seed: int, *, trusted: bool = False) -> MicroBatch:
+    """Read, collate, weigh and count one micro-batch.
+
+    Raises:
+        DataError: a sample cannot be read, or the batch does not hold the samples that it was made of.
+        GatrainError: whatever the task itself raises of its own.
+    """
+    was_undeclared, _watch.undeclared = getattr(_watch, "undeclared", False), False
+    try:
+        samples = read(task, data, keys, seed, trusted=trusted)
+        found = make(task, samples, keys, seed, data=data, trusted=trusted)
+        return dataclasses.replace(found, undeclared_draws=_watch.undeclared)
+    except GatrainError:
+        raise
+    except Exception as error:
+        ids = ", ".join(str(sample) for _, sample in keys[:8]) + (", ..." if len(keys) > 8 else "")
+        raise DataError(f"cannot load the samples {ids}: {type(error).__name__}: {error}") from error
+    finally:
+        _watch.undeclared = was_undeclared
+
+
+def make(
+    task: Task,
+    samples: list[Any],
+    keys: Sequence[Key],
+    seed: int,
+    *,
+    data: Samples | None = None,
+    trusted: bool = False,
+) -> MicroBatch:
+    """Collate, weigh and count samples that were read for ``keys``.
+
+    Raises:
+        DataError: the batch does not hold the samples that it was made of.
+    """
+    broken = sum(sample is None for sample in samples)
+    try:
+        batch = collated(task, list(samples), keys, seed, trusted=trusted)
+    except Exception as error:
+        if broken < len(samples):
+            raise
+        source = data if data is not None else task.train_data
+        _check_that_none_is_dropped(task, source, keys, seed, trusted, error)
+        return MicroBatch(None, {}, samples=0, dropped=broken, keys=tuple(keys))
+    weights = named_weights(task.weight(batch))
+    count = _samples_in(task, samples, batch, keys, seed, trusted)
+    return MicroBatch(
+        batch,
+        weights,
+        samples=count,
+        dropped=len(samples) - count,
+        tokens=task.tokens(batch),
+        keys=tuple(keys),
+    )
+
+
+def draws_random_numbers(call: Callable[[], T]) -> tuple[T, bool]:
+    """The result of ``call`` and whether it drew from ``random``, numpy or torch, also inside `read` or
+    `collated`."""
+    before, _watch.drew, was = getattr(_watch, "drew", None), False, getattr(_watch, "active", False)
+    _watch.active = True
+    try:
+        result, drew = _compared(call)
+        return result, drew or _watch.drew
+    finally:
+        _watch.active, _watch.drew = was, before
+
+
+def split_batch(batch: Batch, sizes: Sequence[int], count: int) -> list[Batch] | None:
+    """Cut a batch of ``count`` samples into pieces of ``sizes`` samples, or None where that cannot be done.
+
+    Tensors are cut along their first dimension and lists of ``count`` items along their length; plain values are
+    part of every piece. Padding stays as it is in the whole.
+    """
+    if sum(sizes) != count:
+        raise ValueError(f"sizes {list(sizes)} do not add up to {count} samples")
+    ends = [sum(sizes[: nth + 1]) for nth in range(len(sizes))]
+    try:
+        return [_cut(batch, end - size, end, count, top=True) for size, end in zip(sizes, ends, strict=True)]
+    except _CannotCutError:
+        return None
+
+
+class _CannotCutError(Exception):
+    pass
+
+
+def _cut(part: Any, start: int, stop: int, count: int, top: bool = False) -> Any:
+    if isinstance(part, Tensor):
+        if part.is_nested or part.dim() == 0 or part.shape[0] != count:
+            raise _CannotCutError
+        return part[start:stop]
+    if part is None or isinstance(part, str | bytes | int | float):
+        return part
+    if isinstance(part, list | tuple) and not hasattr(part, "_fields") and len(part) == count:
+        is_columns = all(isinstance(x, Tensor) and x.dim() and x.shape[0] == count for x in part)
+        if not is_columns:
+            return part[start:stop]
+        if not top:
+            raise _CannotCutError  # as many tensors as each has rows: samples or columns
+    found = parts_of(part)
+    if found is None or isinstance(part, torch.nn.utils.rnn.PackedSequence):
+        raise _CannotCutError
+    parts, rebuild = found
+    return rebuild([_cut(each, start, stop, count) for each in parts])
+
+
+def _read_plain(data: Samples, keys: Sequence[Key]) -> list[Any]:
+    ids = [sample for _, sample in keys]
+    if hasattr(data, "__getitems__"):
+        return list(data.__getitems__(ids))
+    return [data[sample] for sample in ids]
+
+
+def _read_one(data: Samples, sample: int) -> Any:
+    return _read_plain(data, [(0, sample)])[0]
+
+
+def _compared(call: Callable[[], T]) -> tuple[T, bool]:
+    before = seeding.random_state()
+    result = call()
+    return result, not seeding.same_random_state(before, seeding.random_state())
+
+
+def _watched(call: Callable[[], T]) -> T:
+    """``call()``, noting for `draws_random_numbers` whether it draws."""
+    if not getattr(_watch, "active", False):
+        return call()
+    result, drew = _compared(call)
+    if drew:
+        _note_draw()
+    return result
+
+
+def _note_draw(undeclared: bool = False) -> None:
+    _watch.drew = True
+    if undeclared:
+        _watch.undeclared = True
+
+
+def _samples_in(
+    task: Task, samples: list[Any], batch: Batch, keys: Sequence[Key], seed: int, trusted: bool
+) -> int:
+    """How many of ``samples`` are in their batch: all, unless the collate function drops some.
+
+    Raises:
+        DataError: the loss would count another number of samples.
+    """
+    given = len(samples)
+    readable = given - sum(sample is None for sample in samples)
+    found = task.count_samples(batch)
+    if found is None or found in (given, readable):
+        return readable if found is None else found
+    if found < given and _drops_samples(task, samples, keys, seed, trusted, found):
+        return found
+    if task.counts_samples:
+        raise DataError(
+            f"{given} samples were collated into a batch whose targets count as {found} samples. The loss is a "
+            "mean over samples, so the step would be wrong by that factor. Let the first dimension of the "
+            "targets (or a list's length) be the samples, give task.weight, a function of the targets that "
+            "counts what the loss's mean divides by, or write a Task with a weight of its own."
+        )
+    return readable
+
+
+def _drops_samples(
+    task: Task, samples: list[Any], keys: Sequence[Key], seed: int, trusted: bool, found: int
+) -> bool:
+    """Whether the collate function leaves samples out: alone, each of them counts as one or as none."""
+    total = 0
+    for sample, key in zip(samples, keys, strict=True):
+        try:
+            alone = task.count_samples(collated(task, [sample], [key], seed, trusted=trusted))
+        except Exception:  # nothing is left to collate
+            alone = 0
+        if alone not in (0, 1):
+            return False
+        total += alone
+    return total == found
+
+
+def _check_that_none_is_dropped(
+    task: Task, data: Samples, keys: Sequence[Key], seed: int, trusted: bool, error: Exception
+) -> None:
+    """Of a micro-batch of unreadable samples alone nothing is left, if the collate function drops such samples.
+
+    Raises:
+        DataError: it does not; says what to write.
+    """
+    epoch, first = keys[0]
+    for step in range(1, min(len(data), _SEARCHED_FOR_ONE_THAT_READS)):
+        key = (epoch, (first + step) % len(data))
+        (other,) = read(task, data, [key], seed, trusted=trusted)
+        if other is None:
+            continue
+        try:
+            batch = collated(task, [None, other], [keys[0], key], seed, trusted=trusted)
+        except Exception:
+            break
+        if task.count_samples(batch) in (None, 1):
+            return
+        break
+    ids = ", ".join(str(sample) for _, sample in keys[:8]) + (", ..." if len(keys) > 8 else "")
+    raise DataError(
+        f"the data gives None for the samples {ids}, and collate cannot make a batch of them: "
+        f"{type(error).__name__}: {error}. Let the dataset raise an error or return another sample, or let "
+        "collate leave None out: return default_collate([s for s in samples if s is not None])."
+    ) from error

@@ -1,0 +1,94 @@
+"""The random generators of a process: one rule for seeding all of them, and for leaving them as they were.
+
+What a step computes may depend on random numbers only through seeds that follow from the run's seed and from
+what is computed, never from who computes it or what came before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+# the uses of a run's seed; each has a stream of its own
+MODEL = 0x6D6F64656C
+DATA = 0x64617461
+COLLATE = 0x636F6C6C
+MICRO_STEP = 0x73746570
+PROCESS = 0x70726F63
+
+_MASK64 = (1 << 64) - 1
+
+
+def mix64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """SplitMix64's finaliser: a bijection of 64-bit words in which every input bit moves every output bit."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def derive_seed(*parts: int) -> int:
+    """Hash integers to one 63-bit seed; the order of the parts matters."""
+    state = 0
+    for part in parts:
+        mixed = np.array([(state + 0x9E3779B97F4A7C15 + (part & _MASK64)) & _MASK64], dtype=np.uint64)
+        state = int(mix64(mixed)[0])
+    return state >> 1
+
+
+def seed_everything(*parts: int) -> int:
+    """Seed ``random``, numpy and torch (all devices) from a hash of ``parts``; returns the torch seed."""
+    seed = derive_seed(*parts)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    return seed
+
+
+@contextlib.contextmanager
+def kept_random_state() -> Iterator[None]:
+    """Leave the generators of ``random``, numpy and torch (and CUDA's, where it is in use) as they were."""
+    state = random_state()
+    on_cuda = _uses_cuda()
+    cuda = torch.cuda.get_rng_state_all() if on_cuda else []
+    try:
+        yield
+    finally:
+        random.setstate(state[0])
+        np.random.set_state(state[1])
+        torch.set_rng_state(state[2])
+        if on_cuda:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+@contextlib.contextmanager
+def seeded(*parts: int) -> Iterator[None]:
+    """`seed_everything`, with the generators as before at the end."""
+    with kept_random_state():
+        seed_everything(*parts)
+        yield
+
+
+def random_state() -> tuple[Any, Any, torch.Tensor]:
+    """State of the three generators of the host; compare two with `same_random_state`."""
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+
+def same_random_state(one: tuple[Any, Any, torch.Tensor], other: tuple[Any, Any, torch.Tensor]) -> bool:
+    """True if nothing was drawn between two states."""
+    (_, keys, *places), (_, other_keys, *other_places) = one[1], other[1]
+    return (
+        one[0] == other[0]
+        and places == other_places
+        and np.array_equal(keys, other_keys)
+        and torch.equal(one[2], other[2])
+    )
+
+
+def _uses_cuda() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_initialized()
