@@ -30,6 +30,7 @@ from gatrain.rank import Rank
 from gatrain.tasks.base import Batch, Task
 from gatrain.train import samples
 from gatrain.train.meter import Meter
+from gatrain.train.seeding import seed_everything
 from gatrain.tune.curve import Measurement
 from gatrain.tune.memory import Memory
 
@@ -181,7 +182,7 @@ class SizeMeter:
         seeds = NOISE_SEEDS if self._reference.loss is None else 1
         losses = []
         for seed in range(seeds):
-            torch.manual_seed(seed)
+            seed_everything(seed)
             self._engine.last_loss_sums()  # forget what came before
             self._engine.micro_step(*same)
             loss, weight = self._engine.last_loss_sums()

@@ -27,6 +27,7 @@ from gatrain.train.checkpointing import apply_checkpointing
 from gatrain.train.engine import batch_norms
 from gatrain.train.precision import forbid_tf32
 from gatrain.train.ranks import Ranks
+from gatrain.train.seeding import seed_everything
 from gatrain.train.windows import WindowSchedule
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32}
@@ -128,7 +129,7 @@ class Verification:
         losses = []
         with torch.no_grad(), self._loss_modules(torch.float32):
             for seed in (1, 2):
-                torch.manual_seed(seed)
+                seed_everything(seed)
                 losses.append(sum(float(total) for total, _ in self._terms(plain, probe).values()))
         if losses[0] != losses[1]:
             self.notes.append(
