@@ -94,8 +94,7 @@ def model_for_a_look(task: Task, seed: int) -> nn.Module:
     """
 
     def really() -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(seed, _MODEL_SEED))
+        with seeded(seed, MODEL):
             return task.build_model()
 
     return check_shapes(build_without_memory_or_really(task.build_model, really))
