@@ -19,7 +19,7 @@ from gatrain.config import AdamWConfig, BatchConfig, RunConfig, SGDConfig, Train
 from gatrain.errors import ConfigError, DoesNotFitError, Interrupted, LaunchError, PlanError, WorkerError
 from gatrain.launch.nodes import Nodes
 from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, StepSettings, make_plan
-from gatrain.tune import cache, curve, hardware, search, spec
+from gatrain.tune import cache, confirm, curve, hardware, search, spec
 from gatrain.tune.curve import Curve, Measurement
 from gatrain.tune.hardware import Gpu, Hardware
 
@@ -447,7 +447,7 @@ def test_the_possible_gain_is_the_fixed_part_by_the_flattest_line() -> None:
 
 def test_another_effective_batch_plans_from_the_stored_curve() -> None:
     plan_on(Machine(largest=16), config_of(64, checkpointing="none"))
-    for effective in (509, 7, 64, 1):
+    for effective in (509, 64, 16, 1):
         plan = tune.make_plan_for(
             config_of(effective, checkpointing="none"), Info(), CPU, Nodes(1), run=no_trial
         )
@@ -455,11 +455,40 @@ def test_another_effective_batch_plans_from_the_stored_curve() -> None:
         assert plan.micro_batch <= 16
 
 
-def test_an_unmeasured_size_between_two_that_fit_may_be_chosen() -> None:
+def test_a_size_between_two_that_fit_is_measured_before_it_is_chosen() -> None:
     plan_on(Machine(), config_of(64))
-    plan = tune.make_plan_for(config_of(50), Info(), CPU, Nodes(1), run=no_trial)
+    machine = Machine()
+    plan = plan_on(machine, config_of(50))
+    assert [asked.sizes for asked in machine.asked] == [(50,)]  # it promises much, and nothing else does
     assert plan.micro_batch == 50
-    assert any(t.micro_batch == 50 and "between 32 and 64" in str(t.error) for t in plan.trials)
+    assert any(t.micro_batch == 50 and t.outcome == FITS and t.peak_memory_bytes for t in plan.trials)
+    # the stored curve still tells of the larger sizes
+    assert tune.make_plan_for(config_of(64), Info(), CPU, Nodes(1), run=no_trial).micro_batch == 64
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    effective=st.integers(1, 700),
+    measured=st.dictionaries(st.integers(1, 700), st.floats(1e-3, 10), min_size=1, max_size=8),
+)
+def test_a_size_that_was_not_measured_never_wins(effective: int, measured: dict[int, float]) -> None:
+    known = curve_of(dict(sorted(measured.items())))
+    options = search.candidates(known, effective, 1)
+    if not any(option.measured for option in options):
+        with pytest.raises(ValueError, match="no candidate"):
+            search.choose(options)
+        return
+    assert search.choose(options).micro_batch in measured
+    assert all(option.micro_batch in measured for option in confirm.finalists(options))
+
+
+def test_a_size_that_does_not_keep_its_promise_is_not_chosen() -> None:
+    plan_on(Machine(), config_of(64))
+    machine = Machine(lambda size: 9.0 if size == 50 else 0.01 + 0.001 * size)
+    plan = plan_on(machine, config_of(50))
+    assert 50 in [size for asked in machine.asked for size in asked.sizes]
+    assert plan.micro_batch != 50
+    assert any(t.micro_batch == plan.micro_batch and t.outcome == FITS for t in plan.trials)
 
 
 def test_a_larger_share_measures_only_what_is_missing() -> None:

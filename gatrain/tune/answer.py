@@ -72,7 +72,7 @@ def make(
         micro_batch=chosen.micro_batch,
         shares=chosen.shares or None,
         reason=reason,
-        trials=rows(decision, used.values(), chosen_curve, effective_batch, world_size),
+        trials=rows(decision, used.values(), effective_batch, world_size),
         notes=[
             *observations(
                 decision, chosen_curve, plain, effective_batch, world_size, max_seconds, config.batch.micro
@@ -146,25 +146,15 @@ def observations(
 def rows(
     decision: Decision,
     curves: Iterable[Curve],
-    chosen_curve: Curve,
     effective_batch: int,
     world_size: int,
 ) -> list[Trial]:
-    """All trials, with a row for every finalist and for the choice, measured or not."""
+    """All trials; those of the finalists with what whole steps showed."""
     found = [row for used in curves for row in search.trial_rows(used, effective_batch, world_size)]
     # where both ways of reducing were timed, the row tells of the chosen one
     timed = [pair for pair in decision.timed if pair[1].seconds]
     timed.sort(key=lambda pair: pair[0].key == decision.chosen.key)
     whole = {_place(option.settings, option.micro_batch): steps for option, steps in timed}
-    if not decision.chosen.measured:
-        found.append(search.interpolated_row(chosen_curve, decision.chosen, effective_batch))
-    for option, _ in timed:
-        if (
-            not option.measured
-            and option.key != decision.chosen.key
-            and option.settings == chosen_curve.settings
-        ):
-            found.append(search.interpolated_row(chosen_curve, option, effective_batch))
     confirmed = [
         dataclasses.replace(row, confirmed_step_s=steps.median_s, confirmed_steps=len(steps.seconds))
         if row.outcome == FITS and (steps := whole.get(_place(row, row.micro_batch))) is not None

@@ -19,9 +19,9 @@ from gatrain import batch
 from gatrain.plan import StepSettings
 from gatrain.tune.search import Candidate, name, simplicity
 
-CLOSE, CLOSE_BETWEEN = 0.03, 0.05
-"""Part of the best's step time within which a candidate is a finalist: one whose size was measured, and one
-whose micro-step time lies on the line between two sizes."""
+CLOSE, MOST_CLOSE = 0.03, 0.10
+"""Part of the best's step time within which a candidate is a finalist: where the micro-steps' times were steady,
+and at most, where they were noisy."""
 MAX_FINALISTS = 3
 ROUNDS = (3, 15)
 MAX_SECONDS = {"cpu": 8.0, "cuda": 10.0}
@@ -94,12 +94,17 @@ class Verdict:
 
 
 def finalists(options: Sequence[Candidate]) -> list[Candidate]:
-    """The candidates that the model cannot tell from the best, best first; one alone where the gap is clear."""
-    fastest = min(option.step_s for option in options)
+    """The measured candidates that the model cannot tell from the best; one alone where the gap is clear.
+
+    The best is first, then the one with the fewest accumulation steps: what is fixed in a micro-step costs it
+    least, so where noise hides the order it is the likeliest to be better. Then the others, best first.
+    """
+    options = [option for option in options if option.measured]
+    best = min(options, key=lambda option: (option.step_s, simplicity(option)))
 
     def is_close(option: Candidate) -> bool:
-        margin = CLOSE if option.measured else CLOSE_BETWEEN
-        return option.step_s <= fastest * (1 + margin)
+        noise = 2 * math.hypot(option.noise, best.noise) if option.key != best.key else 0.0
+        return option.step_s <= best.step_s * (1 + min(max(CLOSE, noise), MOST_CLOSE))
 
     near = sorted(filter(is_close, options), key=lambda option: (option.step_s, simplicity(option)))
     kept: list[Candidate] = []
@@ -107,6 +112,9 @@ def finalists(options: Sequence[Candidate]) -> list[Candidate]:
         # neighbours in size are the same choice: their times differ by less than can be measured
         if all(_differs(option, other) for other in kept):
             kept.append(option)
+    fewest = min(kept[1:], key=lambda option: (option.accumulation_steps, option.step_s), default=None)
+    if fewest is not None:
+        kept = [kept[0], fewest, *(option for option in kept[1:] if option.key != fewest.key)]
     return kept[:MAX_FINALISTS]
 
 

@@ -18,7 +18,7 @@ from gatrain.config import RunConfig
 from gatrain.errors import GatrainError, Interrupted
 from gatrain.launch.nodes import Nodes
 from gatrain.plan import FAILED, FITS, SKIPPED, Plan, StepSettings
-from gatrain.tune import answer, cache, confirm, curve, memory_model, refusal, search
+from gatrain.tune import answer, cache, confirm, curve, memory_model, refusal, search, spec
 from gatrain.tune.answer import Decision
 from gatrain.tune.confirm import Confirmation, WholeSteps
 from gatrain.tune.curve import Curve, Measurement
@@ -44,6 +44,14 @@ NOT_OVERLAPPED = (
     "The overlapped reduction was not compared: memory does not hold both ways beside each other at this "
     "micro-batch. sync=overlap takes it anyway."
 )
+MAX_PROMISING = 3
+"""Sizes, at most, that are measured because the line between others promises something of them."""
+MAX_FLAT = 2
+"""Compiled sizes in a row without a gain that end the climb: one alone may be noise."""
+CLEARLY = 0.03
+"""Part by which a larger compiled size must be slower per sample to end the climb at once."""
+STEP_UP = 1.15
+"""Factor above the largest compiled size that fits from which one more, below what does not, is worth compiling."""
 MAX_ENGINES_BESIDE = confirm.MAX_FINALISTS
 """Further models with their optimizers that the processes of a confirmation may hold."""
 
@@ -104,21 +112,53 @@ class Planner:
             explores = asked.compile and self._fixed is None
             first = dataclasses.replace(asked, compile=False) if explores else asked
             base = self._curve(first, self._sizes())
-            compiles, fits_plain = self._question.tries_compile or explores, bool(self._options())
+            compiles, fits_plain = self._question.tries_compile or explores, bool(self._measured())
             if compiles and fits_plain:
                 self._try_compiled(required=explores)
             elif explores:
                 self._curve(asked, self._sizes())  # fused kernels may fit where the plain ones do not
             if self._question.tries_checkpointing:
                 self._try_checkpointing(base)
-                if compiles and not fits_plain and self._options():
+                if compiles and not fits_plain and self._measured():
                     self._try_compiled(required=explores)
-            options = [option for option in self._options() if option.settings.compile or not asked.compile]
+            self._measure_promising()
+            options = [option for option in self._allowed() if option.measured]
             if not options:
                 refusal.refuse(
                     self._used, self._question, self._config, self._hardware.device, self._free_bytes
                 )
             return self._answer(self._decide(options))
+
+    def _allowed(self) -> list[Candidate]:
+        """The candidates that may be chosen: uncompiled ones only lead the way where compilation is asked for."""
+        must_compile = self._question.base.compile
+        return [option for option in self._options() if option.settings.compile or not must_compile]
+
+    def _measure_promising(self) -> None:
+        """A size is chosen only if it was measured. One between measured sizes, or below the compiled ones, that
+        promises more than the best of these is measured now; also for another effective batch than the cache's."""
+        for _ in range(MAX_PROMISING):
+            options = self._allowed()
+            best = min((option.step_s for option in options if option.measured), default=float("inf"))
+
+            def promises(option: Candidate, best: float = best) -> bool:
+                is_between = self._measured_anything and not self._is_estimate(option)
+                return option.step_s < best * (1 - (search.NOISE if is_between else curve.WORTH_TRIALS))
+
+            promising = [option for option in options if not option.measured and promises(option)]
+            if self._fixed is not None or not promising:
+                return
+            option = min(promising, key=lambda each: each.step_s)
+            compile_s = max((m.compile_s or 0.0 for m in self._curve_of(option).fitting), default=0.0)
+            needed_s = MIN_SIZE_S + (compile_s if option.settings.compile else 0.0)
+            if math.isfinite(best) and self._runner.seconds_left < needed_s:
+                return
+            self._measure(option.settings, [option.micro_batch], rises=False)
+
+    def _is_estimate(self, option: Candidate) -> bool:
+        """Whether only the uncompiled curve tells of this size."""
+        fitting = self._used[option.settings].fitting
+        return not fitting or option.micro_batch < fitting[0].micro_batch
 
     def _sizes(self) -> list[int]:
         fixed = self._question.fixed_micro_batch
@@ -163,8 +203,9 @@ class Planner:
         if known is not None and self._question.fixed_micro_batch is not None:
             # one size more says nothing about why the curve ended
             measured = dataclasses.replace(measured, stopped=known.stopped, max_seconds=known.max_seconds)
-        elif known is not None and known.stopped == curve.MEMORY and measured.largest < known.largest:
-            measured = dataclasses.replace(measured, stopped=curve.MEMORY)  # a smaller size lifts no limit
+        elif known is not None and known.stopped != curve.INTERRUPTED and measured.largest < known.largest:
+            # a smaller size lifts no limit
+            measured = dataclasses.replace(measured, stopped=known.stopped, max_seconds=known.max_seconds)
         self._curves[measured.settings] = known.with_new(measured) if known else measured
         self._store()
 
@@ -180,7 +221,7 @@ class Planner:
 
     def _try_checkpointing(self, base: Curve) -> None:
         """Recomputation costs time, so it can only win where memory forbids a size that would be faster."""
-        options = self._options()
+        options = self._measured()
         limited = self._used[search.choose(options).settings] if options else base
         largest = limited.fitting[-1].micro_batch if limited.fitting else 0
         if limited.stopped != curve.MEMORY or largest >= self._share:
@@ -190,7 +231,7 @@ class Planner:
             if mode == limited.settings.checkpointing or gain < WORTH_RECOMPUTING.get(mode, 0.0):
                 continue
             way = dataclasses.replace(limited.settings, checkpointing=mode)
-            if way not in self._curves and self._out_of_time(bool(self._options())):
+            if way not in self._curves and self._out_of_time(bool(options)):
                 return
             sizes = [size for size in self._sizes() if 2 * size >= largest]
             if way.compile:
@@ -215,14 +256,12 @@ class Planner:
     def _try_compiled(self, *, required: bool) -> None:
         """Compiling takes long, so few sizes are tried, of the best way so far: from the largest of those that are
         about as fast as the best, since compiled code has less to gain from small ones."""
-        options = self._options()
+        options = self._measured()
         chosen = search.choose(options)
         near = [
             option.micro_batch
             for option in options
-            if option.settings == chosen.settings
-            and option.measured
-            and option.step_s <= (1 + confirm.CLOSE) * chosen.step_s
+            if option.settings == chosen.settings and option.step_s <= (1 + confirm.CLOSE) * chosen.step_s
         ]
         way = dataclasses.replace(chosen.settings, compile=True)
         if way in self._curves or not self._out_of_time(has_answer=not required):
@@ -242,42 +281,64 @@ class Planner:
         if self._fixed is not None or start not in {m.micro_batch for m in measured.fitting}:
             return
         sizes = self._sizes()
-        first: float | None = None
-        last = start
+        gains: list[float] = []
+        best, flat = start, 0
         for size in [each for each in sizes if each > start]:
-            gain = self._gain_of(way, size, last)
-            first = gain if last == start else first
-            if gain is None or gain < search.NOISE:
+            gain = self._gain_of(way, size, best)
+            if gain is None:
+                if self._used[way].stopped == curve.MEMORY and not (gains and gains[-1] < -search.NOISE):
+                    self._below_refused(way, size, best)
                 break
-            last = size
-        if first is not None and first < -search.NOISE:  # larger is slower, so smaller may be faster
+            gains.append(gain)
+            best, flat = (size, 0) if gain >= search.NOISE else (best, flat + 1)
+            if flat == MAX_FLAT or gain < -CLEARLY or (flat and self._compile_s(way) > MAX_COMPILE_S):
+                break
+        if gains and gains[0] < -search.NOISE and best == start:  # larger is slower, so smaller may be faster
             for size in [each for each in reversed(sizes) if each < start]:
-                gain = self._gain_of(way, size, last)
+                gain = self._gain_of(way, size, best)
                 if gain is None or gain < search.NOISE:
                     break
-                last = size
+                best = size
 
-    def _gain_of(self, way: StepSettings, size: int, last: int) -> float | None:
-        """Measure one size more: the part by which it is faster per sample than ``last``; None where it does not
+    def _below_refused(self, way: StepSettings, refused: int, best: int) -> None:
+        """One size more between the largest that fits and one that does not: the largest cut of the share that the
+        memory line lets hope for."""
+        known = self._used[way]
+        if self._compile_s(way) > MAX_COMPILE_S:
+            return
+        cuts = {batch.even_size(self._share, -(-self._share // k)) for k in range(1, 65)}
+        lowest = STEP_UP * known.fitting[-1].micro_batch
+        budget = known.budget_bytes or self._free_bytes
+        for size in sorted(cuts, reverse=True):
+            if lowest <= size < refused and self._predicted_peak(way, size) <= budget:
+                self._gain_of(way, size, best)
+                return
+
+    def _compile_s(self, way: StepSettings) -> float:
+        return max((m.compile_s or 0.0 for m in self._used[way].fitting), default=0.0)
+
+    def _predicted_peak(self, way: StepSettings, size: int) -> float:
+        """Peak bytes at ``size``, from the nearest size that fits: what is not state grows with the samples."""
+        near = min(self._used[way].fitting, key=lambda m: abs(m.micro_batch - size))
+        state = self._state_bytes
+        return state + ((near.peak_memory_bytes or 0) - state) * size / near.micro_batch
+
+    def _gain_of(self, way: StepSettings, size: int, best: int) -> float | None:
+        """Measure one size more: the part by which it is faster per sample than ``best``; None where it does not
         fit or there is no time."""
         known = self._used[way]
-        before = {m.micro_batch: m for m in known.fitting}[last]
-        needed_s = (before.compile_s or 0.0) + MIN_SIZE_S
+        needed_s = self._compile_s(way) + MIN_SIZE_S
         if self._runner.seconds_left < needed_s:
-            left_s = max(0.0, self._runner.seconds_left)
-            text = f"no time: it would take about {needed_s:.0f} s, {left_s:.0f} s are left"
-            self._skip(way, size, curve.TIME, text)
+            self._skip(way, size, curve.TIME, spec.no_time(needed_s, self._runner.seconds_left))
             return None
-        state = self._state_bytes
-        # one point: what is not state grows with the samples
-        peak = state + ((before.peak_memory_bytes or 0) - state) * size / last
+        peak = self._predicted_peak(way, size)
         over = peak - (known.budget_bytes or self._free_bytes)
-        if before.peak_memory_bytes and over > memory_model.STEP_ERROR * peak:
+        if over > memory_model.STEP_ERROR * peak:
             text = f"its predicted peak is {units.size(over)} above what may be used"
             self._skip(way, size, curve.MEMORY, text)
             return None
         found = {m.micro_batch: m for m in self._measure(way, [size], rises=False).fitting}
-        return _rate(found[size]) / _rate(before) - 1 if size in found else None
+        return _rate(found[size]) / _rate(found[best]) - 1 if size in found else None
 
     def _skip(self, way: StepSettings, size: int, why: str, text: str) -> None:
         known = self._curves[way]
@@ -308,9 +369,12 @@ class Planner:
             )
         ]
 
+    def _measured(self) -> list[Candidate]:
+        return [option for option in self._options() if option.measured]
+
     def _decide(self, options: list[Candidate]) -> Decision:
         """Choose by the model and, where that is a close call, by whole steps. Pure but for those trials."""
-        near = confirm.finalists(self._worth_timing(options))
+        near = confirm.finalists(options)
         overlapping = self._overlapping(near[0])
         remarks = [NOT_OVERLAPPED] if self._overlaps and not overlapping else []
         named = {option.key: option for option in (*near, *overlapping)}
@@ -323,15 +387,8 @@ class Planner:
                 return Decision(verdict.chosen, options, verdict, timed, remarks=remarks)
             failed = {option.key for option, steps in timed if steps.error}
             options = [option for option in options if option.key not in failed] or options
-        chosen = search.choose(self._worth_timing(options))
+        chosen = search.choose(options)
         return Decision(chosen, options, timed=timed or [], remarks=remarks, is_close=len(near) > 1)
-
-    def _worth_timing(self, options: list[Candidate]) -> list[Candidate]:
-        """Without compiled sizes that were not measured, unless they promise more than the measured ones: timing
-        one would have to compile it first."""
-        measured = [option.step_s for option in options if option.measured]
-        bar = min(measured, default=float("inf")) * (1 - search.NOISE)
-        return [o for o in options if o.measured or not o.settings.compile or o.step_s < bar]
 
     def _overlapping(self, best: Candidate) -> list[Candidate]:
         """The best candidate with the other way of reducing: on several GPUs only whole steps can compare."""
@@ -383,9 +440,7 @@ class Planner:
             known = self._curve_of(option)
             done = {m.micro_batch for m in known.fitting if not m.is_estimate}
             shares = option.shares or batch.rank_shares(self._effective, self._world_size)
-            needed = {
-                part for share in set(shares) for part in batch.micro_batch_sizes(share, option.micro_batch)
-            }
+            needed = {part for share in set(shares) for part, _ in search.parts(share, option.micro_batch)}
             cost_s = len(needed - done) * max((m.compile_s or 0.0 for m in known.fitting), default=0.0)
             if not option.settings.compile or cost_s <= left_s:
                 left_s -= cost_s if option.settings.compile else 0.0

@@ -31,7 +31,8 @@ class TrialRunner:
     Args:
         config: of the run; it reaches the processes as a file.
         run: lets the processes answer, such as a `gatrain.tune.host.TrialHost`.
-        max_seconds: time for all curves together, the start of the processes included.
+        max_seconds: time for all curves together. It runs while sizes are measured: what the start of the
+            processes, the user's imports, the data and the model take is not counted.
         keep: called with every curve, complete or not, also when a person interrupts.
         progress: told one sentence per trial.
         shared: a folder that the ranks of all nodes can read, where there are several.
@@ -49,7 +50,7 @@ class TrialRunner:
         self._config = config
         self._shared = shared
         self._run = run
-        self._deadline = time.time() + max_seconds
+        self._spent_s = 0.0
         self._max_seconds = max_seconds
         self._keep = keep
         self._progress = progress
@@ -57,7 +58,7 @@ class TrialRunner:
     @property
     def seconds_left(self) -> float:
         """Until no further size may be started."""
-        return self._deadline - time.time()
+        return self._max_seconds - self._spent_s
 
     def measure(
         self,
@@ -81,7 +82,7 @@ class TrialRunner:
         asked = TrialSpec(
             settings=way,
             sizes=tuple(sizes),
-            deadline=self._deadline,
+            seconds=self.seconds_left,
             memory_fraction=self._config.tune.memory_fraction,
             # a limit that a person has set is kept
             patience_s=self._max_seconds if self._config.tune.max_seconds is None else 0.0,
@@ -97,6 +98,7 @@ class TrialRunner:
             # JSON is YAML as well
             (folder / spec.CONFIG).write_text(json.dumps(dataclasses.asdict(self._config)), encoding="utf-8")
             self._progress(_announcement(way, sizes, rises))
+            began = time.time()
             try:
                 with listening(folder / spec.LINES, self._tell):
                     self._run(folder)
@@ -107,6 +109,7 @@ class TrialRunner:
             except GatrainError as caught:
                 error = caught
             answers = _read(folder)
+            self._spent_s += max(0.0, time.time() - (answers.ready_at or began))
         if error is not None:
             if whole is not None and answers.stopped is not None:
                 self._progress(f"the finalists could not be timed as whole steps: {error}")

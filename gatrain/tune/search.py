@@ -4,15 +4,18 @@ The cost of one optimizer step on the busiest rank is
 
     step_s(b) = sum of micro_step_s over that rank's micro-batches + reduce_s + optimizer_s
 
-where the time of a size that was not measured lies on the line between measured ones. Where the ranks are unequal
-it is the largest of all ranks, each with times and a share of its own.
+where the time of a micro-batch smaller than ``b`` lies on the line between measured sizes; ``b`` itself, the size
+that is chosen, was measured. Where the ranks are unequal it is the largest of all ranks, each with times and a
+share of its own.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from gatrain import batch, units
@@ -23,6 +26,8 @@ NOISE = 0.01
 """Step times that differ by less than this part are taken as equal."""
 LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 5e-2}
 """Relative difference between losses of equal samples that rounding in that precision cannot explain."""
+NEARLY = 1 / 16
+"""A micro-batch that is smaller than a measured size by at most this part takes as long per sample."""
 MAX_EXTRA_SIZES = 6
 _CHECKPOINTING_ORDER = ("none", "selective", "full")
 
@@ -36,9 +41,12 @@ class Candidate:
     accumulation_steps: int
     step_s: float
     measured: bool
-    """False where the micro-step time lies on the line between two measured sizes."""
+    """False where the micro-step time lies on the line between two measured sizes: such a size is measured before
+    it may be chosen."""
     shares: tuple[int, ...] = ()
     """Samples of each rank; empty where they are equal, up to one sample."""
+    noise: float = 0.0
+    """Relative standard error of the measured micro-step."""
 
     @property
     def key(self) -> tuple[StepSettings, int, tuple[int, ...]]:
@@ -50,10 +58,12 @@ def candidate_sizes(share: int) -> list[int]:
     """Micro-batch sizes worth measuring for a share of ``share`` samples, rising; 1 and ``share`` are among
     them.
 
-    Powers of two cover the curve; the share itself means no accumulation; a few divisors and near-equal cuts
-    (``share / k`` rounded up) avoid a small remainder. Sizes close to another are left out.
+    Powers of two, as the share is really cut by them, cover the curve; the share itself means no accumulation; a
+    few divisors and near-equal cuts (``share / k`` rounded up) avoid a small remainder. Sizes close to another are
+    left out.
     """
-    sizes = {1, share, *(2**power for power in range(share.bit_length()) if 2**power <= share)}
+    powers = (2**power for power in range(share.bit_length()))
+    sizes = {1, share, *(batch.even_size(share, power) for power in powers if power <= share)}
     lowest = max(6, share // 32)
     divisors = [share // k for k in range(2, 65) if share % k == 0]
     cuts = [-(-share // k) for k in range(2, 5)]
@@ -66,6 +76,12 @@ def candidate_sizes(share: int) -> list[int]:
             sizes.add(size)
             extras += 1
     return sorted(sizes)
+
+
+@functools.lru_cache(maxsize=4096)
+def parts(share: int, size: int) -> tuple[tuple[int, int], ...]:
+    """The micro-batches that a share is cut into where none may exceed ``size``: (samples, how many) of each."""
+    return tuple(collections.Counter(batch.micro_batch_sizes(share, size)).items())
 
 
 def reject_wrong_losses(curve: Curve) -> Curve:
@@ -127,7 +143,7 @@ def candidates(
     Where the ranks are unequal, the same with shares in proportion to their speed.
     """
     fitting = {m.micro_batch for m in curve.fitting}
-    measured = {m.micro_batch for m in curve.fitting if not m.is_estimate}
+    measured = {m.micro_batch: m for m in curve.fitting if not m.is_estimate}
     if not fitting:
         return []
     found = []
@@ -135,7 +151,7 @@ def candidates(
         share = max(shares) if shares else batch.largest_share(effective_batch, world_size)
         cuts = {-(-share // k) for k in range(1, 33)}
         # a size that does not divide the share is evened out, which gives one of the cuts
-        sizes = {batch.even_size(share, size) for size in fitting | cuts if size <= share}
+        sizes = {_name_of(share, size, measured) for size in fitting | cuts if size <= share}
         sizes = {size for size in sizes if _is_vouched_for(curve, size)}
         if fixed is not None:
             sizes = fitting & {fixed}
@@ -147,11 +163,22 @@ def candidates(
                 step_s=step_seconds(curve, effective_batch, world_size, size, shares),
                 measured=size in measured,
                 shares=shares,
+                noise=(measured[size].noise or 0.0) if size in measured else 0.0,
             )
             for size in sorted(sizes)
             if not _uses_unusable(curve, shares or batch.rank_shares(effective_batch, world_size), size)
         ]
     return sorted(found, key=lambda option: (option.micro_batch, option.shares))
+
+
+def _name_of(share: int, size: int, measured: Collection[int]) -> int:
+    """The largest micro-batch that a share cut by ``size`` really has, or a measured size that is hardly larger and
+    cuts the share in the same way."""
+    even = batch.even_size(share, size)
+    alike = (each for each in measured if even <= each <= (1 + NEARLY) * even)
+    return min(
+        (each for each in alike if batch.even_size(share, each) == even and each <= share), default=even
+    )
 
 
 def unequal_shares(curve: Curve, effective_batch: int, world_size: int) -> tuple[int, ...]:
@@ -181,7 +208,7 @@ def _size(measurement: Measurement) -> int:
 
 def _uses_unusable(curve: Curve, shares: Iterable[int], size: int) -> bool:
     """Whether any rank's split contains a size that is known to crash, such as BatchNorm's single sample."""
-    used = {part for share in set(shares) for part in batch.micro_batch_sizes(share, size)}
+    used = {part for share in set(shares) for part, _ in parts(share, size)}
     return bool(used & curve.unusable)
 
 
@@ -200,18 +227,18 @@ def step_seconds(
 
 def share_seconds(curve: Curve, share: int, size: int) -> float:
     """Seconds of all micro-steps of ``share`` samples on the slowest rank."""
-    sizes = batch.micro_batch_sizes(share, size)
-    return sum(sizes.count(part) * curve.micro_step_s(part) for part in set(sizes))
+    return sum(count * curve.micro_step_s(part) for part, count in parts(share, size))
 
 
 def choose(options: Sequence[Candidate]) -> Candidate:
-    """The fastest candidate; within the noise the simpler one.
+    """The fastest candidate that was measured; within the noise the simpler one.
 
-    Simpler means: equal shares, not compiled, less checkpointing, fewer accumulation steps, measured itself.
+    Simpler means: equal shares, not compiled, less checkpointing, fewer accumulation steps.
 
     Raises:
-        ValueError: ``options`` is empty.
+        ValueError: none of ``options`` was measured.
     """
+    options = [option for option in options if option.measured]
     if not options:
         raise ValueError("no candidate")
     fastest = min(option.step_s for option in options)
@@ -219,14 +246,13 @@ def choose(options: Sequence[Candidate]) -> Candidate:
     return min(equal, key=lambda option: (*simplicity(option), option.step_s))
 
 
-def simplicity(option: Candidate) -> tuple[bool, bool, int, int, bool]:
+def simplicity(option: Candidate) -> tuple[bool, bool, int, int]:
     """Sorts the simpler candidate first."""
     return (
         bool(option.shares),
         option.settings.compile,
         _CHECKPOINTING_ORDER.index(option.settings.checkpointing),
         option.accumulation_steps,
-        not option.measured,
     )
 
 
@@ -260,26 +286,6 @@ def trial_rows(curve: Curve, effective_batch: int, world_size: int) -> list[Tria
             )
         )
     return rows
-
-
-def interpolated_row(curve: Curve, chosen: Candidate, effective_batch: int) -> Trial:
-    """The table's row of a chosen size that was not measured itself."""
-    measured = [m.micro_batch for m in curve.fitting if not m.is_estimate]
-    below = max((size for size in measured if size < chosen.micro_batch), default=None)
-    above = min(size for size in measured if size > chosen.micro_batch)
-    source = f"on the line between {below} and {above}" if below else f"as uncompiled, scaled to meet {above}"
-    return Trial(
-        micro_batch=chosen.micro_batch,
-        precision=curve.settings.precision,
-        checkpointing=curve.settings.checkpointing,
-        compile=curve.settings.compile,
-        outcome=FITS,
-        peak_memory_bytes=curve.peak_bytes(chosen.micro_batch),
-        micro_step_s=curve.micro_step_s(chosen.micro_batch),
-        samples_per_s=effective_batch / chosen.step_s if chosen.step_s > 0 else None,
-        step_s=chosen.step_s,
-        error=f"not measured: {source}",
-    )
 
 
 def explain(

@@ -2,7 +2,7 @@
 
 Lines of ``trials.jsonl``, each flushed, so that a crash or Ctrl-C keeps what was measured:
 
-    {"event": "ready", "modes": [...], "budget_bytes": n}    model built; what it offers and may use
+    {"event": "ready", "modes": [...], "budget_bytes": n, "at": t}   model built; what it offers and may use; when
     {"event": "start", "micro_batch": b}                     about to try b; without an answer: a crash
     {"event": "trial", "measurement": {...}}                 the answer
     {"event": "end", "stopped": "memory"}                    why no larger size was tried
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gatrain import units
 from gatrain.plan import StepSettings
 from gatrain.rundir import read_json, write_json
 from gatrain.tune.confirm import Confirmation, Finalist
@@ -47,11 +48,12 @@ class TrialSpec:
 
     settings: StepSettings
     sizes: tuple[int, ...]
-    deadline: float
-    """``time.time()`` at which no further size may be started; the first size is always tried."""
+    seconds: float
+    """From the moment at which model and data are built, after which no further size may be started; the first size
+    is always tried."""
     memory_fraction: float
     patience_s: float = 0.0
-    """Seconds beyond the deadline that may be spent while larger sizes still gain a lot: on a busy machine a
+    """Seconds beyond these that may be spent while larger sizes still gain a lot: on a busy machine a
     choice made too early would cost more in training."""
     rises: bool = True
     """Sizes rise, and larger ones that bring nothing end it; False measures every size in the order given."""
@@ -75,6 +77,8 @@ class Answers:
     modes: tuple[str, ...] | None = None
     """None while the model is not built."""
     budget_bytes: int | None = None
+    ready_at: float | None = None
+    """``time.time()`` at which model and data were built: what came before is the user's own time."""
     measurements: list[Measurement] = field(default_factory=list)
     started: int | None = None
     """The size under way, or the one that took the processes down."""
@@ -89,6 +93,7 @@ class Answers:
                 case "ready":
                     self.modes = tuple(said["modes"])
                     self.budget_bytes = int(said["budget_bytes"])
+                    self.ready_at = float(said["at"]) if "at" in said else None
                 case "start":
                     self.started = int(said["micro_batch"])
                 case "trial":
@@ -102,6 +107,13 @@ class Answers:
         except (ValueError, KeyError, TypeError):
             pass
         return None
+
+
+def no_time(needed_s: float, left_s: float) -> str:
+    """Why a size was not tried."""
+    if left_s <= 0:
+        return f"no time is left, and it would take about {units.seconds(needed_s)}"
+    return f"no time: it would take about {units.seconds(needed_s)}, and {units.seconds(left_s)} are left"
 
 
 def read_answers(lines: Iterable[str]) -> Answers:

@@ -132,7 +132,8 @@ class Desk:
                     "Use a smaller model, or a GPU that no other process uses."
                 ) from error
             raise
-        lines.write("ready", modes=list(modes), budget_bytes=min(self.peers.gather(memory.budget_bytes)))
+        budget_bytes = min(self.peers.gather(memory.budget_bytes))
+        lines.write("ready", modes=list(modes), budget_bytes=budget_bytes, at=time.time())
         reference = self._references.setdefault(asked.settings.precision, Reference())
         meter = SizeMeter(engine, batches, self._rank, self.peers, memory, reference)
         rise = Rise(asked, meter, self.peers, memory, lines, self._rank)
@@ -194,6 +195,7 @@ class Rise:
         self._memory = memory
         self._lines = lines
         self._rank = this
+        self._deadline = time.monotonic() + asked.seconds
         self._base = memory.base()
         self._points: list[tuple[int, int]] = []
         self.measured: list[Measurement] = []
@@ -256,11 +258,11 @@ class Rise:
             return curve.INTERRUPTED
         if self._wall_s < 0:
             return None  # the first size is always tried
-        left = self._asked.deadline - time.time() + (self._asked.patience_s if self._is_gaining() else 0.0)
+        left = self._deadline - time.monotonic() + (self._asked.patience_s if self._is_gaining() else 0.0)
         needed = self._predicted_seconds(size)
         # rank 0's clock decides for all
         if self._peers.gather(needed > left)[0]:
-            self._skip(size, f"no time: it would take about {needed:.0f} s, {max(left, 0):.0f} s are left")
+            self._skip(size, spec.no_time(needed, left))
             return curve.TIME
         over = max(self._peers.gather(self._over(size)))
         if over > 0:
@@ -346,7 +348,7 @@ class Rise:
 
     def _last(self, size: int) -> str:
         """Try the largest size if that is cheap. Collective."""
-        left = self._asked.deadline - time.time()
+        left = self._deadline - time.monotonic()
         if self._peers.gather(self._predicted_seconds(size) > SHARE_OF_BUDGET * left)[0]:
             return curve.LEVEL
         if self._stop_before(size) is None:
