@@ -19,6 +19,7 @@ from gatrain.errors import ConfigError, GatrainError, nearest
 from gatrain.plan import StepSettings
 from gatrain.signatures import believed_parameters, certain_parameters, mistake
 from gatrain.tasks.base import Task
+from gatrain.tasks.parts import map_style
 from gatrain.train.engine import Engine, StepClock
 from gatrain.train.ranks import Ranks
 from gatrain.train.seeding import DATA, MODEL, seeded
@@ -61,6 +62,9 @@ def build_task(config: RunConfig) -> Task:
             f"task._target_={config.task['_target_']} gave a {type(task).__name__}, not a gatrain.tasks.Task. "
             "Subclass gatrain.tasks.Task, or use gatrain.tasks.Supervised."
         )
+    map_style(task.train_data, "train_data")
+    if task.eval_data is not None:
+        map_style(task.eval_data, "eval_data")
     return task
 
 

@@ -38,7 +38,9 @@ class TrainConfig:
     log_every: int = 10
     """Optimizer steps between two readings of the metrics from the device."""
     data_workers: int = 0
-    """Processes per rank that load samples; 0 loads in a thread of the rank itself."""
+    """Processes per rank that load samples; 0 loads in the rank itself."""
+    drop_last: bool = False
+    """Leave out the short window at the end of an epoch."""
 
 
 @dataclass(frozen=True)

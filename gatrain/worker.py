@@ -18,18 +18,25 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
     from gatrain.train.events import RunInfo
     from gatrain.train.loop import Trainer
     from gatrain.train.saved_state import Progress
+    from gatrain.train.seeding import PROCESS, seed_everything
     from gatrain.train.windows import WindowSchedule
 
     run_dir = RunDir(folder)
     config = load_config(run_dir.config)
     plan = run_dir.load_plan()
     task = build.build_task(config)
-    schedule = WindowSchedule(len(task.train_data), config.batch.effective, config.train.seed)
+    schedule = WindowSchedule(
+        len(task.train_data), config.batch.effective, config.train.seed, config.train.drop_last
+    )
     total_steps = schedule.steps(config.train.steps, config.train.epochs)
     clock = StepClock(config.schedule, total_steps, config.batch.effective)
     engine = build.build_engine(task, config, plan.settings, rank.device, clock)
 
-    fresh = Progress(0, 0, 0, config.batch.effective, config.train.seed, schedule.samples)
+    fresh = Progress(
+        *(0, 0, 0, config.batch.effective, config.train.seed, schedule.samples), drop_last=schedule.drop_last
+    )
+    # what draws outside a seeded step repeats as well
+    seed_everything(config.train.seed, PROCESS, rank.rank)
     # rank 0 chooses, so that all ranks resume from the same state
     found = saved_state.newest_valid(run_dir.saved) if engine.ranks.rank == 0 else (None, [])
     path, problems = engine.ranks.share_object(found)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
@@ -11,6 +12,9 @@ from gatrain.errors import ConfigError, DataError
 from gatrain.tasks.base import Samples, is_deterministic
 
 ModelFactory = Callable[[], nn.Module]
+
+HELD_OUT_SPLITS = ("validation", "valid", "val", "dev", "eval", "test")
+"""Names of a held-out split in a mapping of splits; the first that is there is used."""
 
 
 class Part:
@@ -72,7 +76,8 @@ def find_splits(data: Any, eval_fraction: float = 0.0) -> tuple[Samples, Samples
     """The training and the held-out samples of a data source, or of a plain dataset.
 
     Args:
-        data: an object with ``train`` and perhaps ``eval``, or a map-style dataset.
+        data: an object with ``train`` and perhaps ``eval``, a mapping of splits (``train`` and, to hold out, one
+            of `HELD_OUT_SPLITS`), or a map-style dataset.
         eval_fraction: of a plain dataset, the share at its end that is held out.
 
     Raises:
@@ -81,6 +86,8 @@ def find_splits(data: Any, eval_fraction: float = 0.0) -> tuple[Samples, Samples
     """
     if not 0 <= eval_fraction < 1:
         raise ConfigError(f"task.eval_fraction={eval_fraction} is not at least 0 and below 1. Try 0.1.")
+    if _is_mapping_of_splits(data):
+        data = _named_splits(data, eval_fraction)
     held_out: Samples | None = None
     if hasattr(data, "train") and not hasattr(data, "__getitem__"):
         if eval_fraction:
@@ -108,12 +115,45 @@ def find_splits(data: Any, eval_fraction: float = 0.0) -> tuple[Samples, Samples
     return train, held_out
 
 
+def _is_mapping_of_splits(data: Any) -> bool:
+    return isinstance(data, Mapping) and any(isinstance(key, str) for key in data)
+
+
+def _named_splits(data: Mapping[Any, Any], eval_fraction: float) -> Any:
+    """A mapping of splits, such as a DatasetDict, as a source with ``train`` and ``eval``, or its ``train`` alone
+    where a part of that is to be held out.
+
+    Raises:
+        ConfigError: it has no ``train``.
+    """
+    name, splits = type(data).__name__, ", ".join(repr(split) for split in data)
+    if "train" not in data:
+        raise ConfigError(
+            f"data is a {name} with the splits {splits or '(none)'}, but gatrain trains on 'train'. Give one "
+            f"split, such as data[{next(iter(data), 'train')!r}], or an object with train and eval."
+        )
+    held_out = next((split for split in HELD_OUT_SPLITS if split in data), None)
+    if held_out is None:
+        return data["train"]
+    if eval_fraction:
+        raise ConfigError(
+            f"task.eval_fraction={eval_fraction} applies to a plain dataset, but the {name} brings "
+            f"{held_out!r}. Remove task.eval_fraction, or give data['train'] alone."
+        )
+    return SimpleNamespace(train=data["train"], eval=data[held_out])
+
+
 def map_style(dataset: Any, name: str) -> Samples:
     """Refuse what cannot be read by index.
 
     Raises:
         ConfigError: says what a dataset needs.
     """
+    if _is_mapping_of_splits(dataset):
+        raise ConfigError(
+            f"{name} is a {type(dataset).__name__} with the splits {', '.join(map(repr, dataset))}, not a "
+            "dataset of samples. Give one of them, such as data['train']."
+        )
     if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
         return dataset  # type: ignore[no-any-return]
     what = "an iterable dataset" if hasattr(dataset, "__iter__") else f"a {type(dataset).__name__}"

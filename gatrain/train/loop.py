@@ -152,6 +152,7 @@ class Trainer:
     def _advance(self, result: WindowResult) -> None:
         before = self.progress
         self.progress = Progress(
+            drop_last=before.drop_last,
             step=before.step + 1,
             samples=before.samples + int(result.counts["samples"]),
             tokens=before.tokens + int(result.counts["tokens"]),

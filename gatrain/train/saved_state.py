@@ -48,6 +48,8 @@ class Progress:
     data_samples: int
     """Size of the training data: the permutation depends on it."""
     scaler: dict[str, float] | None = None
+    drop_last: bool = False
+    """Whether epochs end with their last full window: the windows depend on it."""
 
 
 def save(
@@ -264,6 +266,7 @@ def check_same_run(progress: Progress, expected: Progress) -> None:
         "effective_batch": "batch.effective",
         "seed": "train.seed",
         "data_samples": "the number of training samples",
+        "drop_last": "train.drop_last",
     }
     differences = [
         f"{label} was {getattr(progress, name)} and is {getattr(expected, name)}"

@@ -97,6 +97,8 @@ class WindowSchedule:
     samples: int
     effective_batch: int
     seed: int
+    drop_last: bool = False
+    """Leave out the short window at the end of each epoch; its samples have their turn in another epoch."""
 
     def __post_init__(self) -> None:
         if self.samples < self.effective_batch:
@@ -108,7 +110,9 @@ class WindowSchedule:
 
     @property
     def per_epoch(self) -> int:
-        """Windows of one epoch; the last may be short."""
+        """Windows of one epoch; the last may be short, unless that is left out."""
+        if self.drop_last:
+            return self.samples // self.effective_batch
         return -(-self.samples // self.effective_batch)
 
     def window(self, index: int) -> Window:
@@ -127,16 +131,24 @@ class WindowSchedule:
 
 
 def windows(
-    samples: int, effective_batch: int, *, seed: int = 0, rank: int = 0, world_size: int = 1, start: int = 0
+    samples: int,
+    effective_batch: int,
+    *,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    start: int = 0,
+    drop_last: bool = False,
 ) -> Iterator[list[int]]:
     """Yield, without end, the sample ids of this rank for window ``start``, ``start`` + 1, ...
 
-    The library form for people who keep their own loop: every world size sees the same windows.
+    The library form for people who keep their own loop: every world size sees the same windows. ``drop_last``
+    leaves out the short window at the end of each epoch.
 
     Raises:
         DataError: fewer samples than ``effective_batch``.
     """
-    schedule = WindowSchedule(samples, effective_batch, seed)
+    schedule = WindowSchedule(samples, effective_batch, seed, drop_last)
     index = start
     while True:
         yield schedule.window(index).slice_of(rank, world_size)[1].tolist()
