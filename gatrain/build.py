@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from gatrain.causes import chain, told
+from gatrain.causes import told
 from gatrain.config import RunConfig
 from gatrain.construction import build_without_memory_or_really, check_numbers, check_shapes, kept_defaults
-from gatrain.errors import ConfigError, GatrainError, nearest
+from gatrain.errors import ConfigError, GatrainError, chain, nearest
 from gatrain.plan import StepSettings
 from gatrain.signatures import believed_parameters, certain_parameters, mistake
 from gatrain.tasks.base import Task

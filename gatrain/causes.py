@@ -7,18 +7,10 @@ import sysconfig
 import traceback
 from pathlib import Path
 
+from gatrain.errors import chain
+
 LONGEST = 1500
 """Characters shown of one message: some libraries add a page of advice."""
-
-
-def chain(error: BaseException) -> list[BaseException]:
-    """The error and what led to it, outermost first, each once. What was raised ``from None`` hides its cause."""
-    found: list[BaseException] = []
-    current: BaseException | None = error
-    while current is not None and all(current is not each for each in found):
-        found.append(current)
-        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
-    return found
 
 
 def told(error: BaseException, prefix: str = "") -> str:

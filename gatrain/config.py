@@ -36,7 +36,7 @@ class TrainConfig:
     """Passes over the training data, fractions allowed; rounded up to whole windows."""
     seed: int = 0
     log_every: int = 10
-    """Optimizer steps between two readings of the metrics from the device."""
+    """Optimizer steps between two readings of the metrics from the device (at the latest after 256)."""
     data_workers: int = 0
     """Processes per rank that load samples; 0 loads in the rank itself."""
     drop_last: bool = False
@@ -92,7 +92,9 @@ class EvalConfig:
 @dataclass(frozen=True)
 class SaveConfig:
     every: int = 0
-    """Optimizer steps between saved states; 0 saves at the end only."""
+    """Optimizer steps between saved states; 0 leaves it to ``minutes``. The last state is always saved."""
+    minutes: float = 10.0
+    """At most this many minutes of work are lost, the writing included, beside ``every``; 0 turns it off."""
     keep: int = 2
     """Newest saved states to keep; 0 keeps all."""
 
@@ -227,6 +229,10 @@ def validate(config: RunConfig) -> None:
     if config.eval.samples is not None:
         _at_least("eval.samples", config.eval.samples, 1)
     _at_least("save.every", config.save.every, 0)
+    if not 0 <= config.save.minutes < float("inf"):  # written so that nan is refused too
+        raise ConfigError(
+            f"save.minutes={config.save.minutes} is not a number of minutes of at least 0 (0 saves by steps only)."
+        )
     _at_least("save.keep", config.save.keep, 0)
     if config.tune.max_seconds is not None:
         _above_zero("tune.max_seconds", config.tune.max_seconds)

@@ -10,7 +10,8 @@
     ├── SavedStateError       8   no valid saved state, or one that belongs to another run
     ├── ExactnessError        9   counted and used weights differ, or a gradient is not finite
     ├── VerifyError          10   `gatrain verify` found a split gradient that is not equal
-    └── WorkerError          11   a rank failed with an error of the user's code
+    ├── WorkerError          11   a rank failed with an error of the user's code
+    └── AfterTrainingError   12   all steps are trained and saved; evaluation, showcase, plots or a logger failed
     Interrupted        130/143    stopped by Ctrl-C or SIGTERM; the state was saved
 
 A message says what was given, what is allowed, and what to type next. Leaves hold no logic.
@@ -19,6 +20,8 @@ A message says what was given, what is allowed, and what to type next. Leaves ho
 from __future__ import annotations
 
 import difflib
+import errno
+import sys
 from collections.abc import Iterable
 
 
@@ -92,6 +95,12 @@ class PeerFailed(WorkerError):
     """Another rank failed; that rank's own error is the one to show."""
 
 
+class AfterTrainingError(GatrainError):
+    """Every step is trained and saved; what failed is beside it: an evaluation, the showcase, a plot, a logger."""
+
+    exit_code = 12
+
+
 class Interrupted(GatrainError):
     """The run was asked to stop (SIGINT or SIGTERM) and did so after saving its state."""
 
@@ -112,6 +121,7 @@ EXIT_CODES: dict[int, type[GatrainError]] = {
         ExactnessError,
         VerifyError,
         WorkerError,
+        AfterTrainingError,
         Interrupted,
     )
 }
@@ -121,3 +131,40 @@ def nearest(given: str, allowed: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the closest allowed name, or an empty string."""
     match = difflib.get_close_matches(str(given), [str(name) for name in allowed], n=1, cutoff=0.6)
     return f" Did you mean '{match[0]}'?" if match else ""
+
+
+_OUT_OF_MEMORY = (
+    "out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "alloc failed",
+)  # fmt: skip
+"""How PyTorch, its CPU allocator, the CUDA driver, cuBLAS, cuDNN, cuSOLVER, cuFFT and NCCL say it."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, in any of the ways in which Python, NumPy, PyTorch and its libraries say so.
+
+    The causes of the error count too, and errors in whose handling it was raised: wrappers hide the first.
+    """
+    return any(_says_out_of_memory(each) for each in chain(error))
+
+
+def chain(error: BaseException) -> list[BaseException]:
+    """The error and what led to it, outermost first, each once. What was raised ``from None`` hides its cause."""
+    found: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and all(current is not each for each in found):
+        found.append(current)
+        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
+    return found
+
+
+def _says_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError):  # NumPy's _ArrayMemoryError is one
+        return True
+    torch = sys.modules.get("torch")  # without it no error is torch's
+    if isinstance(error, getattr(torch, "OutOfMemoryError", ())):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    # RuntimeError and what derives from it: torch.AcceleratorError, DistBackendError (NCCL)
+    text = str(error).lower().replace("_", " ")  # CUBLAS_STATUS_ALLOC_FAILED, CUDA_ERROR_OUT_OF_MEMORY
+    return isinstance(error, RuntimeError) and any(words in text for words in _OUT_OF_MEMORY)

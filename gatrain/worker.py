@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gatrain import rank as rank_process
 from gatrain.rundir import RunDir, write_json
+
+if TYPE_CHECKING:
+    from gatrain.config import RunConfig
+    from gatrain.train.saved_state import Progress
 
 
 def work(folder: Path, rank: rank_process.Rank) -> None:
     """Build, resume from the newest saved state if there is one, train, and write the summary."""
     from gatrain import build
     from gatrain.compose import load_config
+    from gatrain.launch.reasons import describe
     from gatrain.report import make_sinks, save_plots
-    from gatrain.train import saved_state
+    from gatrain.report.jsonl import read_lines
+    from gatrain.train import out_of_memory, saved_state
+    from gatrain.train.aftermath import Aftermath
+    from gatrain.train.checkpointing import available_modes
     from gatrain.train.engine import StepClock
     from gatrain.train.events import RunInfo
     from gatrain.train.loop import Trainer
@@ -30,7 +39,8 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
     )
     total_steps = schedule.steps(config.train.steps, config.train.epochs)
     clock = StepClock(config.schedule, total_steps, config.batch.effective)
-    engine = build.build_engine(task, config, plan.settings, rank.device, clock)
+    with out_of_memory.told(config, plan, run_dir, rank.device.type, modes=()):
+        engine = build.build_engine(task, config, plan.settings, rank.device, clock)
 
     fresh = Progress(
         *(0, 0, 0, config.batch.effective, config.train.seed, schedule.samples), drop_last=schedule.drop_last
@@ -48,7 +58,10 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
     with make_sinks(
         run_dir if rank.rank == 0 else None, progress.step, log_every=config.train.log_every
     ) as sinks:
-        baseline = task.baseline() if rank.rank == 0 else None
+        aftermath = Aftermath(lambda error: describe(error)[2], sinks.notice)
+        baseline = None
+        with aftermath.guard("the baseline"):
+            baseline = task.baseline() if rank.rank == 0 and task.eval_data is not None else None
         info = RunInfo(
             recipe=run_dir.recipe(),
             run_dir=run_dir.path,
@@ -83,15 +96,46 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
             run_dir=run_dir,
             sinks=sinks,
             stop_requested=lambda: rank.stop_requested,
+            aftermath=aftermath,
+            evaluation_is_missing=engine.ranks.share_object(
+                _evaluation_is_missing(run_dir, config, progress)
+            ),
         )
-        summary = trainer.run()
+        with out_of_memory.told(config, plan, run_dir, rank.device.type, available_modes(engine.model)):
+            summary = trainer.run()
         if summary["status"] == "stopped":
             rank.request_stop()
         if rank.rank == 0:
             summary["baseline"] = {"name": baseline[0], "loss": baseline[1]} if baseline else None
-            write_json(run_dir.summary, summary)
-            save_plots(run_dir.path)
+            if summary["loss"] is None:  # nothing was left to train
+                summary["loss"] = next(
+                    (line.get("loss") for line in reversed(read_lines(run_dir.metrics))), None
+                )
+            summary["weights"] = _weights_of(run_dir, summary["step"])
+            write_json(run_dir.summary, summary)  # the plots read it
+            with aftermath.guard("the plots"):
+                save_plots(run_dir.path)
+            summary["failed"] = [*aftermath.failures, *sinks.failures]
             sinks.end(summary)
+            summary["failed"] = [*aftermath.failures, *sinks.failures]
+            write_json(run_dir.summary, summary)
+
+
+def _evaluation_is_missing(run_dir: RunDir, config: RunConfig, progress: Progress) -> bool:
+    """Whether the step that the run goes on from was due for an evaluation, and the run ended before it."""
+    from gatrain.report.jsonl import evaluations_path, read_lines
+
+    if not (progress.step and config.eval.every) or progress.step % config.eval.every:
+        return False
+    return all(line["step"] != progress.step for line in read_lines(evaluations_path(run_dir.metrics)))
+
+
+def _weights_of(run_dir: RunDir, step: int) -> str | None:
+    """Path of the trained weights, relative to the run folder."""
+    from gatrain.train.saved_state import weights_path
+
+    path = weights_path(run_dir.saved, step)
+    return str(path.relative_to(run_dir.path)) if path.is_file() else None
 
 
 def _describe_device(rank: rank_process.Rank) -> str:

@@ -56,6 +56,7 @@ EXIT_CODE_HELP = {
     9: "a gradient that would not be exact",
     10: "verify found a difference",
     11: "an error of the user's own code in a rank",
+    12: "trained and saved, but evaluation, showcase, plots or a logger failed",
     130: "stopped by Ctrl-C, after saving",
     143: "stopped by SIGTERM, after saving",
 }

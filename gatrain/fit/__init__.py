@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from gatrain.compose import Composed, compose, reload
 from gatrain.compose.memory import compose_remembered
 from gatrain.config import RunConfig
 from gatrain.errors import (
+    AfterTrainingError,
     ConfigError,
     LaunchError,
     SavedStateError,
@@ -202,7 +204,7 @@ def resume(
                 pass
         raise SavedStateError(_nothing_saved(run_dir))
     summary = read_json(run_dir.summary) if run_dir.summary.is_file() else {}
-    if summary.get("status") == "completed" and not overrides:
+    if summary.get("status") == "completed" and not summary.get("failed") and not overrides:
         return Outcome(run_dir.path, summary, already_complete=True)
     cwd = _working_dir(run_dir)
     request = _as_many_as_before(run_dir, config, request)
@@ -345,7 +347,19 @@ def _launch(run_dir: RunDir, nodes: Nodes, hardware: Hardware, request: WorldReq
             ) from error
         raise
     summary = read_json(run_dir.summary) if run_dir.summary.is_file() else {}
+    if summary.get("failed"):
+        raise AfterTrainingError(_after_training(run_dir, summary))
     return Outcome(run_dir.path, summary)
+
+
+def _after_training(run_dir: RunDir, summary: dict[str, Any]) -> str:
+    weights = run_dir.path / str(summary.get("weights"))
+    lines = [
+        f"all {summary.get('step')} steps are trained and saved in {weights}, but beside the training this failed:",
+        *(f"  {line}" for line in summary["failed"]),
+        f"To evaluate again, without training: gatrain resume {shlex.quote(str(run_dir.path))}",
+    ]
+    return "\n".join(lines)
 
 
 def _follow(

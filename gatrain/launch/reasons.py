@@ -6,18 +6,17 @@ import re
 import sys
 
 from gatrain.causes import told
-from gatrain.errors import DoesNotFitError, GatrainError, WorkerError
+from gatrain.errors import DoesNotFitError, GatrainError, WorkerError, is_out_of_memory
 
 
 def describe(error: BaseException) -> tuple[int, str, str]:
     """Exit code, kind and message of an error."""
     if isinstance(error, GatrainError):
         return error.exit_code, type(error).__name__, str(error)
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(error, torch.OutOfMemoryError):
-        text = re.split(r"(?<=\.) (?=GPU|Of the|Including|If)", str(error))[0]
+    if is_out_of_memory(error):
+        text = re.split(r"(?<=\.) (?=GPU|Of the|Including|If)", str(error) or type(error).__name__)[0]
         hint = "Use a smaller batch.micro, checkpointing=full, or batch.micro=auto to have it measured."
-        return DoesNotFitError.exit_code, DoesNotFitError.__name__, f"out of GPU memory: {text} {hint}"
+        return DoesNotFitError.exit_code, DoesNotFitError.__name__, f"out of memory: {text} {hint}"
     if is_consequence(error):
         first = str(error).partition("\n")[0].partition(" This is typically")[0]
         text = f"lost the connection to another rank, or waited too long for it ({first})"
@@ -29,6 +28,8 @@ def is_consequence(error: BaseException) -> bool:
     """Whether the error only says that another rank is gone; the launcher looks for the cause elsewhere."""
     if getattr(error, "secondary", False):
         return True
+    if is_out_of_memory(error):
+        return False  # what NCCL says of memory is a cause, not the end of a peer
     if isinstance(error, GatrainError):
         return error.__cause__ is not None and is_consequence(error.__cause__)
     if isinstance(error, ConnectionError):

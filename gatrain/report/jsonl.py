@@ -41,9 +41,16 @@ class JsonlSink(QuietSink):
         if self._steps is not None:
             self._steps.append(record)
 
-    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        if self._evaluations is not None:
-            self._evaluations.append({"step": step, **metrics})
+    def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
+        if self._evaluations is None:
+            return
+        if (
+            step == self.first_step
+        ):  # evaluated again, after a resume that trained nothing: one line for a step
+            self._evaluations.close()
+            keep_until(self.evaluations_path, step - 1)
+            self._evaluations = _LineFile(self.evaluations_path)
+        self._evaluations.append({"step": step, **metrics})
 
     def end(self, summary: Mapping[str, Any]) -> None:
         self.close()

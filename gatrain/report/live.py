@@ -138,7 +138,7 @@ class LiveSink(QuietSink):
                 self._meter.add(record)
                 self._heard = self._clock()
 
-    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+    def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
         if self._meter is not None:
             self._event(step, Text(text.evaluation_text(metrics, self._meter.info), "cyan"))
 
@@ -248,7 +248,8 @@ def _loss_line(meter: Meter, width: int) -> Text:
 def _facts(meter: Meter) -> list[str]:
     values = step_values(meter)
     values.pop("loss")
-    order = ("samples", "tokens", "memory", "lr", "grad_norm")
+    terms = [name for name in values if name.startswith("loss_terms.")]
+    order = (*terms, "samples", "tokens", "memory", "lr", "grad_norm")
     return [values[name].replace("_", " ") for name in order if name in values]
 
 

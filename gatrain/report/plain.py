@@ -58,7 +58,7 @@ class PlainSink(QuietSink):
         if first or last or (interval_end and self._is_time()):
             self._step_line(meter)
 
-    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+    def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
         if self._meter is not None:
             self._print(
                 f"{self._step_label(self._meter, step)}  {text.evaluation_text(metrics, self._meter.info)}"
@@ -128,6 +128,8 @@ def step_values(meter: Meter) -> dict[str, str]:
     """The newest numbers, written out, by a fixed name; what was not measured is left out."""
     record, values = meter.last, {}
     values["loss"] = f"loss {text.decimal(record.get('loss'))}"
+    for name, value in text.loss_terms(record).items():
+        values[f"loss_terms.{name}"] = f"{text.clean(name)} {text.decimal(value)}"
     if record.get("grad_norm") is not None:
         values["grad_norm"] = f"grad_norm {text.decimal(record['grad_norm'])}"
     rate = text.number(record.get("lr"))

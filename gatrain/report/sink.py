@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +26,7 @@ class QuietSink:
     def step(self, record: Mapping[str, Any]) -> None:
         """One optimizer step is done."""
 
-    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+    def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
         """The held-out split was evaluated."""
 
     def saved(self, step: int, path: Path) -> None:
@@ -50,6 +51,8 @@ class Fanout:
 
     def __init__(self, sinks: Iterable[Sink]) -> None:
         self.sinks = list(sinks)
+        self.failures: list[str] = []
+        """A line for each sink that was dropped, unless nobody reads what it would have written."""
 
     def __iter__(self) -> Iterator[Sink]:
         return iter(self.sinks)
@@ -60,7 +63,7 @@ class Fanout:
     def step(self, record: Mapping[str, Any]) -> None:
         self._tell("step", record)
 
-    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+    def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
         self._tell("evaluation", step, metrics)
 
     def saved(self, step: int, path: Path) -> None:
@@ -98,13 +101,25 @@ class Fanout:
         self.sinks.remove(sink)
         _close(sink)
         cause = clean(str(error) or type(error).__name__)
-        text = (
-            f"{type(sink).__name__} is off after an error in {event}: {cause}. Training goes on without it."
-        )
+        where = _place(error)
+        text = f"{type(sink).__name__} is off after an error in {event}: {cause}{where}"
+        # a terminal or a pipe whose reader is gone takes nothing with it: the files have it all
+        if not (getattr(sink, "for_people", False) and isinstance(error, OSError)):
+            self.failures.append(f"the logger {text}")
+        text = f"{text}. Training goes on without it."
         self._tell("notice", text)
         if not any(getattr(other, "for_people", False) for other in self.sinks):
             with contextlib.suppress(OSError, ValueError):
                 print(f"gatrain: {text}", file=sys.stderr, flush=True)
+
+
+def _place(error: Exception) -> str:
+    """Where a listener of the user's own failed; empty for those of gatrain."""
+    frames = traceback.extract_tb(error.__traceback__)
+    package = str(Path(__file__).parent.parent)
+    own = [f for f in frames if not f.filename.startswith(package)]
+    inner = own[-1] if own else None
+    return f" at {inner.filename}:{inner.lineno} in {inner.name}" if inner is not None else ""
 
 
 def _close(sink: Sink) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gatrain.report import text
 from gatrain.report.sink import QuietSink
-from gatrain.report.text import number
 from gatrain.train.events import RunInfo
 
 _TAGS = {
@@ -42,15 +42,19 @@ class TensorBoardSink(QuietSink):
 
     def step(self, record: Mapping[str, Any]) -> None:
         values = dict(record)
-        memory = number(record.get("peak_memory_bytes"))
+        memory = text.number(record.get("peak_memory_bytes"))
         if memory:
             values["peak_memory_gib"] = memory / 2**30
         for key, tag in _TAGS.items():
             self._scalar(tag, values.get(key), int(record["step"]))
+        for name, value in text.loss_terms(record).items():
+            self._scalar(f"train/loss_terms/{name}", value, int(record["step"]))
 
-    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+    def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
         for name, value in metrics.items():
-            self._scalar(f"eval/{name}", value, step)
+            self._scalar(f"eval/{name}", value, step)  # loss_terms, a mapping, is no scalar
+        for name, value in text.loss_terms(metrics).items():
+            self._scalar(f"eval/loss_terms/{name}", value, step)
         if self._writer is not None:
             self._writer.flush()
 

@@ -128,12 +128,32 @@ def header_rows(info: RunInfo) -> list[tuple[str, str]]:
     return rows
 
 
-def evaluation_text(metrics: Mapping[str, float], info: RunInfo) -> str:
-    """Write one evaluation: the held-out loss, its baseline, and what else was measured."""
-    compared = against_baseline(metrics.get("loss"), info)
-    parts = [f"held-out loss {decimal(metrics.get('loss'))}" + (f", {compared}" if compared else "")]
-    parts += [f"{clean(name)} {decimal(value)}" for name, value in metrics.items() if name != "loss"]
-    return "  ".join(parts)
+def loss_terms(numbers: Mapping[str, Any]) -> dict[str, float]:
+    """The named loss terms of a step or an evaluation; empty where there is only one, which is ``loss``."""
+    terms = numbers.get("loss_terms")
+    return {str(name): value for name, value in terms.items()} if isinstance(terms, Mapping) else {}
+
+
+def evaluation_text(metrics: Mapping[str, Any], info: RunInfo) -> str:
+    """Write one evaluation: the held-out loss, its baseline and its terms, and what else was measured."""
+    return "  ".join(
+        f"{label if label == HELD_OUT_LOSS else label.removeprefix('held-out ')} {value}"
+        for label, value in _evaluation_rows(metrics, info)
+    )
+
+
+HELD_OUT_LOSS = "held-out loss"
+
+
+def _evaluation_rows(metrics: Mapping[str, Any], info: RunInfo) -> list[tuple[str, str]]:
+    """Label and value of what was measured on the held-out split; nothing where nothing was."""
+    rows = []
+    if metrics.get("loss") is not None:
+        compared = against_baseline(metrics["loss"], info)
+        rows.append((HELD_OUT_LOSS, decimal(metrics["loss"]) + (f", {compared}" if compared else "")))
+    rows += [(f"held-out {clean(name)}", decimal(value)) for name, value in loss_terms(metrics).items()]
+    further = {name: value for name, value in metrics.items() if name not in ("loss", "loss_terms")}
+    return rows + [(f"held-out {clean(name)}", decimal(value)) for name, value in further.items()]
 
 
 def summary_rows(summary: Mapping[str, Any], info: RunInfo) -> list[tuple[str, str]]:
@@ -146,12 +166,11 @@ def summary_rows(summary: Mapping[str, Any], info: RunInfo) -> list[tuple[str, s
     rows = [(status, " ".join(part for part in (done, took) if part))]
     if summary.get("loss") is not None:
         rows.append(("loss", f"{decimal(summary['loss'])} at the last step"))
-    if summary.get("eval_loss") is not None:
-        compared = against_baseline(summary["eval_loss"], info)
-        rows.append(("held-out loss", decimal(summary["eval_loss"]) + (f", {compared}" if compared else "")))
-    further = summary.get("evaluation") or {}
-    rows += [(f"held-out {clean(name)}", decimal(value)) for name, value in further.items() if name != "loss"]
+    rows += _evaluation_rows({"loss": summary.get("eval_loss")} | (summary.get("evaluation") or {}), info)
+    rows += [("failed", clean(line)) for line in summary.get("failed") or ()]
     rows.append(("results", clean(shown_path(info.run_dir))))
+    if summary.get("weights"):
+        rows.append(("weights", clean(f"{summary['weights']} (safetensors.torch.load_model reads it)")))
     if summary.get("status") == "stopped":
         rows.append(("to go on", resume_command(info.run_dir)))
     return rows

@@ -2,22 +2,80 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor
 
+from gatrain.errors import ExactnessError, GatrainError
+from gatrain.tasks.base import LossSum
+from gatrain.train.aftermath import explain
 from gatrain.train.engine import Engine
 from gatrain.train.loader import load_batches
 from gatrain.train.samples import Key
 
+RESERVED = ("step", "loss", "loss_terms")
+"""Names in a line of evaluations.jsonl that are not those of metrics."""
 
-def evaluate(engine: Engine, *, samples: int | None, micro_batch: int, workers: int = 0) -> dict[str, float]:
+_Sums = dict[tuple[str, str], list[float]]
+"""Summed value and weight by kind (``loss`` or ``metric``) and name."""
+
+
+class EvaluationError(GatrainError):
+    """The evaluation failed on some rank; raised on all of them. The message is that rank's own error."""
+
+
+class EvaluationStopped(Exception):
+    """A stop was asked for while the evaluation ran; raised on all ranks."""
+
+
+def evaluate(
+    engine: Engine,
+    *,
+    samples: int | None,
+    micro_batch: int,
+    workers: int = 0,
+    stop_requested: Callable[[], bool] = lambda: False,
+    describe: Callable[[BaseException], str] = str,
+) -> dict[str, Any]:
     """Mean loss (``loss``) and further metrics over the first ``samples`` held-out samples. Collective.
 
-    Waits for the device once, at the end. Empty if the task has no held-out split.
+    Waits for the device once, at the end. What no held-out sample has any weight for is left out: without a
+    held-out split, or where all its weights are zero, the result is empty. Several loss terms, each with its own
+    mean, stand in ``loss_terms``.
+
+    Args:
+        describe: an error in words, for the ranks that did not raise it.
+
+    Raises:
+        EvaluationError: it failed on some rank. No rank is left waiting in a collective.
+        EvaluationStopped: ``stop_requested`` was true on some rank.
     """
-    data = engine.task.eval_data
-    if data is None:
+    if engine.task.eval_data is None:
         return {}
     engine.share_buffers()
+    sums, problem, stopped = _Sums(), "", False
+    # the user's code runs here, and no collective: whatever happens on one rank, all meet below
+    try:
+        sums, stopped = _local_sums(engine, samples, micro_batch, workers, stop_requested)
+    except (Exception, SystemExit) as error:
+        problem = explain(error, describe)
+    # names may differ from rank to rank: one may have no sample, or a metric only with some batches
+    found = engine.ranks.gather((problem, stopped, list(sums)))
+    for rank, (text, _, _) in enumerate(found):
+        if text:
+            raise EvaluationError(f"rank {rank}: {text}" if len(found) > 1 else text)
+    if any(stop for _, stop, _ in found):
+        raise EvaluationStopped
+    return _means(engine, list(dict.fromkeys(name for _, _, names in found for name in names)), sums)
+
+
+def _local_sums(
+    engine: Engine, samples: int | None, micro_batch: int, workers: int, stop_requested: Callable[[], bool]
+) -> tuple[_Sums, bool]:
+    """This rank's sums, and whether it was told to stop on the way. Not collective."""
+    data = engine.task.eval_data
+    assert data is not None
     count = min(len(data), samples or len(data))
     mine = range(engine.ranks.rank, count, engine.ranks.world_size)
     keys: list[list[Key]] = [
@@ -26,26 +84,35 @@ def evaluate(engine: Engine, *, samples: int | None, micro_batch: int, workers: 
     ]
     device_sums: dict[tuple[str, str], tuple[Tensor | float, Tensor | float]] = {}
     for micro in load_batches(engine.task, data, keys, workers):
+        if stop_requested():
+            return {}, True
         losses, metrics = engine.evaluate(engine.to_device(micro.batch))
+        _check_names(metrics)
         for kind, found in (("loss", losses), ("metric", metrics)):
             for name, (total, weight) in found.items():
                 before = device_sums.get((kind, name), (0.0, 0.0))
                 device_sums[kind, name] = (before[0] + total.double(), before[1] + weight)
-    sums = {name: [float(total), float(weight)] for name, (total, weight) in device_sums.items()}
-    return _means(engine, sums)
+    return {name: [float(total), float(weight)] for name, (total, weight) in device_sums.items()}, False
 
 
-def _means(engine: Engine, sums: dict[tuple[str, str], list[float]]) -> dict[str, float]:
-    # rank 0 has a sample if any rank has one: its names hold for ranks that have none
-    names = engine.ranks.share_object(sorted(sums))
+def _check_names(metrics: dict[str, LossSum]) -> None:
+    for name in RESERVED:
+        if name in metrics:
+            raise ExactnessError(
+                f"eval_metrics() returned {name!r}, which gatrain writes itself. Give the metric another name."
+            )
+
+
+def _means(engine: Engine, names: list[tuple[str, str]], sums: _Sums) -> dict[str, Any]:
     flat = [value for name in names for value in sums.get(name, [0.0, 0.0])]
     summed = engine.ranks.sum(flat)
-    result: dict[str, float] = {"loss": 0.0}
-    for index, (kind, name) in enumerate(names):
-        total, weight = summed[2 * index : 2 * index + 2]
-        mean = total / weight if weight else float("nan")
-        if kind == "loss":
-            result["loss"] += mean
-        else:
-            result[name] = mean
-    return result
+    means = {
+        name: summed[2 * index] / summed[2 * index + 1]
+        for index, name in enumerate(names)
+        if summed[2 * index + 1]
+    }
+    terms = {name: mean for (kind, name), mean in means.items() if kind == "loss"}
+    result: dict[str, Any] = {"loss": sum(terms.values())} if terms else {}
+    if len(engine.task.loss_terms) > 1 and terms:
+        result["loss_terms"] = terms
+    return result | {name: mean for (kind, name), mean in means.items() if kind == "metric"}

@@ -43,13 +43,15 @@ class Sink(Protocol):
 
     def step(self, record: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl: ``step``, ``loss``, ``grad_norm``, ``lr``, ``samples``, ``tokens``
-        (where it applies), ``samples_per_s``, ``step_s``, ``peak_memory_bytes``, ``window``.
+        (where it applies), ``samples_per_s``, ``step_s``, ``peak_memory_bytes``, ``window``; with several loss
+        terms also ``loss_terms``, the mean of each by name, whose sum is ``loss``.
 
         Records arrive in order, several at once when the metrics leave the device.
         """
 
-    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Metrics of the held-out split after ``step``; ``loss`` is always among them."""
+    def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Numbers of the held-out split after ``step`` by name: ``loss``, where any sample has a weight, and
+        the task's metrics; with several loss terms also ``loss_terms``, the mean of each by name."""
 
     def saved(self, step: int, path: Path) -> None: ...
 
@@ -58,4 +60,5 @@ class Sink(Protocol):
 
     def end(self, summary: Mapping[str, Any]) -> None:
         """The run is over: ``status`` (completed or stopped), ``step``, ``loss``, ``eval_loss``,
-        ``showcase`` (text or None), ``elapsed_s``."""
+        ``evaluation`` (all its numbers), ``showcase`` (text or None), ``elapsed_s``, and ``failed``: a line
+        for each thing beside the training that failed."""

@@ -17,14 +17,19 @@ from gatrain.plan import Plan
 from gatrain.rundir import RunDir
 from gatrain.train import saved_state
 from gatrain.train.accumulate import RankWindow, WindowResult
+from gatrain.train.aftermath import Aftermath
 from gatrain.train.engine import Engine
-from gatrain.train.evaluate import evaluate
+from gatrain.train.evaluate import EvaluationError, EvaluationStopped, evaluate
 from gatrain.train.events import Sink
 from gatrain.train.loader import LoadedWindow, WindowLoader
 from gatrain.train.meter import Mark, Meter
+from gatrain.train.save_clock import SaveClock
 from gatrain.train.saved_state import Progress
 from gatrain.train.seeding import MICRO_STEP
 from gatrain.train.windows import WindowSchedule
+
+MOST_PENDING = 256
+"""Steps whose metrics may wait on the device: each keeps some ten kB, whatever train.log_every says."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Trainer:
     """One run on this rank, from ``progress`` to ``total_steps``. All ranks call its methods together.
 
     ``sinks`` hears of it on rank 0; ``stop_requested`` may turn true on any rank, and then all stop after the
-    window in hand.
+    window in hand. What fails beside the training itself is left to ``aftermath``.
     """
 
     engine: Engine
@@ -55,16 +60,20 @@ class Trainer:
     run_dir: RunDir
     sinks: Sink
     stop_requested: Callable[[], bool]
+    aftermath: Aftermath
+    evaluation_is_missing: bool = False
+    """The run goes on at a step whose evaluation was cut short, or never begun."""
     _pending: list[_Pending] = field(default_factory=list)
-    _evaluation: dict[str, float] = field(default_factory=dict)
+    _evaluation: dict[str, Any] = field(default_factory=dict)
     _last_loss: float | None = None
     _saved_step: int = -1
     _told_of_short_window: bool = False
     _dropped: int = 0
     _told_of_dropped: int = 0
+    _told_of_slow_saves: bool = False
 
     def run(self) -> dict[str, Any]:
-        """Train, evaluate, save; return the summary that tells how it ended.
+        """Train, save, evaluate; return the summary that tells how it ended.
 
         Raises:
             ExactnessError: weights differ from their counts, or a gradient is not finite.
@@ -72,17 +81,18 @@ class Trainer:
         """
         began = time.perf_counter()
         self._meter = Meter(self.engine.device)
+        self._clock = SaveClock(60 * self.config.save.minutes)
         self._saved_step = self.progress.step
         stopped = self._train()
         self._flush()
-        completed = self.progress.step >= self.total_steps
-        if not stopped:
-            self._evaluate()
+        # what was trained is on the disk before anything else of the user's runs
         if self._saved_step != self.progress.step and not self._save():
             raise SavedStateError(
                 f"the final state could not be written to {self.run_dir.saved}. "
                 f"Free some space, then: gatrain resume {self.run_dir.path}"
             )
+        stopped = stopped or not self._evaluate()
+        completed = not stopped and self.progress.step >= self.total_steps
         showcase = self._showcase() if completed else None
         return {
             "status": "completed" if completed else "stopped",
@@ -109,6 +119,9 @@ class Trainer:
             pin_memory=self.engine.device.type == "cuda",
         )
         every = self.config
+        missing = self.evaluation_is_missing and self._evaluates_after(self.progress.step)
+        if missing and not self._evaluate():
+            return True
         previous = self._meter.mark()
         for loaded in loader:
             for text in loaded.notices:
@@ -120,19 +133,23 @@ class Trainer:
             self._advance(result)
             step = self.progress.step
             stop = result.counts["stop"] > 0
-            save_due = stop or _is_due(step, every.save.every)
-            eval_due = _is_due(step, every.eval.every) and step < self.total_steps
-            if save_due or eval_due or step == 1 or step % every.train.log_every == 0:
+            save_due = stop or result.counts["save"] > 0 or _is_due(step, every.save.every)
+            eval_due = self._evaluates_after(step) and not stop
+            log_due = step == 1 or step % every.train.log_every == 0 or len(self._pending) >= MOST_PENDING
+            if save_due or eval_due or log_due:
                 self._flush()
-            if eval_due:
-                self._evaluate()
             if save_due:
                 self._save()
+            if eval_due:
+                stop = not self._evaluate()
             if save_due or eval_due:
                 previous = self._meter.mark()  # pauses are not part of the next step
             if stop:
                 return True
         return False
+
+    def _evaluates_after(self, step: int) -> bool:
+        return _is_due(step, self.config.eval.every) and step < self.total_steps
 
     def _rank_window(self, loaded: LoadedWindow) -> RankWindow:
         counts = {
@@ -142,6 +159,8 @@ class Trainer:
             "tokens": loaded.tokens or 0,
             "has_tokens": loaded.tokens is not None and bool(loaded.micro_batches),
             "stop": self.stop_requested(),
+            "save": self.engine.ranks.rank == 0
+            and self._clock.is_due(before_evaluation=self._evaluates_after(self.progress.step + 1)),
         }
         return RankWindow(
             loaded.micro_batches,
@@ -177,14 +196,14 @@ class Trainer:
         samples, tokens = self._counts_before(pending)
         for nth, item in enumerate(pending):
             totals = item.result.weight_totals
-            loss = sum(
-                sums[nth * len(names) + place] / totals[name]
+            terms = {
+                name: sums[nth * len(names) + place] / totals[name]
                 for place, name in enumerate(names)
                 if totals[name]
-            )
+            }
             samples += int(item.result.counts["samples"])
             tokens += int(item.result.counts["tokens"])
-            self._record(item, loss, norms[nth], samples, tokens, memory)
+            self._record(item, terms, norms[nth], samples, tokens, memory)
 
     def _counts_before(self, pending: list[_Pending]) -> tuple[int, int]:
         samples = self.progress.samples - sum(int(p.result.counts["samples"]) for p in pending)
@@ -192,11 +211,12 @@ class Trainer:
         return samples, tokens
 
     def _record(
-        self, item: _Pending, loss: float, norm: float, samples: int, tokens: int, memory: int
+        self, item: _Pending, terms: dict[str, float], norm: float, samples: int, tokens: int, memory: int
     ) -> None:
+        loss = sum(terms.values())
         step_s = self._meter.seconds(item.start, item.end)
         counts = item.result.counts
-        record = {
+        record: dict[str, Any] = {
             "step": item.index + 1,
             "loss": loss,
             "grad_norm": norm,
@@ -210,6 +230,8 @@ class Trainer:
             "peak_memory_bytes": memory,
             "window": f"{int(counts['digest']):013x}",
         }
+        if len(item.result.weight_totals) > 1:
+            record["loss_terms"] = terms
         self.sinks.step(record)
         self._last_loss = loss
         self._tell_of_dropped(item.index + 1, int(counts["dropped"]))
@@ -248,19 +270,32 @@ class Trainer:
         slots[ranks.rank] = float(self._meter.peak_memory_bytes())
         return int(max(ranks.sum(slots)))
 
-    def _evaluate(self) -> None:
-        found = evaluate(
-            self.engine,
-            samples=self.config.eval.samples,
-            micro_batch=self.plan.micro_batch,
-            workers=self.config.train.data_workers,
-        )
+    def _evaluate(self) -> bool:
+        """Evaluate; False where a stop was asked for meanwhile. An error of it costs this evaluation alone."""
+        began = self._clock.now()
+        try:
+            found = evaluate(
+                self.engine,
+                samples=self.config.eval.samples,
+                micro_batch=self.plan.micro_batch,
+                workers=self.config.train.data_workers,
+                stop_requested=self.stop_requested,
+                describe=self.aftermath.describe,
+            )
+        except EvaluationStopped:
+            return False
+        except EvaluationError as error:
+            self.aftermath.add("the evaluation", str(error), f"after step {self.progress.step}")
+            found = {}
+        self._clock.evaluated(began)
+        self._evaluation = found
         if found:
-            self._evaluation = found
             self.sinks.evaluation(self.progress.step, found)
+        return True
 
     def _save(self) -> bool:
         """Write the state on rank 0, after everything before it was checked. A full disk is not fatal."""
+        began = self._clock.now()
         self.engine.share_buffers()
         problem = ""
         if self.engine.ranks.rank == 0:
@@ -275,9 +310,12 @@ class Trainer:
                     self.config.save.keep,
                     self.engine.masters,
                 )
+                self._clock.saved(began)
                 self.sinks.saved(self.progress.step, path)
+                self._tell_of_slow_saves()
             except OSError as error:
                 problem = error.strerror or str(error)
+                self._clock.failed()
                 self.sinks.notice(
                     f"could not save the state of step {self.progress.step}: {problem}. "
                     "Training goes on; earlier saved states are kept."
@@ -287,10 +325,20 @@ class Trainer:
             self._saved_step = self.progress.step
         return not problem
 
+    def _tell_of_slow_saves(self) -> None:
+        if self._clock.is_too_slow() and not self._told_of_slow_saves:
+            self._told_of_slow_saves = True
+            self.sinks.notice(
+                f"writing a state takes {self._clock.write_s:.0f} s, too long for save.minutes="
+                f"{self.config.save.minutes:g}: up to three times as long can be lost."
+            )
+
     def _showcase(self) -> str | None:
-        if self.engine.ranks.rank:
-            return None
-        return self.engine.showcase()
+        shown = None
+        if self.engine.ranks.rank == 0:
+            with self.aftermath.guard("the sample of what was learnt (showcase)"):
+                shown = self.engine.showcase()
+        return shown
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -6,7 +6,7 @@ All of them are called by every rank, in the same order; a rank that leaves one 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -51,6 +51,14 @@ class Ranks:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self._host_group, device=torch.device("cpu"))
         return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's small Python value, in the order of the ranks, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        box: list[Any] = [None] * self.world_size
+        dist.all_gather_object(box, value, group=self._host_group)
+        return box
 
     def broadcast_from_first(self, tensors: Iterable[Tensor]) -> None:
         """Give every rank rank 0's values, in place."""

@@ -99,6 +99,12 @@ def save(
     return final
 
 
+def weights_path(folder: Path, step: int) -> Path:
+    """Where `save` puts the model's weights of a step. Tied weights lie there once: `safetensors.torch.load_model`
+    fills a model from the file, ``load_state_dict`` would miss the other names."""
+    return folder / f"step_{step:08d}" / MODEL
+
+
 def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest saved state whose files are all whole, and what is wrong with each newer one."""
     problems: list[str] = []

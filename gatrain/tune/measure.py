@@ -19,12 +19,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 import torch.distributed as dist
 
 from gatrain import units
 from gatrain.causes import user_frames
-from gatrain.errors import DoesNotFitError, GatrainError
+from gatrain.errors import DoesNotFitError, GatrainError, is_out_of_memory
 from gatrain.plan import DOES_NOT_FIT, FAILED, FITS
 from gatrain.rank import Rank
 from gatrain.tasks.base import Batch, Task
@@ -384,21 +383,6 @@ def attempt(work: Callable[[], object]) -> Failure | None:
         place = f" at {frame[-1].filename}:{frame[-1].lineno}" if frame else ""
         return Failure(FAILED, f"{type(error).__name__}: {_first_line(error)}{place}")
     return None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, in any of the ways in which torch and its libraries say so."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, torch.OutOfMemoryError | MemoryError):
-            return True
-        text = str(seen).lower()
-        if isinstance(seen, RuntimeError) and (
-            "out of memory" in text or "can't allocate memory" in text or "alloc_failed" in text
-        ):
-            return True
-        seen = seen.__cause__
-    return False
 
 
 def _first_line(error: BaseException) -> str:

@@ -20,7 +20,7 @@ import torch
 from gatrain import build, units
 from gatrain.compose import load_config
 from gatrain.config import RunConfig
-from gatrain.errors import DoesNotFitError
+from gatrain.errors import DoesNotFitError, is_out_of_memory
 from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, SKIPPED, StepSettings
 from gatrain.rank import Rank
 from gatrain.rundir import RunDir, read_json
@@ -34,7 +34,6 @@ from gatrain.tune.measure import (
     Reference,
     SizeMeter,
     TrialBatches,
-    is_out_of_memory,
     predicted_seconds,
 )
 from gatrain.tune.memory import Memory, memory_of, predicted_peak

@@ -1,0 +1,82 @@
+"""What to say where training runs out of memory: what was in use, and a command that uses less and works."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+
+from gatrain.config import RunConfig
+from gatrain.errors import DoesNotFitError, chain, is_out_of_memory
+from gatrain.plan import Plan
+from gatrain.rundir import RunDir
+
+
+@contextlib.contextmanager
+def told(config: RunConfig, plan: Plan, run_dir: RunDir, device: str, modes: Sequence[str]) -> Iterator[None]:
+    """Turn an error that means "out of memory" into one with advice.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+        modes: of activation checkpointing that the model offers; empty while the model is being built.
+
+    Raises:
+        DoesNotFitError: memory ran out inside.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, DoesNotFitError) or not is_out_of_memory(error):
+            raise
+        lines = [f"out of {'GPU ' if device == 'cuda' else ''}memory: {_reason(error)}"]
+        lines += _advice(config, plan, run_dir, device, modes)
+        raise DoesNotFitError("\n".join(lines)) from error
+
+
+def _reason(error: BaseException) -> str:
+    """The sentence of the innermost error that says it; torch's own advice is about its allocator."""
+    innermost = [each for each in chain(error) if is_out_of_memory(each)][-1]
+    first = (str(innermost).strip() or type(innermost).__name__).splitlines()[0]
+    return re.split(r"(?<=\.) (?=GPU|Of the|Including|If)", first)[0]
+
+
+def _advice(
+    config: RunConfig, plan: Plan, run_dir: RunDir, device: str, modes: Sequence[str]
+) -> Iterator[str]:
+    if not modes:
+        yield "The model with its gradients and its optimizer's state does not fit, whatever the micro-batch."
+    else:
+        in_use = f"checkpointing={plan.checkpointing}, precision={plan.precision}"
+        yield f"In use were micro-batches of at most {plan.micro_batch}, {in_use}."
+    smaller = None
+    if modes and plan.micro_batch > 1:
+        smaller = f"batch.micro={plan.micro_batch // 2}"
+    elif "full" in modes and plan.checkpointing != "full":
+        smaller = "checkpointing=full"
+    if smaller is not None:
+        yield f"A smaller one gives the same result: {_command(run_dir, smaller)}"
+    further = []
+    if "full" in modes and plan.checkpointing != "full" and smaller != "checkpointing=full":
+        further.append("checkpointing=full")
+    if device == "cuda" and plan.precision == "fp32":
+        further.append("precision=bf16 (in a new run)")
+    if config.train.data_workers:
+        further.append(f"fewer than train.data_workers={config.train.data_workers}")
+    further.append("a GPU with more memory" if device == "cuda" else "a machine with more memory")
+    yield f"{'Also' if smaller else 'What'} helps: {', '.join([*further, 'a smaller model'])}."
+
+
+def _command(run_dir: RunDir, setting: str) -> str:
+    """Go on where there is a state to go on from, else begin again, in a folder that is free."""
+    if run_dir.saved_steps():
+        return f"gatrain resume {shlex.quote(str(run_dir.path))} {setting}"
+    words: list[str] = []
+    with contextlib.suppress(OSError):
+        lines = run_dir.overrides.read_text(encoding="utf-8").splitlines()
+        words = [line for line in lines if line and not line.startswith("#")]
+    key = setting.partition("=")[0]
+    words = [word for word in words if word.partition("=")[0] != key]
+    if run_dir.metrics.is_file() and run_dir.metrics.stat().st_size:  # then the folder stays, and is taken
+        words = [w + "-again" if w.startswith(("run.dir=", "run.name=")) else w for w in words]
+    return shlex.join(["gatrain", "fit", *words, setting])
