@@ -136,7 +136,7 @@ class RunConfig:
     compile: Any = "auto"
     """torch.compile of the loss computation: true, false, or ``auto`` (on a GPU, when trials show a gain)."""
     sync: str = "auto"
-    """How gradients are reduced: ``overlap`` (DDP) or ``window`` (one explicit reduction after agreement)."""
+    """How gradients are reduced: ``overlap`` (in the last backward) or ``window`` (at once, after agreement)."""
     device: str = "auto"
     """``cpu``, ``cuda``, or ``auto``: the GPUs if there are any."""
 

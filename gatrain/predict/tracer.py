@@ -76,8 +76,6 @@ class StepTracer:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(self._mark_gradient)
-        self._overlaps = asked.world_size > 1 and asked.sync == "overlap"
-        self._buckets: list[Tensor] = []
         self._done: dict[int, Recording] = {}
         self.held = self._make_held()
 
@@ -113,18 +111,13 @@ class StepTracer:
         return compiled_loss_sum(self._task, self._model, backend=fused_backend(self._recorder))
 
     def _make_held(self) -> Held:
-        """Bytes of parameters, buffers, optimizer state and, for DDP, buckets: all that outlives a step."""
+        """Bytes of parameters, buffers and optimizer state: all that outlives a step."""
         for parameter in self._parameters:
             parameter.grad = torch.zeros_like(parameter)
         self._optimizer.step()
         self._masters.copy_to_model()
         self._optimizer.zero_grad(set_to_none=True)
         tensors = [*self._model.parameters(), *self._model.buffers(), *self._parameters]
-        if self._overlaps:
-            self._buckets = [torch.zeros_like(parameter) for parameter in self._parameters]
-            tensors += self._buckets
-            for parameter in self._parameters:
-                parameter.register_post_accumulate_grad_hook(_drop_gradient)
         model = self._recorder.adopt(tensors)
         state = pytree.tree_leaves([*self._optimizer.state.values()])
         optimizer = self._recorder.adopt(leaf for leaf in state if isinstance(leaf, Tensor))
@@ -169,10 +162,7 @@ class StepTracer:
 
     def _reduce(self) -> None:
         """What the window's reduction does to memory; the messages themselves need none of the allocator's."""
-        if self._overlaps:
-            for parameter, bucket in zip(self._parameters, self._buckets, strict=True):
-                parameter.grad = bucket
-        elif self._asked.world_size > 1:
+        if self._asked.world_size > 1:
             flats = [flatten(bucket) for bucket in buckets_of(self._parameters)]
             del flats
 
@@ -195,10 +185,6 @@ def _renumbered(phases: dict[str, Events]) -> dict[str, Events]:
         ]
         for name, events in phases.items()
     }
-
-
-def _drop_gradient(parameter: Tensor) -> None:
-    parameter.grad = None
 
 
 def _fused(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -17,13 +17,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from gatrain.errors import ExactnessError, PeerFailed
+from gatrain.errors import ExactnessError, PeerFailed, WorkerError
 from gatrain.tasks.base import Batch, LossSums, Weights, named_loss_sums, named_weights
 from gatrain.train.batches import move_to as move_to
 from gatrain.train.main_gradients import MainGradients, MasterWeights, half_parameters
-from gatrain.train.ranks import Ranks
+from gatrain.train.modules import sparse_parameters, synchronised_norms, unequal_steps_text
+from gatrain.train.overlap import OverlappedReduction, share_buffers, without_reduction, wrappers_of
+from gatrain.train.ranks import Ranks, layout_of
 from gatrain.train.seeding import seed_everything
 
 
@@ -100,12 +101,12 @@ class PlainAccumulation:
     """A backward for each micro-batch into ``.grad``, then one reduction.
 
     Args:
-        model: the module (or DistributedDataParallel around it) whose parameters get gradients.
+        model: the module whose parameters get gradients. DistributedDataParallel in it is kept from reducing.
         loss_sum: gives summed losses and the weights used for one batch on the device.
         term_names: names of the loss terms, the same on every rank; needed where a rank may be empty.
         sync: ``window`` runs all micro-steps without communication, lets the ranks agree that nobody failed,
-            then adds the gradients once. ``overlap`` needs a DistributedDataParallel model and lets the last
-            backward reduce. With one process both mean the same.
+            then adds the gradients once. ``overlap`` adds them bucket by bucket in the last backward. With one
+            process both mean the same.
         stage: starts to move a host batch to the device and returns a function that gives it there; called
             one micro-step ahead of its use.
         autocast: makes a context manager for the forward.
@@ -126,16 +127,28 @@ class PlainAccumulation:
         scaler: torch.amp.GradScaler | None = None,
         main_gradients: MainGradients | None = None,
     ) -> None:
-        self._ddp = model if isinstance(model, DistributedDataParallel) else None
-        if sync == "overlap" and self._ddp is None and ranks.world_size > 1:
-            raise ValueError("sync='overlap' needs a model wrapped in DistributedDataParallel")
-        own = [p for p in model.parameters() if p.requires_grad]
-        self._parameters = own if main_gradients is None else main_gradients.trained
+        self._wrappers = wrappers_of(model, ranks)
+        ignored = {
+            id(parameter)
+            for wrapper in self._wrappers
+            for name, parameter in wrapper.module.named_parameters()
+            if name in wrapper.parameters_to_ignore
+        }
+        owners = [p for p in model.parameters() if p.requires_grad]
+        trained = owners if main_gradients is None else main_gradients.trained
+        pairs = [(p, owner) for p, owner in zip(trained, owners, strict=True) if id(owner) not in ignored]
+        self._parameters = [parameter for parameter, _ in pairs]
         self._device = self._parameters[0].device if self._parameters else torch.device("cpu")
         self._loss_sum = loss_sum
         self._term_names = list(term_names)
         self._ranks = ranks
-        self._overlap = sync == "overlap" and ranks.world_size > 1
+        self._overlap: OverlappedReduction | None = None
+        if sync == "overlap" and ranks.world_size > 1:
+            sparse = sparse_parameters(model)
+            places = [place for place, (_, owner) in enumerate(pairs) if id(owner) in sparse]
+            owners = [owner for _, owner in pairs]
+            self._overlap = OverlappedReduction(ranks, self._parameters, owners, places)
+        self._synchronised = synchronised_norms(model, self._device) if ranks.world_size > 1 else []
         self._stage = stage
         self._autocast = autocast
         self._scaler = scaler
@@ -151,16 +164,13 @@ class PlainAccumulation:
             ExactnessError: the weights used differ from the weights counted (on a GPU after the first window,
                 only `check_counts` tells).
         """
-        totals, counts, empty_ranks = self._count(window)
-        # a rank without samples has no backward for DDP to reduce in: this window is reduced explicitly
-        overlap = self._overlap and not empty_ranks
+        totals, counts = self._count(window)
         if any(totals.values()):
-            # DistributedDataParallel averages over the ranks; the explicit reduction adds
-            factor = self._ranks.world_size if overlap else 1
-            scale = {name: factor / total if total else 0.0 for name, total in totals.items()}
-            self._run_micro_steps(window, scale, overlap)
-            if not overlap:
-                self.reduce()
+            share_buffers(self._wrappers, self._ranks)
+            self._run_micro_steps(
+                window, {name: 1 / total if total else 0.0 for name, total in totals.items()}
+            )
+            self.reduce()
             if self._device.type == "cpu" or not self._checked_once:
                 self.check_counts()
                 self._checked_once = True
@@ -174,12 +184,10 @@ class PlainAccumulation:
 
         Args:
             batch: on the device.
-            scale: factor of each loss term, 1/T (or world size / T where DDP averages).
-            reduce_in_backward: lets DDP reduce in this backward; collective.
+            scale: factor of each loss term, 1/T.
+            reduce_in_backward: lets the reduction start in this backward.
         """
-        silent = self._ddp is not None and not reduce_in_backward
-        # both passes: DDP reads the flag in the forward
-        with self._ddp.no_sync() if silent and self._ddp is not None else contextlib.nullcontext():
+        with without_reduction(self._wrappers):  # both passes: the wrapper reads its flag in the forward
             with self._autocast():
                 terms = named_loss_sums(self._loss_sum(batch))
             unknown = [name for name in terms if name not in scale]
@@ -188,7 +196,9 @@ class PlainAccumulation:
                     f"loss_sum returned the term {unknown[0]!r}, which weight() did not count."
                 )
             loss = torch.stack([total * scale[name] for name, (total, _) in terms.items()]).sum()
-            (self._scaler.scale(loss) if self._scaler else loss).backward()  # type: ignore[no-untyped-call]
+            overlap = self._overlap if reduce_in_backward else None
+            with overlap.during_backward() if overlap is not None else contextlib.nullcontext():
+                (self._scaler.scale(loss) if self._scaler else loss).backward()  # type: ignore[no-untyped-call]
         with torch.no_grad():
             for name, (total, weight) in terms.items():
                 self._loss_sums[name] = total.detach().double() + self._loss_sums.get(name, 0.0)
@@ -197,13 +207,28 @@ class PlainAccumulation:
 
     def reduce(self) -> None:
         """Add the gradients over the ranks after they agreed that nobody failed. Collective."""
-        if self._ranks.world_size == 1:
-            return
-        flags = [0.0, *(float(p.grad is not None) for p in self._parameters)]
-        failed, *used = self._ranks.sum(flags)
-        if failed:
-            raise PeerFailed("another rank failed in this window; its own error says why.")
-        self._ranks.reduce_gradients(self._parameters, [count > 0 for count in used])
+        if self._overlap is not None:
+            self._overlap.finish()
+        elif self._ranks.world_size > 1:
+            failed, *layouts = self._ranks.sum([0.0, *map(layout_of, self._parameters)])
+            if failed:
+                raise PeerFailed("another rank failed in this window; its own error says why.")
+            self._ranks.reduce_gradients(self._parameters, layouts)
+        for parameter in self._parameters:
+            if parameter.grad is not None and parameter.grad.is_sparse:
+                parameter.grad = parameter.grad.coalesce()  # each row once, for norms and optimizers
+
+    def _tell_of_failure(self) -> None:
+        """The others wait in `reduce`: let them know, so that all leave the window together."""
+        if self._overlap is not None:
+            for parameter in self._parameters:
+                parameter.grad = None  # nothing of this window is of use; the buckets need the memory
+            try:
+                self._overlap.finish(failed=True)
+            except Exception as error:  # now this process must end, or the others wait for it for ever
+                raise WorkerError(f"{type(error).__name__}: {error}") from error
+        else:
+            self._ranks.sum([1.0, *(0.0 for _ in self._parameters)])
 
     def take_sums(self) -> tuple[Tensor | float, Tensor | float]:
         """Summed losses and weights used, over all terms, since the last window; forgets both. For trials."""
@@ -230,16 +255,21 @@ class PlainAccumulation:
                     "the step would be wrong by that factor."
                 )
 
-    def _count(self, window: RankWindow) -> tuple[dict[str, float], dict[str, float], float]:
-        """Sum weights, counts and the number of empty ranks: one small collective on the host."""
+    def _count(self, window: RankWindow) -> tuple[dict[str, float], dict[str, float]]:
+        """Sum weights and counts: one small collective on the host."""
         local = dict.fromkeys(self._term_names, 0.0)
         for micro_batch in window.micro_batches:
             for name, weight in micro_batch.weights.items():
                 if name not in local:
                     raise ExactnessError(f"weight() counted an unknown loss term {name!r}.")
                 local[name] += float(weight)
-        is_empty = float(not window.micro_batches)
-        empty_ranks, *summed = self._ranks.sum([is_empty, *local.values(), *window.counts.values()])
+        steps = [0.0] * self._ranks.world_size * bool(self._synchronised)
+        if steps:
+            steps[self._ranks.rank] = float(len(window.micro_batches))
+        summed = self._ranks.sum([*steps, *local.values(), *window.counts.values()])
+        steps, summed = summed[: len(steps)], summed[len(steps) :]
+        if len(set(steps)) > 1:
+            raise ExactnessError(unequal_steps_text(self._synchronised, steps))
         totals = dict(zip(local, summed[: len(local)], strict=True))
         for name, total in totals.items():
             if not 0 <= total < float("inf"):
@@ -249,9 +279,9 @@ class PlainAccumulation:
         if any(totals.values()):
             for name, weight in local.items():
                 self._counted[name] = self._counted.get(name, 0.0) + weight
-        return totals, dict(zip(window.counts, summed[len(local) :], strict=True)), empty_ranks
+        return totals, dict(zip(window.counts, summed[len(local) :], strict=True))
 
-    def _run_micro_steps(self, window: RankWindow, scale: Mapping[str, float], overlap: bool) -> None:
+    def _run_micro_steps(self, window: RankWindow, scale: Mapping[str, float]) -> None:
         last = len(window.micro_batches) - 1
         try:
             staged = [self._stage(micro_batch.batch) for micro_batch in window.micro_batches[:1]]
@@ -263,11 +293,10 @@ class PlainAccumulation:
                     # by position, not by rank: another number of ranks draws the same for the same samples
                     position = window.micro_batches[index].position
                     seed_everything(*window.seed, index if position is None else position)
-                self.micro_step(batch, scale, reduce_in_backward=overlap and index == last)
+                self.micro_step(batch, scale, reduce_in_backward=index == last)
         except Exception:
-            if self._ranks.world_size > 1 and not overlap:
-                # the others wait in reduce(): tell them, so that all leave the window together
-                self._ranks.sum([1.0, *(0.0 for _ in self._parameters)])
+            if self._ranks.world_size > 1:
+                self._tell_of_failure()
             raise
 
 
@@ -288,8 +317,9 @@ def accumulate(
     Without, it is summed in fp32 over micro-batches and ranks all the same and rounded once into ``.grad``.
 
     Works in one process, under torch.distributed with a plain model (gradients are added once, after all
-    micro-steps), and with a model in DistributedDataParallel (its last backward reduces). A rank may have no
-    micro-batch at all. Clip, step and zero the gradients yourself.
+    micro-steps), and with a model in DistributedDataParallel (they are added while the last backward runs, by
+    gatrain itself: parameters that some micro-steps or ranks do not use are right too, with any of its options
+    but static_graph). A rank may have no micro-batch at all. Clip, step and zero the gradients yourself.
 
     Args:
         model: parameters on one device; the same parameters on every rank.
@@ -307,6 +337,7 @@ def accumulate(
 
     Raises:
         ExactnessError: ``loss_sum`` used another weight than ``weight`` counted.
+        ConfigError: DistributedDataParallel with static_graph, or over a part of the ranks.
     """
     if master_weights is None and half_parameters(model):
         with MainGradients(model) as sums:
@@ -326,16 +357,15 @@ def _accumulate(
     scaler: torch.amp.GradScaler | None,
     main_gradients: MainGradients | None,
 ) -> WindowResult:
-    # DistributedDataParallel would add 16-bit gradients in 16 bits
-    reduces = isinstance(model, DistributedDataParallel) and main_gradients is None
     listed = [MicroBatch(batch, named_weights(weight(batch))) for batch in micro_batches]
     device = next(model.parameters()).device
+    ranks = Ranks.current()
     strategy = PlainAccumulation(
         model,
         lambda batch: loss_sum(model, batch),
         term_names=term_names,
-        ranks=Ranks.current(),
-        sync="overlap" if reduces else "window",
+        ranks=ranks,
+        sync="overlap" if wrappers_of(model, ranks) else "window",
         stage=lambda batch: lambda: move_to(batch, device),
         autocast=autocast,
         scaler=scaler,

@@ -26,9 +26,7 @@ FEWEST_REPEATS = 4
 """Blocks for each different block: below that, compiling the model as one costs about as little."""
 
 
-def compiled_loss_sum(
-    task: Task, model: nn.Module, wrapped: nn.Module | None = None, backend: Any = "inductor"
-) -> Callable[[Batch], LossSums]:
+def compiled_loss_sum(task: Task, model: nn.Module, backend: Any = "inductor") -> Callable[[Batch], LossSums]:
     """A function from a batch on the device to the task's loss sums, compiled on its first calls.
 
     A window has at most two shapes unless lengths vary, so shapes are static: dynamic ones cost some speed. Where
@@ -36,14 +34,12 @@ def compiled_loss_sum(
 
     Args:
         model: its repeated blocks run compiled inside this function, and as they are everywhere else.
-        wrapped: what is called instead, such as DistributedDataParallel around the model.
         backend: of `torch.compile`.
     """
     import torch._dynamo
 
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, RECOMPILATIONS)
-    called = model if wrapped is None else wrapped
     dynamic = None if task.variable_length else False
 
     def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -52,7 +48,7 @@ def compiled_loss_sum(
 
     blocks = repeated_blocks(model)
     if not blocks:
-        return compiled(lambda batch: task.loss_sum(called, batch))
+        return compiled(lambda batch: task.loss_sum(model, batch))
     # Dynamo looks at the gradient of a block's input, which is a result and has none (seen in 2.11 to 2.15)
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     loss_sum = task.partly_compiled_loss_sum(compiled)
@@ -62,7 +58,7 @@ def compiled_loss_sum(
         for block, call in calls:
             block.__dict__["_compiled_call_impl"] = call  # what nn.Module.compile sets
         try:
-            return loss_sum(called, batch)
+            return loss_sum(model, batch)
         finally:
             for block, _ in calls:
                 block.__dict__["_compiled_call_impl"] = None

@@ -11,11 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 
 from gatrain.config import OptimizerConfig, ScheduleConfig
-from gatrain.errors import ConfigError
 from gatrain.plan import StepSettings
 from gatrain.tasks.base import Batch, LossSum, LossSums, Task, named_loss_sums
 from gatrain.train.accumulate import PlainAccumulation, RankWindow, WindowResult, WindowToGradient
@@ -74,20 +71,14 @@ class Engine:
         ranks.broadcast_from_first([p.data for p in model.parameters()])
         self.share_buffers()
         self.masters = MasterWeights(model)
-        if self.masters.dtypes and settings.sync == "overlap" and ranks.world_size > 1:
-            raise ConfigError(
-                f"sync=overlap would add the gradients of {self.masters.dtypes} parameters in 16 bits. "
-                "Use sync=window, which adds them in fp32."
-            )
         self.scaler = scaler_for("fp16" if self.masters.has_fp16 else settings.precision, device)
         self._parameters = self.masters.trained
         self.optimizer = build_optimizer(optimizer_config, self._parameters)
         make_state(self.optimizer)
         self.masters.copy_to_model()  # the same weights: they were stepped with rate zero
-        wrapped = self._wrap(model)
-        self._loss_sum = self._loss_function(wrapped)
+        self._loss_sum = self._loss_function(model)
         self._plain = PlainAccumulation(
-            wrapped,
+            model,
             self._loss_sum,
             term_names=task.loss_terms,
             ranks=ranks,
@@ -99,21 +90,13 @@ class Engine:
         )
         self.gradient: WindowToGradient = self._plain
 
-    def _wrap(self, model: nn.Module) -> nn.Module:
-        if self.settings.sync != "overlap" or self.ranks.world_size == 1:
-            return model
-        device_ids = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(
-            model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
-
     def _loss_function(self, model: nn.Module) -> Callable[[Batch], LossSums]:
         def loss_sum(batch: Batch) -> LossSums:
             return self.task.loss_sum(model, batch)
 
         if not self.settings.compile:
             return loss_sum
-        return compiled_loss_sum(self.task, self.model, model)
+        return compiled_loss_sum(self.task, model)
 
     def stage(self, batch: Batch) -> Callable[[], Batch]:
         """Start copying a host batch to the device; the returned function gives it to the current stream."""
@@ -230,8 +213,3 @@ class evaluating:
     def __exit__(self, *exception: Any) -> None:
         for module in self._training:
             module.training = True
-
-
-def batch_norms(model: nn.Module) -> list[str]:
-    """Names of the modules that mix the samples of a micro-batch: their results depend on its size."""
-    return [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]

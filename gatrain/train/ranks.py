@@ -67,24 +67,81 @@ class Ranks:
         for tensor in tensors:
             dist.broadcast(tensor, src=0)
 
-    def reduce_gradients(self, parameters: Sequence[nn.Parameter], used: Sequence[bool]) -> None:
+    def reduce_gradients(self, parameters: Sequence[nn.Parameter], layouts: Sequence[float]) -> None:
         """Sum ``.grad`` over all ranks, each parameter once, 16-bit gradients in fp32.
 
         Args:
             parameters: the same ones in the same order on every rank.
-            used: whether ANY rank has a gradient for the parameter; where it is False ``.grad`` stays None, as
-                in one process, so that no optimizer decays a parameter that took no part.
+            layouts: `layout_of` each, summed over all ranks. Where NO rank has a gradient ``.grad`` stays None, as
+                in one process, so that no optimizer decays a parameter that took no part. Where all are sparse
+                the sum is sparse.
         """
         if self.world_size == 1:
             return
-        taking_part = [p for p, is_used in zip(parameters, used, strict=True) if is_used]
+        dense: list[nn.Parameter] = []
+        sparse: list[nn.Parameter] = []
+        for parameter, layout in zip(parameters, layouts, strict=True):
+            if layout:
+                is_sparse = layout % SPARSE == 0
+                (sparse if is_sparse else dense).append(parameter)
         pending = []
-        for bucket in buckets_of(taking_part):
+        for bucket in buckets_of(dense):
             flat = flatten(bucket)
             pending.append((dist.all_reduce(flat, async_op=True), bucket, flat))
+        for parameter in sparse:
+            self._reduce_sparse(parameter)
         for work, bucket, flat in pending:
             work.wait()  # makes the current stream wait; the host goes on
-            _unflatten_16_bit(bucket, flat)
+            unflatten(bucket, flat)
+
+    def _reduce_sparse(self, parameter: nn.Parameter) -> None:
+        """Add the rows that the ranks have, without the table's other rows. Waits for the device."""
+        mine = parameter.grad.coalesce() if parameter.grad is not None else None
+        slots = [0.0] * (2 * self.world_size)
+        if mine is not None:
+            slots[2 * self.rank : 2 * self.rank + 2] = [
+                float(mine.values().shape[0]),
+                float(mine.sparse_dim()),
+            ]
+        counts = self.sum(slots)
+        rows, sparse_dim = [int(count) for count in counts[::2]], int(max(counts[1::2]))
+        if not max(rows):  # all ranks have an empty one
+            parameter.grad = mine if mine is not None else _no_rows(parameter, sparse_dim)
+            return
+        dtype = _reduction_dtype(parameter.dtype)
+        indices = torch.zeros(sparse_dim, max(rows), dtype=torch.int64, device=parameter.device)
+        values = torch.zeros(max(rows), *parameter.shape[sparse_dim:], dtype=dtype, device=parameter.device)
+        if mine is not None:
+            indices[:, : rows[self.rank]] = mine.indices()
+            values[: rows[self.rank]] = mine.values()
+        all_indices = [torch.empty_like(indices) for _ in rows]
+        all_values = [torch.empty_like(values) for _ in rows]
+        dist.all_gather(all_indices, indices)
+        dist.all_gather(all_values, values)
+        total = torch.sparse_coo_tensor(
+            torch.cat([part[:, :count] for part, count in zip(all_indices, rows, strict=True)], dim=1),
+            torch.cat([part[:count] for part, count in zip(all_values, rows, strict=True)]),
+            parameter.shape,
+            check_invariants=False,
+        )
+        parameter.grad = total.coalesce().to(parameter.dtype)
+
+
+SPARSE = 2.0**24
+"""How a sparse gradient counts among `layout_of`; a dense one counts 1, and there are fewer ranks than this."""
+
+
+def layout_of(parameter: nn.Parameter) -> float:
+    """0 without a gradient, 1 for a dense one, `SPARSE` for a sparse one: their sum over the ranks tells all."""
+    if parameter.grad is None:
+        return 0.0
+    return SPARSE if parameter.grad.is_sparse else 1.0
+
+
+def _no_rows(parameter: Tensor, sparse_dim: int) -> Tensor:
+    indices = torch.zeros(sparse_dim, 0, dtype=torch.int64, device=parameter.device)
+    values = torch.zeros(0, *parameter.shape[sparse_dim:], dtype=parameter.dtype, device=parameter.device)
+    return torch.sparse_coo_tensor(indices, values, parameter.shape, check_invariants=False).coalesce()
 
 
 _host_groups: dict[str, dist.ProcessGroup] = {}
@@ -132,7 +189,8 @@ def flatten(bucket: list[nn.Parameter]) -> Tensor:
         offset += parameter.numel()
         if parameter.grad is not None:
             views.append(view)
-            gradients.append(parameter.grad)
+            dense = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
+            gradients.append(dense)
         if dtype == parameter.dtype:
             parameter.grad = view
     if views:
@@ -144,7 +202,8 @@ def _dense_strides(parameter: Tensor) -> tuple[int, ...]:
     return torch.empty_like(parameter, device="meta").stride()
 
 
-def _unflatten_16_bit(bucket: list[nn.Parameter], flat: Tensor) -> None:
+def unflatten(bucket: list[nn.Parameter], flat: Tensor) -> None:
+    """Give back 16-bit gradients, rounded once; others are views of the buffer already."""
     offset = 0
     for parameter in bucket:
         if flat.dtype != parameter.dtype:

@@ -73,7 +73,7 @@ def make_plan_for(
         Interrupted, KeyboardInterrupt: a person stopped it; what was measured is kept in the cache.
     """
     half = data_info.half_dtypes
-    question = settings.for_dtypes(settings.resolve(config, hardware), half, nodes.world_size)
+    question = settings.resolve(config, hardware)
     notes = [settings.half_note(data_info.half_parameters, half, data_info.parameters)] if half else []
     fixed = question.fixed_micro_batch
     if fixed is not None:

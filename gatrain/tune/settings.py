@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 from dataclasses import dataclass
 
 from gatrain.config import RunConfig
-from gatrain.errors import ConfigError
 from gatrain.plan import StepSettings
 from gatrain.tune.hardware import Hardware, choose_precision
 
@@ -60,23 +58,6 @@ def resolve(config: RunConfig, hardware: Hardware) -> Question:
         fixed_micro_batch=fixed,
         tries_overlap=config.sync == "auto",
     )
-
-
-def for_dtypes(question: Question, half_dtypes: str, world_size: int) -> Question:
-    """The question for a model with trained 16-bit parameters: DistributedDataParallel would add their gradients in
-    16 bits, so the overlapped reduction is no way to compute it.
-
-    Raises:
-        ConfigError: it was asked for.
-    """
-    if not half_dtypes:
-        return question
-    if question.base.sync == "overlap" and world_size > 1:
-        raise ConfigError(
-            f"sync=overlap would add the gradients of the model's {half_dtypes} parameters in 16 bits. "
-            "Use sync=window, which adds them in fp32, or fp32 parameters with precision=bf16."
-        )
-    return dataclasses.replace(question, tries_overlap=False)
 
 
 def half_note(half_parameters: int, half_dtypes: str, parameters: int) -> str:

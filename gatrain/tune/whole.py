@@ -116,14 +116,7 @@ class WholeStepTimer:
                 engine.step(window, self._steps)
             taken.append(self._meter.seconds(start, self._meter.mark()))
 
-        # DDP reduces inside the backward: there a rank that fails alone can tell nobody, and must end
-        alone = finalist.settings.sync == "overlap" and self._rank.world_size > 1
-        failure = None
-        if alone:
-            step()
-        else:
-            failure = attempt(step)
-        failure = self._peers.worst(failure)
+        failure = self._peers.worst(attempt(step))
         if failure is not None:  # on any rank: all forget the half step
             engine.optimizer.zero_grad(set_to_none=True)
             with contextlib.suppress(ExactnessError):

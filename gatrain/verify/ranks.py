@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from gatrain import batch, build
 from gatrain import rank as rank_process
@@ -24,7 +23,7 @@ from gatrain.train import samples
 from gatrain.train.accumulate import MicroBatch, PlainAccumulation, RankWindow, WindowResult
 from gatrain.train.batches import map_tensors, move_to, tensors_of
 from gatrain.train.checkpointing import apply_checkpointing
-from gatrain.train.engine import batch_norms
+from gatrain.train.modules import batch_norms
 from gatrain.train.precision import forbid_tf32
 from gatrain.train.ranks import Ranks
 from gatrain.train.seeding import seed_everything
@@ -181,9 +180,6 @@ class Verification:
     ) -> tuple[Tensor, dict[str, float]]:
         """Gradient and loss sums of this rank's ``sizes`` (and the other ranks') through the training core."""
         model = self.model(dtype)
-        wrapped = model
-        if self.config.sync == "overlap" and self.ranks.world_size > 1:
-            wrapped = DistributedDataParallel(model)
         first = sum(batch.rank_shares(len(self.ids), self.ranks.world_size)[: self.ranks.rank])
         micro_batches = []
         for size in sizes:
@@ -191,11 +187,11 @@ class Verification:
             first += size
             micro_batches.append(MicroBatch(host, named_weights(self.task.weight(host))))
         strategy = strategy_class(
-            wrapped,
-            lambda on_device: self.task.loss_sum(wrapped, on_device),
+            model,
+            lambda on_device: self.task.loss_sum(model, on_device),
             term_names=self.task.loss_terms,
             ranks=self.ranks,
-            sync="overlap" if isinstance(wrapped, DistributedDataParallel) else "window",
+            sync=self.config.sync,
             stage=lambda host: lambda: self.on_device(host, dtype),
         )
         with self._loss_modules(dtype), one_algorithm():
