@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import TensorDataset, default_collate
 
-from gatrain.errors import ConfigError, DataError, SavedStateError
+from gatrain.errors import ConfigError, DataError, DoesNotFitError, SavedStateError
 from gatrain.tasks import Supervised
 from gatrain.tasks.base import is_deterministic
 from gatrain.tasks.losses import samples_in
@@ -25,6 +25,7 @@ from gatrain.train import samples, seeding
 from gatrain.train.batches import bytes_of, map_tensors, move_to
 from gatrain.train.loader import DRAWS_UNDECLARED, LoadedWindow, WindowLoader
 from gatrain.train.ranks import Ranks
+from gatrain.train.read_ahead import PREFETCH, FreeMemory, ReadAhead, bounded
 from gatrain.train.saved_state import Progress, check_same_run
 from gatrain.train.windows import WindowSchedule, windows
 
@@ -177,6 +178,44 @@ def test_draws_are_noticed_inside_seeded_reading() -> None:
     assert drew
     assert samples.draws_random_numbers(lambda: random.random())[1]
     assert not samples.draws_random_numbers(lambda: 1)[1]
+
+
+# Memory
+
+MIB = 2**20
+
+
+def test_what_is_loaded_ahead_has_room_in_main_and_shared_memory() -> None:
+    free = FreeMemory(1000 * MIB, 100 * MIB)
+    assert bounded(2, MIB, 4 * MIB, free) == ReadAhead(2, PREFETCH, next_window=True)
+    cut = bounded(8, 10 * MIB, 20 * MIB, free)  # half of /dev/shm holds 5 of 10 MiB
+    assert (cut.workers, cut.prefetch, cut.next_window) == (5, 1, True)
+    assert "train.data_workers=8 would hold 320 MiB ahead" in (cut.notice or "")
+    assert bounded(8, 10 * MIB, 20 * MIB, FreeMemory(1000 * MIB, None)).prefetch == PREFETCH
+    late = bounded(0, 10 * MIB, 300 * MIB, free)
+    assert (late.next_window, "only when the one before it is done" in (late.notice or "")) == (False, True)
+    with pytest.raises(
+        DoesNotFitError, match=r"this rank's part of it is 1\.2 GiB; 1,000 MiB .*batch\.effective"
+    ):
+        bounded(0, MIB, 1200 * MIB, free)
+    with pytest.raises(DoesNotFitError, match=r"/dev/shm.*train\.data_workers=0"):
+        bounded(1, 60 * MIB, 60 * MIB, free)
+
+
+def test_windows_are_the_same_however_little_memory_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = task_of(Drawn(11))
+    plain = task_of(Plain(11))
+    expected, ahead = batches(loaded(task)), loaded(plain)
+    assert "gatrain-loader" in plain.train_data.threads  # type: ignore[attr-defined]
+    little = FreeMemory(70, 200)  # a window of 4 samples is 64 bytes
+    monkeypatch.setattr(FreeMemory, "of_this_rank", lambda: little)
+    assert equal(batches(loaded(task, workers=2)), expected)
+    (told, *rest) = loaded(task, workers=2)
+    assert "1 process with 1 each read ahead; a window" in told.notices[0]
+    assert not any(window.notices for window in rest)
+    plain.train_data.threads.clear()  # type: ignore[attr-defined]
+    assert equal(batches(loaded(plain)), batches(ahead))
+    assert "gatrain-loader" not in plain.train_data.threads  # type: ignore[attr-defined]
 
 
 # Counting

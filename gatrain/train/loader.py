@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +21,9 @@ from gatrain.errors import GatrainError
 from gatrain.tasks.base import Samples, Task, is_deterministic
 from gatrain.train import samples
 from gatrain.train.accumulate import MicroBatch
-from gatrain.train.batches import pinned
+from gatrain.train.batches import bytes_of, map_tensors, pinned
 from gatrain.train.ranks import Ranks
+from gatrain.train.read_ahead import PREFETCH, FreeMemory, ReadAhead, bounded
 from gatrain.train.samples import Key
 from gatrain.train.windows import Ids, Window, WindowSchedule, digest
 
@@ -113,17 +114,20 @@ class WindowLoader:
         self._pin_memory = pin_memory
         self._in_thread = False
         self._told: set[str] = set()
+        self._ahead = ReadAhead(workers, PREFETCH, next_window=True)
+        self._is_sized = False
 
     def __iter__(self) -> Iterator[LoadedWindow]:
         windows = self._windows()
         if self._workers:
-            yield from _in_background(windows)
+            yield from _in_background(windows, lambda: self._ahead.next_window)
             return
         self._in_thread = False
         for first in itertools.islice(windows, 1):  # read here, so that what draws numbers is noticed
             yield first
             declared = is_deterministic(self._task.train_data) and self._task.collates_deterministically
             self._in_thread = declared and not any(m.undeclared_draws for m in first.micro_batches)
+        self._in_thread = self._in_thread and self._ahead.next_window
         yield from _in_background(windows) if self._in_thread else windows
 
     def _mine(self, window: Window) -> tuple[int, Ids, list[int]]:
@@ -143,10 +147,29 @@ class WindowLoader:
     def _micro_batches(self) -> Iterator[MicroBatch]:
         keys = (each for index in self._range for each in self._keys(self._schedule.window(index)))
         data, seed = self._task.train_data, self._schedule.seed
-        if self._workers:
-            yield from _from_processes(self._task, data, keys, seed, self._workers)
-        for each in keys:
-            yield samples.load(self._task, data, each, seed, trusted=self._in_thread)
+        if not self._workers:
+            for each in keys:
+                micro = samples.load(self._task, data, each, seed, trusted=self._in_thread)
+                self._look_at_size(micro)
+                yield micro
+            return
+        # the first one tells how many may be on their way at once; in a process too, as data may hold open files
+        for micro in _from_processes(
+            self._task, data, itertools.islice(keys, 1), seed, ReadAhead(1, 1, True)
+        ):
+            self._look_at_size(micro)
+            yield micro
+        yield from _from_processes(self._task, data, keys, seed, self._ahead)
+
+    def _look_at_size(self, micro: MicroBatch) -> None:
+        if self._is_sized or micro.is_empty:
+            return
+        self._is_sized = True
+        size = bytes_of(micro.batch)
+        share = len(self._mine(self._schedule.window(self._range.start))[1])
+        self._ahead = bounded(
+            self._workers, size, size * share // max(1, len(micro.keys)), FreeMemory.of_this_rank()
+        )
 
     def _windows(self) -> Iterator[LoadedWindow]:
         source = self._micro_batches()
@@ -167,17 +190,26 @@ class WindowLoader:
                 dropped=sum(micro.dropped for micro in loaded),
                 digest=digest(first, ids),
                 tokens=sum(counted) if len(counted) == len(full) else None,
-                micro_batches=[self._pinned(micro) for micro in full],
+                micro_batches=[self._settled(micro) for micro in full],
                 notices=list(self._notices(loaded)),
             )
 
-    def _pinned(self, micro: MicroBatch) -> MicroBatch:
-        return dataclasses.replace(micro, batch=pinned(micro.batch)) if self._pin_memory else micro
+    def _settled(self, micro: MicroBatch) -> MicroBatch:
+        """Pinned, or at least out of the shared memory through which processes pass it."""
+        if self._pin_memory:
+            return dataclasses.replace(micro, batch=pinned(micro.batch))
+        if not self._workers:
+            return micro
+        return dataclasses.replace(micro, batch=map_tensors(lambda tensor: tensor.clone(), micro.batch))
 
     def _notices(self, loaded: Sequence[MicroBatch]) -> Iterator[str]:
-        if any(micro.undeclared_draws for micro in loaded) and DRAWS_UNDECLARED not in self._told:
-            self._told.add(DRAWS_UNDECLARED)
-            yield DRAWS_UNDECLARED
+        found = [self._ahead.notice]
+        if any(micro.undeclared_draws for micro in loaded):
+            found.append(DRAWS_UNDECLARED)
+        for text in found:
+            if text is not None and text not in self._told:
+                self._told.add(text)
+                yield text
 
 
 def load_batches(
@@ -189,24 +221,35 @@ def load_batches(
     Raises:
         GatrainError: samples cannot be read or weighed.
     """
-    source: Iterator[MicroBatch] = (
-        _from_processes(task, data, keys, seed=0, workers=workers)
-        if workers
-        else (samples.load(task, data, each, seed=0) for each in keys)
-    )
+    source: Iterator[MicroBatch]
+    if workers:
+        source = _bounded_processes(task, data, iter(keys), workers)
+    else:
+        source = (samples.load(task, data, each, seed=0) for each in keys)
     return (micro for micro in source if not micro.is_empty)
 
 
-def _from_processes(
-    task: Task, data: Samples, keys: Iterable[list[Key]], seed: int, workers: int
+def _bounded_processes(
+    task: Task, data: Samples, keys: Iterator[list[Key]], workers: int
 ) -> Iterator[MicroBatch]:
-    """The micro-batch of each list of keys, in order, loaded by ``workers`` processes."""
+    ahead = ReadAhead(1, 1, True)
+    for micro in _from_processes(task, data, itertools.islice(keys, 1), 0, ahead):
+        size = bytes_of(micro.batch)
+        ahead = bounded(workers, size, size, FreeMemory.of_this_rank())
+        yield micro
+    yield from _from_processes(task, data, keys, 0, ahead)
+
+
+def _from_processes(
+    task: Task, data: Samples, keys: Iterable[list[Key]], seed: int, ahead: ReadAhead
+) -> Iterator[MicroBatch]:
+    """The micro-batch of each list of keys, in order, loaded by processes."""
     loader = DataLoader(
         _MicroBatches(task, data, seed),
         batch_sampler=keys,  # type: ignore[arg-type]
         collate_fn=_unchanged,
-        num_workers=workers,
-        prefetch_factor=4,
+        num_workers=ahead.workers,
+        prefetch_factor=ahead.prefetch,
         generator=torch.Generator(),  # the process's own generator stays untouched
     )
     for item in loader:
@@ -219,8 +262,11 @@ def _unchanged(item: Any) -> Any:
     return item
 
 
-def _in_background(windows: Iterator[LoadedWindow]) -> Iterator[LoadedWindow]:
-    """Run an iterator in a thread, one item ahead. Errors arrive at the item where they happened."""
+def _in_background(
+    windows: Iterator[LoadedWindow], may_be_ahead: Callable[[], bool] = lambda: True
+) -> Iterator[LoadedWindow]:
+    """Run an iterator in a thread, one item ahead where ``may_be_ahead``. Errors arrive at the item where they
+    happened."""
     items: queue.SimpleQueue[LoadedWindow | BaseException | None] = queue.SimpleQueue()
     wanted = threading.Semaphore(1)  # items that may be made now; one more for each that is taken
     stopped = threading.Event()
@@ -229,9 +275,11 @@ def _in_background(windows: Iterator[LoadedWindow]) -> Iterator[LoadedWindow]:
         try:
             while not stopped.is_set():
                 if wanted.acquire(timeout=0.1):
-                    items.put(window := next(windows, None))
+                    window = next(windows, None)
+                    items.put(window)
                     if window is None:
                         return
+                    del window  # the consumer's, who may want its memory back before the next is made
         except BaseException as error:  # handed over to the consumer, whatever it is
             items.put(error)
 
@@ -241,8 +289,12 @@ def _in_background(windows: Iterator[LoadedWindow]) -> Iterator[LoadedWindow]:
         while (item := items.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
-            wanted.release()
+            if ahead := may_be_ahead():
+                wanted.release()
             yield item
+            del item
+            if not ahead:
+                wanted.release()
     finally:
         stopped.set()
         thread.join(timeout=5)

@@ -21,6 +21,8 @@ from typing import Any
 
 from gatrain.config import DEVICES, RunConfig
 from gatrain.errors import ConfigError, LaunchError, nearest
+from gatrain.main_memory import available_memory as available_memory
+from gatrain.main_memory import cgroup_folders, total_memory
 
 BF16_CAPABILITY = (8, 0)
 """Lowest compute capability that multiplies bf16 natively (Ampere); older GPUs emulate it, slowly."""
@@ -326,7 +328,7 @@ def cpu_cores(root: Path = Path("/")) -> int:
         cores: float = len(os.sched_getaffinity(0))
     except AttributeError:  # not on every platform
         cores = os.cpu_count() or 1
-    for folder in _cgroup_folders(root, "cpu"):
+    for folder in cgroup_folders(root, "cpu"):
         with contextlib.suppress(OSError, ValueError):
             quota, period = (folder / "cpu.max").read_text().split()
             if quota != "max":
@@ -336,66 +338,3 @@ def cpu_cores(root: Path = Path("/")) -> int:
             if quota_us > 0:
                 cores = min(cores, quota_us / int((folder / "cpu.cfs_period_us").read_text()))
     return max(1, math.ceil(cores))
-
-
-def available_memory(root: Path = Path("/")) -> int:
-    """Bytes of main memory that can be taken now without swapping or being killed.
-
-    The smaller of MemAvailable and what each enclosing cgroup (v2 or v1) leaves; page cache counts as free.
-    """
-    available = _meminfo(root, "MemAvailable")
-    for folder in _cgroup_folders(root, "memory"):
-        for limit_name, used_name, cache_key in (
-            ("memory.max", "memory.current", "inactive_file"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-        ):
-            with contextlib.suppress(OSError, ValueError):  # "max" is no number: no limit here
-                left = int((folder / limit_name).read_text()) - int((folder / used_name).read_text())
-                available = min(available, left + _memory_stat(folder, cache_key))
-    return max(0, available)
-
-
-def total_memory(root: Path = Path("/")) -> int:
-    """Bytes of main memory that are installed, or that the tightest enclosing cgroup allows."""
-    total = _meminfo(root, "MemTotal")
-    for folder in _cgroup_folders(root, "memory"):
-        for name in ("memory.max", "memory.limit_in_bytes"):
-            with contextlib.suppress(OSError, ValueError):
-                total = min(total, int((folder / name).read_text()))
-    return total
-
-
-def _meminfo(root: Path, key: str) -> int:
-    with contextlib.suppress(OSError):
-        match = re.search(rf"^{key}:\s+(\d+) kB", (root / "proc/meminfo").read_text(), re.MULTILINE)
-        if match:
-            return int(match.group(1)) * 1024
-    with contextlib.suppress(AttributeError, OSError, ValueError):  # no /proc: half of what is installed
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    return 4 * 2**30
-
-
-def _memory_stat(folder: Path, key: str) -> int:
-    with contextlib.suppress(OSError):
-        match = re.search(rf"^{key} (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
-        if match:
-            return int(match.group(1))
-    return 0
-
-
-def _cgroup_folders(root: Path, controller: str) -> list[Path]:
-    """Folders of this process's cgroup and all that enclose it, version 2 (unified) and version 1."""
-    folders: list[Path] = []
-    lines: list[str] = []
-    with contextlib.suppress(OSError):
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    base = root / "sys/fs/cgroup"
-    for line in lines:
-        parts = line.split(":", 2)
-        if len(parts) != 3 or (parts[1] and controller not in parts[1].split(",")):
-            continue
-        mount = base / controller if parts[1] else base
-        inner = Path(parts[2].lstrip("/"))
-        folders += [mount / inner, *(mount / parent for parent in inner.parents)]
-    folders += [base, base / controller]  # inside a container the own cgroup is mounted at the root
-    return list(dict.fromkeys(folders))
