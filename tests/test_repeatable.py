@@ -35,7 +35,7 @@ class Net(nn.Module):
 
 class Points(torch.utils.data.Dataset):
     def __len__(self):
-        return 29
+        return 28
 
     def __getitem__(self, index):
         time.sleep(float(os.environ.get("SLOW_S", 0)))

@@ -195,7 +195,7 @@ def test_what_is_loaded_ahead_has_room_in_main_and_shared_memory() -> None:
     late = bounded(0, 10 * MIB, 300 * MIB, free)
     assert (late.next_window, "only when the one before it is done" in (late.notice or "")) == (False, True)
     with pytest.raises(
-        DoesNotFitError, match=r"this rank's part of it is 1\.2 GiB; 1,000 MiB .*batch\.effective"
+        DoesNotFitError, match=r"this rank's part of a window is 1\.2 GiB, and 1,000 MiB .*batch\.effective"
     ):
         bounded(0, MIB, 1200 * MIB, free)
     with pytest.raises(DoesNotFitError, match=r"/dev/shm.*train\.data_workers=0"):

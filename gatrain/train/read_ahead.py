@@ -57,9 +57,9 @@ def bounded(workers: int, micro_bytes: int, window_bytes: int, free: FreeMemory)
     """
     if window_bytes > free.main_bytes:
         raise DoesNotFitError(
-            f"a window is loaded whole before its first forward, since the weights of all its samples must be "
-            f"known, and this rank's part of it is {units.size(window_bytes)}; {units.size(free.main_bytes)} of main "
-            "memory are free for it. Use a smaller batch.effective, more nodes, or smaller samples."
+            f"this rank's part of a window is {units.size(window_bytes)}, and {units.size(free.main_bytes)} of "
+            "main memory are free for it. It is loaded whole before its first forward, since the weights of all "
+            "its samples must be known. Use a smaller batch.effective, more nodes, or smaller samples."
         )
     room = SHARE * free.main_bytes
     next_window = 2 * window_bytes <= room
