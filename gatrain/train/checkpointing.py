@@ -2,17 +2,20 @@
 
 ``full`` keeps only the inputs of each block; ``selective`` also keeps the results of matrix products,
 convolutions and attention, which are dear to recompute, and recomputes the cheap rest
-(https://pytorch.org/blog/activation-checkpointing-techniques/). Blocks are the elements of the largest
-ModuleList or Sequential of like modules; a model may name its own through ``checkpoint_blocks()``.
+(https://pytorch.org/blog/activation-checkpointing-techniques/). Blocks are what a model names through
+``checkpoint_blocks()``, else the layers that transformers made for it, else the elements of the largest ModuleList
+or Sequential of like modules.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -38,6 +41,9 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The modules that checkpointing wraps; empty if the model has no repeated block."""
     if callable(own := getattr(model, "checkpoint_blocks", None)):
         return list(own())
+    named = {"GradientCheckpointingLayer"}  # of transformers, which then need not be imported
+    if theirs := [m for m in model.modules() if named & {cls.__name__ for cls in type(m).__mro__}]:
+        return [block for block in theirs if not any(_inside(block, o) for o in theirs if o is not block)]
     blocks: list[nn.Module] = []
     for container in model.modules():
         if isinstance(container, nn.ModuleList | nn.Sequential):
@@ -79,25 +85,68 @@ def apply_checkpointing(model: nn.Module, mode: str) -> None:
 
 def _checkpointed(block: nn.Module, forward: Callable[..., Any], mode: str) -> Callable[..., Any]:
     norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
-    options: dict[str, Any] = {"use_reentrant": False}
+    Contexts = tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]
 
-    def contexts() -> tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]:
+    def contexts() -> Contexts:
         if mode == "selective":
             first, second = create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
         else:
             first, second = contextlib.nullcontext(), contextlib.nullcontext()
         return first, (_recompute(second, norms) if norms else second)
 
-    if mode == "selective" or norms:  # torch.compile follows a context function only where there is a need
-        options["context_fn"] = contexts
+    def seeded_contexts() -> Contexts:
+        first, second = contexts()
+        return first, _same_numbers(second, random.getstate(), np.random.get_state())
 
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
+        args = tuple(_without_cache(mode, argument) for argument in args)
+        kwargs = {name: _without_cache(mode, argument) for name, argument in kwargs.items()}
+        if kwargs.get("use_cache") is True:
+            kwargs["use_cache"] = False
+        options: dict[str, Any] = {"use_reentrant": False}
+        if not torch.compiler.is_compiling():
+            options["context_fn"] = seeded_contexts
+        elif (
+            mode == "selective" or norms
+        ):  # torch.compile follows a context function only where there is a need
+            options["context_fn"] = contexts
         return checkpoint(forward, *args, **options, **kwargs)
 
     return run
+
+
+def _without_cache(mode: str, argument: Any) -> Any:
+    """Keys and values kept for generating text: the recomputation would add its own to them once more.
+
+    Raises:
+        ConfigError: the block reads from it.
+    """
+    cls = type(argument)
+    if not cls.__name__.endswith("Cache") or not (hasattr(cls, "get_seq_length") and hasattr(cls, "update")):
+        return argument
+    if argument.get_seq_length():
+        raise ConfigError(
+            f"checkpointing={mode}: the model reads keys and values from a filled {cls.__name__} (a prefix, say), "
+            "to which the recomputation would add once more. Use checkpointing=none."
+        )
+    return None
+
+
+@contextlib.contextmanager
+def _same_numbers(inner: contextlib.AbstractContextManager[Any], python: Any, numpy: Any) -> Iterator[None]:
+    """The second forward draws from Python's and NumPy's generators what the first drew; torch sees to its own."""
+    before = random.getstate(), np.random.get_state()
+    random.setstate(python)
+    np.random.set_state(numpy)
+    try:
+        with inner:
+            yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
 
 
 def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
