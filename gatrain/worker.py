@@ -84,6 +84,12 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
             half_dtypes=engine.masters.dtypes,
         )
         sinks.start(info)
+        if spared := list(engine.exempt_from_decay):
+            more = f" and {len(spared) - 3} more" if len(spared) > 3 else ""
+            sinks.notice(
+                f"optimizer.weight_decay does not apply to {', '.join(spared[:3])}{more}: the model lists "
+                f"{'it' if len(spared) == 1 else 'them'} in no_weight_decay()"
+            )
         for problem in problems:
             sinks.notice(f"skipped a damaged saved state, {problem}")
         trainer = Trainer(

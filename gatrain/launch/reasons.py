@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import sys
 
-from gatrain.causes import told
-from gatrain.errors import DoesNotFitError, GatrainError, WorkerError, is_out_of_memory
+from gatrain.causes import chain, told
+from gatrain.errors import ConfigError, DoesNotFitError, GatrainError, WorkerError, is_out_of_memory
 
 
 def describe(error: BaseException) -> tuple[int, str, str]:
@@ -21,6 +21,14 @@ def describe(error: BaseException) -> tuple[int, str, str]:
         first = str(error).partition("\n")[0].partition(" This is typically")[0]
         text = f"lost the connection to another rank, or waited too long for it ({first})"
         return WorkerError.exit_code, type(error).__name__, text
+    checkpoint = sys.modules.get("torch.utils.checkpoint")
+    if checkpoint is not None and any(isinstance(each, checkpoint.CheckpointError) for each in chain(error)):
+        text = (
+            "checkpointing: a block computed other tensors when it was run again in the backward. It changes "
+            "something of its own at each call (a cache, a counter, random numbers that are not torch's). "
+            "Use checkpointing=none."
+        )
+        return ConfigError.exit_code, ConfigError.__name__, f"{text}\n{told(error)}"
     return WorkerError.exit_code, type(error).__name__, told(error)
 
 

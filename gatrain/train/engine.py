@@ -20,7 +20,7 @@ from gatrain.train.batches import move_to, moves_itself, tensors_of
 from gatrain.train.checkpointing import apply_checkpointing
 from gatrain.train.compiling import compiled_loss_sum
 from gatrain.train.main_gradients import MasterWeights
-from gatrain.train.optimizer import build_optimizer, learning_rate, make_state
+from gatrain.train.optimizer import build_optimizer, exempt_from_decay, learning_rate, make_state
 from gatrain.train.precision import autocast_for, forbid_tf32, scaler_for
 from gatrain.train.ranks import Ranks
 
@@ -73,7 +73,10 @@ class Engine:
         self.masters = MasterWeights(model)
         self.scaler = scaler_for("fp16" if self.masters.has_fp16 else settings.precision, device)
         self._parameters = self.masters.trained
-        self.optimizer = build_optimizer(optimizer_config, self._parameters)
+        self.exempt_from_decay = exempt_from_decay(model) if optimizer_config.weight_decay else {}
+        """Parameters that the model itself wants without weight decay, by name."""
+        spared = [self.masters.of(p) for p in self.exempt_from_decay.values()]
+        self.optimizer = build_optimizer(optimizer_config, self._parameters, spared)
         make_state(self.optimizer)
         self.masters.copy_to_model()  # the same weights: they were stepped with rate zero
         self._loss_sum = self._loss_function(model)

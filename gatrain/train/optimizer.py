@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from gatrain.config import AdamWConfig, OptimizerConfig, ScheduleConfig, SGDConfig
+from gatrain.errors import ConfigError
 
 
-def build_optimizer(config: OptimizerConfig, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+def build_optimizer(
+    config: OptimizerConfig, parameters: Sequence[nn.Parameter], exempt: Iterable[nn.Parameter] = ()
+) -> torch.optim.Optimizer:
     """AdamW (fused on a GPU) or SGD; weight decay on parameters of two or more dimensions only.
 
     Args:
         config: which one, with its values.
         parameters: those that are trained (`gatrain.train.main_gradients.MasterWeights` for 16-bit ones).
+        exempt: those of them that get no weight decay, whatever their shape (`exempt_from_decay`).
     """
+    spared = {id(p) for p in exempt}
+    decayed = [p for p in parameters if p.dim() >= 2 and id(p) not in spared]
+    others = [p for p in parameters if p.dim() < 2 or id(p) in spared]
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     fused = all(p.is_cuda for p in parameters) or None
@@ -33,6 +40,42 @@ def build_optimizer(config: OptimizerConfig, parameters: Sequence[nn.Parameter])
             groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused
         )
     raise TypeError(f"no optimizer for {type(config).__name__}")
+
+
+def exempt_from_decay(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trained parameters of two or more dimensions that the model wants without weight decay, by name.
+
+    It says so in the ways that are usual: ``no_weight_decay()`` of any of its modules gives names (timm),
+    ``no_weight_decay_keywords()`` parts of names (Swin), and a parameter may carry ``_no_weight_decay`` (Mamba).
+
+    Raises:
+        ConfigError: such a method cannot be called.
+    """
+    found: dict[str, nn.Parameter] = {}
+    for prefix, module in model.named_modules():
+        names, parts = _listed(module, "no_weight_decay"), _listed(module, "no_weight_decay_keywords")
+        if not names and not parts:
+            continue
+        for name, parameter in module.named_parameters():
+            if any(name == each or name.endswith(f".{each}") for each in names) or any(
+                p in name for p in parts
+            ):
+                found[f"{prefix}.{name}".strip(".")] = parameter
+    found.update({n: p for n, p in model.named_parameters() if getattr(p, "_no_weight_decay", False)})
+    return {name: p for name, p in found.items() if p.requires_grad and p.dim() >= 2}
+
+
+def _listed(module: nn.Module, method: str) -> list[str]:
+    call = getattr(module, method, None)
+    if not callable(call):
+        return []
+    try:
+        return [str(name) for name in call()]
+    except Exception as error:
+        raise ConfigError(
+            f"{type(module).__name__}.{method}() should list the names of parameters without weight decay, but "
+            f"failed: {type(error).__name__}: {error}"
+        ) from error
 
 
 @torch.no_grad()
