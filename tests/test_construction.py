@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from gatrain import build
-from gatrain.causes import chain, told
+from gatrain.causes import told
 from gatrain.compose import compose
 from gatrain.config import RunConfig
-from gatrain.errors import ConfigError
+from gatrain.errors import ConfigError, chain
 from gatrain.inspection import inspect_run
 from gatrain.train.optimizer import exempt_from_decay
 

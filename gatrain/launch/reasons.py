@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import sys
 
-from gatrain.causes import chain, told
-from gatrain.errors import ConfigError, DoesNotFitError, GatrainError, WorkerError, is_out_of_memory
+from gatrain.causes import told
+from gatrain.errors import ConfigError, DoesNotFitError, GatrainError, WorkerError, chain, is_out_of_memory
 
 
 def describe(error: BaseException) -> tuple[int, str, str]:
