@@ -15,12 +15,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_tune import CPU, CUDA, WAY, Machine, config_of, curve_of, gpu, no_trial, plan_on
 
-from gatrain import batch, tune
+from gatrain import batch, tune, units
 from gatrain.config import AdamWConfig, SGDConfig
 from gatrain.errors import Interrupted, WorkerError
 from gatrain.launch.nodes import Nodes
 from gatrain.plan import FAILED, FITS, Plan, make_plan
-from gatrain.tune import advice, confirm, curve, memory_model, search, spec
+from gatrain.tune import advice, answer, confirm, curve, memory_model, search, spec
 from gatrain.tune.confirm import Confirmation, Finalist, WholeSteps
 from gatrain.tune.curve import Curve, Measurement
 from gatrain.tune.search import Candidate
@@ -598,3 +598,16 @@ def test_a_size_that_failed_compiled_is_not_estimated() -> None:
         (1, FITS, True), (2, FITS, True), (4, FAILED, False), (8, FITS, False),
     ]  # fmt: skip
     assert all(m.micro_step_s == pytest.approx(0.005 * m.micro_batch) for m in found.fitting)
+
+
+def test_the_plan_names_the_main_memory_that_loading_holds() -> None:
+    """Two windows and four micro-batches in each loader process: what is loaded ahead is not free."""
+    rows = tuple(
+        Measurement(size, FITS, size, 0.01 * size, host_bytes=size * units.MIB) for size in (1, 2, 4, 8)
+    )
+    measured = Curve(WAY, rows, curve.SHARE)
+    chosen = search.candidates(measured, 512, 2, 8)[0]
+    (told,) = answer.loading(measured, chosen, 512, 2, workers=8)
+    assert "up to 768 MiB" in told
+    assert "two windows of 256 MiB, and 32 micro-batches of 8 MiB" in told
+    assert answer.loading(measured, chosen, 16, 2, workers=0) == []

@@ -129,6 +129,7 @@ class Trainer:
             result, norm = self.engine.step(self._rank_window(loaded), loaded.index)
             end = self._meter.mark()
             self._pending.append(_Pending(loaded.index, result, norm, previous, end))
+            del loaded  # its memory may be wanted for the next one
             previous = end
             self._advance(result)
             step = self.progress.step

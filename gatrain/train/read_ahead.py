@@ -87,6 +87,6 @@ def bounded(workers: int, micro_bytes: int, window_bytes: int, free: FreeMemory)
     return ReadAhead(kept, prefetch, next_window, "; ".join(said) + "." if said else None)
 
 
-def held_bytes(workers: int, micro_bytes: int, window_bytes: int) -> int:
+def held_bytes(workers: int, micro_bytes: float, window_bytes: float) -> float:
     """Main memory of one rank that loading holds at most, as asked for: two windows and what processes have."""
     return 2 * window_bytes + workers * PREFETCH * micro_bytes

@@ -9,12 +9,16 @@ from dataclasses import dataclass, field
 from gatrain import batch, units
 from gatrain.config import RunConfig
 from gatrain.plan import FITS, Plan, StepSettings, Trial, make_plan
+from gatrain.train import read_ahead
 from gatrain.tune import advice, curve, search
 from gatrain.tune.confirm import Verdict, WholeSteps
 from gatrain.tune.curve import Curve
 from gatrain.tune.search import Candidate
 
 TimedCandidate = tuple[Candidate, WholeSteps]
+
+MUCH_MEMORY = 256 * units.MIB
+"""Main memory that loading may hold before the plan speaks of it."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ def make(
             *observations(
                 decision, chosen_curve, plain, effective_batch, world_size, max_seconds, config.batch.micro
             ),
+            *loading(chosen_curve, chosen, effective_batch, world_size, config.train.data_workers),
             *advice.sentences(
                 chosen_curve,
                 chosen,
@@ -90,6 +95,28 @@ def make(
         memory_budget_bytes=min(budget, allowed_bytes) if is_remembered else budget,
         **dataclasses.asdict(chosen.settings),
     )
+
+
+def loading(
+    chosen_curve: Curve, chosen: Candidate, effective_batch: int, world_size: int, workers: int
+) -> list[str]:
+    """What loading holds of each rank's main memory, where that is much."""
+    measured = [m.host_bytes / m.micro_batch for m in chosen_curve.fitting if m.host_bytes]
+    if not measured:
+        return []
+    share = max(chosen.shares) if chosen.shares else batch.largest_share(effective_batch, world_size)
+    micro_bytes, window_bytes = measured[-1] * chosen.micro_batch, measured[-1] * share
+    held = read_ahead.held_bytes(workers, micro_bytes, window_bytes)
+    if held < MUCH_MEMORY:
+        return []
+    parts = f"two windows of {units.size(window_bytes)}"
+    if workers:
+        count = workers * read_ahead.PREFETCH
+        parts += f", and {count} micro-batches of {units.size(micro_bytes)} on their way through /dev/shm"
+    return [
+        f"Loading holds up to {units.size(held)} of main memory per rank: {parts}. Less is read ahead where "
+        "less is free."
+    ]
 
 
 def observations(

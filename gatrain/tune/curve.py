@@ -57,6 +57,8 @@ class Measurement:
     """Not measured: see `gatrain.tune.search.extended`."""
     noise: float | None = None
     """Relative standard error of ``micro_step_s``, from the spread of the repeats on the noisiest rank."""
+    host_bytes: int | None = None
+    """Main memory of one micro-batch before it goes to the device."""
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Measurement:

@@ -28,6 +28,7 @@ from gatrain.plan import DOES_NOT_FIT, FAILED, FITS
 from gatrain.rank import Rank
 from gatrain.tasks.base import Batch, Task
 from gatrain.train import samples
+from gatrain.train.batches import bytes_of
 from gatrain.train.meter import Meter
 from gatrain.train.seeding import seed_everything
 from gatrain.tune.curve import Measurement
@@ -139,6 +140,7 @@ class SizeMeter:
             state["first_s"] = time.perf_counter() - began
             # memory is that of the worst batch; time is that of usual ones, where they differ
             worst = self._on_device(self._batches.worst_case(size))
+            state["host_bytes"] = bytes_of(worst[0])
             self._engine.micro_step(*worst)
             state["timed"] = [self._on_device(each) for each in self._batches.usual(size, USUAL)] or [worst]
             for each in state["timed"]:
@@ -160,7 +162,11 @@ class SizeMeter:
         if failure is not None:
             return Measurement(size, failure.outcome, error=failure.text)
         found = self._summary(size, state["loss"], state["noise"], micro_s, reduce_s, optimizer_s)
-        return dataclasses.replace(found, compile_s=max(self._peers.gather(state["first_s"])))
+        return dataclasses.replace(
+            found,
+            compile_s=max(self._peers.gather(state["first_s"])),
+            host_bytes=max(self._peers.gather(state["host_bytes"])),
+        )
 
     def _on_device(self, prepared: tuple[Batch, Mapping[str, float]]) -> tuple[Batch, Mapping[str, float]]:
         batch, weights = prepared
