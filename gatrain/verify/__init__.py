@@ -20,13 +20,11 @@ from gatrain.inspection import inspect_run
 from gatrain.launch.local import run_workers
 from gatrain.launch.nodes import Nodes
 from gatrain.rundir import read_json, write_json, write_text
-from gatrain.tune.hardware import Hardware, detect_hardware
+from gatrain.tune.hardware import Hardware, choose_precision, detect_hardware
 from gatrain.verify.report import Case, VerifyReport
 
-__all__ = ["TOLERANCES", "Case", "VerifyReport", "run_verify"]
+__all__ = ["Case", "VerifyReport", "run_verify"]
 
-TOLERANCES = {"fp64": 1e-12, "fp32": 2e-6}
-"""Largest relative L2 error of a gradient; what reordering sums costs is some hundred times less."""
 DEFAULT_SECONDS = 60.0
 """Time for all cases together; a window that would take longer is cut to its first samples."""
 
@@ -57,13 +55,13 @@ def run_verify(
     progress("Looking at the model and the data")
     facts = inspect_run(composed.yaml, cwd)
     hardware = detect_hardware(config.device)
-    planned, planned_by = micro_batch, "asked for"
-    if planned is None:
-        planned, planned_by = _planned(config, facts, hardware, cwd)
+    planned, planned_by, settings = _planned(config, facts, hardware, cwd)
+    if micro_batch is not None:
+        planned, planned_by = micro_batch, "asked for"
     with tempfile.TemporaryDirectory(prefix="gatrain-verify-") as name:
         folder = Path(name)
         write_text(folder / "config.yaml", composed.yaml)
-        spec: dict[str, Any] = {"planned": planned, "seconds": seconds, "processes": 1}
+        spec: dict[str, Any] = {"planned": planned, "seconds": seconds, "processes": 1, **settings}
         progress("Comparing splits in one process")
         found = _run(folder, spec, hardware.device, 1, cwd)
         # two processes: on two GPUs if there are two, else on the CPU
@@ -73,17 +71,24 @@ def run_verify(
     return _report(composed, found, two, planned_by)
 
 
-def _planned(config: RunConfig, facts: Any, hardware: Hardware, cwd: Path | None) -> tuple[int | None, str]:
-    """The micro-batch that training would use, if that is known without measuring."""
+def _planned(
+    config: RunConfig, facts: Any, hardware: Hardware, cwd: Path | None
+) -> tuple[int | None, str, dict[str, str]]:
+    """What training would use, as far as that is known without measuring: the micro-batch, who says so, and
+    precision and checkpointing."""
+    precision, _ = choose_precision(config, hardware)
+    settings = {"precision": precision, "checkpointing": config.checkpointing}
     if isinstance(config.batch.micro, int):
-        return config.batch.micro, f"batch.micro={config.batch.micro}"
+        return config.batch.micro, f"batch.micro={config.batch.micro}", settings
     from gatrain.tune import remembered_plan
 
     nodes = Nodes(max(1, len(hardware.gpus)))
     plan = remembered_plan(config, facts, hardware, nodes, cwd=cwd)
     if plan is not None:
-        return plan.micro_batch, "the remembered plan"
-    return None, "no plan yet (gatrain autotune makes one); a quarter of the window stands in"
+        settings = {"precision": plan.precision, "checkpointing": plan.checkpointing}
+        return plan.micro_batch, "the remembered plan", settings
+    standing_in = "no plan yet (gatrain autotune makes one); a quarter of the window stands in"
+    return None, standing_in, settings
 
 
 def _run(folder: Path, spec: dict[str, Any], device: str, nproc: int, cwd: Path | None) -> dict[str, Any]:
@@ -93,10 +98,7 @@ def _run(folder: Path, spec: dict[str, Any], device: str, nproc: int, cwd: Path 
 
 
 def _report(composed: Composed, found: dict[str, Any], two: dict[str, Any], planned_by: str) -> VerifyReport:
-    cases = []
-    for raw in [*found["cases"], *two["cases"]]:
-        tolerance = TOLERANCES[raw["precision"]]
-        cases.append(Case(**raw, tolerance=tolerance))
+    cases = [Case(**raw) for raw in [*found["cases"], *two["cases"]]]
     return VerifyReport(
         recipe=composed.recipe,
         samples=found["window"]["samples"],
