@@ -7,6 +7,7 @@ import threading
 from collections import UserDict, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from gatrain.tasks.losses import samples_in
 from gatrain.tasks.parts import find_splits
 from gatrain.train import samples, seeding
 from gatrain.train.batches import bytes_of, map_tensors, move_to
+from gatrain.train.evaluate import evaluation_keys
 from gatrain.train.loader import DRAWS_UNDECLARED, LoadedWindow, WindowLoader
 from gatrain.train.ranks import Ranks
 from gatrain.train.read_ahead import PREFETCH, FreeMemory, ReadAhead, bounded
@@ -126,6 +128,19 @@ def test_loader_processes_a_resume_and_two_ranks_load_the_same_bits(kind: type[D
         assert equal(batches([whole]), batches([left, right]))
         assert [m.position for m in whole.micro_batches] == [0, 2]
         assert (left.micro_batches[0].position, right.micro_batches[0].position) == (0, 2)
+
+
+def test_samples_read_in_a_process_are_the_same_and_leave_this_one_untouched() -> None:
+    for data, drawn in ((Drawn(), True), (Plain(), False), (Drawn(declared=True), True)):
+        task = task_of(data)
+        here = samples.read(task, data, [(0, 3), (1, 5)], 7)
+        data.threads.clear()
+        with samples.read_in_a_process():
+            there, drew = samples.draws_random_numbers(partial(samples.read, task, data, [(0, 3), (1, 5)], 7))
+        assert all(torch.equal(a[0], b[0]) for a, b in zip(here, there, strict=True))
+        assert (drew, data.threads) == (drawn, set())
+    with samples.read_in_a_process(), pytest.raises(DataError, match="IndexError"):
+        samples.read(task, TensorDataset(torch.zeros(2)), [(0, 7)], 0)
 
 
 # What a thread may read
@@ -363,6 +378,16 @@ def test_batches_are_cut_into_samples_or_not_at_all() -> None:
     assert torch.equal(parts[1][1], y[1:2])
     assert samples.split_batch({"x": x, "total": torch.tensor(5)}, [2, 3], 5) is None
     assert samples.split_batch(pack_sequence([torch.ones(3), torch.ones(2)]), [1, 1], 2) is None
+
+
+def test_every_held_out_sample_is_evaluated_once_and_drawing_batches_are_those_of_one_rank() -> None:
+    for collate in (None, masking):
+        task = task_of(Source(Plain(), collate))
+        one = evaluation_keys(task, Ranks(), 11, 2)
+        two = [keys for rank in (0, 1) for keys in evaluation_keys(task, Ranks(rank, 2), 11, 2)]
+        for found in (one, two):
+            assert sorted(sample for keys in found for _, sample in keys) == list(range(11))
+        assert (sorted(one) == sorted(two)) is (collate is masking)
 
 
 # Windows and splits

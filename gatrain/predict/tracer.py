@@ -37,7 +37,7 @@ class Batches:
 
     def __init__(self, task: Task, seed: int = 0) -> None:
         key = (0, int(next(iter(task.worst_case_indices(1)))))
-        (sample,) = samples.read(task, task.train_data, [key], seed)
+        sample = samples.read_one(task, task.train_data, key, seed)
         self._two, three = (samples.collated(task, [sample] * n, [key] * n, seed) for n in (2, 3))
         self.term_names = list(named_weights(task.weight(self._two)))
         self._leaves, self._spec = pytree.tree_flatten(self._two)

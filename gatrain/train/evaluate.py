@@ -8,10 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from gatrain.errors import ExactnessError, GatrainError
-from gatrain.tasks.base import LossSum
+from gatrain.tasks.base import LossSum, Task
 from gatrain.train.aftermath import explain
 from gatrain.train.engine import Engine
 from gatrain.train.loader import load_batches
+from gatrain.train.ranks import Ranks
 from gatrain.train.samples import Key
 
 RESERVED = ("step", "loss", "loss_terms")
@@ -70,6 +71,17 @@ def evaluate(
     return _means(engine, list(dict.fromkeys(name for _, _, names in found for name in names)), sums)
 
 
+def evaluation_keys(task: Task, ranks: Ranks, count: int, micro_batch: int) -> list[list[Key]]:
+    """This rank's batches of the first ``count`` held-out samples."""
+    if task.collates_deterministically:
+        mine = range(ranks.rank, count, ranks.world_size)
+        groups = [mine[first : first + micro_batch] for first in range(0, len(mine), micro_batch)]
+    else:  # what collate draws belongs to the batch: any number of ranks must make the same ones
+        firsts = range(ranks.rank * micro_batch, count, ranks.world_size * micro_batch)
+        groups = [range(first, min(first + micro_batch, count)) for first in firsts]
+    return [[(0, sample) for sample in group] for group in groups]
+
+
 def _local_sums(
     engine: Engine, samples: int | None, micro_batch: int, workers: int, stop_requested: Callable[[], bool]
 ) -> tuple[_Sums, bool]:
@@ -77,11 +89,7 @@ def _local_sums(
     data = engine.task.eval_data
     assert data is not None
     count = min(len(data), samples or len(data))
-    mine = range(engine.ranks.rank, count, engine.ranks.world_size)
-    keys: list[list[Key]] = [
-        [(0, sample) for sample in mine[first : first + micro_batch]]
-        for first in range(0, len(mine), micro_batch)
-    ]
+    keys = evaluation_keys(engine.task, engine.ranks, count, micro_batch)
     device_sums: dict[tuple[str, str], tuple[Tensor | float, Tensor | float]] = {}
     for micro in load_batches(engine.task, data, keys, workers):
         if stop_requested():

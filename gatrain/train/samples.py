@@ -7,13 +7,16 @@ generators are left as they were.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from gatrain.errors import DataError, GatrainError
 from gatrain.tasks.base import Batch, Samples, Task, is_deterministic, named_weights
@@ -27,7 +30,8 @@ Key = tuple[int, int]
 T = TypeVar("T")
 
 _watch = threading.local()
-_SEARCHED_FOR_ONE_THAT_READS = 64
+_elsewhere = contextvars.ContextVar("_elsewhere", default=False)
+SEARCHED_FOR_ONE_THAT_READS = 64
 
 
 def read(task: Task, data: Samples, keys: Sequence[Key], seed: int, *, trusted: bool = False) -> list[Any]:
@@ -38,6 +42,8 @@ def read(task: Task, data: Samples, keys: Sequence[Key], seed: int, *, trusted: 
     Args:
         trusted: take the declaration for true and touch no generator, as a thread beside the model must.
     """
+    if _elsewhere.get() and torch.utils.data.get_worker_info() is None:
+        return _read_elsewhere(task, data, keys, seed)
     if is_deterministic(data):
         if trusted:
             return _read_plain(data, keys)
@@ -51,6 +57,15 @@ def read(task: Task, data: Samples, keys: Sequence[Key], seed: int, *, trusted: 
             seeding.seed_everything(seed, epoch, sample)
             samples.append(_watched(lambda sample=sample: _read_one(data, sample)))  # type: ignore[misc]
     return samples
+
+
+def read_one(task: Task, data: Samples, key: Key, seed: int) -> Any:
+    """The sample of ``key``, or the next one where that cannot be read (is None): for measurements."""
+    for step in range(min(len(data), SEARCHED_FOR_ONE_THAT_READS)):
+        (sample,) = read(task, data, [(key[0], (key[1] + step) % len(data))], seed)
+        if sample is not None:
+            return sample
+    return None
 
 
 def collated(
@@ -124,6 +139,57 @@ def make(
         tokens=task.tokens(batch),
         keys=tuple(keys),
     )
+
+
+@contextlib.contextmanager
+def read_in_a_process(wanted: bool = True) -> Iterator[None]:
+    """Inside, `read` reads in a process of its own: files that a dataset opens when it is first read (HDF5, LMDB)
+    must not be open yet where loader processes are forked later."""
+    before = _elsewhere.set(wanted)
+    try:
+        yield
+    finally:
+        _elsewhere.reset(before)
+
+
+class _Reader(Dataset[Any]):
+    """`read` in a loader process."""
+
+    def __init__(self, task: Task, data: Samples, seed: int) -> None:
+        self._task, self._data, self._seed = task, data, seed
+
+    def __getitem__(self, key: Key) -> Any:
+        raise NotImplementedError("samples are read together, through __getitems__")
+
+    def __getitems__(self, keys: list[Key]) -> Any:
+        try:
+            samples, drew = draws_random_numbers(lambda: read(self._task, self._data, keys, self._seed))
+            return samples, drew, getattr(_watch, "undeclared", False)
+        except GatrainError as error:
+            return type(error)(str(error))
+        except Exception as error:
+            return DataError(f"cannot read samples: {type(error).__name__}: {error}")
+
+
+def _read_elsewhere(task: Task, data: Samples, keys: Sequence[Key], seed: int) -> list[Any]:
+    loader = DataLoader(
+        _Reader(task, data, seed),
+        batch_sampler=[list(keys)],  # type: ignore[arg-type]
+        collate_fn=_unchanged,
+        num_workers=1,
+        generator=torch.Generator(),
+    )
+    (found,) = loader
+    if isinstance(found, GatrainError):
+        raise found
+    samples, drew, undeclared = found
+    if drew:
+        _note_draw(undeclared)
+    return samples  # type: ignore[no-any-return]
+
+
+def _unchanged(found: Any) -> Any:
+    return found
 
 
 def draws_random_numbers(call: Callable[[], T]) -> tuple[T, bool]:
@@ -260,7 +326,7 @@ def _check_that_none_is_dropped(
         DataError: it does not; says what to write.
     """
     epoch, first = keys[0]
-    for step in range(1, min(len(data), _SEARCHED_FOR_ONE_THAT_READS)):
+    for step in range(1, min(len(data), SEARCHED_FOR_ONE_THAT_READS)):
         key = (epoch, (first + step) % len(data))
         (other,) = read(task, data, [key], seed, trusted=trusted)
         if other is None:

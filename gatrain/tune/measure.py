@@ -372,7 +372,7 @@ class TrialBatches:
 
     def _read(self, key: samples.Key) -> Any:
         if key not in self._samples:
-            (self._samples[key],) = samples.read(self.task, self.task.train_data, [key], self._seed)
+            self._samples[key] = samples.read_one(self.task, self.task.train_data, key, self._seed)
         return self._samples[key]
 
 
