@@ -48,7 +48,7 @@ _KNOWN_CODE = ("gatrain.", "torch.nn.", "torch.utils.data.", "torchvision.")
 """Reads nothing but what its arguments name."""
 _LOOKS = (
     "build.py", "construction.py", "signatures.py", "dependencies.py", "facts.py", "inspection.py",
-    "train/checkpointing.py", "train/main_gradients.py",
+    "train/checkpointing.py", "train/modules.py", "train/main_gradients.py",
     "data/*.py", "models/*.py", "tasks/*.py",
 )  # fmt: skip
 """The parts of gatrain that decide what a look finds."""
@@ -73,6 +73,12 @@ class RunFacts:
     """Trained parameters of 16 bits, which get fp32 main gradients and master weights."""
     half_dtypes: str = ""
     """Their dtypes: ``bf16``, ``fp16`` or ``bf16 and fp16``."""
+    batch_norms: tuple[str, ...] = ()
+    """Names of the modules whose results depend on the micro-batch."""
+    synchronises: bool = False
+    """Whether there is SyncBatchNorm among them: all ranks need equally many micro-steps."""
+    remarks: tuple[str, ...] = ()
+    """Sentences on the model for the plan."""
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> RunFacts:
@@ -82,10 +88,12 @@ class RunFacts:
             KeyError, TypeError, ValueError: it is something else.
         """
         values = {i.name: data[i.name] for i in fields(cls) if i.default is MISSING or i.name in data}
-        values["checkpointing_modes"] = tuple(values["checkpointing_modes"])
+        for name in ("checkpointing_modes", "batch_norms", "remarks"):
+            values[name] = tuple(values.get(name, ()))
         counts = [values[name] for name in ("samples", "eval_samples", "parameters", "parameter_bytes")]
         counts.append(values.get("half_parameters", 0))
         texts = [values["fingerprint"], values.get("half_dtypes", ""), *values["checkpointing_modes"]]
+        texts += [*values["batch_norms"], *values["remarks"]]
         if not all(type(count) is int and count >= 0 for count in counts):
             raise ValueError("not a count")
         if not all(isinstance(text, str) for text in texts):

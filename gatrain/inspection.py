@@ -204,6 +204,7 @@ def _look(config: RunConfig, really: bool = False) -> RunFacts:
     from gatrain import build
     from gatrain.train.checkpointing import available_modes
     from gatrain.train.main_gradients import half_names, half_parameters
+    from gatrain.train.modules import batch_norms, mode_remarks
 
     build.check_targets(config)
     task = build.build_task(config)
@@ -238,6 +239,9 @@ def _look(config: RunConfig, really: bool = False) -> RunFacts:
         checkpointing_modes=available_modes(model),
         half_parameters=sum(parameter.numel() for parameter in half),
         half_dtypes=half_names(parameter.dtype for parameter in half),
+        batch_norms=tuple(batch_norms(model)),
+        synchronises=any(isinstance(module, torch.nn.SyncBatchNorm) for module in model.modules()),
+        remarks=tuple(mode_remarks(model)),
     )
 
 

@@ -20,12 +20,13 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
     from gatrain.launch.reasons import describe
     from gatrain.report import make_sinks, save_plots
     from gatrain.report.jsonl import read_lines
-    from gatrain.train import out_of_memory, saved_state
+    from gatrain.train import out_of_memory, samples, saved_state
     from gatrain.train.aftermath import Aftermath
     from gatrain.train.checkpointing import available_modes
     from gatrain.train.engine import StepClock
     from gatrain.train.events import RunInfo
     from gatrain.train.loop import Trainer
+    from gatrain.train.remainders import Splits, check_windows
     from gatrain.train.saved_state import Progress
     from gatrain.train.seeding import PROCESS, seed_everything
     from gatrain.train.windows import WindowSchedule
@@ -54,6 +55,20 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
     saved_state.check_same_run(progress, fresh)
     if engine.scaler and progress.scaler:
         engine.scaler.load_state_dict(progress.scaler)
+
+    check_windows(
+        engine.model,
+        Splits(
+            schedule,
+            engine.ranks.world_size,
+            plan.micro_batch,
+            plan.shares if plan.world_size == engine.ranks.world_size else None,
+        ),
+        progress.step,
+        total_steps,
+        rank.device,
+        lambda: engine.forward(samples.load(task, task.train_data, [(0, 0)], config.train.seed).batch),
+    )
 
     with make_sinks(
         run_dir if rank.rank == 0 else None, progress.step, log_every=config.train.log_every

@@ -36,6 +36,9 @@ class Info:
     parameter_bytes: int = 4000
     half_parameters: int = 0
     half_dtypes: str = ""
+    batch_norms: tuple[str, ...] = ()
+    synchronises: bool = False
+    remarks: tuple[str, ...] = ()
 
 
 def gpu(name: str = "H100", capability: tuple[int, int] = (9, 0), free: int = 79 * GIB) -> Gpu:

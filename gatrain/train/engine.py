@@ -20,9 +20,17 @@ from gatrain.train.batches import move_to, moves_itself, tensors_of
 from gatrain.train.checkpointing import apply_checkpointing
 from gatrain.train.compiling import compiled_loss_sum
 from gatrain.train.main_gradients import MasterWeights
-from gatrain.train.optimizer import build_optimizer, exempt_from_decay, learning_rate, make_state
+from gatrain.train.modules import sparse_parameters
+from gatrain.train.optimizer import (
+    build_optimizer,
+    check_takes_sparse,
+    exempt_from_decay,
+    learning_rate,
+    make_state,
+)
 from gatrain.train.precision import autocast_for, forbid_tf32, scaler_for
 from gatrain.train.ranks import Ranks
+from gatrain.train.seeding import kept_random_state
 
 INFINITY = float("inf")
 
@@ -65,6 +73,7 @@ class Engine:
         self._config = optimizer_config
         self._clock = clock
         self._autocast = autocast_for(settings.precision, device)
+        self._frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         forbid_tf32(settings.precision)
         apply_checkpointing(model, settings.checkpointing)
@@ -73,10 +82,14 @@ class Engine:
         self.masters = MasterWeights(model)
         self.scaler = scaler_for("fp16" if self.masters.has_fp16 else settings.precision, device)
         self._parameters = self.masters.trained
+        check_takes_sparse(optimizer_config, model)
+        self._sparse = sparse_parameters(model)
         self.exempt_from_decay = exempt_from_decay(model) if optimizer_config.weight_decay else {}
         """Parameters that the model itself wants without weight decay, by name."""
         spared = [self.masters.of(p) for p in self.exempt_from_decay.values()]
-        self.optimizer = build_optimizer(optimizer_config, self._parameters, spared)
+        self.optimizer = build_optimizer(
+            optimizer_config, self._parameters, spared, sparse=bool(self._sparse)
+        )
         make_state(self.optimizer)
         self.masters.copy_to_model()  # the same weights: they were stepped with rate zero
         self._loss_sum = self._loss_function(model)
@@ -149,10 +162,18 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.masters.take_changes()
+        for parameter in self._parameters:
+            # a function of the user's own that is sparse: told of by no module, so the optimizer may not take it
+            if parameter.grad is not None and parameter.grad.is_sparse and id(parameter) not in self._sparse:
+                parameter.grad = parameter.grad.to_dense()
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
         limit = self._config.clip_norm
-        norm = nn.utils.clip_grad_norm_(self._parameters, INFINITY if limit is None else limit)
+        norm = nn.utils.clip_grad_norm_(
+            self._parameters,
+            INFINITY if limit is None else limit,
+            foreach=False if self._sparse else None,
+        )
         if self.scaler:
             self.scaler.step(self.optimizer)  # skips the step where the gradient is not finite
             self.scaler.update()
@@ -161,6 +182,16 @@ class Engine:
         self.masters.copy_to_model()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def newly_thawed(self) -> list[str]:
+        """Names of parameters that were frozen when the engine was made and want a gradient now; each is told once.
+
+        Host work alone: nothing waits for the device.
+        """
+        names = [name for name, parameter in self._frozen.items() if parameter.requires_grad]
+        for name in names:
+            del self._frozen[name]
+        return names
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of optimizer step ``step`` (from 0)."""
@@ -173,6 +204,11 @@ class Engine:
             total_steps=self._clock.total_steps,
             effective_batch=self._clock.effective_batch,
         )
+
+    def forward(self, batch: Batch) -> None:
+        """The forward of one host batch as in training, uncompiled, with random numbers that nobody misses."""
+        with kept_random_state(), self._autocast():
+            self.task.loss_sum(self.model, self.to_device(batch))
 
     def micro_step(self, batch: Batch, scale: Mapping[str, float]) -> None:
         """Forward and backward of one batch on the device, without any reduction."""

@@ -205,6 +205,17 @@ class Trainer:
             samples += int(item.result.counts["samples"])
             tokens += int(item.result.counts["tokens"])
             self._record(item, terms, norms[nth], samples, tokens, memory)
+        self._tell_of_thawed()
+
+    def _tell_of_thawed(self) -> None:
+        names = self.engine.newly_thawed()
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            self.sinks.notice(
+                f"step {self.progress.step}: {names[0]}{more} was frozen when the run started and wants a gradient "
+                "now. The optimizer does not hold it: it is NOT trained. Let the factory return the model with it "
+                "unfrozen, and start a new run."
+            )
 
     def _counts_before(self, pending: list[_Pending]) -> tuple[int, int]:
         samples = self.progress.samples - sum(int(p.result.counts["samples"]) for p in pending)

@@ -11,10 +11,41 @@ from torch import nn
 
 from gatrain.config import AdamWConfig, OptimizerConfig, ScheduleConfig, SGDConfig
 from gatrain.errors import ConfigError
+from gatrain.train.modules import sparse_modules
+
+
+def check_takes_sparse(config: OptimizerConfig, model: nn.Module) -> None:
+    """Refuse an optimizer that would fail in its first step on the sparse gradients of a model.
+
+    Raises:
+        ConfigError: names the module and what to write.
+    """
+    names = sparse_modules(model)
+    if not names:
+        return
+    fails = [
+        key
+        for key, is_so in (
+            (f"optimizer={config.name}", not isinstance(config, SGDConfig)),
+            (f"optimizer.weight_decay={config.weight_decay:g}", config.weight_decay > 0),
+            ("optimizer.nesterov=true", isinstance(config, SGDConfig) and config.nesterov),
+        )
+        if is_so
+    ]
+    if fails:
+        raise ConfigError(
+            f"'{names[0]}' gives sparse gradients (sparse=True), which {' and '.join(fails)} cannot take. "
+            "Write sparse=False in the model, or use optimizer=sgd optimizer.weight_decay=0 "
+            "optimizer.nesterov=false."
+        )
 
 
 def build_optimizer(
-    config: OptimizerConfig, parameters: Sequence[nn.Parameter], exempt: Iterable[nn.Parameter] = ()
+    config: OptimizerConfig,
+    parameters: Sequence[nn.Parameter],
+    exempt: Iterable[nn.Parameter] = (),
+    *,
+    sparse: bool = False,
 ) -> torch.optim.Optimizer:
     """AdamW (fused on a GPU) or SGD; weight decay on parameters of two or more dimensions only.
 
@@ -22,6 +53,7 @@ def build_optimizer(
         config: which one, with its values.
         parameters: those that are trained (`gatrain.train.main_gradients.MasterWeights` for 16-bit ones).
         exempt: those of them that get no weight decay, whatever their shape (`exempt_from_decay`).
+        sparse: some of them have sparse gradients, which fused kernels cannot take.
     """
     spared = {id(p) for p in exempt}
     decayed = [p for p in parameters if p.dim() >= 2 and id(p) not in spared]
@@ -31,7 +63,7 @@ def build_optimizer(
         {"params": others, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    fused = all(p.is_cuda for p in parameters) or None
+    fused = (all(p.is_cuda for p in parameters) and not sparse) or None
     if isinstance(config, AdamWConfig):
         first, second = config.betas
         return torch.optim.AdamW(groups, lr=config.lr, betas=(first, second), eps=config.eps, fused=fused)

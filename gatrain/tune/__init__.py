@@ -75,12 +75,13 @@ def make_plan_for(
     half = data_info.half_dtypes
     question = settings.resolve(config, hardware)
     notes = [settings.half_note(data_info.half_parameters, half, data_info.parameters)] if half else []
+    notes += data_info.remarks
     fixed = question.fixed_micro_batch
     if fixed is not None:
         batch.check_micro_batch(config.batch.effective, nodes.world_size, fixed)
     check_state_fits(config, data_info, hardware, nodes.nproc)
     if fixed is not None and not question.needs_trials:
-        return make_plan(
+        plan = make_plan(
             effective_batch=config.batch.effective,
             world_size=nodes.world_size,
             micro_batch=fixed,
@@ -89,12 +90,14 @@ def make_plan_for(
             compile=question.base.compile,
             sync=question.base.sync,
             reason=f"batch.micro={fixed} was asked for; {question.precision_reason}",
-            notes=notes,
         )
-    planner = Planner(
-        config, data_info, hardware, nodes, question, progress=progress, retune=retune, cwd=cwd, run=run
-    )
-    plan = planner.plan()
+    else:
+        planner = Planner(
+            config, data_info, hardware, nodes, question, progress=progress, retune=retune, cwd=cwd, run=run
+        )
+        plan = planner.plan()
+    if (note := settings.norm_note(data_info.batch_norms, plan)) is not None:
+        notes.append(note)
     return dataclasses.replace(plan, notes=[*notes, *plan.notes])
 
 

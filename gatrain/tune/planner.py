@@ -78,6 +78,7 @@ class Planner:
         self._progress = progress
         self._effective = config.batch.effective
         self._world_size = nodes.world_size
+        self._equal_steps = info.synchronises and nodes.world_size > 1
         self._share = batch.largest_share(self._effective, self._world_size)
         self._key = cache.fingerprint(config, info, hardware, self._world_size, cwd)
         self._curves: dict[StepSettings, Curve] = {} if retune else cache.load_curves(self._key)
@@ -367,6 +368,7 @@ class Planner:
             for candidate in search.candidates(
                 self._extended(way), self._effective, self._world_size, self._fixed
             )
+            if not self._equal_steps or search.has_equal_steps(candidate, self._effective, self._world_size)
         ]
 
     def _measured(self) -> list[Candidate]:

@@ -181,6 +181,12 @@ def _name_of(share: int, size: int, measured: Collection[int]) -> int:
     )
 
 
+def has_equal_steps(option: Candidate, effective_batch: int, world_size: int) -> bool:
+    """Whether all ranks have as many micro-steps, as SyncBatchNorm needs it."""
+    shares = option.shares or batch.rank_shares(effective_batch, world_size)
+    return len({len(sizes) for sizes in batch.split_shares(shares, option.micro_batch)}) == 1
+
+
 def unequal_shares(curve: Curve, effective_batch: int, world_size: int) -> tuple[int, ...]:
     """Shares in proportion to the ranks' measured speeds; empty where equal ones are as good."""
     factors = _factors(curve, world_size)

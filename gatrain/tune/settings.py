@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gatrain.config import RunConfig
-from gatrain.plan import StepSettings
+from gatrain.plan import Plan, StepSettings
 from gatrain.tune.hardware import Hardware, choose_precision
 
 
@@ -82,3 +83,16 @@ def describe(settings: StepSettings) -> str:
     if settings.compile:
         parts.append("compiled")
     return ", ".join(parts)
+
+
+def norm_note(batch_norms: Sequence[str], plan: Plan) -> str | None:
+    """What BatchNorm means for a plan with several micro-batches; None where it sees the whole batch at once."""
+    if not batch_norms or sum(map(len, plan.micro_batches)) == 1:
+        return None
+    more = f" and {len(batch_norms) - 1} more" if len(batch_norms) > 1 else ""
+    sizes = sorted({size for rank in plan.micro_batches for size in rank})
+    which = f"({' or '.join(map(str, sizes))} samples)"
+    return (
+        f"BatchNorm ('{batch_norms[0]}'{more}) normalises each micro-batch {which} by itself, so the result "
+        "depends on the split; GroupNorm or frozen BatchNorm would not."
+    )
