@@ -305,6 +305,19 @@ def test_unreadable_samples_that_nothing_drops_are_refused_with_advice() -> None
         samples.load(task, task.train_data, [(0, 3)], 0)
 
 
+def test_collate_may_take_entries_out_of_samples_that_are_kept() -> None:
+    def popping(listed: list[Any]) -> Any:
+        return torch.stack([sample.pop("x") for sample in listed]), torch.tensor(
+            [sample["n"].pop() for sample in listed]
+        )
+
+    task = task_of(Source(Plain(), popping))
+    kept = [{"x": torch.ones(3), "n": [1.0]}] * 2
+    for _ in range(2):
+        assert samples.make(task, kept, [(0, 0), (0, 0)], 0).samples == 2
+    assert kept[0]["n"] == [1.0]
+
+
 # Batches of any form
 
 Pair = namedtuple("Pair", "x y")

@@ -81,6 +81,9 @@ class LanguageModel(Task):
         own = type(self).collate is LanguageModel.collate
         return self._collates_deterministically if own else super().collates_deterministically
 
+    def count_samples(self, batch: Batch) -> int | None:
+        return len(split(batch)[0])
+
     def weight(self, batch: Batch) -> int:
         """Label tokens of a batch on the host."""
         return int(label_count(split(batch)[1]))

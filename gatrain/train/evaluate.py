@@ -14,6 +14,7 @@ from gatrain.train.engine import Engine
 from gatrain.train.loader import load_batches
 from gatrain.train.ranks import Ranks
 from gatrain.train.samples import Key
+from gatrain.train.seeding import EVALUATION, seeded
 
 RESERVED = ("step", "loss", "loss_terms")
 """Names in a line of evaluations.jsonl that are not those of metrics."""
@@ -94,7 +95,8 @@ def _local_sums(
     for micro in load_batches(engine.task, data, keys, workers):
         if stop_requested():
             return {}, True
-        losses, metrics = engine.evaluate(engine.to_device(micro.batch))
+        with seeded(0, EVALUATION, *micro.keys[0]):
+            losses, metrics = engine.evaluate(engine.to_device(micro.batch))
         _check_names(metrics)
         for kind, found in (("loss", losses), ("metric", metrics)):
             for name, (total, weight) in found.items():

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import copy
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -71,18 +72,19 @@ def read_one(task: Task, data: Samples, key: Key, seed: int) -> Any:
 def collated(
     task: Task, samples: list[Any], keys: Sequence[Key], seed: int, *, trusted: bool = False
 ) -> Batch:
-    """One batch of the samples that were read for ``keys``; see `read` for ``trusted``."""
+    """One batch of the samples that were read for ``keys``; see `read` for ``trusted``.
+
+    The collate function gets lists and dicts of its own: many take entries out of them.
+    """
     if task.collates_deterministically:
         if trusted:
-            return task.collate(samples)
-        before = list(samples)  # a collate function may change its list
-        batch, drew = _compared(lambda: task.collate(samples))
+            return task.collate(_own_containers(samples))
+        batch, drew = _compared(lambda: task.collate(_own_containers(samples)))
         if not drew:
             return batch
         _note_draw(undeclared=True)
-        samples = before
     with seeding.seeded(seed, seeding.COLLATE, *keys[0]):
-        return _watched(lambda: task.collate(samples))
+        return _watched(lambda: task.collate(_own_containers(samples)))
 
 
 def load(task: Task, data: Samples, keys: Sequence[Key], seed: int, *, trusted: bool = False) -> MicroBatch:
@@ -122,7 +124,7 @@ def make(
     """
     broken = sum(sample is None for sample in samples)
     try:
-        batch = collated(task, list(samples), keys, seed, trusted=trusted)
+        batch = collated(task, samples, keys, seed, trusted=trusted)
     except Exception as error:
         if broken < len(samples):
             raise
@@ -252,6 +254,17 @@ def _read_plain(data: Samples, keys: Sequence[Key]) -> list[Any]:
 
 def _read_one(data: Samples, sample: int) -> Any:
     return _read_plain(data, [(0, sample)])[0]
+
+
+def _own_containers(nested: Any) -> Any:
+    """Copies of lists and dicts, however nested; whatever else they hold is the same."""
+    if type(nested) is list:
+        return [_own_containers(part) for part in nested]
+    if type(nested) is dict:
+        return {key: _own_containers(value) for key, value in nested.items()}
+    if type(nested) is tuple:
+        return tuple(_own_containers(part) for part in nested)
+    return copy.copy(nested) if isinstance(nested, MutableMapping) else nested
 
 
 def _compared(call: Callable[[], T]) -> tuple[T, bool]:
