@@ -217,7 +217,7 @@ def test_a_subclass_that_computes_something_else_is_a_mean_over_samples() -> Non
         (lambda: Supervised(nn.Identity, Pairs(SCORES, INDEX), 3), "loss=3"),
         (lambda: Supervised(nn.Identity, Pairs(SCORES, INDEX), eval_fraction=1.5), "eval_fraction"),
         (lambda: LanguageModel(nn.Identity, Pairs(SCORES, INDEX), nn.MSELoss()), "loss=null"),
-        (lambda: Supervised(nn.Identity, Pairs(SCORES, INDEX)).weight({"x": 1}), "a dict of 1"),
+        (lambda: Supervised(nn.Identity, Pairs(SCORES, INDEX)).weight({"x": 1}), "a batch is a dict"),
         (lambda: LanguageModel(nn.Identity, Pairs(SCORES, INDEX)).weight((1, 2)), "a batch is a tuple"),
     ],
 )

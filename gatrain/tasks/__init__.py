@@ -1,7 +1,8 @@
 """Tasks: what gatrain trains. Use a ready one, or subclass `Task` for anything else."""
 
 from gatrain.tasks.base import Task
+from gatrain.tasks.huggingface import HuggingFace
 from gatrain.tasks.language_model import LanguageModel
 from gatrain.tasks.supervised import Supervised
 
-__all__ = ["LanguageModel", "Supervised", "Task"]
+__all__ = ["HuggingFace", "LanguageModel", "Supervised", "Task"]

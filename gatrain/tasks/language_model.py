@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gatrain.errors import ConfigError
 from gatrain.tasks.base import Batch, LossSum, Task, declares
+from gatrain.tasks.forms import fields_of, scores_of, shown
 from gatrain.tasks.parts import check_factory, find_splits, make_model
 
 IGNORED = -100
@@ -37,12 +38,16 @@ class LanguageModel(Task):
             whose samples are equally long tensors of tokens.
         loss: must be None: the loss is cross-entropy.
         eval_fraction: of a plain dataset, the share at its end that is held out.
+        output: name or position of the logits, where the model returns several tensors.
 
     Raises:
         ConfigError: a model or dataset that cannot be used, or a loss.
     """
 
-    def __init__(self, model: Any, data: Any, loss: Any = None, eval_fraction: float = 0.0) -> None:
+    def __init__(
+        self, model: Any, data: Any, loss: Any = None, eval_fraction: float = 0.0, output: Any = None
+    ) -> None:
+        self._output = output
         if loss is not None:
             raise ConfigError(
                 "task=language_model computes its own cross-entropy, but a loss is given. Set loss=null, or "
@@ -59,7 +64,8 @@ class LanguageModel(Task):
 
     def build_model(self) -> nn.Module:
         model = make_model(self._factory)
-        given, needed = getattr(model, "vocab_size", None), getattr(self.data, "vocab_size", None)
+        known = getattr(getattr(model, "config", None), "vocab_size", None)  # as transformers' models have it
+        given, needed = getattr(model, "vocab_size", known), getattr(self.data, "vocab_size", None)
         if isinstance(given, int) and isinstance(needed, int) and given < needed:
             raise ConfigError(
                 f"model.vocab_size={given} is smaller than data.vocab_size={needed}. "
@@ -90,7 +96,16 @@ class LanguageModel(Task):
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> LossSum:
         tokens, labels = split(batch)
-        return summed_cross_entropy(model(tokens), labels), label_count(labels)
+        return summed_cross_entropy(self._logits(model, tokens), labels), label_count(labels)
+
+    def _logits(self, model: nn.Module, tokens: Tensor) -> Tensor:
+        logits = scores_of(model(tokens), self._output, "language_model")
+        if logits.dim() != 3 or logits.shape[:2] != tokens.shape:
+            raise ConfigError(
+                f"the model gives {list(logits.shape)} for tokens {list(tokens.shape)}, but "
+                "task=language_model needs logits [batch, length, vocabulary]: one prediction for each position."
+            )
+        return logits
 
     def partly_compiled_loss_sum(
         self, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -99,7 +114,7 @@ class LanguageModel(Task):
 
         def loss_sum(model: nn.Module, batch: Batch) -> LossSum:
             tokens, labels = split(batch)
-            return cross_entropy(model(tokens), labels), label_count(labels)
+            return cross_entropy(self._logits(model, tokens), labels), label_count(labels)
 
         return loss_sum
 
@@ -127,7 +142,7 @@ class LanguageModel(Task):
         context = getattr(self.data, "context", None)
         if tokenizer is None or not isinstance(context, int):
             return None
-        ids = generate(model, device, tokenizer.end_of_text, tokenizer.size, context)
+        ids = generate(model, device, tokenizer.end_of_text, tokenizer.size, context, output=self._output)
         return str(tokenizer.decode(ids))
 
     def shortened(self, batch: Batch) -> Batch:
@@ -148,13 +163,14 @@ def split(batch: Batch) -> tuple[Tensor, Tensor]:
     """
     if isinstance(batch, Tensor) and batch.dim() == 2:
         return batch[:, :-1], batch[:, 1:]
-    if isinstance(batch, dict) and "tokens" in batch and "labels" in batch:
+    if isinstance(batch, Mapping) and "tokens" in batch and "labels" in batch:
         return batch["tokens"], batch["labels"]
-    given = f"tensor of shape {list(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
+    remedy = "Let the dataset return token tensors"
+    if "input_ids" in (fields_of(batch) or {}):
+        remedy = "Use task=huggingface, which knows whether such labels are shifted"
     raise ConfigError(
-        f"a batch is a {given}, but task=language_model needs a tensor [batch, length + 1] of tokens, or a "
-        "dict of tokens and labels. Let the dataset return token tensors, or write a task: class "
-        "MyTask(gatrain.tasks.Task)."
+        f"a batch is {shown(batch)}, but task=language_model needs a tensor [batch, length + 1] of tokens, or a "
+        f"dict of tokens and labels. {remedy}, or write a task: class MyTask(gatrain.tasks.Task)."
     )
 
 
@@ -200,6 +216,7 @@ def generate(
     temperature: float = 0.8,
     top_k: int = 50,
     seed: int = 0,
+    output: Any = None,
 ) -> list[int]:
     """Sample ``count`` tokens of one document from the model, always the same ones for the same weights.
 
@@ -218,7 +235,11 @@ def generate(
             window = ids[-context:]
             padded = torch.zeros(1, min(context, -(-len(window) // 64) * 64), dtype=torch.int64)
             padded[0, : len(window)] = torch.tensor(window)
-            logits = model(padded.to(device))[0, len(window) - 1, :vocab_size].float().cpu()
+            logits = (
+                scores_of(model(padded.to(device)), output, "language_model")[0, len(window) - 1, :vocab_size]
+                .float()
+                .cpu()
+            )
             logits[end_of_text] = -torch.inf
             best, candidates = logits.topk(min(top_k, vocab_size - 1))
             choice = torch.multinomial(torch.softmax(best / temperature, dim=0), 1, generator=generator)

@@ -91,6 +91,12 @@ class SummedLoss:
         """The target that does not count, where the loss has one."""
         return self._loss.ignore_index if self.kind == "classes" else None
 
+    @property
+    def needs_tensor(self) -> bool:
+        """Whether the loss is PyTorch's own, which compares one tensor; the user's may take any output."""
+        loss = self._loss
+        return self.kind in ("classes", "elements") or (isinstance(loss, nn.Module) and _own_forward(loss))
+
     def weight(self, targets: Any, inputs: Any = None) -> Weight:
         """What the mean over ``targets`` divides by; a tensor on their device only where class weights or
         ignored targets must be summed. ``inputs`` of the same batch tell lists of samples from lists of columns.
@@ -149,11 +155,29 @@ class SummedLoss:
 
     def _class_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         loss = self._loss
+        self._check_classes(outputs, targets)
         weight = None if loss.weight is None else loss.weight.to(outputs.device, outputs.dtype)
         options = {"weight": weight, "ignore_index": loss.ignore_index, "reduction": "sum"}
         if isinstance(loss, nn.NLLLoss):
             return F.nll_loss(outputs, targets, **options)
         return F.cross_entropy(outputs, targets, label_smoothing=loss.label_smoothing, **options)
+
+    def _check_classes(self, outputs: Tensor, targets: Tensor) -> None:
+        as_numbers = outputs.shape[:1] + outputs.shape[2:] if outputs.dim() > 1 else outputs.shape[1:]
+        if targets.shape == (outputs.shape if targets.is_floating_point() else as_numbers):
+            return
+        hint = "Let the model return one score for each class."
+        if outputs.dim() > 2 and outputs.shape[:-1] == targets.shape:
+            hint = (
+                "The classes are the last dimension: let the model return scores.movedim(-1, 1), or use "
+                "task=language_model where the targets are the next tokens."
+            )
+        elif outputs.dim() > 1 and targets.dim() == 2 and targets.shape[1:] == (1,):
+            hint = "Let the data give targets without the last dimension: targets.squeeze(1)."
+        raise ConfigError(
+            f"{self.name} needs scores [batch, classes, ...] and targets [batch, ...], but the model gives "
+            f"{list(outputs.shape)} and the data {list(targets.shape)}. {hint}"
+        )
 
     def _element_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         loss = self._loss

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gatrain.errors import ConfigError
 from gatrain.tasks.base import Batch, LossSum, Task, Weights, declares
+from gatrain.tasks.forms import pair_of, scores_of
 from gatrain.tasks.losses import SummedLoss, WeightFunction, samples_in
 from gatrain.tasks.parts import check_factory, find_splits, make_model
 
@@ -29,6 +30,8 @@ class Supervised(Task):
             mean
             divides by.
         eval_fraction: of a plain dataset, the share at its end that is held out.
+        output: name or position of the tensor to train on, where the model returns several.
+        inputs, targets: names or positions in the batch, where it is no pair.
 
     Raises:
         ConfigError: a model, dataset or loss that cannot be used; the message says what to do.
@@ -42,7 +45,13 @@ class Supervised(Task):
         loss: Any = None,
         weight: WeightFunction | None = None,
         eval_fraction: float = 0.0,
+        output: str | int | None = None,
+        inputs: str | int | None = None,
+        targets: str | int | None = None,
     ) -> None:
+        if (inputs is None) != (targets is None):
+            raise ConfigError("task.inputs and task.targets go together: give both, or neither.")
+        self._output, self._names = output, (inputs, targets)
         self._factory = check_factory(model)
         self.train_data, self.eval_data = find_splits(data, eval_fraction)
         self._collate = getattr(data, "collate", None)
@@ -69,28 +78,28 @@ class Supervised(Task):
 
     def count_samples(self, batch: Batch) -> int | None:
         try:
-            inputs, targets = _pair(batch)
+            inputs, targets = self._pair(batch)
             return samples_in(targets, inputs)
         except ConfigError:
             return None
 
     def weight(self, batch: Batch) -> Weights:
-        inputs, targets = _pair(batch)
+        inputs, targets = self._pair(batch)
         weight = self._loss.weight(targets, inputs)
         return weight.item() if isinstance(weight, Tensor) else weight
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> LossSum:
-        inputs, targets = _pair(batch)
-        return self._loss.sum(model(inputs), targets, inputs)
+        inputs, targets = self._pair(batch)
+        return self._loss.sum(self._scores(model(inputs)), targets, inputs)
 
     def eval_metrics(self, model: nn.Module, batch: Batch) -> Mapping[str, LossSum]:
         """``accuracy``, where targets are class numbers and outputs are scores ``[B, classes, ...]``."""
-        inputs, targets = _pair(batch)
+        inputs, targets = self._pair(batch)
         if not isinstance(targets, Tensor) or targets.is_floating_point() or targets.dtype == torch.bool:
             return {}
         if self._loss.kind == "elements":
             return {}
-        scores = model(inputs)
+        scores = self._scores(model(inputs))
         if not isinstance(scores, Tensor) or scores.shape[:1] + scores.shape[2:] != targets.shape:
             return {}
         correct = scores.argmax(dim=1) == targets
@@ -99,17 +108,11 @@ class Supervised(Task):
         counted = targets != self._loss.ignore_index
         return {"accuracy": ((correct & counted).sum(), counted.sum())}
 
+    def _pair(self, batch: Batch) -> tuple[Any, Any]:
+        return pair_of(batch, *self._names)
 
-def _pair(batch: Batch) -> tuple[Any, Any]:
-    """(inputs, targets) of a batch.
-
-    Raises:
-        ConfigError: it has another form.
-    """
-    if isinstance(batch, (tuple, list)) and len(batch) == 2:
-        return batch[0], batch[1]
-    size = f" of {len(batch)}" if isinstance(batch, (tuple, list, dict)) else ""
-    raise ConfigError(
-        f"a batch is a {type(batch).__name__}{size}, but task=supervised needs (inputs, targets). Let the "
-        "dataset return such pairs, or write a task: class MyTask(gatrain.tasks.Task)."
-    )
+    def _scores(self, outputs: Any) -> Any:
+        """What the loss is given: one tensor for PyTorch's own losses, the outputs as they are for any other."""
+        if self._output is None and not self._loss.needs_tensor:
+            return outputs
+        return scores_of(outputs, self._output, "supervised")
