@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gatrain.plan import DOES_NOT_FIT, FITS, SKIPPED, StepSettings
-from gatrain.tune import curve, spec, trial
-from gatrain.tune.curve import Measurement
+from gatrain.tune import answer, curve, measure, spec, trial
+from gatrain.tune.curve import Curve, Measurement
 
 MIB = 2**20
 WAY = StepSettings("bf16", "none", False, "window")
@@ -147,3 +148,100 @@ def test_a_straight_line_loses_no_size_that_fits(base: int, per_sample: int, bud
     )
     refused = [size for size in machine.tried if base + per_sample * size > budget]
     assert len(refused) <= 1 + trial.REFINEMENTS
+
+
+# ---- noise: repeats that disagree, sizes that contradict each other ---------------------------------------
+
+
+def test_a_time_that_other_sizes_contradict_is_measured_again_and_the_fastest_counts() -> None:
+    """A busy CPU: 0.001, 0.102 and 0.021 s for 1, 2 and 4 samples were believed, and 1 was chosen."""
+    disturbed = {2: [0.102, 0.030, 0.0021], 4: [0.021, 0.0042]}
+
+    def seconds(size: int) -> float:
+        left = disturbed.get(size, [])
+        return left.pop(0) if left else 0.001 * size * (1.1 if size == 1 else 1.05)
+
+    device = FakeGpu(lambda size: size * MIB, 10**9, seconds)
+    device.walk([1, 2, 4], device="cpu")
+    last = {
+        line["measurement"]["micro_batch"]: line["measurement"]
+        for line in device.said
+        if "measurement" in line
+    }
+    assert {size: m["micro_step_s"] for size, m in last.items()} == {
+        1: pytest.approx(0.0011), 2: pytest.approx(0.0021), 4: pytest.approx(0.0042),
+    }  # fmt: skip
+    assert last[2]["again"] == 2
+    answers = spec.read_answers(json.dumps(line) for line in device.said)
+    assert sorted(m.micro_batch for m in answers.measurements) == [1, 2, 4]
+
+
+def test_what_stays_contradictory_is_not_measured_for_ever() -> None:
+    device = FakeGpu(lambda size: MIB, 10**9, lambda size: 9.0 if size == 2 else 0.01 * size)
+    device.walk([1, 2, 4, 8], device="cpu")
+    assert device.tried.count(2) == 1 + trial.MOST_AGAIN
+    assert device.tried.count(4) == 1
+
+
+@given(st.lists(st.floats(1e-4, 10), min_size=1, max_size=6), st.floats(1.0, 1.9))
+def test_times_that_grow_with_the_size_are_not_doubted(steps: list[float], factor: float) -> None:
+    fixed = sum(steps)
+    rising = [Measurement(2**k, FITS, 1, fixed + 0.1 * 2**k * (factor if k else 1)) for k in range(6)]
+    assert curve.doubtful(rising) == []
+
+
+class Slot:
+    """An engine and a clock: a micro-step takes what the list says."""
+
+    def __init__(self, seconds: list[float]) -> None:
+        self.seconds, self.now, self.steps = seconds, 0.0, 0
+
+    def micro_step(self, *_: Any) -> None:
+        self.now += self.seconds[self.steps % len(self.seconds)]
+        self.steps += 1
+
+    def mark(self) -> float:
+        return self.now
+
+
+def cycles(seconds: list[float], monkeypatch: pytest.MonkeyPatch) -> measure.Times:
+    slot = Slot(seconds)
+    meter = object.__new__(measure.SizeMeter)
+    meter._engine = slot  # type: ignore[assignment]
+    meter._meter = SimpleNamespace(mark=slot.mark, seconds=lambda a, b: b - a)  # type: ignore[assignment]
+    meter._device = SimpleNamespace(type="cpu")  # type: ignore[assignment]
+    meter._peers = SimpleNamespace(gather=lambda value: [value], worst=lambda failure: failure)  # type: ignore[assignment]
+    monkeypatch.setattr(measure.SizeMeter, "_close_step", lambda self: (None, 0.0, 0.0))
+    failure, times = meter._cycles([()], 0.1)
+    assert failure is None
+    return times
+
+
+def test_repeats_that_differ_are_repeated_until_they_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    busy = [0.102, 0.101, 0.021, 0.1, 0.09, 0.08, 0.021, 0.0205, 0.02, 0.02, 0.02]
+    times = cycles(busy, monkeypatch)
+    assert times.again == 1
+    assert times.typical_s == pytest.approx(0.02)
+    assert times.spread <= curve.DIFFERS
+    steady = cycles([0.1, 0.101, 0.102], monkeypatch)
+    assert steady.again == 0
+    assert len(steady.micro_s[0]) < 8
+
+
+def test_repeats_that_never_agree_end_and_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    growing = [0.02 * 1.5**k for k in range(40)]
+    times = cycles(growing[::-1], monkeypatch)
+    assert times.again == 1
+    assert times.range_s[1] > times.range_s[0]
+
+
+def test_noise_is_said_in_one_sentence_with_its_numbers() -> None:
+    noisy = Measurement(2, FITS, MIB, 0.021, 0.0, 0.0, spread=3.0, range_s=(0.021, 0.102), again=1)
+    calm = Measurement(1, FITS, MIB, 0.012, 0.0, 0.0, spread=0.01, range_s=(0.012, 0.0121))
+    (note,) = answer.noisy(Curve(WAY, (calm, noisy)), Curve(WAY, (calm, noisy)), share=4)
+    assert "2 (21 ms to 102 ms)" in note
+    assert "still disagree" in note
+    settled = dataclasses.replace(noisy, spread=0.05)
+    (note,) = answer.noisy(Curve(WAY, (calm, settled)), Curve(WAY, (calm, settled)), share=4)
+    assert "now they agree" in note
+    assert answer.noisy(Curve(WAY, (calm,)), Curve(WAY, (calm,)), share=4) == []

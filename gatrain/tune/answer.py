@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +16,8 @@ from gatrain.tune.confirm import Verdict, WholeSteps
 from gatrain.tune.curve import Curve
 from gatrain.tune.search import Candidate
 
+MOST_NOISY = 4
+"""Sizes that a note names."""
 TimedCandidate = tuple[Candidate, WholeSteps]
 
 MUCH_MEMORY = 256 * units.MIB
@@ -152,6 +155,7 @@ def observations(
             f"Of the peak, {units.size(near.fragmentation_bytes)} is memory cut up by the allocator, as measured; "
             "the plan leaves room for as much again."
         )
+    notes += noisy(plain, chosen_curve, share)
     notes += [
         f"{search.name(option, chosen).capitalize()} fits as a micro-step but failed as a whole step "
         f"({steps.error}), so it was not chosen."
@@ -168,6 +172,40 @@ def observations(
             f"these {units.seconds(chosen.step_s)}; the gradient is the same."
         )
     return notes
+
+
+def noisy(plain: Curve, chosen_curve: Curve, share: int) -> list[str]:
+    """What is said of sizes that were measured again, with the numbers; and of what still is in doubt."""
+    found = {
+        m.micro_batch: m for each in (plain, chosen_curve) for m in each.fitting if m.micro_batch <= share
+    }
+    doubtful = set(curve.doubtful(found.values(), far=math.inf))
+    again = [m for m in found.values() if m.again and (m.micro_batch in doubtful or _differs(m))]
+    if not again:
+        return []
+    again.sort(key=lambda m: m.micro_batch)
+    named = ", ".join(
+        f"{m.micro_batch} ({units.seconds(m.range_s[0])} to {units.seconds(m.range_s[1])})"
+        for m in again[:MOST_NOISY]
+        if m.range_s is not None
+    )
+    more = f" and {len(again) - MOST_NOISY} more" if len(again) > MOST_NOISY else ""
+    unsure = [m.micro_batch for m in again if (m.spread or 0.0) > curve.DIFFERS or m.micro_batch in doubtful]
+    if unsure:
+        still = (
+            f"; {', '.join(map(str, unsure[:MOST_NOISY]))} still disagree: something else uses this machine, and "
+            "--retune measures again when it is quiet"
+        )
+    else:
+        still = "; now they agree"
+    return [
+        "Times were noisy, so these micro-batches were measured again (fastest to slowest micro-step): "
+        f"{named}{more}{still}."
+    ]
+
+
+def _differs(m: curve.Measurement) -> bool:
+    return m.range_s is not None and m.range_s[1] > (1 + curve.DIFFERS) * m.range_s[0]
 
 
 def rows(

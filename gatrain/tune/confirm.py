@@ -19,7 +19,7 @@ from gatrain import batch
 from gatrain.plan import StepSettings
 from gatrain.tune.search import Candidate, name, simplicity
 
-CLOSE, MOST_CLOSE = 0.03, 0.10
+CLOSE, MOST_CLOSE = 0.03, 1.0
 """Part of the best's step time within which a candidate is a finalist: where the micro-steps' times were steady,
 and at most, where they were noisy."""
 MAX_FINALISTS = 3

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,11 @@ SHARE, MEMORY, TIME, SLOWER, LEVEL, BROKEN, INTERRUPTED = (
 sizes were slower, or no faster; sizes crashed; a person stopped it."""
 WORTH_TRIALS = 0.03
 """Part of the time that larger sizes must promise to be tried for a larger effective batch."""
+DIFFERS = 0.20
+"""Repeats of one size that differ by more than this part are measured again, and so is a size that takes by so much
+longer than a larger one."""
+FAR = 2.0
+"""Factor by which a size may take longer per sample than a smaller one before it is measured again."""
 UNEQUAL, UNEQUAL_SIZES = 0.10, 3
 """Ranks whose micro-step times differ by more than this part, at each of so many sizes, are unequal."""
 
@@ -59,6 +64,26 @@ class Measurement:
     """Relative standard error of ``micro_step_s``, from the spread of the repeats on the noisiest rank."""
     host_bytes: int | None = None
     """Main memory of one micro-batch before it goes to the device."""
+    spread: float | None = None
+    """Part by which repeats differ on that rank, and their fastest and slowest."""
+    range_s: tuple[float, float] | None = None
+    again: int = 0
+    """How often the size was measured again, because its repeats differ or other sizes contradict it."""
+
+    def with_repeat(self, other: Measurement) -> Measurement:
+        """This size measured again: the faster counts, as whatever disturbs only adds; a failure always counts."""
+        if other.outcome != FITS or self.micro_step_s is None or other.micro_step_s is None:
+            return other
+        kept = min(self, other, key=lambda m: m.micro_step_s or 0.0)
+        ranges = [m.range_s for m in (self, other) if m.range_s is not None]
+        return dataclasses.replace(
+            kept,
+            peak_memory_bytes=max(self.peak_memory_bytes or 0, other.peak_memory_bytes or 0) or None,
+            fragmentation_bytes=max(self.fragmentation_bytes, other.fragmentation_bytes),
+            compile_s=max(self.compile_s or 0.0, other.compile_s or 0.0),
+            range_s=(min(low for low, _ in ranges), max(high for _, high in ranges)) if ranges else None,
+            again=self.again + 1,
+        )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Measurement:
@@ -69,7 +94,31 @@ class Measurement:
         """
         known = {f.name for f in dataclasses.fields(cls)}
         values = {key: value for key, value in data.items() if key in known}
-        return cls(**{**values, "rank_s": tuple(values.get("rank_s", ()))})
+        found = values.get("range_s")
+        return cls(
+            **{
+                **values,
+                "rank_s": tuple(values.get("rank_s", ())),
+                "range_s": tuple(found) if found is not None else None,
+            }
+        )
+
+
+def doubtful(measurements: Iterable[Measurement], far: float = FAR) -> list[int]:
+    """Sizes whose time the others contradict, smallest first: one that takes longer than a larger size, or longer
+    per sample than a smaller one by the factor ``far``. Disturbances only add, so the longer time is in doubt."""
+    points = sorted(
+        (m.micro_batch, m.micro_step_s) for m in measurements if m.outcome == FITS and m.micro_step_s
+    )
+    return [
+        size
+        for size, seconds in points
+        if any(
+            seconds > (1 + DIFFERS) * other_s if size < other else seconds > far * size / other * other_s
+            for other, other_s in points
+            if other != size
+        )
+    ]
 
 
 @dataclass(frozen=True)

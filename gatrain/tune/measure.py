@@ -16,7 +16,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
@@ -31,7 +31,7 @@ from gatrain.train import samples
 from gatrain.train.batches import bytes_of
 from gatrain.train.meter import Meter
 from gatrain.train.seeding import seed_everything
-from gatrain.tune.curve import Measurement
+from gatrain.tune.curve import DIFFERS, Measurement
 from gatrain.tune.memory import Memory
 
 if TYPE_CHECKING:
@@ -41,9 +41,14 @@ T = TypeVar("T")
 
 TARGET_S = {"cpu": 0.5, "cuda": 0.4}
 """Seconds of timed micro-steps to aim at for one size; close calls are decided by whole steps."""
-REPEATS = {"cpu": (2, 12), "cuda": (4, 20)}
+REPEATS = {"cpu": (3, 60), "cuda": (4, 20)}
 """Fewest and most timed micro-steps; they are spread over `CYCLES` whole steps."""
 CYCLES = 2
+MORE_CYCLES, MORE_S = 8, {"cpu": 1.5, "cuda": 1.0}
+"""Further whole steps of a size whose repeats differ by more than `gatrain.tune.curve.DIFFERS`, and the seconds
+that they may take."""
+GUESSES, CHEAP_S = 3, 0.05
+"""Micro-steps behind the first guess of their time, where they are cheap: one alone may have waited for others."""
 WARM_UPS = {"cpu": 0, "cuda": 2}
 """Micro-steps before the clock starts, besides the truth check, which warms up as well."""
 TYPICAL: dict[str, Callable[[list[float]], float]] = {"cpu": min, "cuda": statistics.median}
@@ -146,7 +151,7 @@ class SizeMeter:
             for each in state["timed"]:
                 for _ in range(WARM_UPS[self._device.type]):
                     self._engine.micro_step(*each)
-            state["micro_step_s"] = self._timed(lambda: self._engine.micro_step(*state["timed"][0]))
+            state["micro_step_s"] = self._guess(state["timed"][0])
 
         failure = self._peers.worst(attempt(first_pass))
         if failure is None:
@@ -154,14 +159,14 @@ class SizeMeter:
         if failure is not None:
             return Measurement(size, failure.outcome, error=failure.text)
         slowest = max(self._peers.gather(state["micro_step_s"]))
-        failure, micro_s, reduce_s, optimizer_s = self._cycles(state["timed"], slowest)
+        failure, times = self._cycles(state["timed"], slowest)
         if failure is None and len(state["timed"]) > 1:
             # once more, among the fragments that batches of other lengths have left
             worst = self._batches.worst_case(size)
             failure = self._peers.worst(attempt(lambda: self._engine.micro_step(*self._on_device(worst))))
         if failure is not None:
             return Measurement(size, failure.outcome, error=failure.text)
-        found = self._summary(size, state["loss"], state["noise"], micro_s, reduce_s, optimizer_s)
+        found = self._summary(size, state["loss"], state["noise"], times)
         return dataclasses.replace(
             found,
             compile_s=max(self._peers.gather(state["first_s"])),
@@ -171,6 +176,14 @@ class SizeMeter:
     def _on_device(self, prepared: tuple[Batch, Mapping[str, float]]) -> tuple[Batch, Mapping[str, float]]:
         batch, weights = prepared
         return self._engine.to_device(batch), {name: 1 / w if w else 0.0 for name, w in weights.items()}
+
+    def _guess(self, prepared: tuple[Batch, Mapping[str, float]]) -> float:
+        """Seconds of a micro-step, roughly."""
+        found = self._timed(lambda: self._engine.micro_step(*prepared))
+        for _ in range(GUESSES - 1):
+            if found < CHEAP_S:
+                found = min(found, self._timed(lambda: self._engine.micro_step(*prepared)))
+        return found
 
     def _timed(self, call: Callable[[], object]) -> float:
         """Seconds of one call. Waits for the device."""
@@ -212,19 +225,15 @@ class SizeMeter:
         failure = attempt(lambda: seconds.append(self._timed(lambda: self._engine.update(self._updates))))
         return self._peers.worst(failure), reduce_s, seconds[0] if seconds else math.nan
 
-    def _cycles(
-        self, batches: Sequence[Any], slowest: float
-    ) -> tuple[Failure | None, list[float], list[float], list[float]]:
-        """Whole steps with every part timed. Collective.
+    def _cycles(self, batches: Sequence[Any], slowest: float) -> tuple[Failure | None, Times]:
+        """Whole steps with every part timed; more of them where the repeats of any rank disagree. Collective.
 
         Args:
             batches: on the device, each with its scale; taken in turn.
             slowest: seconds of a micro-step on the slowest rank, so that all ranks choose the same repeats.
         """
         repeats = max(repeats_for(slowest, self._device.type), CYCLES * len(batches))
-        micro_s: list[float] = []
-        reduce_s: list[float] = []
-        optimizer_s: list[float] = []
+        times = Times(self._device.type, [[] for _ in batches])
 
         def micro_steps() -> None:
             marks = [self._meter.mark()]
@@ -232,41 +241,50 @@ class SizeMeter:
                 self._engine.micro_step(*batches[nth % len(batches)])
                 marks.append(self._meter.mark())
             # read only now: on a GPU the marks were queued, and the host waits once
-            micro_s.extend(self._meter.seconds(start, end) for start, end in itertools.pairwise(marks))
+            for nth, (start, end) in enumerate(itertools.pairwise(marks)):
+                times.micro_s[nth % len(batches)].append(self._meter.seconds(start, end))
 
-        for _ in range(CYCLES):
+        cycles, began = 0, time.perf_counter()
+        while True:
             failure = self._peers.worst(attempt(micro_steps))
             if failure is None:
                 failure, reduced, updated = self._close_step()
-                reduce_s.append(reduced)
-                optimizer_s.append(updated)
+                times.reduce_s.append(reduced)
+                times.optimizer_s.append(updated)
             if failure is not None:
-                return failure, [], [], []
-        return None, micro_s, reduce_s, optimizer_s
+                return failure, times
+            cycles += 1
+            if cycles == CYCLES:
+                began = time.perf_counter()
+            if cycles < CYCLES:
+                continue
+            is_over = time.perf_counter() - began > MORE_S[self._device.type]
+            said = self._peers.gather((times.spread, is_over))
+            if max(spread for spread, _ in said) <= DIFFERS or said[0][1] or cycles == CYCLES + MORE_CYCLES:
+                return None, times
+            times.again = 1
 
     def _summary(
         self,
         size: int,
         loss: float | None,
         noise: float,
-        micro_s: list[float],
-        reduce_s: list[float],
-        optimizer_s: list[float],
+        times: Times,
     ) -> Measurement:
         """Compare notes: slowest rank's times, largest peak, the loss that is furthest off. Collective."""
         peak, fragmentation = self._memory.peak(), self._memory.fragmentation()
         # a long run cuts memory up further than a few steps: there must be room for as much again
         over = max(peak - self._memory.budget_bytes, peak + fragmentation - self._memory.free_bytes())
         mine = (
-            # batches of different lengths are all part of the answer
-            (statistics.fmean if self._batches.vary else TYPICAL[self._device.type])(micro_s),
-            min(reduce_s),
-            min(optimizer_s),
+            times.typical_s,
+            min(times.reduce_s),
+            min(times.optimizer_s),
             peak,
             over,
             loss,
-            relative_error(micro_s),
+            times.noise,
             fragmentation,
+            (times.spread, times.range_s),
         )
         every = self._peers.gather(mine)
         losses = [each[5] for each in every]
@@ -288,12 +306,61 @@ class SizeMeter:
             error=f"its peak is {units.size(worst_over)} above what may be used" if worst_over > 0 else None,
             rank_s=tuple(each[0] for each in every),
             noise=max(each[6] for each in every),
+            spread=max(each[8] for each in every)[0],
+            range_s=max(each[8] for each in every)[1],
+            again=times.again,
         )
 
     def _drop_gradients(self) -> None:
         for parameter in self._engine.model.parameters():
             parameter.grad = None
         gc.collect()  # an exception's traceback can hold a whole graph
+
+
+@dataclass
+class Times:
+    """What one rank saw of one size: seconds of the micro-steps of each batch, of reductions and of updates."""
+
+    device: str
+    micro_s: list[list[float]]
+    reduce_s: list[float] = field(default_factory=list)
+    optimizer_s: list[float] = field(default_factory=list)
+    again: int = 0
+
+    @property
+    def typical_s(self) -> float:
+        """Seconds of a micro-step; batches of different lengths are all part of the answer."""
+        return statistics.fmean(TYPICAL[self.device](each) for each in self.micro_s)
+
+    @property
+    def spread(self) -> float:
+        """Part by which repeats differ, for the batch whose repeats differ most."""
+        return max(spread_of(each, self.device) for each in self.micro_s)
+
+    @property
+    def range_s(self) -> tuple[float, float]:
+        """Fastest and slowest repeat of that batch."""
+        each = max(self.micro_s, key=lambda seconds: spread_of(seconds, self.device))
+        return min(each), max(each)
+
+    @property
+    def noise(self) -> float:
+        """Part by which `typical_s` may be wrong, as far as repeats tell: the standard error on a GPU."""
+        if (
+            self.device == "cpu"
+        ):  # short micro-steps slip through where others use the machine, long ones do not
+            return max(statistics.median(each) / max(min(each), 1e-12) - 1 for each in self.micro_s) / 2
+        return max(relative_error(each) for each in self.micro_s)
+
+
+def spread_of(seconds: Sequence[float], device: str) -> float:
+    """Part by which repeats differ, in the sense in which `TYPICAL` reads them: on a CPU how far a quarter of them
+    is from the fastest, on a GPU the middle half from each other."""
+    ranked = sorted(seconds)
+    if device == "cpu":
+        return ranked[max(1, len(ranked) // 4) if len(ranked) > 1 else 0] / max(ranked[0], 1e-12) - 1
+    quarter = len(ranked) // 4
+    return (ranked[-1 - quarter] - ranked[quarter]) / max(statistics.median(ranked), 1e-12)
 
 
 def relative_error(seconds: Sequence[float]) -> float:

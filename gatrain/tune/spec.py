@@ -97,9 +97,12 @@ class Answers:
                 case "start":
                     self.started = int(said["micro_batch"])
                 case "trial":
-                    self.measurements.append(Measurement.from_dict(said["measurement"]))
+                    found = Measurement.from_dict(said["measurement"])
+                    # a size that was measured again
+                    self.measurements = [m for m in self.measurements if m.micro_batch != found.micro_batch]
+                    self.measurements.append(found)
                     self.started = None
-                    return self.measurements[-1]
+                    return found
                 case "end":
                     self.stopped = str(said["stopped"])
                 case "whole":

@@ -49,6 +49,8 @@ MUCH = 1.2
 SHARE_OF_BUDGET = 0.25
 """Part of the remaining time that the largest size may take once the curve is level."""
 MAX_FAILURES = 2
+MOST_AGAIN = 3
+"""Times that a size is measured again, at most."""
 REFINEMENTS, WORTH_REFINING = 2, 0.03
 IDLE, FEW = 1.2, 16
 """A size that takes less than this factor longer than a smaller one waits for the host; only sizes below this part
@@ -222,6 +224,7 @@ class Rise:
                 return curve.MEMORY
             if self._failures >= MAX_FAILURES or (measured.outcome == FAILED and self.is_broken()):
                 return curve.BROKEN
+            self._measure_doubtful()
             sizes = self._without_idle(sizes)
             trend = self._trend() if self._asked.rises and len(sizes) > 0 else None
             if trend == curve.SLOWER:
@@ -230,6 +233,27 @@ class Rise:
                 # no gain in sight, but the whole share at once would save the accumulation
                 return self._last(sizes[-1])
         return curve.SHARE
+
+    def _measure_doubtful(self) -> None:
+        """Measure again what other sizes contradict, while there is time for it. Collective."""
+        for size in curve.doubtful(self.measured) if self._asked.rises else ():
+            before = next(m for m in self.measured if m.micro_batch == size)
+            needed = predicted_seconds(before, size, self._rank.device.type)
+            left = self._deadline - time.monotonic()
+            # rank 0's clock decides for all
+            if before.again >= MOST_AGAIN or self._peers.gather(needed > SHARE_OF_BUDGET * left)[0]:
+                continue
+            self._lines.write("start", micro_batch=size)
+            self._replace(before.with_repeat(self._meter.measure(size)))
+
+    def _replace(self, measured: Measurement) -> None:
+        """Put a size that was measured again in the place of what was known of it."""
+        self._lines.write("trial", measurement=dataclasses.asdict(measured))
+        size = measured.micro_batch
+        self.measured = [measured if m.micro_batch == size else m for m in self.measured]
+        fitting = [m for m in self.measured if m.outcome == FITS and m.micro_step_s]
+        self._rates = [(m.micro_batch, m.micro_batch / (m.micro_step_s or 1.0)) for m in fitting]
+        self._last_fit = fitting[-1] if fitting else None
 
     def _without_idle(self, sizes: list[int]) -> list[int]:
         """Leave out the next size where the last ones kept the GPU waiting: it will take as long as they do."""
@@ -353,4 +377,5 @@ class Rise:
         if self._stop_before(size) is None:
             self._lines.write("start", micro_batch=size)
             self._note(self._meter.measure(size), 0.0)
+            self._measure_doubtful()
         return curve.LEVEL
