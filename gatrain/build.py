@@ -119,7 +119,8 @@ def build_engine(
         in_place: see `build_model`; for trials, where any weights serve.
     """
     model = build_model(task, config.train.seed, device, in_place=in_place)
-    return Engine(task, model, settings, config.optimizer, Ranks.current(), device, clock)
+    nonfinite = config.train.nonfinite
+    return Engine(task, model, settings, config.optimizer, Ranks.current(), device, clock, nonfinite)
 
 
 def instantiate(key: str, node: dict[str, Any], **given: Any) -> Any:

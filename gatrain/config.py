@@ -18,6 +18,7 @@ CHECKPOINTING = ("auto", "none", "selective", "full")
 SYNCS = ("auto", "overlap", "window")
 DEVICES = ("auto", "cpu", "cuda")
 SCHEDULES = ("constant", "warmup_cosine")
+NONFINITE = ("stop", "skip")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,10 @@ class TrainConfig:
     """Processes per rank that load samples; 0 loads in the rank itself."""
     drop_last: bool = False
     """Leave out the short window at the end of an epoch."""
+    nonfinite: str = "stop"
+    """A window whose loss or gradient is not finite: ``stop`` before it, or ``skip`` it on every rank."""
+    nonfinite_limit: int = 10
+    """Such windows in a row that ``skip`` passes over; one more ends the run."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +216,8 @@ def validate(config: RunConfig) -> None:
     _at_least("train.seed", train.seed, 0)
     _at_least("train.log_every", train.log_every, 1)
     _at_least("train.data_workers", train.data_workers, 0)
+    _one_of("train.nonfinite", train.nonfinite, NONFINITE)
+    _at_least("train.nonfinite_limit", train.nonfinite_limit, 1)
     _above_zero("optimizer.lr", config.optimizer.lr)
     _at_least("optimizer.weight_decay", config.optimizer.weight_decay, 0)
     if config.optimizer.clip_norm is not None:

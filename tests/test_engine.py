@@ -163,7 +163,8 @@ def test_fp16_takes_one_scaling_decision_per_window() -> None:
     scale = one.scaler.get_scale()
     before = copy.deepcopy(one.model.state_dict())
     overflowing = torch.full((4, 5), 200.0)  # squares near the fp16 limit, times the scale of 65536
-    one.step(window(overflowing, [1, 1, 1, 1]), 0)
+    one.gradient(window(overflowing, [1, 1, 1, 1]))
+    one.update(0)
     assert one.scaler.get_scale() == scale / 2  # once, though all four micro-batches overflow
     assert all(torch.equal(before[k], v) for k, v in one.model.state_dict().items())
     one.step(window(torch.randn(4, 5) * 1e-2, [1, 3]), 1)

@@ -47,10 +47,12 @@ PREDICTION_S = 1.0
 """Seconds that a finished plan waits for the prediction that is shown beside it."""
 
 RESUME_KEYS = (
-    "train.steps", "train.epochs", "train.log_every", "train.data_workers", "save", "eval", "tune",
+    "train.steps", "train.epochs", "train.log_every", "train.data_workers", "train.nonfinite",
+    "train.nonfinite_limit", "optimizer.lr", "optimizer.clip_norm", "save", "eval", "tune",
     "batch.micro", "checkpointing", "compile", "sync",
 )  # fmt: skip
-"""What may change when a run goes on: how long it trains, what it writes, how a window is computed."""
+"""What may change when a run goes on: how long it trains, what it writes, how a window is computed, and what
+helps past a window that is not finite."""
 _REPLAN_KEYS = ("tune", "batch.micro", "checkpointing", "compile", "sync")
 
 

@@ -249,7 +249,7 @@ def _facts(meter: Meter) -> list[str]:
     values = step_values(meter)
     values.pop("loss")
     terms = [name for name in values if name.startswith("loss_terms.")]
-    order = (*terms, "samples", "tokens", "memory", "lr", "grad_norm")
+    order = (*terms, "samples", "tokens", "memory", "lr", "grad_norm", "loss_scale", "skipped")
     return [values[name].replace("_", " ") for name in order if name in values]
 
 

@@ -135,6 +135,12 @@ def step_values(meter: Meter) -> dict[str, str]:
     rate = text.number(record.get("lr"))
     if rate is not None:
         values["lr"] = f"lr {text.learning_rate(rate)}"
+    scale = text.number(record.get("loss_scale"))
+    if scale is not None:
+        values["loss_scale"] = f"loss_scale {scale:g}"
+    skipped = record.get("skipped_steps")
+    if skipped:
+        values["skipped"] = f"skipped {skipped:,}"
     if meter.samples_per_s is not None:
         values["samples"] = f"{units.rate(meter.samples_per_s)} samples/s"
     if meter.tokens_per_s is not None:

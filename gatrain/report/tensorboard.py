@@ -15,6 +15,8 @@ _TAGS = {
     "loss": "train/loss",
     "grad_norm": "train/grad_norm",
     "lr": "train/lr",
+    "loss_scale": "train/loss_scale",
+    "skipped_steps": "train/skipped_steps",
     "samples_per_s": "speed/samples_per_s",
     "tokens_per_s": "speed/tokens_per_s",
     "peak_memory_gib": "memory/peak_gib",

@@ -166,6 +166,8 @@ def summary_rows(summary: Mapping[str, Any], info: RunInfo) -> list[tuple[str, s
     rows = [(status, " ".join(part for part in (done, took) if part))]
     if summary.get("loss") is not None:
         rows.append(("loss", f"{decimal(summary['loss'])} at the last step"))
+    if summary.get("skipped_steps"):
+        rows.append(("skipped", f"{units.plural(summary['skipped_steps'], 'step')} made no update"))
     rows += _evaluation_rows({"loss": summary.get("eval_loss")} | (summary.get("evaluation") or {}), info)
     rows += [("failed", clean(line)) for line in summary.get("failed") or ()]
     rows.append(("results", clean(shown_path(info.run_dir))))

@@ -11,7 +11,7 @@ This is the plain one of several ways from a window to its gradient; `WindowToGr
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -63,6 +63,14 @@ class RankWindow:
     counts: Mapping[str, float] = field(default_factory=dict)
     """Further host numbers to be summed over the ranks with the weights, such as samples or a stop request."""
 
+    def seed_of(self, index: int) -> tuple[int, ...] | None:
+        """What the random numbers of a micro-step follow from; None leaves the generators alone."""
+        if self.seed is None:
+            return None
+        # by position, not by rank: another number of ranks draws the same for the same samples
+        position = self.micro_batches[index].position
+        return *self.seed, index if position is None else position
+
 
 @dataclass
 class WindowResult:
@@ -75,6 +83,8 @@ class WindowResult:
     local_loss_sums: dict[str, Tensor]
     """This rank's summed loss of each term: float64 scalars on the device, not yet added over the ranks."""
     ranks: Ranks = field(repr=False)
+    skipped: bool = False
+    """True if no update was made because the gradient is not finite, where that is known already."""
 
     @property
     def is_empty(self) -> bool:
@@ -112,6 +122,8 @@ class PlainAccumulation:
         autocast: makes a context manager for the forward.
         scaler: fp16 loss scaler; one scale for the whole window.
         main_gradients: where the gradients of 16-bit parameters are summed in fp32; None where there are none.
+        poison: a loss that is not finite makes the whole gradient NaN, so that every rank learns of it from the
+            reduced gradient (an infinite loss may have a finite one).
     """
 
     def __init__(
@@ -126,6 +138,7 @@ class PlainAccumulation:
         autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
         scaler: torch.amp.GradScaler | None = None,
         main_gradients: MainGradients | None = None,
+        poison: bool = False,
     ) -> None:
         self._wrappers = wrappers_of(model, ranks)
         ignored = {
@@ -152,6 +165,7 @@ class PlainAccumulation:
         self._stage = stage
         self._autocast = autocast
         self._scaler = scaler
+        self._poison = poison
         self._checked_once = False
         self._counted: dict[str, float] = {}
         self._used: dict[str, Tensor | float] = {}
@@ -197,8 +211,10 @@ class PlainAccumulation:
                 )
             loss = torch.stack([total * scale[name] for name, (total, _) in terms.items()]).sum()
             overlap = self._overlap if reduce_in_backward else None
+            seed = loss.detach() * 0 + 1 if self._poison else None  # 1, or NaN where the loss is not finite
+            scaled = self._scaler.scale(loss) if self._scaler else loss
             with overlap.during_backward() if overlap is not None else contextlib.nullcontext():
-                (self._scaler.scale(loss) if self._scaler else loss).backward()  # type: ignore[no-untyped-call]
+                scaled.backward(seed)  # type: ignore[no-untyped-call]
         with torch.no_grad():
             for name, (total, weight) in terms.items():
                 self._loss_sums[name] = total.detach().double() + self._loss_sums.get(name, 0.0)
@@ -235,6 +251,20 @@ class PlainAccumulation:
         losses, weights = sum(self._loss_sums.values()), sum(self._used.values())
         self._loss_sums, self._used = {}, {}
         return losses, weights
+
+    @contextlib.contextmanager
+    def rehearsing(self, fp32: bool = False) -> Iterator[None]:
+        """Micro-steps in here count for no window and leave no gradient; ``fp32`` leaves autocast off."""
+        kept = self._counted, self._used, self._loss_sums, self._autocast
+        self._counted, self._used, self._loss_sums = {}, {}, {}
+        if fp32:
+            self._autocast = contextlib.nullcontext
+        try:
+            yield
+        finally:
+            self._counted, self._used, self._loss_sums, self._autocast = kept
+            for parameter in self._parameters:
+                parameter.grad = None
 
     def check_counts(self) -> None:
         """Compare the weights counted on the host with those that the losses used, since the last check.
@@ -289,10 +319,8 @@ class PlainAccumulation:
                 batch = staged.pop()()
                 if index < last:  # started now, so that the copy overlaps this micro-step
                     staged.append(self._stage(window.micro_batches[index + 1].batch))
-                if window.seed is not None:
-                    # by position, not by rank: another number of ranks draws the same for the same samples
-                    position = window.micro_batches[index].position
-                    seed_everything(*window.seed, index if position is None else position)
+                if (seed := window.seed_of(index)) is not None:
+                    seed_everything(*seed)
                 self.micro_step(batch, scale, reduce_in_backward=index == last)
         except Exception:
             if self._ranks.world_size > 1:

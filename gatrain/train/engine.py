@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from gatrain.config import OptimizerConfig, ScheduleConfig
+from gatrain.errors import PeerFailed
 from gatrain.plan import StepSettings
 from gatrain.tasks.base import Batch, LossSum, LossSums, Task, named_loss_sums
 from gatrain.train.accumulate import PlainAccumulation, RankWindow, WindowResult, WindowToGradient
 from gatrain.train.batches import move_to, moves_itself, tensors_of
 from gatrain.train.checkpointing import apply_checkpointing
 from gatrain.train.compiling import compiled_loss_sum
+from gatrain.train.guard import Guard
 from gatrain.train.main_gradients import MasterWeights
 from gatrain.train.modules import sparse_parameters
 from gatrain.train.optimizer import (
@@ -28,11 +32,26 @@ from gatrain.train.optimizer import (
     learning_rate,
     make_state,
 )
-from gatrain.train.precision import autocast_for, forbid_tf32, scaler_for
+from gatrain.train.precision import LOWEST_SCALE, autocast_for, forbid_tf32, scaler_for
 from gatrain.train.ranks import Ranks
-from gatrain.train.seeding import kept_random_state
+from gatrain.train.seeding import kept_random_state, seed_everything
 
 INFINITY = float("inf")
+_RETRIES = 3
+"""Times that a window whose fp16 gradient overflows is computed again; each has a scale found fit before."""
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What one batch alone came to."""
+
+    loss_sum: float
+    norm: float
+    """Of its gradient; in fp16 times the loss scale."""
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.loss_sum) and math.isfinite(self.norm)
 
 
 @dataclass(frozen=True)
@@ -53,6 +72,7 @@ class Engine:
         settings: precision, checkpointing, compile, sync.
         optimizer_config: which optimizer.
         clock: for the learning rate; None leaves it at its peak.
+        nonfinite: ``skip`` learns at once, on the host, whether a window is finite (see `guard`).
     """
 
     def __init__(
@@ -64,6 +84,7 @@ class Engine:
         ranks: Ranks,
         device: torch.device,
         clock: StepClock | None = None,
+        nonfinite: str = "stop",
     ) -> None:
         self.task = task
         self.model = model
@@ -103,8 +124,11 @@ class Engine:
             autocast=self._autocast,
             scaler=self.scaler,
             main_gradients=self.masters,
+            poison=True,
         )
         self.gradient: WindowToGradient = self._plain
+        at_once = nonfinite == "skip" or self.scaler is not None or device.type == "cpu"
+        self.guard = Guard(model, self.optimizer, device, at_once=at_once)
 
     def _loss_function(self, model: nn.Module) -> Callable[[Batch], LossSums]:
         def loss_sum(batch: Batch) -> LossSums:
@@ -139,18 +163,35 @@ class Engine:
     def step(self, window: RankWindow, step: int) -> tuple[WindowResult, Tensor]:
         """One optimizer step. Collective.
 
+        In fp16 a window whose gradient overflows is computed again at a lower loss scale: none is lost to it.
+
         Args:
             window: this rank's part of it.
-            step: index of the window, from 0; sets the learning rate.
+            step: updates made before, which set the learning rate.
 
         Returns:
             The window's result and the norm of its gradient before clipping, a scalar on the device. A window
-            whose weights are all zero takes no step and has norm 0.
+            whose weights are all zero takes no step and has norm 0; one whose gradient is not finite changes
+            neither parameters nor optimizer nor buffers.
         """
-        result = self.gradient(window)
-        if result.is_empty:
-            return result, torch.zeros((), device=self.device)
-        return result, self.update(step)
+        before: dict[str, Any] | None = None
+        for attempt in range(1 + _RETRIES):
+            self.guard.keep_buffers()
+            result = self.gradient(window)
+            if result.is_empty:
+                return result, torch.zeros((), device=self.device)
+            norm, made = self._close(step)
+            if made:
+                return result, norm
+            self.guard.restore_buffers()
+            if self.scaler is None:
+                break
+            before = before or self.scaler.state_dict()
+            if attempt == _RETRIES or not self._lower_scale(window, result):
+                self.scaler.load_state_dict(before)  # it was not the scale
+                break
+        result.skipped = True
+        return result, norm
 
     def update(self, step: int) -> Tensor:
         """Unscale, clip the whole reduced gradient, step the optimizer, drop the gradients.
@@ -158,6 +199,13 @@ class Engine:
         Returns:
             Norm of the gradient before clipping: a scalar on the device, the same on every rank.
         """
+        norm, made = self._close(step)
+        if self.scaler and not made:
+            self.scaler.set_to(self.scaler.get_scale() / 2)
+        return norm
+
+    def _close(self, step: int) -> tuple[Tensor, bool]:
+        """`update` without a word on the loss scale: (norm, whether an update was made as far as is known)."""
         lr = self.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -174,14 +222,94 @@ class Engine:
             INFINITY if limit is None else limit,
             foreach=False if self._sparse else None,
         )
+        made = self.guard.step(norm)
         if self.scaler:
-            self.scaler.step(self.optimizer)  # skips the step where the gradient is not finite
-            self.scaler.update()
-        else:
-            self.optimizer.step()
+            self.scaler.update() if made else self.scaler.forget_window()
         self.masters.copy_to_model()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        return norm, made
+
+    def _lower_scale(self, window: RankWindow, result: WindowResult) -> bool:
+        """Find a loss scale at which no micro-batch of the window overflows. Collective; rare.
+
+        Micro-batch by micro-batch, so that a scale far too high costs some micro-steps and not some windows.
+
+        Returns:
+            Whether the window is worth another try.
+        """
+        assert self.scaler is not None
+        before = scale = self.scaler.get_scale()
+        if not math.isfinite(result.loss()):
+            return False  # the forward knows no loss scale
+        factor = {name: 1 / total if total else 0.0 for name, total in result.weight_totals.items()}
+        index, more = 0, True
+        while more:
+            micro = window.micro_batches[index] if index < len(window.micro_batches) else None
+            finite, failure = True, None
+            try:
+                if micro is not None:
+                    finite = self.rehearse(micro.batch, factor, window.seed_of(index)).is_finite
+            except Exception as error:
+                failure = error
+            more_here = index + 1 < len(window.micro_batches)
+            failed, overflowed, more_anywhere = self.ranks.sum([failure is not None, not finite, more_here])
+            if failure is not None:
+                raise failure
+            if failed:
+                raise PeerFailed("another rank failed in this window; its own error says why.")
+            if not overflowed:
+                index, more = index + 1, more_anywhere > 0
+                continue
+            scale /= 2
+            if scale < LOWEST_SCALE:
+                return False
+            self.scaler.set_to(scale)
+        if scale == before:  # only the sum overflowed
+            self.scaler.set_to(scale / 2)
+        return True
+
+    def rehearse(
+        self,
+        batch: Batch,
+        scale: Mapping[str, float],
+        seed: tuple[int, ...] | None = None,
+        *,
+        fp32: bool = False,
+    ) -> Rehearsal:
+        """Forward and backward of one host batch, on this rank alone, that leave nothing behind.
+
+        Waits for the device.
+
+        Args:
+            batch: on the host.
+            scale: as for `micro_step`.
+            seed: see `RankWindow.seed_of`.
+            fp32: without autocast.
+        """
+        self.guard.keep_buffers()
+        try:
+            with self._plain.rehearsing(fp32), kept_random_state():
+                if seed is not None:
+                    seed_everything(*seed)
+                self._plain.micro_step(self.to_device(batch), scale)
+                loss = float(self._plain.take_sums()[0])
+                gradients = [p.grad for p in self._parameters if p.grad is not None]
+                norm = nn.utils.get_total_norm(gradients, foreach=False if self._sparse else None)
+                return Rehearsal(loss, float(norm))
+        finally:
+            self.guard.restore_buffers()
+
+    @contextlib.contextmanager
+    def lowest_loss_scale(self) -> Iterator[None]:
+        """In here nothing overflows in fp16 because of the loss scale."""
+        before = self.scaler.state_dict() if self.scaler else {}
+        try:
+            if self.scaler:
+                self.scaler.set_to(LOWEST_SCALE)
+            yield
+        finally:
+            if self.scaler:
+                self.scaler.load_state_dict(before)
 
     def newly_thawed(self) -> list[str]:
         """Names of parameters that were frozen when the engine was made and want a gradient now; each is told once.

@@ -44,7 +44,9 @@ class Sink(Protocol):
     def step(self, record: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl: ``step``, ``loss``, ``grad_norm``, ``lr``, ``samples``, ``tokens``
         (where it applies), ``samples_per_s``, ``step_s``, ``peak_memory_bytes``, ``window``; with several loss
-        terms also ``loss_terms``, the mean of each by name, whose sum is ``loss``.
+        terms also ``loss_terms``, the mean of each by name, whose sum is ``loss``. ``skipped`` says why the step
+        made no update (else None), ``skipped_steps`` how many have been, ``loss_scale`` is fp16's. ``lr`` is the
+        rate used, None for a step that was skipped.
 
         Records arrive in order, several at once when the metrics leave the device.
         """

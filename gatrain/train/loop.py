@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +17,7 @@ from gatrain.config import RunConfig
 from gatrain.errors import ExactnessError, SavedStateError
 from gatrain.plan import Plan
 from gatrain.rundir import RunDir
-from gatrain.train import saved_state
+from gatrain.train import nonfinite, saved_state
 from gatrain.train.accumulate import RankWindow, WindowResult
 from gatrain.train.aftermath import Aftermath
 from gatrain.train.engine import Engine
@@ -30,6 +32,8 @@ from gatrain.train.windows import WindowSchedule
 
 MOST_PENDING = 256
 """Steps whose metrics may wait on the device: each keeps some ten kB, whatever train.log_every says."""
+MOST_SKIPPED_AT_END = 50
+"""A run whose last steps were all skipped is not called completed: from this many on."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,9 @@ class _Pending:
     norm: Tensor
     start: Mark
     end: Mark
+    before: Progress
+    lr: float
+    loss_scale: Tensor | None
 
 
 @dataclass
@@ -66,6 +73,7 @@ class Trainer:
     _pending: list[_Pending] = field(default_factory=list)
     _evaluation: dict[str, Any] = field(default_factory=dict)
     _last_loss: float | None = None
+    _last_skipped: str = ""
     _saved_step: int = -1
     _told_of_short_window: bool = False
     _dropped: int = 0
@@ -91,6 +99,8 @@ class Trainer:
                 f"the final state could not be written to {self.run_dir.saved}. "
                 f"Free some space, then: gatrain resume {self.run_dir.path}"
             )
+        if self.progress.step >= self.total_steps:
+            self._refuse_what_learnt_nothing()
         stopped = stopped or not self._evaluate()
         completed = not stopped and self.progress.step >= self.total_steps
         showcase = self._showcase() if completed else None
@@ -101,23 +111,15 @@ class Trainer:
             "loss": self._last_loss,
             "eval_loss": self._evaluation.get("loss"),
             "evaluation": self._evaluation,
+            "updates": self.progress.updates,
+            "skipped_steps": self.progress.skipped,
             "showcase": showcase,
             "elapsed_s": time.perf_counter() - began,
         }
 
     def _train(self) -> bool:
         """Run the steps; returns whether a stop was asked for."""
-        loader = WindowLoader(
-            self.engine.task,
-            self.schedule,
-            self.engine.ranks,
-            micro_batch=self.plan.micro_batch,
-            shares=self.plan.shares if self.plan.world_size == self.engine.ranks.world_size else None,
-            start=self.progress.step,
-            stop=self.total_steps,
-            workers=self.config.train.data_workers,
-            pin_memory=self.engine.device.type == "cuda",
-        )
+        loader = self._loader(self.progress.step, self.total_steps, self.config.train.data_workers)
         every = self.config
         missing = self.evaluation_is_missing and self._evaluates_after(self.progress.step)
         if missing and not self._evaluate():
@@ -126,9 +128,12 @@ class Trainer:
         for loaded in loader:
             for text in loaded.notices:
                 self.sinks.notice(text)
-            result, norm = self.engine.step(self._rank_window(loaded), loaded.index)
+            before = self.progress
+            lr = self.engine.learning_rate(before.updates)
+            result, norm = self.engine.step(self._rank_window(loaded), before.updates)
             end = self._meter.mark()
-            self._pending.append(_Pending(loaded.index, result, norm, previous, end))
+            scale = self.engine.scaler.now() if self.engine.scaler else None
+            self._pending.append(_Pending(loaded.index, result, norm, previous, end, before, lr, scale))
             del loaded  # its memory may be wanted for the next one
             previous = end
             self._advance(result)
@@ -137,7 +142,7 @@ class Trainer:
             save_due = stop or result.counts["save"] > 0 or _is_due(step, every.save.every)
             eval_due = self._evaluates_after(step) and not stop
             log_due = step == 1 or step % every.train.log_every == 0 or len(self._pending) >= MOST_PENDING
-            if save_due or eval_due or log_due:
+            if result.skipped or save_due or eval_due or log_due:
                 self._flush()
             if save_due:
                 self._save()
@@ -151,6 +156,19 @@ class Trainer:
 
     def _evaluates_after(self, step: int) -> bool:
         return _is_due(step, self.config.eval.every) and step < self.total_steps
+
+    def _loader(self, start: int, stop: int, workers: int) -> WindowLoader:
+        return WindowLoader(
+            self.engine.task,
+            self.schedule,
+            self.engine.ranks,
+            micro_batch=self.plan.micro_batch,
+            shares=self.plan.shares if self.plan.world_size == self.engine.ranks.world_size else None,
+            start=start,
+            stop=stop,
+            workers=workers,
+            pin_memory=self.engine.device.type == "cuda",
+        )
 
     def _rank_window(self, loaded: LoadedWindow) -> RankWindow:
         counts = {
@@ -171,14 +189,17 @@ class Trainer:
 
     def _advance(self, result: WindowResult) -> None:
         before = self.progress
-        self.progress = Progress(
-            drop_last=before.drop_last,
+        none_made = result.is_empty or result.skipped
+        nonfinite = before.nonfinite_in_row + 1 if result.skipped else before.nonfinite_in_row
+        self.progress = dataclasses.replace(
+            before,
             step=before.step + 1,
             samples=before.samples + int(result.counts["samples"]),
             tokens=before.tokens + int(result.counts["tokens"]),
-            effective_batch=before.effective_batch,
-            seed=before.seed,
-            data_samples=before.data_samples,
+            updates=before.updates + (not none_made),
+            skipped=before.skipped + none_made,
+            skipped_in_row=before.skipped_in_row + 1 if none_made else 0,
+            nonfinite_in_row=nonfinite if none_made else 0,
         )
 
     def _flush(self) -> None:
@@ -190,8 +211,10 @@ class Trainer:
         names = list(pending[0].result.weight_totals)
         zero = torch.zeros((), dtype=torch.float64, device=self.engine.device)
         local = [p.result.local_loss_sums.get(name, zero) for p in pending for name in names]
-        device_values = torch.stack([*local, *(p.norm.double() for p in pending)]).tolist()
-        norms = device_values[len(local) :]
+        scales = [p.loss_scale.double() for p in pending if p.loss_scale is not None]
+        device_values = torch.stack([*local, *(p.norm.double() for p in pending), *scales]).tolist()
+        norms = device_values[len(local) : len(local) + len(pending)]
+        loss_scales = device_values[len(local) + len(pending) :] or [None] * len(pending)
         memory = self._peak_memory_of_ranks()
         sums = self.engine.ranks.sum(device_values[: len(local)])
         samples, tokens = self._counts_before(pending)
@@ -204,7 +227,7 @@ class Trainer:
             }
             samples += int(item.result.counts["samples"])
             tokens += int(item.result.counts["tokens"])
-            self._record(item, terms, norms[nth], samples, tokens, memory)
+            self._record(item, terms, norms[nth], loss_scales[nth], samples, tokens, memory)
         self._tell_of_thawed()
 
     def _tell_of_thawed(self) -> None:
@@ -223,16 +246,25 @@ class Trainer:
         return samples, tokens
 
     def _record(
-        self, item: _Pending, terms: dict[str, float], norm: float, samples: int, tokens: int, memory: int
+        self,
+        item: _Pending,
+        terms: dict[str, float],
+        norm: float,
+        loss_scale: float | None,
+        samples: int,
+        tokens: int,
+        memory: int,
     ) -> None:
         loss = sum(terms.values())
         step_s = self._meter.seconds(item.start, item.end)
         counts = item.result.counts
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        skipped = "no label" if item.result.is_empty else None if finite else "not finite"
         record: dict[str, Any] = {
             "step": item.index + 1,
             "loss": loss,
             "grad_norm": norm,
-            "lr": self.engine.learning_rate(item.index),
+            "lr": item.lr if skipped is None else None,
             "samples": samples,
             "dropped_samples": int(counts["dropped"]),
             "tokens": tokens if counts["has_tokens"] else None,
@@ -241,11 +273,20 @@ class Trainer:
             "step_s": step_s,
             "peak_memory_bytes": memory,
             "window": f"{int(counts['digest']):013x}",
+            "skipped": skipped,
+            "skipped_steps": item.before.skipped + (skipped is not None),
+            "loss_scale": loss_scale,
         }
         if len(item.result.weight_totals) > 1:
             record["loss_terms"] = terms
         self.sinks.step(record)
+        self._last_skipped = skipped or self._last_skipped
+        if not finite:
+            self._not_finite(item, loss, norm)
+            return
         self._last_loss = loss
+        if norm and not self.progress.moved:
+            self.progress = dataclasses.replace(self.progress, moved=True)
         self._tell_of_dropped(item.index + 1, int(counts["dropped"]))
         given = counts["samples"] + counts["dropped"]
         if item.result.is_empty:
@@ -258,13 +299,74 @@ class Trainer:
                 f"step {item.index + 1} ends an epoch with a window of {int(given)} samples, as every epoch will; "
                 "its gradient is the exact mean over those."
             )
-        scaler_handles_it = self.engine.scaler is not None and math.isfinite(loss)
-        if not (math.isfinite(norm) and math.isfinite(loss)) and not scaler_handles_it:
-            raise ExactnessError(
-                f"step {item.index + 1}: the loss is {loss:g} and the gradient norm {norm:g}. "
-                "No state was saved since then. Lower optimizer.lr, set optimizer.clip_norm, or use "
-                f"precision=fp32, then: gatrain resume {self.run_dir.path}"
-            )
+
+    def _not_finite(self, item: _Pending, loss: float, norm: float) -> None:
+        """Find what made a window not finite; then go on after it or end before it.
+
+        Raises:
+            ExactnessError: `train.nonfinite` is not skip, too many came in a row, or it can only go on so.
+        """
+        train = self.config.train
+        self.engine.guard.restore_buffers()
+        findings = self._search(item)
+        what = "the loss is {loss:g}" if not math.isfinite(loss) else "the gradient's norm is {norm:g}"
+        what = f"step {item.index + 1} is not finite: {what.format(loss=loss, norm=norm)}."
+        story = nonfinite.story(findings, self.engine.task.train_data, loss, norm, item.before.updates)
+        in_row = item.before.nonfinite_in_row + 1
+        if item.result.skipped and train.nonfinite == "skip" and findings.parameter is None:
+            if in_row <= train.nonfinite_limit:
+                self.sinks.notice(f"{what} Skipped, no rank made an update. {story}")
+                return
+            story = f"It is number {in_row} in a row (train.nonfinite_limit={train.nonfinite_limit}). {story}"
+        was_left_out = item.result.skipped or not math.isfinite(norm)
+        self.progress = dataclasses.replace(item.before, moved=self.progress.moved)
+        where = ""
+        if was_left_out and findings.parameter is None and self._save_once():
+            where = f" The state before it is saved as that of step {self.progress.step}."
+        remedies = self._remedies(item.before.updates).lines(findings)
+        helps = "\nWhat helps:\n" + "\n".join(f"- {line}" for line in remedies) if remedies else ""
+        raise ExactnessError(f"{what} {story}{where}{helps}")
+
+    def _remedies(self, updates: int) -> nonfinite.Remedies:
+        train, optimizer = self.config.train, self.config.optimizer
+        return nonfinite.Remedies(
+            command=f"gatrain resume {shlex.quote(str(self.run_dir.path))}",
+            lr=optimizer.lr,
+            clip_norm=optimizer.clip_norm,
+            skips=train.nonfinite == "skip",
+            limit=train.nonfinite_limit,
+            precision=self.engine.settings.precision,
+            updates=updates,
+            can_resume=self.engine.ranks.share_object(bool(self.run_dir.saved_steps())),
+        )
+
+    def _search(self, item: _Pending) -> nonfinite.Findings:
+        """Read the window once more and look for the samples that make it not finite. Collective."""
+        (loaded,) = self._loader(item.index, item.index + 1, workers=0)
+        window = self._rank_window(loaded)
+        return nonfinite.Search(self.engine, window, item.result.weight_totals, self.schedule.seed).run()
+
+    def _save_once(self) -> bool:
+        """Whether the state of this step is on the disk, saved now if it was not. Collective."""
+        known = self.run_dir.saved_steps() if self.engine.ranks.rank == 0 else []
+        return self.engine.ranks.share_object(self.progress.step in known) or self._save()
+
+    def _refuse_what_learnt_nothing(self) -> None:
+        """At the end of a run.
+
+        Raises:
+            ExactnessError: no window moved the weights, or none of the last ones did.
+        """
+        progress = self.progress
+        if progress.updates == 0:
+            why = f"no update was ever made: all {progress.step} windows were skipped ({self._last_skipped})"
+        elif progress.skipped_in_row >= MOST_SKIPPED_AT_END:
+            why = f"the last {progress.skipped_in_row} steps made no update ({self._last_skipped})"
+        elif not progress.moved:
+            why = f"every gradient of all {progress.updates} updates was exactly zero: the weights learnt nothing"
+        else:
+            return
+        raise ExactnessError(f"{why}. Look at the labels and at what the loss depends on.")
 
     def _tell_of_dropped(self, step: int, dropped: int) -> None:
         """Say it at the first sample that collate drops, and again when there are ten times as many."""
@@ -309,6 +411,12 @@ class Trainer:
         """Write the state on rank 0, after everything before it was checked. A full disk is not fatal."""
         began = self._clock.now()
         self.engine.share_buffers()
+        if name := nonfinite.first_bad_parameter(self.engine):
+            raise ExactnessError(
+                f"after step {self.progress.step} the parameter {name} is not finite, so its state is not saved: "
+                "an update made it so. For a lower rate: "
+                f"{self._remedies(self.progress.updates).lower_rate()}"
+            )
         problem = ""
         if self.engine.ranks.rank == 0:
             scaler = self.engine.scaler.state_dict() if self.engine.scaler else None

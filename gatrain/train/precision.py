@@ -10,6 +10,31 @@ import torch
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
+LOWEST_SCALE = 2.0**-16
+"""fp16 loss scale below which an overflow is no longer put down to the scale."""
+
+
+class LossScaler(torch.amp.GradScaler):
+    """The loss scale of fp16: one for a whole window, the same on every rank."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device.type)
+        # made now: a rank without samples in the first window would have none
+        self._one = torch.ones((), device=device)
+        self.scale(self._one)
+
+    def now(self) -> torch.Tensor:
+        """The scale in use: a scalar on the device, for reading later."""
+        return self.scale(self._one)
+
+    def forget_window(self) -> None:
+        """Drop what `unscale_` noted of a window that made no update."""
+        self.update(self.get_scale())
+
+    def set_to(self, scale: float) -> None:
+        """Go on with this scale, and count anew the updates after which it grows."""
+        self.load_state_dict({**self.state_dict(), "scale": scale, "_growth_tracker": 0})
+
 
 def autocast_for(
     precision: str, device: torch.device
@@ -21,9 +46,9 @@ def autocast_for(
     return lambda: torch.autocast(device.type, dtype=dtype)
 
 
-def scaler_for(precision: str, device: torch.device) -> torch.amp.GradScaler | None:
-    """The loss scaler that fp16 needs; None otherwise. One decision per window: skip, grow, or step."""
-    return torch.amp.GradScaler(device.type) if precision == "fp16" else None
+def scaler_for(precision: str, device: torch.device) -> LossScaler | None:
+    """The loss scaler that fp16 needs; None otherwise."""
+    return LossScaler(device) if precision == "fp16" else None
 
 
 def forbid_tf32(precision: str) -> None:

@@ -50,6 +50,16 @@ class Progress:
     scaler: dict[str, float] | None = None
     drop_last: bool = False
     """Whether epochs end with their last full window: the windows depend on it."""
+    updates: int = 0
+    """Updates of the parameters: the position in the learning-rate schedule."""
+    skipped: int = 0
+    """Windows that made no update: not finite, or without any label."""
+    skipped_in_row: int = 0
+    """Those of them at the end."""
+    nonfinite_in_row: int = 0
+    """Windows at the end that were not finite."""
+    moved: bool = False
+    """Some gradient was not zero."""
 
 
 def save(
@@ -154,7 +164,7 @@ def load(
         saved = {f"{name}/{_MASTER}": parameter for name, parameter in owners.items()}
         masters.load({saved[place]: state.pop(place) for place in [*state] if place in saved})
     _load_optimizer(path, model, optimizer, state, scalars, masters)
-    return Progress(**data)
+    return Progress(**{"updates": data["step"], "moved": True, **data})
 
 
 def _numbered(folder: Path) -> list[tuple[int, Path]]:

@@ -1,0 +1,85 @@
+"""Keeps a window that is not finite out of the parameters, the optimizer and the model's buffers.
+
+The reduced gradient's norm is the same on every rank, so all decide alike without asking. There are two ways:
+
+- at once: the host reads the norm and makes the update or leaves it out. Free on a CPU. On a GPU it waits for the
+  device once a window: that is for ``train.nonfinite=skip``, where the next window's learning rate depends on the
+  answer, and for fp16, whose window may have to be computed again at a lower loss scale. The wait comes after the
+  last micro-step, so what it costs is the launch of the next kernels, once a step.
+- later: the optimizer's fused kernels read the verdict on the device, and the host learns of it with the metrics.
+  From the first bad window on no update is made, so that everything is as it was before that window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+class Guard:
+    """Makes the update of a window if its gradient is finite.
+
+    Args:
+        at_once: read the verdict on the host at each window.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, *, at_once: bool
+    ) -> None:
+        self._model = model
+        self._optimizer = optimizer
+        self._device = device
+        # only fused kernels take the verdict from the device
+        self._fused = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+        self._at_once = at_once or not self._fused
+        self._stopped: Tensor | None = None
+        """On the device: 1.0 after a window that was not finite."""
+        self._kept: dict[torch.dtype, Tensor] = {}
+
+    def keep_buffers(self) -> None:
+        """Remember the buffers before a window: its forward moves BatchNorm's statistics, NaN included."""
+        for dtype, buffers in _by_dtype(self._model.buffers()).items():
+            flat = torch.cat([buffer.detach().reshape(-1) for buffer in buffers])
+            if self._stopped is not None and dtype in self._kept:
+                flat = torch.where(self._stopped > 0, self._kept[dtype], flat)
+            self._kept[dtype] = flat
+
+    @torch.no_grad()
+    def restore_buffers(self) -> None:
+        """Put the buffers back as they were before the window that was not finite."""
+        for dtype, buffers in _by_dtype(self._model.buffers()).items():
+            sizes = [buffer.numel() for buffer in buffers]
+            if sum(sizes) != self._kept[dtype].numel():
+                continue  # the forward made other buffers: there is nothing to go back to
+            for buffer, kept in zip(buffers, self._kept[dtype].split(sizes), strict=True):
+                buffer.copy_(kept.view(buffer.shape))
+
+    def step(self, norm: Tensor) -> bool:
+        """Let the optimizer step where ``norm``, the gradient's, is finite.
+
+        Returns:
+            Whether an update was made; True where only the device knows as yet.
+        """
+        if self._at_once:
+            finite = bool(torch.isfinite(norm))
+            if finite:
+                self._optimizer.step()
+            return finite
+        found = (~torch.isfinite(norm)).to(self._device, torch.float32)
+        self._stopped = found if self._stopped is None else torch.maximum(self._stopped, found)
+        self._optimizer.found_inf = self._stopped  # type: ignore[attr-defined]
+        try:
+            self._optimizer.step()
+        finally:
+            del self._optimizer.found_inf  # type: ignore[attr-defined]
+        return True
+
+
+def _by_dtype(buffers: Iterable[Tensor]) -> dict[torch.dtype, list[Tensor]]:
+    grouped: dict[torch.dtype, list[Tensor]] = {}
+    for buffer in buffers:
+        if buffer.layout == torch.strided and buffer.numel():
+            grouped.setdefault(buffer.dtype, []).append(buffer)
+    return grouped
