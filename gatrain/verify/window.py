@@ -6,6 +6,7 @@ import contextlib
 import copy
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -33,6 +34,8 @@ from gatrain.verify.paths import FP32, FP64, NoticeCasts, Path, trained_path
 
 PASSES = 9
 """Passes over the window in one precision, over all cases and processes."""
+REPEATS = 3
+"""Forwards that must agree, for the model to be called free of random numbers of its own."""
 LEAST_SAMPLES, SLOW_SAMPLE_S = 7, 1.0
 FIRST_SCALE = 2.0**16
 """Loss scale of fp16, halved until the gradient is finite."""
@@ -127,20 +130,21 @@ class Verification:
         path = Path("", None, self._precision)
 
         drew: set[str] = set()
+        host = self.host(self.ids[:2])
 
         def losses(freeze: bool) -> list[float]:
             self._draws = freeze
             with self.computing(path, model), torch.no_grad(), autocast_for(path.autocast, self.device)():
-                probe = self.on_device(self.host(self.ids[:2]), path)
+                probe = self.on_device(host, path)
                 found = [float(total) for total, _ in self._terms(model, probe).values()]
                 if not freeze:
                     drew.update(_drawn(self.device, self.config.train.seed))
                 return found
 
         try:
-            # the same seed twice: what draws from a generator of its own shows in the losses
-            plain, again = losses(False), losses(False)
-            frozen = [losses(True) for _ in range(2)] if "torch" in drew else []
+            # the same seed again: what draws from a generator of its own shows in the losses
+            plain = [losses(False) for _ in range(REPEATS)]
+            frozen = [losses(True) for _ in range(REPEATS)] if "torch" in drew else plain
         except GatrainError:
             raise
         except Exception:  # the model does not compute as it trains, which the paths will say
@@ -158,7 +162,7 @@ class Verification:
                 "The forward draws from random or numpy: here every forward starts from the same seed, so that "
                 "whole and pieces draw the same."
             )
-        if plain != again or (frozen and frozen[0] != frozen[1]):
+        if frozen.count(frozen[0]) != REPEATS:
             text = (
                 "the model or loss draws random numbers that gatrain does not control (a generator of its own, "
                 "time, os.urandom): it gives another loss for the same samples"
@@ -169,12 +173,18 @@ class Verification:
     def _look_at_collate(self) -> None:
         """Whether the same samples make the same batch; otherwise pieces are cut from the whole one."""
         ids = self.ids[: min(4, len(self.ids))]
+        self._collated(ids)  # reads them
         first, drew = samples.draws_random_numbers(lambda: self._collated(ids))
-        second = self._collated(ids)
-        differs = any(
-            a.shape != b.shape or not torch.equal(a, b)
-            for a, b in zip(tensors_of(first), tensors_of(second), strict=True)
-        )
+        differs = not _equal(first, self._collated(ids))
+        read, self._samples = self._samples, {}
+        again = self._collated(ids)
+        self._samples = read
+        if differs or not _equal(first, again):
+            self.notes.append(
+                "The data gives another batch for the same samples each time: it draws random numbers that gatrain "
+                "cannot seed (a generator of its own, time, os.urandom). The splits below compute the same "
+                "numbers, but no run can be repeated or resumed exactly."
+            )
         if not (drew or differs):
             return
         self._cuts = samples.split_batch(first, [1] * len(ids), len(ids)) is not None
@@ -469,13 +479,28 @@ def _drawn(device: torch.device, seed: int) -> set[str]:
     return found
 
 
-def _one_algorithm() -> contextlib.AbstractContextManager[Any]:
+@contextlib.contextmanager
+def _one_algorithm() -> Iterator[None]:
     """On a CPU, compute each sample alike whatever its batch.
 
     oneDNN chooses another convolution for another batch size, and a deep net at its start multiplies that
     rounding; here only the order of the sums may differ.
     """
-    return torch.backends.mkldnn.flags(enabled=False)  # type: ignore[no-any-return]
+    flags = torch.backends.mkldnn.flags(enabled=False)
+    with warnings.catch_warnings():  # of hardware that is not here, at each change
+        warnings.simplefilter("ignore")
+        flags.__enter__()
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            flags.__exit__(None, None, None)
+
+
+def _equal(one: Batch, other: Batch) -> bool:
+    pairs = zip(tensors_of(one), tensors_of(other), strict=False)
+    return all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
 
 
 def _elements(batch: Batch) -> int:
