@@ -19,6 +19,7 @@ SYNCS = ("auto", "overlap", "window")
 DEVICES = ("auto", "cpu", "cuda")
 SCHEDULES = ("constant", "warmup_cosine")
 NONFINITE = ("stop", "skip")
+CHECKS = ("error", "warn", "off")
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,13 @@ class TrainConfig:
     """A window whose loss or gradient is not finite: ``stop`` before it, or ``skip`` it on every rank."""
     nonfinite_limit: int = 10
     """Such windows in a row that ``skip`` passes over; one more ends the run."""
+    check: str = "error"
+    """Before the first step, a few samples are computed whole and in pieces: ``error`` refuses a loss that may not
+    be split, ``warn`` says so and goes on, ``off`` does not look."""
+
+    def __post_init__(self) -> None:
+        if self.check in ("False", "false"):  # what YAML makes of a bare off
+            object.__setattr__(self, "check", "off")
 
 
 @dataclass(frozen=True)
@@ -218,6 +226,7 @@ def validate(config: RunConfig) -> None:
     _at_least("train.data_workers", train.data_workers, 0)
     _one_of("train.nonfinite", train.nonfinite, NONFINITE)
     _at_least("train.nonfinite_limit", train.nonfinite_limit, 1)
+    _one_of("train.check", config.train.check, CHECKS)
     _above_zero("optimizer.lr", config.optimizer.lr)
     _at_least("optimizer.weight_decay", config.optimizer.weight_decay, 0)
     if config.optimizer.clip_norm is not None:

@@ -22,6 +22,7 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
     from gatrain.report.jsonl import read_lines
     from gatrain.train import out_of_memory, samples, saved_state
     from gatrain.train.aftermath import Aftermath
+    from gatrain.train.check import check_before_first_step
     from gatrain.train.checkpointing import available_modes
     from gatrain.train.engine import StepClock
     from gatrain.train.events import RunInfo
@@ -55,6 +56,10 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
     saved_state.check_same_run(progress, fresh)
     if engine.scaler and progress.scaler:
         engine.scaler.load_state_dict(progress.scaler)
+    problems = [f"skipped a damaged saved state, {problem}" for problem in problems]
+    if progress.step < total_steps:
+        with out_of_memory.told(config, plan, run_dir, rank.device.type, modes=available_modes(engine.model)):
+            problems += check_before_first_step(engine, config, schedule, progress.step, plan.micro_batch)
 
     check_windows(
         engine.model,
@@ -106,7 +111,7 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
                 f"{'it' if len(spared) == 1 else 'them'} in no_weight_decay()"
             )
         for problem in problems:
-            sinks.notice(f"skipped a damaged saved state, {problem}")
+            sinks.notice(problem)
         trainer = Trainer(
             engine=engine,
             config=config,

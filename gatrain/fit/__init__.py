@@ -47,7 +47,7 @@ PREDICTION_S = 1.0
 """Seconds that a finished plan waits for the prediction that is shown beside it."""
 
 RESUME_KEYS = (
-    "train.steps", "train.epochs", "train.log_every", "train.data_workers", "train.nonfinite",
+    "train.steps", "train.epochs", "train.log_every", "train.data_workers", "train.check", "train.nonfinite",
     "train.nonfinite_limit", "optimizer.lr", "optimizer.clip_norm", "save", "eval", "tune",
     "batch.micro", "checkpointing", "compile", "sync",
 )  # fmt: skip

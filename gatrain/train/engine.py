@@ -130,6 +130,10 @@ class Engine:
         at_once = nonfinite == "skip" or self.scaler is not None or device.type == "cpu"
         self.guard = Guard(model, self.optimizer, device, at_once=at_once)
 
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The context of a forward in the engine's precision."""
+        return self._autocast()
+
     def _loss_function(self, model: nn.Module) -> Callable[[Batch], LossSums]:
         def loss_sum(batch: Batch) -> LossSums:
             return self.task.loss_sum(model, batch)

@@ -51,6 +51,8 @@ class Measurement:
     """The same of the smallest size that this process measured."""
     loss_noise: float = 0.0
     """Standard deviation of ``reference_loss`` over random seeds: above zero where there is dropout."""
+    repeated_loss: float | None = None
+    """``loss`` once more with the same seed, where it disagrees with the reference."""
     error: str | None = None
     rank_s: tuple[float, ...] = ()
     """Each rank's own ``micro_step_s``, in rank order."""

@@ -33,6 +33,7 @@ from gatrain.train.meter import Meter
 from gatrain.train.seeding import seed_everything
 from gatrain.tune.curve import DIFFERS, Measurement
 from gatrain.tune.memory import Memory
+from gatrain.tune.search import disagrees
 
 if TYPE_CHECKING:
     from gatrain.train.engine import Engine
@@ -142,6 +143,7 @@ class SizeMeter:
             same = self._on_device(self._batches.repeated(size))
             began = time.perf_counter()
             state["loss"], state["noise"] = self._loss_of_one_sample(same)
+            state["repeated"] = self._repeated_loss(same, state["loss"])
             state["first_s"] = time.perf_counter() - began
             # memory is that of the worst batch; time is that of usual ones, where they differ
             worst = self._on_device(self._batches.worst_case(size))
@@ -167,8 +169,11 @@ class SizeMeter:
         if failure is not None:
             return Measurement(size, failure.outcome, error=failure.text)
         found = self._summary(size, state["loss"], state["noise"], times)
+        repeated = self._peers.gather((state["loss"], state["repeated"]))
+        own = [again for loss, again in repeated if loss == found.loss]
         return dataclasses.replace(
             found,
+            repeated_loss=own[0] if own else None,
             compile_s=max(self._peers.gather(state["first_s"])),
             host_bytes=max(self._peers.gather(state["host_bytes"])),
         )
@@ -208,6 +213,16 @@ class SizeMeter:
         if math.isnan(losses[0]) and not any(same[1].values()):
             return None, 0.0  # the sample weighs nothing: no opinion
         return losses[0], statistics.pstdev(losses) if all(map(math.isfinite, losses)) else 0.0
+
+    def _repeated_loss(self, same: tuple[Batch, Mapping[str, float]], loss: float | None) -> float | None:
+        """The loss once more with the same seed, where it disagrees with the smallest size's: does this batch
+        even agree with itself?"""
+        reference, precision = self._reference, self._engine.settings.precision
+        if loss is None or reference.loss is None:
+            return None
+        if not disagrees(loss, reference.loss, reference.noise, precision):
+            return None
+        return self._loss_of_one_sample(same)[0]
 
     def _close_step(self) -> tuple[Failure | None, float, float]:
         """Reduction and update, timed: (failure of any rank, reduce_s, optimizer_s). Collective."""

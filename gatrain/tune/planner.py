@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gatrain import batch, units
 from gatrain.config import RunConfig
-from gatrain.errors import GatrainError, Interrupted
+from gatrain.errors import ExactnessError, GatrainError, Interrupted
 from gatrain.launch.nodes import Nodes
 from gatrain.plan import FAILED, FITS, SKIPPED, Plan, StepSettings
 from gatrain.tune import answer, cache, confirm, curve, memory_model, refusal, search, spec
@@ -90,6 +90,7 @@ class Planner:
         self._state_bytes = state_bytes(config, info.parameter_bytes, info.half_parameters)
         self._used: dict[StepSettings, Curve] = {}
         self._measured_anything = False
+        self._loss_remarks: dict[StepSettings, str] = {}
         limit = config.tune.max_seconds or MAX_SECONDS[hardware.device]
         self._max_seconds = limit
         self._trials = contextlib.ExitStack()
@@ -189,8 +190,20 @@ class Planner:
         found = self._curves[way]
         if way not in self._fresh:
             found = found.within(int(self._free_bytes * self._config.tune.memory_fraction))
-        self._used[way] = search.reject_wrong_losses(found)
-        return self._used[way]
+        judged = search.reject_wrong_losses(found)
+        if (wrong := search.wrong_at_every_size(found, judged)) is not None:
+            if self._config.train.check == "error":
+                refusal.refuse_loss(wrong, found.fitting[0])
+            judged = found  # the user knows
+            self._loss_remarks[way] = refusal.loss_text(wrong, found.fitting[0])
+        elif (noisy := search.unrepeatable(found)) is not None:
+            self._loss_remarks[way] = (
+                f"The same samples with the same seed gave other losses at micro-batch {noisy.micro_batch} "
+                f"({noisy.loss:.6g} and {noisy.repeated_loss:.6g}): data, collate or model draw numbers that "
+                "gatrain does not control, so losses could not be compared between sizes."
+            )
+        self._used[way] = judged
+        return judged
 
     @staticmethod
     def _missing(known: Curve | None, sizes: list[int]) -> list[int]:
@@ -378,7 +391,8 @@ class Planner:
         """Choose by the model and, where that is a close call, by whole steps. Pure but for those trials."""
         near = confirm.finalists(options)
         overlapping = self._overlapping(near[0])
-        remarks = [NOT_OVERLAPPED] if self._overlaps and not overlapping else []
+        remarks = [*self._runner.notices, *dict.fromkeys(self._loss_remarks.values())]
+        remarks += [NOT_OVERLAPPED] if self._overlaps and not overlapping else []
         named = {option.key: option for option in (*near, *overlapping)}
         timed = self._known_whole_steps(list(named.values()))
         if timed is None and len(named) > 1 and self._measured_anything and self._fixed is None:
@@ -427,7 +441,7 @@ class Planner:
         )
         try:
             _, confirmation = self._runner.measure(near[0].settings, (), whole=asked)
-        except Interrupted:
+        except (Interrupted, ExactnessError):
             raise
         except GatrainError as error:  # the modelled choice stands
             self._progress(f"the finalists could not be timed as whole steps: {error}")

@@ -7,10 +7,10 @@ from typing import NoReturn
 
 from gatrain import units
 from gatrain.config import RunConfig
-from gatrain.errors import DoesNotFitError, WorkerError
+from gatrain.errors import DoesNotFitError, ExactnessError, WorkerError
 from gatrain.plan import DOES_NOT_FIT, FAILED, StepSettings
 from gatrain.tune import settings
-from gatrain.tune.curve import Curve
+from gatrain.tune.curve import Curve, Measurement
 from gatrain.tune.settings import Question
 
 
@@ -43,6 +43,28 @@ def refuse(
         f"the model does not fit at micro-batch {smallest.micro_batch}{peak}: {units.size(free_bytes)} were "
         f"free per rank, of which tune.memory_fraction={config.tune.memory_fraction:g} may be "
         f"used. Tried: {ways}. {smallest.error or ''} Use {', or '.join(_ways_out(used, question, device))}."
+    )
+
+
+def refuse_loss(wrong: Measurement, smallest: Measurement) -> NoReturn:
+    """Refuse to plan for a loss that depends on the micro-batch size.
+
+    Raises:
+        ExactnessError: with the two numbers, the likely cause and what to write.
+    """
+    raise ExactnessError(
+        f"{loss_text(wrong, smallest)} No split can be planned. train.check=warn plans all the same."
+    )
+
+
+def loss_text(wrong: Measurement, smallest: Measurement) -> str:
+    """What was seen, the likely cause, and what to write."""
+    return (
+        f"The loss depends on the micro-batch: one sample, repeated, has a loss of {wrong.reference_loss:.6g} at "
+        f"micro-batch {smallest.micro_batch} and of {wrong.loss:.6g} at {wrong.micro_batch}. Likely cause: a mean "
+        "handed on as a sum, or samples that are compared with one another. Return a sum over samples from "
+        "loss_sum() and count them in weight(), give task.weight for a mean over something else, or use another "
+        "loss."
     )
 
 

@@ -54,6 +54,9 @@ class TrialRunner:
         self._max_seconds = max_seconds
         self._keep = keep
         self._progress = progress
+        self._checks = True
+        self.notices: list[str] = []
+        """What the check of the loss had to say."""
 
     @property
     def seconds_left(self) -> float:
@@ -88,6 +91,7 @@ class TrialRunner:
             patience_s=self._max_seconds if self._config.tune.max_seconds is None else 0.0,
             rises=rises,
             whole=whole,
+            check=self._checks,
         )
         answers, error = Answers(), None
         with tempfile.TemporaryDirectory(
@@ -110,6 +114,10 @@ class TrialRunner:
                 error = caught
             answers = _read(folder)
             self._spent_s += max(0.0, time.time() - (answers.ready_at or began))
+        if answers.is_checking and isinstance(error, WorkerError | DoesNotFitError) and self._checks:
+            self._checks = False  # a process died in it: let the sizes tell which
+            return self.measure(way, sizes, rises=rises, whole=whole)
+        self.notices += [notice for notice in answers.notices if notice not in self.notices]
         if error is not None:
             if whole is not None and answers.stopped is not None:
                 self._progress(f"the finalists could not be timed as whole steps: {error}")

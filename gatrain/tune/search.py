@@ -86,18 +86,46 @@ def parts(share: int, size: int) -> tuple[tuple[int, int], ...]:
 
 def reject_wrong_losses(curve: Curve) -> Curve:
     """Turn sizes whose loss disagrees with the smallest size's into failures: a wrong answer is no answer."""
-    tolerance = LOSS_TOLERANCE.get(curve.settings.precision, 5e-2)
-    judged = tuple(_judge(m, tolerance) for m in curve.measurements)
+    judged = tuple(_judge(m, curve.settings.precision) for m in curve.measurements)
     return dataclasses.replace(curve, measurements=judged)
 
 
-def _judge(m: Measurement, tolerance: float) -> Measurement:
+def wrong_at_every_size(found: Curve, judged: Curve) -> Measurement | None:
+    """The first size whose loss disagrees with the smallest's, where all larger sizes do: then it is the loss that
+    depends on the size. A kernel that is wrong at some sizes, or a compiled one, is another matter."""
+    larger = [m for m in found.fitting if m.loss is not None and m.reference_loss is not None][1:]
+    failed = {m.micro_batch for m in judged.measurements if m.outcome == FAILED}
+    if found.settings.compile or not larger or not all(m.micro_batch in failed for m in larger):
+        return None
+    return larger[0]
+
+
+def unrepeatable(curve: Curve) -> Measurement | None:
+    """A size whose loss differs from itself, repeated with the same samples and seed."""
+    tolerance = LOSS_TOLERANCE.get(curve.settings.precision, 5e-2)
+    return next((m for m in curve.fitting if _is_unrepeatable(m, tolerance)), None)
+
+
+def _is_unrepeatable(m: Measurement, tolerance: float) -> bool:
+    if m.loss is None or m.repeated_loss is None or not math.isfinite(m.loss):
+        return False
+    return not abs(m.loss - m.repeated_loss) <= 0.1 * tolerance * abs(m.loss)
+
+
+def disagrees(loss: float, reference: float, noise: float, precision: str) -> bool:
+    """Whether rounding and dropout cannot explain the difference to the reference."""
+    # six standard deviations: dropout alone must practically never reject a size
+    allowed = max(LOSS_TOLERANCE.get(precision, 5e-2) * abs(reference), 6 * noise, 1e-6)
+    return not abs(loss - reference) <= allowed  # true for nan, which is what we want
+
+
+def _judge(m: Measurement, precision: str) -> Measurement:
     if m.outcome != FITS or m.loss is None or m.reference_loss is None or not math.isfinite(m.reference_loss):
         return m
-    # six standard deviations: dropout alone must practically never reject a size
-    allowed = max(tolerance * abs(m.reference_loss), 6 * m.loss_noise, 1e-6)
-    if abs(m.loss - m.reference_loss) <= allowed:  # false for nan, which is what we want
+    if not disagrees(m.loss, m.reference_loss, m.loss_noise, precision):
         return m
+    if _is_unrepeatable(m, LOSS_TOLERANCE.get(precision, 5e-2)):
+        return m  # says nothing about this size
     return dataclasses.replace(
         m,
         outcome=FAILED,

@@ -2,6 +2,8 @@
 
 Lines of ``trials.jsonl``, each flushed, so that a crash or Ctrl-C keeps what was measured:
 
+    {"event": "checking"}                                    the loss is being checked
+    {"event": "notice", "text": "..."}                       what the check of the loss had to say
     {"event": "ready", "modes": [...], "budget_bytes": n, "at": t}   model built; what it offers and may use; when
     {"event": "start", "micro_batch": b}                     about to try b; without an answer: a crash
     {"event": "trial", "measurement": {...}}                 the answer
@@ -58,6 +60,8 @@ class TrialSpec:
     rises: bool = True
     """Sizes rise, and larger ones that bring nothing end it; False measures every size in the order given."""
     whole: WholeSpec | None = None
+    check: bool = True
+    """Check the loss before the first size, if these processes have not done so."""
 
     def write(self, folder: Path) -> None:
         write_json(folder / SPEC, dataclasses.asdict(self))
@@ -83,6 +87,10 @@ class Answers:
     started: int | None = None
     """The size under way, or the one that took the processes down."""
     stopped: str | None = None
+    is_checking: bool = False
+    """The check of the loss had begun, and nothing came after it."""
+    notices: list[str] = field(default_factory=list)
+    """What the check of the loss had to say."""
     confirmation: Confirmation | None = None
 
     def take(self, line: str) -> Measurement | None:
@@ -91,9 +99,14 @@ class Answers:
             said: dict[str, Any] = json.loads(line)
             match said["event"]:
                 case "ready":
+                    self.is_checking = False
                     self.modes = tuple(said["modes"])
                     self.budget_bytes = int(said["budget_bytes"])
                     self.ready_at = float(said["at"]) if "at" in said else None
+                case "checking":
+                    self.is_checking = True
+                case "notice":
+                    self.notices.append(str(said["text"]))
                 case "start":
                     self.started = int(said["micro_batch"])
                 case "trial":

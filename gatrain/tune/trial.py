@@ -25,8 +25,10 @@ from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, SKIPPED, StepSettings
 from gatrain.rank import Rank
 from gatrain.rundir import RunDir, read_json
 from gatrain.tasks.base import Task
+from gatrain.train.check import check_before_first_step
 from gatrain.train.checkpointing import available_modes
 from gatrain.train.engine import Engine
+from gatrain.train.windows import WindowSchedule
 from gatrain.tune import confirm, curve, host, spec
 from gatrain.tune.curve import Measurement
 from gatrain.tune.measure import (
@@ -57,6 +59,8 @@ IDLE, FEW = 1.2, 16
 of the share are left out for it."""
 SMALLEST_GAP = {"cpu": 4, "cuda": 2}
 """Samples between a size that fits and one that does not, below which nothing in between is tried."""
+CHECKED = 4
+"""Samples on which the loss is checked before the first size."""
 STILL = 1e-30
 """Learning rate of trials: the update does its work and moves nothing, so all sizes see the same weights."""
 
@@ -104,6 +108,7 @@ class Desk:
         self._config: RunConfig | None = None
         self._batches: TrialBatches | None = None
         self._engine: Engine | None = None
+        self._is_checked = False
         self._references: dict[str, Reference] = {}
         # sizes that each way has computed: compiled, if it compiles
         self._warm: dict[StepSettings, set[int]] = {}
@@ -133,6 +138,11 @@ class Desk:
                     "Use a smaller model, or a GPU that no other process uses."
                 ) from error
             raise
+        if asked.check and not self._is_checked:
+            self._is_checked = True
+            lines.write("checking")
+            for notice in _check_loss(engine, config):
+                lines.write("notice", text=notice)
         budget_bytes = min(self.peers.gather(memory.budget_bytes))
         lines.write("ready", modes=list(modes), budget_bytes=budget_bytes, at=time.time())
         reference = self._references.setdefault(asked.settings.precision, Reference())
@@ -155,7 +165,7 @@ class Desk:
     def _prepare(self, config: RunConfig) -> TrialBatches:
         """The task and its batches, made once: a tuning asks about one configuration."""
         if self._batches is None or config != self._config:
-            self._config, self._engine = config, None
+            self._config, self._engine, self._is_checked = config, None, False
             self._batches = TrialBatches(build.build_task(config), config.train.seed)
         return self._batches
 
@@ -173,6 +183,14 @@ class Desk:
             self._memory.release()
         self._engine = build.build_engine(task, config, settings, self._rank.device, in_place=True)
         return self._engine
+
+
+def _check_loss(engine: Engine, config: RunConfig) -> list[str]:
+    """Measuring what may not be split would be in vain. A few samples only: nobody knows yet what fits.
+    Collective."""
+    samples = len(engine.task.train_data)
+    schedule = WindowSchedule(samples, min(config.batch.effective, samples), config.train.seed)
+    return check_before_first_step(engine, config, schedule, 0, CHECKED, lenient=True)
 
 
 def _to_log(folder: Path, this: Rank) -> None:

@@ -1,0 +1,560 @@
+"""The check of the loss before the first step: what is wrong is refused, what is right is left alone.
+
+Planted faults: each is one thing that people get wrong in a Task, a loss, a collate function or a dataset. What the
+check cannot see is listed in `UNSEEN`, with the reason.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gatrain.config import SGDConfig
+from gatrain.errors import ExactnessError
+from gatrain.plan import StepSettings
+from gatrain.tasks import Supervised, Task
+from gatrain.train.check import check_loss
+from gatrain.train.engine import Engine
+from gatrain.train.ranks import Ranks
+
+CLASSES, WIDTH, IGNORED = 5, 6, -100
+
+
+class Points(torch.utils.data.Dataset):
+    """Feature vectors with a class each; some classes are ignored, and each sample weighs something."""
+
+    deterministic = True
+
+    def __init__(self, count: int = 24) -> None:
+        made = torch.Generator().manual_seed(0)
+        self.x = torch.randn(count, WIDTH, generator=made)
+        self.y = torch.randint(0, CLASSES, (count,), generator=made)
+        self.weight = torch.rand(count, generator=made) + 0.5
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"x": self.x[index], "y": self.y[index], "weight": self.weight[index]}
+
+
+class Texts(torch.utils.data.Dataset):
+    """Token sequences of unlike length; the labels of a prompt are ignored."""
+
+    deterministic = True
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        made = torch.Generator().manual_seed(index)
+        tokens = torch.randint(1, 13, (5 + 3 * index % 11,), generator=made)
+        labels = tokens.clone()
+        labels[: 1 + index % 3] = IGNORED
+        return {"tokens": tokens, "labels": labels}
+
+
+def padded(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    pad = nn.utils.rnn.pad_sequence
+    return {
+        "tokens": pad([s["tokens"] for s in samples], batch_first=True),
+        "labels": pad([s["labels"] for s in samples], batch_first=True, padding_value=IGNORED),
+    }
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Linear(WIDTH, 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, CLASSES))
+
+
+class Reader(nn.Module):
+    """A language model without any mixing of positions, so that padding does not matter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(13, 8), nn.Linear(8, 13)
+        self.drop = nn.Dropout(0.1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.drop(self.embed(tokens)))
+
+
+class Averaging(Reader):
+    """Reads the mean of all positions, padding included."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        seen = self.embed(tokens)
+        return self.head(seen + seen.mean(1, keepdim=True))
+
+
+class OwnTask(Task):
+    """A Task made of functions, to plant one fault at a time."""
+
+    def __init__(
+        self,
+        loss_sum: Callable[[nn.Module, Any], Any],
+        weight: Callable[[Any], Any] = lambda batch: len(batch["y"]),
+        *,
+        data: Any = None,
+        model: Callable[[], nn.Module] = net,
+        collate: Callable[[list[Any]], Any] | None = None,
+        terms: tuple[str, ...] = ("loss",),
+    ) -> None:
+        self._loss_sum, self._weight, self._model, self._collate = loss_sum, weight, model, collate
+        self.train_data = Points() if data is None else data
+        self.loss_terms = terms
+
+    def build_model(self) -> nn.Module:
+        return self._model()
+
+    def weight(self, batch: Any) -> Any:
+        return self._weight(batch)
+
+    def loss_sum(self, model: nn.Module, batch: Any) -> Any:
+        return self._loss_sum(model, batch)
+
+    def collate(self, samples: list[Any]) -> Any:
+        return self._collate(samples) if self._collate else super().collate(samples)
+
+
+def of_texts(loss_sum: Any, weight: Any, model: Any = Reader, collate: Any = padded) -> OwnTask:
+    return OwnTask(loss_sum, weight, data=Texts(), model=model, collate=collate)
+
+
+def check(
+    task: Task, *, precision: str = "fp32", mode: str = "error", micro_batch: int = 8, samples: int = 16
+) -> list[str]:
+    torch.manual_seed(0)
+    settings = StepSettings(precision=precision, checkpointing="none", compile=False, sync="window")
+    engine = Engine(
+        task, task.build_model().train(), settings, SGDConfig(), Ranks.current(), torch.device("cpu")
+    )
+    ids = range(min(samples, len(task.train_data)))
+    return check_loss(engine, ids, seed=1, mode=mode, micro_batch=micro_batch)
+
+
+# --- what is right --------------------------------------------------------------------------------------
+
+
+def losses(model: nn.Module, batch: Any, **options: Any) -> Tensor:
+    return F.cross_entropy(model(batch["x"]), batch["y"], reduction="none", **options)
+
+
+def label_count(batch: Any) -> float:
+    return float((batch["labels"][:, 1:] != IGNORED).sum())
+
+
+def shifted_losses(model: nn.Module, batch: Any, reduction: str = "none") -> Tensor:
+    logits = model(batch["tokens"][:, :-1]).transpose(1, 2)
+    return F.cross_entropy(logits, batch["labels"][:, 1:], ignore_index=IGNORED, reduction=reduction)
+
+
+RIGHT: dict[str, Callable[[], Task]] = {
+    "a sum over samples": lambda: OwnTask(lambda m, b: (losses(m, b).sum(), len(b["y"]))),
+    "weighted samples": lambda: OwnTask(
+        lambda m, b: ((losses(m, b) * b["weight"]).sum(), b["weight"].double().sum()),
+        lambda b: float(b["weight"].double().sum()),
+    ),
+    "a sum over tokens": lambda: of_texts(
+        lambda m, b: (shifted_losses(m, b, "sum"), (b["labels"][:, 1:] != IGNORED).sum()), label_count
+    ),
+    "a mean over each sequence": lambda: of_texts(
+        lambda m, b: (
+            (shifted_losses(m, b).sum(1) / (b["labels"][:, 1:] != IGNORED).sum(1)).sum(),
+            len(b["tokens"]),
+        ),
+        lambda b: len(b["tokens"]),
+    ),
+    "two terms": lambda: OwnTask(
+        lambda m, b: {
+            "class": (losses(m, b).sum(), len(b["y"])),
+            "size": (m(b["x"]).square().mean(1)[b["y"] == 0].sum(), (b["y"] == 0).sum()),
+        },
+        lambda b: {"class": len(b["y"]), "size": int((b["y"] == 0).sum())},
+        terms=("class", "size"),
+    ),
+    "a regulariser by weight": lambda: OwnTask(
+        lambda m, b: (
+            losses(m, b).sum() + 0.1 * len(b["y"]) * sum(p.square().sum() for p in m.parameters()),
+            len(b["y"]),
+        )
+    ),
+    "a counter that nothing reads": lambda: Counted(reads=False),
+    "the smoothed loss of a class-weighted task": lambda: Supervised(
+        net,
+        PairsOf(Points()),
+        nn.CrossEntropyLoss(weight=torch.rand(CLASSES) + 0.1, label_smoothing=0.1, ignore_index=0),
+    ),
+    "random data": lambda: OwnTask(lambda m, b: (losses(m, b).sum(), len(b["y"])), data=Drawing(own=False)),
+    "random collate": lambda: of_texts(
+        lambda m, b: (shifted_losses(m, b, "sum"), (b["labels"][:, 1:] != IGNORED).sum()),
+        label_count,
+        collate=lambda samples: masked(samples, torch.default_generator),
+    ),
+    "a critic without a lower bound": lambda: OwnTask(lambda m, b: (m(b["x"])[:, 0].sum(), len(b["y"]))),
+    "a loss that needs its own gradient": lambda: OwnTask(
+        lambda m, b: (losses(m, b).sum() + gradient_penalty(m, b["x"]), len(b["y"]))
+    ),
+}
+
+
+def gradient_penalty(model: nn.Module, x: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(model(x)[:, 0].sum(), x, create_graph=True)
+    return (slope.norm(dim=1) - 1).square().sum()
+
+
+class PairsOf(torch.utils.data.Dataset):
+    deterministic = True
+
+    def __init__(self, data: Points) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.data.x[index], self.data.y[index]
+
+
+class Counted(OwnTask):
+    """Counts its calls; the loss reads the counter or not."""
+
+    def __init__(self, *, reads: bool) -> None:
+        super().__init__(self._counted)
+        self.calls, self.reads = 0, reads
+
+    def _counted(self, model: nn.Module, batch: Any) -> Any:
+        self.calls += 1
+        factor = min(1.0, self.calls / 1000) if self.reads else 1.0
+        return losses(model, batch).sum() + factor * model(batch["x"]).square().sum(), len(batch["y"])
+
+
+class Drawing(Points):
+    """Adds noise to its samples, from the generators that gatrain seeds or from one of its own."""
+
+    deterministic = False
+
+    def __init__(self, *, own: bool) -> None:
+        super().__init__()
+        self.own = np.random.default_rng() if own else None
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        noise = self.own.normal(size=WIDTH) if self.own is not None else np.random.normal(size=WIDTH)
+        sample = super().__getitem__(index)
+        return {**sample, "x": sample["x"] + torch.tensor(noise, dtype=torch.float32) + random.random()}
+
+
+def masked(samples: list[Any], generator: torch.Generator) -> dict[str, Tensor]:
+    batch = padded(samples)
+    hide = torch.rand(batch["tokens"].shape, generator=generator) < 0.3
+    return {**batch, "tokens": batch["tokens"].masked_fill(hide, 0)}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_right_loss_is_not_refused(name: str, precision: str) -> None:
+    assert check(RIGHT[name](), precision=precision) == []
+
+
+# --- planted faults -------------------------------------------------------------------------------------
+
+
+class Teacher(nn.Module):
+    """A student and a moving average of it, moved in the forward of training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student = net()
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if torch.is_grad_enabled():
+            for slow, fast in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
+                slow.data.mul_(0.9).add_(fast.data, alpha=0.1)
+        return self.student(x), self.teacher(x)
+
+
+class Queue(nn.Module):
+    """Compares with the embeddings of earlier micro-batches (momentum contrast)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(WIDTH, CLASSES)
+        self.register_buffer("queue", torch.randn(8, CLASSES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.body(x)
+        scores = out @ self.queue.t()
+        self.queue = torch.cat([out.detach(), self.queue])[:8]
+        return scores
+
+
+class Remembering(OwnTask):
+    """Compares with what it saw before, in a list."""
+
+    def __init__(self) -> None:
+        super().__init__(self._remembered)
+        self.seen: deque[Tensor] = deque(maxlen=4)
+
+    def _remembered(self, model: nn.Module, batch: Any) -> Any:
+        out = model(batch["x"])
+        past = sum((out - each).square().mean() for each in self.seen)
+        self.seen.append(out.detach().mean(0))
+        return losses(model, batch).sum() + past * len(out), len(out)
+
+
+class Noisy(nn.Module):
+    """Drops with a generator of its own, which nobody seeds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.own = net(), torch.Generator()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x * (torch.rand(x.shape, generator=self.own) > 0.2))
+
+
+class BatchStatistics(nn.Module):
+    """Normalises over the micro-batch by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body((x - x.mean(0)) / (x.std(0, unbiased=False) + 1e-3))
+
+
+def contrastive(model: nn.Module, batch: Any) -> Any:
+    one, other = F.normalize(model(batch["x"]), dim=1), F.normalize(model(batch["x"].flip(1)), dim=1)
+    scores = one @ other.t() / 0.1
+    return F.cross_entropy(scores, torch.arange(len(one)), reduction="sum"), len(one)
+
+
+def first_counts_twice(samples: list[Any]) -> dict[str, Tensor]:
+    batch = torch.utils.data.default_collate(samples)
+    batch["weight"] = torch.ones(len(samples))
+    batch["weight"][0] = 2.0
+    return batch
+
+
+def mixed_with_neighbour(samples: list[Any]) -> dict[str, Tensor]:
+    batch = torch.utils.data.default_collate(samples)
+    batch["x"] = 0.5 * batch["x"] + 0.5 * batch["x"].roll(1, 0)
+    return batch
+
+
+def hard_negatives(model: nn.Module, batch: Any) -> Any:
+    each = losses(model, batch)
+    return each.topk(max(1, len(each) // 2)).values.sum() * 2, len(each)
+
+
+def boxes(samples: list[Any]) -> dict[str, Any]:
+    """Detection: each image has its own number of boxes."""
+    return {
+        "x": torch.stack([s["x"] for s in samples]),
+        "boxes": [s["x"].repeat(1 + int(s["y"]), 1) for s in samples],
+    }
+
+
+def box_losses(model: nn.Module, batch: Any) -> list[Tensor]:
+    out = model(batch["x"])
+    return [(out[i, :1] - each).square().mean(1) for i, each in enumerate(batch["boxes"])]
+
+
+OWN_GENERATOR = torch.Generator()
+CALLS = iter(range(10**6))
+
+FAULTS: dict[str, Callable[[], Task]] = {
+    "a mean handed on as a sum": lambda: OwnTask(lambda m, b: (losses(m, b).mean(), len(b["y"]))),
+    "a mean with a weight of one": lambda: OwnTask(lambda m, b: (losses(m, b).mean(), 1), lambda b: 1),
+    "a sum divided by the batch size": lambda: OwnTask(
+        lambda m, b: (losses(m, b).sum() / len(b["y"]), len(b["y"]))
+    ),
+    "a mean over tokens counted as over samples": lambda: of_texts(
+        lambda m, b: (shifted_losses(m, b).sum() / label_count(b) * len(b["tokens"]), len(b["tokens"])),
+        lambda b: len(b["tokens"]),
+    ),
+    "a mean over samples counted as over tokens": lambda: of_texts(
+        lambda m, b: (
+            (shifted_losses(m, b).sum(1) / (b["labels"][:, 1:] != IGNORED).sum(1)).mean() * label_count(b),
+            label_count(b),
+        ),
+        label_count,
+    ),
+    "the wrong mask: padding is counted": lambda: of_texts(
+        lambda m, b: (shifted_losses(m, b, "sum"), b["labels"][:, 1:].numel()),
+        lambda b: b["labels"][:, 1:].numel(),
+    ),
+    "a forgotten shift in the count": lambda: of_texts(
+        lambda m, b: (shifted_losses(m, b, "sum"), (b["labels"][:, 1:] != IGNORED).sum()),
+        lambda b: float((b["labels"] != IGNORED).sum()) + 1,
+    ),
+    "the wrong dimension counted": lambda: OwnTask(
+        lambda m, b: (losses(m, b).sum(), b["x"].shape[1]), lambda b: b["x"].shape[1]
+    ),
+    "sample weights are not counted": lambda: OwnTask(
+        lambda m, b: ((losses(m, b) * b["weight"]).sum(), b["weight"].sum())
+    ),
+    "normalised by the weights of the batch": lambda: OwnTask(
+        lambda m, b: ((losses(m, b) * b["weight"]).sum() / b["weight"].sum() * len(b["y"]), len(b["y"]))
+    ),
+    "class weights are not counted": lambda: Supervised(
+        net, PairsOf(Points()), lambda o, t: F.cross_entropy(o, t, weight=torch.arange(1.0, CLASSES + 1))
+    ),
+    "ignored targets are not counted": lambda: Supervised(
+        net, PairsOf(Points()), lambda o, t: F.cross_entropy(o, t, ignore_index=0)
+    ),
+    "smoothing with class weights": lambda: OwnTask(
+        lambda m, b: (
+            losses(m, b, weight=torch.arange(1.0, CLASSES + 1), label_smoothing=0.1).sum()
+            / torch.arange(1.0, CLASSES + 1)[b["y"]].sum()
+            * len(b["y"]),
+            len(b["y"]),
+        )
+    ),
+    "in-batch negatives": lambda: OwnTask(contrastive),
+    "hard negatives of the batch": lambda: OwnTask(hard_negatives),
+    "a maximum over the batch": lambda: OwnTask(lambda m, b: (losses(m, b).max() * len(b["y"]), len(b["y"]))),
+    "sorting the batch (optimal transport)": lambda: OwnTask(
+        lambda m, b: (
+            (m(b["x"])[:, 0].sort().values - b["x"][:, 0].sort().values).square().sum(),
+            len(b["y"]),
+        )
+    ),
+    "a squared sum over the batch": lambda: OwnTask(lambda m, b: (m(b["x"]).sum().square(), len(b["y"]))),
+    "the variance of the batch (VICReg)": lambda: OwnTask(
+        lambda m, b: (len(b["y"]) * m(b["x"]).var(0, unbiased=False).sum() + losses(m, b).sum(), len(b["y"]))
+    ),
+    "normalising by the batch's maximum": lambda: OwnTask(
+        lambda m, b: ((losses(m, b) * b["weight"] / b["weight"].max()).sum(), len(b["y"]))
+    ),
+    "batch statistics in the model": lambda: OwnTask(
+        lambda m, b: (losses(m, b).sum(), len(b["y"])), model=BatchStatistics
+    ),
+    "load balancing over the batch": lambda: OwnTask(
+        lambda m, b: (
+            losses(m, b).sum() + len(b["y"]) * m(b["x"]).softmax(1).mean(0).square().sum(),
+            len(b["y"]),
+        )
+    ),
+    "a regulariser in every micro-batch": lambda: OwnTask(
+        lambda m, b: (losses(m, b).sum() + sum(p.square().sum() for p in m.parameters()), len(b["y"]))
+    ),
+    "an auxiliary mean added to the sum": lambda: OwnTask(
+        lambda m, b: (losses(m, b).sum() + m(b["x"]).square().mean(), len(b["y"]))
+    ),
+    "a term missing in weight": lambda: OwnTask(
+        lambda m, b: {
+            "loss": (losses(m, b).sum(), len(b["y"])),
+            "size": (m(b["x"]).square().sum(), len(b["y"])),
+        },
+        lambda b: {"loss": len(b["y"])},
+    ),
+    "detection: boxes counted as images": lambda: OwnTask(
+        lambda m, b: (
+            torch.cat(box_losses(m, b)).mean() * len(b["boxes"]),
+            len(b["boxes"]),
+        ),
+        lambda b: len(b["boxes"]),
+        collate=boxes,
+    ),
+    "detection: images counted, boxes used": lambda: OwnTask(
+        lambda m, b: (torch.cat(box_losses(m, b)).sum(), sum(map(len, b["boxes"]))),
+        lambda b: len(b["boxes"]),
+        collate=boxes,
+    ),
+    "padding that is not masked in the model": lambda: of_texts(
+        lambda m, b: (shifted_losses(m, b, "sum"), (b["labels"][:, 1:] != IGNORED).sum()),
+        label_count,
+        Averaging,
+    ),
+    "padding that is not masked in the loss": lambda: of_texts(
+        lambda m, b: (
+            F.cross_entropy(m(b["tokens"][:, :-1]).transpose(1, 2), b["tokens"][:, 1:], reduction="sum"),
+            len(b["tokens"]),
+        ),
+        lambda b: len(b["tokens"]),
+    ),
+    "collate goes by position": lambda: OwnTask(
+        lambda m, b: ((losses(m, b) * b["weight"]).sum(), len(b["y"])), collate=first_counts_twice
+    ),
+    "collate mixes neighbours": lambda: OwnTask(
+        lambda m, b: (losses(m, b).sum(), len(b["y"])), collate=mixed_with_neighbour
+    ),
+    "data with a generator of its own": lambda: OwnTask(
+        lambda m, b: (losses(m, b).sum(), len(b["y"])), data=Drawing(own=True)
+    ),
+    "collate with a generator of its own": lambda: of_texts(
+        lambda m, b: (shifted_losses(m, b, "sum"), (b["labels"][:, 1:] != IGNORED).sum()),
+        label_count,
+        collate=lambda samples: masked(samples, OWN_GENERATOR),
+    ),
+    "collate that counts its calls": lambda: OwnTask(
+        lambda m, b: ((losses(m, b) * (1 + b["call"] % 2)).sum(), len(b["y"])),
+        collate=lambda samples: {**torch.utils.data.default_collate(samples), "call": next(CALLS)},
+    ),
+    "a model with a generator of its own": lambda: OwnTask(
+        lambda m, b: (losses(m, b).sum(), len(b["y"])), model=Noisy
+    ),
+    "a loss with numbers of its own": lambda: OwnTask(
+        lambda m, b: ((losses(m, b) * np.random.default_rng().random()).sum(), len(b["y"]))
+    ),
+    "a factor that counts its own calls": lambda: Counted(reads=True),
+    "a moving average in the forward": lambda: OwnTask(
+        lambda m, b: ((m(b["x"])[0] - m(b["x"])[1] - 1).square().sum(), len(b["y"])), model=Teacher
+    ),
+    "a queue of earlier embeddings": lambda: OwnTask(
+        lambda m, b: (F.cross_entropy(m(b["x"]), b["y"], reduction="sum"), len(b["y"])), model=Queue
+    ),
+    "a list of earlier outputs": Remembering,
+    "a detached loss": lambda: OwnTask(lambda m, b: (losses(m, b).sum().detach(), len(b["y"]))),
+    "a loss made of a number": lambda: OwnTask(
+        lambda m, b: (torch.tensor(losses(m, b).sum().item()), len(b["y"]))
+    ),
+    "a vector instead of a sum": lambda: OwnTask(lambda m, b: (losses(m, b), len(b["y"]))),
+}
+
+UNSEEN: dict[str, tuple[str, Callable[[], Task]]] = {
+    "an auxiliary loss counted twice for each sample": (
+        "it is a sum over samples: another loss than was meant, but the same for every split",
+        lambda: OwnTask(lambda m, b: (losses(m, b).sum() + 2 * m(b["x"]).square().sum(), len(b["y"]))),
+    ),
+    "targets that are not shifted, neither in the loss nor in the count": (
+        "it is a sum over tokens: the model learns to copy, whatever the split",
+        lambda: of_texts(
+            lambda m, b: (
+                F.cross_entropy(
+                    m(b["tokens"]).transpose(1, 2), b["labels"], ignore_index=IGNORED, reduction="sum"
+                ),
+                (b["labels"] != IGNORED).sum(),
+            ),
+            lambda b: float((b["labels"] != IGNORED).sum()),
+        ),
+    ),
+}
+
+
+def test_there_are_enough_kinds_of_faults() -> None:
+    assert len(FAULTS) >= 25
+    assert len(FAULTS) >= 23 / 25 * (len(FAULTS) + len(UNSEEN))
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_refused_before_the_first_step(name: str) -> None:
+    with pytest.raises(ExactnessError, match=r"Nothing was trained\. train\.check=warn"):
+        check(FAULTS[name]())
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_what_the_check_cannot_see_is_listed(name: str) -> None:
+    assert check(UNSEEN[name][1]()) == []
