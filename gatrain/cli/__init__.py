@@ -21,6 +21,7 @@ from gatrain.errors import ConfigError, GatrainError, Interrupted, VerifyError
 if TYPE_CHECKING:
     from gatrain.fit import Outcome, WorldRequest
     from gatrain.fit.submit import Submission
+    from gatrain.launch.torchrun import GivenWorld
 
 COMMANDS = ("fit", "autotune", "plan", "launch", "resume", "verify", "recipes", "show", "doctor")
 
@@ -95,9 +96,10 @@ def fit(context: typer.Context, overrides: _Overrides = None, retune: _Retune = 
     """Train: find the fastest exact split for this hardware, then run it to the end."""
     from gatrain import fit as work
 
-    _reach_all_nodes(context, work.WorldRequest(), overrides)
+    request = _world_request()
+    _reach_all_nodes(context, request, overrides)
     with terminal.Progress() as progress:
-        outcome = work.fit(overrides or [], listener=progress.listener(), retune=retune)
+        outcome = work.fit(overrides or [], request, progress.listener(), retune)
     _print_outcome(outcome)
 
 
@@ -119,7 +121,7 @@ def autotune(
         plan_plot.check_can_draw(plot)
     with terminal.Progress() as progress:
         prepared = work.autotune(
-            overrides or [], listener=progress.listener(print_plan=not as_json), retune=retune
+            overrides or [], _world_of_one_node(), progress.listener(print_plan=not as_json), retune
         )
     if plot is not None:
         plan_plot.save_plan_plot(prepared.plan, plot)
@@ -194,6 +196,8 @@ def launch(
     if slurm:
         from gatrain.fit import submit
 
+        if _given is not None:
+            raise ConfigError("--slurm submits a job, once: start gatrain launch --slurm without torchrun.")
         if nnodes != 1 or node_rank or endpoint is not None:
             raise ConfigError(
                 "--slurm finds nodes, ranks and endpoint by itself. Use --nodes for their number."
@@ -216,7 +220,7 @@ def launch(
         if value is not None:
             hint = " Did you mean '--nnodes'?" if option == "--nodes" else ""
             raise ConfigError(f"{option} belongs to --slurm, which is not given.{hint}")
-    request = work.WorldRequest(nproc, nnodes, node_rank, endpoint, max_restarts)
+    request = _world_request(nproc, nnodes, node_rank, endpoint, max_restarts)
     _reach_all_nodes(context, request, overrides)
     with terminal.Progress() as progress:
         outcome = work.fit(overrides or [], request, progress.listener(), retune)
@@ -239,7 +243,7 @@ def resume(
     """Go on with a run at the exact window, on any number of processes."""
     from gatrain import fit as work
 
-    request = work.WorldRequest(nproc, nnodes, node_rank, endpoint, max_restarts)
+    request = _world_request(nproc, nnodes, node_rank, endpoint, max_restarts)
     _reach_all_nodes(context, request, None)
     with terminal.Progress() as progress:
         outcome = work.resume(run_dir, overrides or [], request, progress.listener())
@@ -298,6 +302,51 @@ def doctor(overrides: _Overrides = None, as_json: _Json = False) -> None:
         terminal.print_lines(report.lines())
 
 
+_given: GivenWorld | None = None
+"""The torchrun that has started this process among others."""
+
+
+def _world_request(
+    nproc: int | None = None,
+    nnodes: int = 1,
+    node_rank: int = 0,
+    endpoint: str | None = None,
+    max_restarts: int = 0,
+) -> WorldRequest:
+    """What the options ask of the world, or the world that torchrun has made already.
+
+    Raises:
+        ConfigError: the options contradict torchrun.
+    """
+    from gatrain.fit import WorldRequest
+
+    if _given is None:
+        return WorldRequest(nproc, nnodes, node_rank, endpoint, max_restarts)
+    theirs = {
+        "--nproc": (nproc, (None, _given.nproc)),
+        "--nnodes": (nnodes, (1, _given.nnodes)),
+        "--node-rank": (node_rank, (0, _given.node_rank)),
+        "--rdzv-endpoint": (endpoint, (None,)),
+        "--max-restarts": (max_restarts, (0,)),
+    }
+    for option, (value, allowed) in theirs.items():
+        if value not in allowed:
+            raise ConfigError(
+                f"{option} {value} is torchrun's to say, which has started {_given.nproc or 1} process(es) on "
+                f"each of {_given.nnodes} node(s): leave it out here, or start gatrain launch without torchrun."
+            )
+    return WorldRequest.of(_given)
+
+
+def _world_of_one_node() -> WorldRequest | None:
+    """For commands that do not span nodes, under torchrun."""
+    if _given is not None and _given.nnodes > 1:
+        raise ConfigError(
+            "autotune measures on one node. Under torchrun on several, gatrain fit makes the plan for all of them."
+        )
+    return None if _given is None else _world_request()
+
+
 def _reach_all_nodes(context: typer.Context, request: WorldRequest, overrides: list[str] | None) -> None:
     """In the first shell of a Slurm allocation of several nodes, start again on each of them."""
     from gatrain.fit import needs_srun
@@ -334,8 +383,28 @@ def _print_submission(submission: Submission) -> None:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit with its code; every error is one message on standard error."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    sys.exit(_run(arguments or ["--help"]))
+    arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    sys.exit(_run_within_torchrun(arguments) if "RANK" in os.environ else _run(arguments))
+
+
+def _run_within_torchrun(arguments: list[str]) -> int:
+    """Where torchrun started several of these processes, they become one run instead of as many runs."""
+    global _given
+    from gatrain.launch import torchrun
+
+    try:
+        _given = torchrun.detect(os.environ)
+        if _given is None:
+            return _run(arguments)
+        if _given.local_rank:
+            return torchrun.follow(_given)
+        torchrun.forget(os.environ)
+        # what is no training is done once, on node 0
+        here = _given.node_rank == 0 or arguments[0] in ("fit", "launch", "resume", "autotune")
+        return torchrun.lead(_given, lambda: _run(arguments) if here else 0)
+    except GatrainError as error:
+        terminal.print_error(str(error))
+        return int(error.exit_code)
 
 
 def _plain_autotune(arguments: list[str]) -> list[str] | None:

@@ -35,6 +35,7 @@ from gatrain.inspection import begin_inspection, check_modules
 from gatrain.launch import slurm
 from gatrain.launch.join import MeetingPoint
 from gatrain.launch.nodes import Nodes
+from gatrain.launch.torchrun import GivenWorld
 from gatrain.plan import Plan
 from gatrain.rundir import RunDir, locked, open_run_dir, read_json, write_json, write_text
 from gatrain.tune.hardware import Hardware, detect_hardware, weakest
@@ -66,6 +67,13 @@ class WorldRequest:
     node_rank: int = 0
     endpoint: str | None = None
     max_restarts: int = 0
+    given: GivenWorld | None = None
+    """The world of a torchrun that was started by somebody else; the fields above are then its."""
+
+    @classmethod
+    def of(cls, given: GivenWorld) -> WorldRequest:
+        """The request that joins the processes which torchrun has started."""
+        return cls(given.nproc, given.nnodes, given.node_rank, given.endpoint(), given=given)
 
     def __post_init__(self) -> None:
         if self.max_restarts < 0:
@@ -164,11 +172,11 @@ def fit(
     composed = compose(overrides)
     check_modules(composed.config, cwd)
     hardware, nodes = find_world(composed.config, request)
-    path, named = choose_folder(composed, nodes, cwd)
+    path, named = choose_folder(composed, nodes, cwd, request.given)
     _check_port(nodes)
     if nodes.node_rank > 0:
         return _follow(RunDir(path), nodes, hardware, request, listener, cwd)
-    if _is_requeued() and RunDir(path).has_run():
+    if _is_started_again(request) and RunDir(path).has_run():
         if RunDir(path).saved_steps():
             return resume(path, (), request, listener)
         remove_run(RunDir(path))  # the first attempt ended before it had saved anything
@@ -181,6 +189,8 @@ def fit(
         _write_plan(run_dir, plan, hardware)
         write_text(run_dir.config, composed.yaml, mode=0o600)  # a value given literally may be a secret
         listener.planned(plan, run_dir.path)
+        if request.given is not None:
+            request.given.note_run(run_dir.path)
         heart.ready()
         return _launch(run_dir, nodes, hardware, request, cwd)
 
@@ -265,13 +275,13 @@ def _check_port(nodes: Nodes) -> None:
 def needs_srun(request: WorldRequest) -> slurm.SlurmJob | None:
     """The Slurm job in whose first shell this process runs, if it has more nodes that must be started too."""
     job = slurm.detect(os.environ)
-    named = request.nnodes > 1 or request.endpoint is not None
+    named = request.nnodes > 1 or request.endpoint is not None or request.given is not None
     return job if job is not None and not job.in_step and job.nnodes > 1 and not named else None
 
 
 def _within_slurm(request: WorldRequest, nproc: int) -> Nodes | None:
     """The nodes of the Slurm job step that this process belongs to, unless the user named nodes."""
-    if request.nnodes > 1 or request.endpoint is not None:
+    if request.nnodes > 1 or request.endpoint is not None or request.given is not None:
         return None
     job = slurm.detect(os.environ)
     return slurm.nodes_from_slurm(job, nproc) if job is not None and job.in_step else None
@@ -320,7 +330,10 @@ def _moved(run_dir: RunDir, plan: Plan, hardware: Hardware, nodes: Nodes) -> boo
     return plan.world_size != nodes.world_size or before != hardware.device
 
 
-def _is_requeued() -> bool:
+def _is_started_again(request: WorldRequest) -> bool:
+    """Whether a scheduler has started this command before: Slurm's requeue, or a restart by torchrun."""
+    if request.given is not None and request.given.attempt:
+        return True
     job = slurm.detect(os.environ)
     return job is not None and job.restarts > 0
 

@@ -15,11 +15,17 @@ from gatrain.compose import Composed
 from gatrain.errors import ConfigError, ExactnessError, GatrainError, RunFolderError, WorkerError
 from gatrain.launch import slurm
 from gatrain.launch.nodes import Nodes
+from gatrain.launch.torchrun import GivenWorld
 from gatrain.rundir import RunDir, locked
 
 
-def choose_folder(composed: Composed, nodes: Nodes, cwd: Path) -> tuple[Path, bool]:
+def choose_folder(
+    composed: Composed, nodes: Nodes, cwd: Path, given: GivenWorld | None = None
+) -> tuple[Path, bool]:
     """Return the run folder, and whether its name is fixed (a name of ours may be changed to be free).
+
+    Args:
+        given: the torchrun that started these processes, which may do so again for the same run.
 
     Raises:
         ConfigError: a name that is none, or several nodes without a folder that they share.
@@ -29,6 +35,8 @@ def choose_folder(composed: Composed, nodes: Nodes, cwd: Path) -> tuple[Path, bo
         if not str(run.dir).strip():
             raise ConfigError("run.dir= is empty. Give a folder, or leave it out.")
         return cwd / Path(run.dir).expanduser(), True
+    if given is not None and (earlier := given.earlier_run()) is not None:
+        return earlier, True
     parent = cwd / "outputs" / composed.recipe
     if run.name is not None:
         if not re.fullmatch(r"[^/\\\0]+", run.name) or run.name in (".", ".."):
@@ -38,6 +46,8 @@ def choose_folder(composed: Composed, nodes: Nodes, cwd: Path) -> tuple[Path, bo
     if job is not None:
         # a requeued job keeps its number, and every node of a job must come to the same name
         return parent / f"job-{job.job_id}", nodes.nnodes > 1 or job.restarts > 0
+    if nodes.nnodes > 1 and given is not None and re.fullmatch(r"[\w.-]+", given.run_id) and given.is_named:
+        return parent / f"torchrun-{given.run_id}", True
     if nodes.nnodes > 1:
         raise ConfigError(
             f"{nodes.nnodes} nodes need a run folder that all of them see and name alike. "
