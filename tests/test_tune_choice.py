@@ -155,6 +155,26 @@ def test_the_overlapped_reduction_is_a_finalist_on_several_gpus() -> None:
     assert plan_on(machine, asked, hardware=two, nodes=Nodes(2), retune=True).sync == "window"
 
 
+def test_the_overlapped_reduction_is_never_chosen_where_the_used_parameters_vary() -> None:
+    class Dropping(WholeMachine):
+        def __call__(self, folder: Path) -> None:
+            super().__call__(folder)
+            lines = (folder / spec.LINES).read_text().splitlines()
+            if self.timed and "confirmation" in lines[-1]:
+                line = json.loads(lines[-1])
+                for entry in line["confirmation"]["entries"]:
+                    if entry["finalist"]["settings"]["sync"] == "overlap":
+                        entry |= {"seconds": [], "error": f"{confirm.VARYING} (layers.1.weight by 3 of 12)"}
+                (folder / spec.LINES).write_text("\n".join([*lines[:-1], json.dumps(line)]) + "\n")
+
+    two = dataclasses.replace(CUDA, gpus=[gpu(), gpu()])
+    machine = Dropping(lambda f, nth: 0.5 if f.settings.sync == "overlap" else 0.6, seconds=level)
+    plan = plan_on(machine, config_of(64, compile=False), hardware=two, nodes=Nodes(2))
+    assert any(finalist.settings.sync == "overlap" for finalist in machine.timed[-1])
+    assert plan.sync == "window"
+    assert any("not compared" in note and "layers.1.weight by 3 of 12" in note for note in plan.notes)
+
+
 def test_a_person_who_interrupts_whole_steps_is_obeyed() -> None:
     class Stopped(WholeMachine):
         def __call__(self, folder: Path) -> None:
@@ -404,8 +424,8 @@ def test_unequal_shares_are_taken_only_where_they_are_faster(effective: int, fac
     chosen = search.choose(options)
     if chosen.shares:
         assert sum(chosen.shares) == effective
-        equal = [option for option in options if not option.shares]
-        assert chosen.step_s < min(option.step_s for option in equal)
+        equal = [option.step_s for option in options if not option.shares and option.measured]
+        assert chosen.step_s < min(equal, default=float("inf"))  # only what was measured is chosen
     if min(factors) > max(factors) / (1 + curve.UNEQUAL) * (1 + 1e-9):
         assert not chosen.shares
 

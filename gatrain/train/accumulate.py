@@ -155,9 +155,10 @@ class PlainAccumulation:
         self._loss_sum = loss_sum
         self._term_names = list(term_names)
         self._ranks = ranks
+        sparse = sparse_parameters(model)
+        self._sparse = [parameter for parameter, owner in pairs if id(owner) in sparse]
         self._overlap: OverlappedReduction | None = None
         if sync == "overlap" and ranks.world_size > 1:
-            sparse = sparse_parameters(model)
             places = [place for place, (_, owner) in enumerate(pairs) if id(owner) in sparse]
             owners = [owner for _, owner in pairs]
             self._overlap = OverlappedReduction(ranks, self._parameters, owners, places)
@@ -215,6 +216,10 @@ class PlainAccumulation:
             scaled = self._scaler.scale(loss) if self._scaler else loss
             with overlap.during_backward() if overlap is not None else contextlib.nullcontext():
                 scaled.backward(seed)  # type: ignore[no-untyped-call]
+        for parameter in self._sparse:
+            gradient = parameter.grad
+            if gradient is not None and gradient.is_sparse and gradient._nnz() > len(gradient):
+                parameter.grad = gradient.coalesce()  # the same row again and again: no larger than the table
         with torch.no_grad():
             for name, (total, weight) in terms.items():
                 self._loss_sums[name] = total.detach().double() + self._loss_sums.get(name, 0.0)
@@ -230,9 +235,6 @@ class PlainAccumulation:
             if failed:
                 raise PeerFailed("another rank failed in this window; its own error says why.")
             self._ranks.reduce_gradients(self._parameters, layouts)
-        for parameter in self._parameters:
-            if parameter.grad is not None and parameter.grad.is_sparse:
-                parameter.grad = parameter.grad.coalesce()  # each row once, for norms and optimizers
 
     def _tell_of_failure(self) -> None:
         """The others wait in `reduce`: let them know, so that all leave the window together."""

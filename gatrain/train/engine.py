@@ -18,7 +18,13 @@ from gatrain.config import OptimizerConfig, ScheduleConfig
 from gatrain.errors import PeerFailed
 from gatrain.plan import StepSettings
 from gatrain.tasks.base import Batch, LossSum, LossSums, Task, named_loss_sums
-from gatrain.train.accumulate import PlainAccumulation, RankWindow, WindowResult, WindowToGradient
+from gatrain.train.accumulate import (
+    MicroBatch,
+    PlainAccumulation,
+    RankWindow,
+    WindowResult,
+    WindowToGradient,
+)
 from gatrain.train.batches import move_to, moves_itself, tensors_of
 from gatrain.train.checkpointing import apply_checkpointing
 from gatrain.train.compiling import compiled_loss_sum
@@ -314,6 +320,20 @@ class Engine:
         finally:
             if self.scaler:
                 self.scaler.load_state_dict(before)
+
+    def parameters_used(self, micro_batch: MicroBatch, seed: int) -> dict[str, bool]:
+        """Which trained parameters this micro-batch gives a gradient, by name; it is dropped. For trials."""
+        scale = {name: 1 / weight if weight else 0.0 for name, weight in micro_batch.weights.items()}
+        seed_everything(seed)
+        self.micro_step(self.to_device(micro_batch.batch), scale)
+        self._plain.take_sums()
+        used = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                trained = self.masters.of(parameter)
+                used[name] = trained.grad is not None
+                trained.grad = None
+        return used
 
     def newly_thawed(self) -> list[str]:
         """Names of parameters that were frozen when the engine was made and want a gradient now; each is told once.

@@ -235,9 +235,9 @@ class Trainer:
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             self.sinks.notice(
-                f"step {self.progress.step}: {names[0]}{more} was frozen when the run started and wants a gradient "
-                "now. The optimizer does not hold it: it is NOT trained. Let the factory return the model with it "
-                "unfrozen, and start a new run."
+                f"step {self.progress.step}: {names[0]}{more}, frozen when the run started, wants a gradient now. "
+                "The optimizer does not hold what was frozen then: it is NOT trained. Let the factory return the "
+                "model with it unfrozen, and start a new run."
             )
 
     def _counts_before(self, pending: list[_Pending]) -> tuple[int, int]:

@@ -96,11 +96,11 @@ class Ranks:
 
     def _reduce_sparse(self, parameter: nn.Parameter) -> None:
         """Add the rows that the ranks have, without the table's other rows. Waits for the device."""
-        mine = parameter.grad.coalesce() if parameter.grad is not None else None
+        mine = parameter.grad
         slots = [0.0] * (2 * self.world_size)
         if mine is not None:
             slots[2 * self.rank : 2 * self.rank + 2] = [
-                float(mine.values().shape[0]),
+                float(mine._nnz()),
                 float(mine.sparse_dim()),
             ]
         counts = self.sum(slots)
@@ -112,8 +112,8 @@ class Ranks:
         indices = torch.zeros(sparse_dim, max(rows), dtype=torch.int64, device=parameter.device)
         values = torch.zeros(max(rows), *parameter.shape[sparse_dim:], dtype=dtype, device=parameter.device)
         if mine is not None:
-            indices[:, : rows[self.rank]] = mine.indices()
-            values[: rows[self.rank]] = mine.values()
+            indices[:, : rows[self.rank]] = mine._indices()
+            values[: rows[self.rank]] = mine._values()
         all_indices = [torch.empty_like(indices) for _ in rows]
         all_values = [torch.empty_like(values) for _ in rows]
         dist.all_gather(all_indices, indices)
@@ -124,7 +124,8 @@ class Ranks:
             parameter.shape,
             check_invariants=False,
         )
-        parameter.grad = total.coalesce().to(parameter.dtype)
+        # a row that appears twice is added by whoever takes the gradient, but never in 16 bits
+        parameter.grad = total if dtype == parameter.dtype else total.coalesce().to(parameter.dtype)
 
 
 SPARSE = 2.0**24

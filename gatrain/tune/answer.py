@@ -12,7 +12,7 @@ from gatrain.config import RunConfig
 from gatrain.plan import FITS, Plan, StepSettings, Trial, make_plan
 from gatrain.train import read_ahead
 from gatrain.tune import advice, curve, search
-from gatrain.tune.confirm import Verdict, WholeSteps
+from gatrain.tune.confirm import VARYING, Verdict, WholeSteps
 from gatrain.tune.curve import Curve
 from gatrain.tune.search import Candidate
 
@@ -156,12 +156,16 @@ def observations(
             "the plan leaves room for as much again."
         )
     notes += noisy(plain, chosen_curve, share)
-    notes += [
-        f"{search.name(option, chosen).capitalize()} fits as a micro-step but failed as a whole step "
-        f"({steps.error}), so it was not chosen."
-        for option, steps in decision.timed
-        if steps.error
-    ]
+    for option, steps in decision.timed:
+        if steps.error and steps.error.startswith(VARYING):
+            notes.append(
+                f"The overlapped reduction was not compared: {steps.error}. It could not begin early."
+            )
+        elif steps.error:
+            notes.append(
+                f"{search.name(option, chosen).capitalize()} fits as a micro-step but failed as a whole step "
+                f"({steps.error}), so it was not chosen."
+            )
     if chosen.shares:
         equal_s = search.step_seconds(
             chosen_curve, effective_batch, world_size, min(largest, chosen.micro_batch)

@@ -26,6 +26,8 @@ MAX_FINALISTS = 3
 ROUNDS = (3, 15)
 MAX_SECONDS = {"cpu": 8.0, "cuda": 10.0}
 """For all whole steps together, warm-up included."""
+VARYING = "not every micro-step uses all parameters"
+"""Why an overlapped reduction is not compared."""
 EQUAL, MOST_EQUAL = 0.005, 0.03
 """Differences below the first are always noise; above the second never, however noisy the machine is."""
 

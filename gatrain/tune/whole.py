@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from gatrain import batch, build
 from gatrain.config import RunConfig
 from gatrain.errors import ExactnessError, PeerFailed
-from gatrain.plan import StepSettings
+from gatrain.plan import FAILED, StepSettings
 from gatrain.rank import Rank
 from gatrain.tasks.base import Batch
 from gatrain.train import batches
@@ -22,6 +22,8 @@ from gatrain.tune.spec import WholeSpec
 if TYPE_CHECKING:
     from gatrain.train.engine import Engine
 
+PROBES = 6
+"""Micro-steps, each with other random numbers, that show which parameters are used."""
 MUCH_LONGER = 2.0
 """Times the allowed seconds that whole steps may take before they are given up."""
 
@@ -70,7 +72,9 @@ class WholeStepTimer:
         rounds = min(confirm.ROUNDS[1], int(asked.max_seconds / max(total, 1e-9)) - 1)
         rounds = max(rounds, confirm.ROUNDS[0])  # they were found affordable by their predicted times
         if len(running) < 2 or rounds * total > MUCH_LONGER * asked.max_seconds:
-            return None
+            rounds = 0  # what failed is said all the same
+            if len(running) == len(named):
+                return None
         seconds: dict[int, list[float]] = {nth: [] for nth in running}
         for _ in range(rounds):
             if any(self._peers.gather(self._rank.stop_requested)):
@@ -89,6 +93,8 @@ class WholeStepTimer:
         """The first step makes buffers and fills caches; one more where it compiled a size, since its time says
         nothing then: (failure of any rank, seconds of the last). Collective."""
         failure = self._peers.worst(attempt(lambda: self._window(finalist)))  # reads its samples
+        if failure is None and finalist.settings.sync == "overlap" and self._rank.world_size > 1:
+            failure = self._varying(finalist)
         if failure is not None:
             return failure, 0.0
         # every rank goes by all shares, so that all take as many steps
@@ -101,6 +107,27 @@ class WholeStepTimer:
             failure, seconds = self._step(finalist)
         known |= sizes
         return failure, seconds
+
+    def _varying(self, finalist: Finalist) -> Failure | None:
+        """Whether some micro-step leaves out a parameter: then the buckets of an overlapped reduction wait for it,
+        and what these steps take says nothing of others. Collective."""
+        engine = self._engine(finalist.settings)
+        steps = self._window(finalist).micro_batches
+        uses: list[dict[str, bool]] = []
+
+        def look() -> None:
+            for nth in range(PROBES if steps else 0):
+                uses.append(engine.parameters_used(steps[nth % len(steps)], seed=nth))
+
+        failure = self._peers.worst(attempt(look))
+        if failure is not None:
+            return failure
+        every = [used for of_rank in self._peers.gather(uses) for used in of_rank]
+        left_out = {name: sum(used[name] for used in every) for name in (every[0] if every else ())}
+        name = next((name for name, count in left_out.items() if count < len(every)), None)
+        if name is None:
+            return None
+        return Failure(FAILED, f"{confirm.VARYING} ({name} by {left_out[name]} of {len(every)})")
 
     def _step(self, finalist: Finalist) -> tuple[Failure | None, float]:
         """One whole step: (failure of any rank, seconds of the slowest). Collective; waits for the device."""
