@@ -91,7 +91,7 @@ class Points:
 
 class OnObjects(gatrain.Task):
     def __init__(self, model, data):
-        self.make, self.train_data = model, data
+        self.make, self.train_data, self.calls = model, data, 0
 
     def build_model(self):
         return self.make()
@@ -104,6 +104,17 @@ class OnObjects(gatrain.Task):
 
     def loss_sum(self, model, batch):
         return F.cross_entropy(model(batch.x), batch.y, reduction="sum"), len(batch.x)
+
+class Annealed(OnObjects):
+    def loss_sum(self, model, batch):
+        self.calls += 1
+        total, count = super().loss_sum(model, batch)
+        return total * min(1.0, self.calls / 4), count
+
+class Counting(OnObjects):
+    def loss_sum(self, model, batch):
+        self.calls += 1
+        return super().loss_sum(model, batch)
 """
 RECIPE = """
 defaults: [base, _self_]
@@ -118,7 +129,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "paths.py").write_text(MODULE)
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "plain.yaml").write_text(RECIPE)
-    (tmp_path / "recipes" / "objects.yaml").write_text(RECIPE + "task: {_target_: paths.OnObjects}\n")
+    for name in ("OnObjects", "Annealed", "Counting"):
+        recipe = tmp_path / "recipes" / f"{name.lower()}.yaml"
+        recipe.write_text(f"{RECIPE}task: {{_target_: paths.{name}}}\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "paths", raising=False)
@@ -152,7 +165,8 @@ def is_exact(cases: dict[str, dict[str, Any]]) -> bool:
         ["recipe=plain", "model.drops=numpy", "model.dropout=0.2"],
         ["recipe=plain", "data.augments=true"],
         ["recipe=plain", "data.augments=true", "data.masks=true"],
-        ["recipe=objects"],
+        ["recipe=onobjects"],
+        ["recipe=counting"],
     ],
     ids=lambda words: " ".join(words[0:]).replace("recipe=", ""),
 )
@@ -177,6 +191,12 @@ def test_numbers_that_gatrain_does_not_control_are_named_and_the_loss_is_not_bla
     assert all("random numbers that gatrain does not control" in error for error in broken)
     assert not any("in-batch" in error for error in broken)
     assert any("no proof of a wrong split" in note for note in notes)
+
+
+def test_a_loss_that_counts_its_calls_is_named(folder: Path) -> None:
+    cases, _ = cases_of("recipe=annealed")
+    assert not is_exact(cases)
+    assert "Annealed.calls" in cases["state of the model fp64"]["error"]
 
 
 @pytest.mark.parametrize(

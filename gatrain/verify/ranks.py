@@ -106,10 +106,25 @@ class Cases:
             ]
             if differ:
                 cases.append(self._split("mutation: mean of means", path, [awkward], MeanOfMeans))
+        if self._proof.remembers:
+            cases.append(self._state_row(self._proof.remembers, planned))
         trained = self._proof.trained
         if trained is not None:
             cases += self._trained(trained, [planned if len(planned) > 1 else awkward])
         return cases
+
+    def _state_row(self, fault: str, sizes: list[int]) -> dict[str, Any]:
+        """Gradients at the first window may be equal, but not those of the next."""
+        return {
+            "name": "state of the model",
+            "precision": self._proof.paths[0].name,
+            "processes": 1,
+            "micro_batches": [sizes],
+            "relative_error": float("nan"),
+            "tolerance": 0.0,
+            "mutation": False,
+            "error": fault,
+        }
 
     def two_processes(self) -> list[dict[str, Any]]:
         """Uneven shares on two ranks, and ranks averaged where they should be added. Collective."""
@@ -253,8 +268,8 @@ class Cases:
         for total, (name, wanted) in zip(totals, whole.items(), strict=True):
             if abs(total - wanted) > tolerance * max(abs(wanted), 1e-30):
                 why = self._likely_cause() or (
-                    "it depends on which samples share a micro-batch (batch statistics, in-batch negatives, or a "
-                    "mean over something that weight() does not count)."
+                    "it depends on which samples share a micro-batch (batch statistics, in-batch negatives, "
+                    "samples mixed with one another, or a mean over something that weight() does not count)."
                 )
                 return (
                     f"the loss term {name!r} of the micro-batches adds up to {total:.9g}, but is {wanted:.9g} over "

@@ -23,6 +23,7 @@ from gatrain.train.accumulate import MicroBatch, PlainAccumulation, RankWindow
 from gatrain.train.batches import map_tensors, move_to, tensors_of
 from gatrain.train.checkpointing import apply_checkpointing
 from gatrain.train.frozen import frozen_randomness
+from gatrain.train.held_state import HeldState, perturb
 from gatrain.train.main_gradients import MasterWeights, half_names, half_parameters
 from gatrain.train.modules import batch_norms
 from gatrain.train.precision import autocast_for
@@ -36,7 +37,7 @@ PASSES = 9
 """Passes over the window in one precision, over all cases and processes."""
 REPEATS = 3
 """Forwards that must agree, for the model to be called free of random numbers of its own."""
-LEAST_SAMPLES, SLOW_SAMPLE_S = 7, 1.0
+LEAST_SAMPLES, SLOW_SAMPLE_S = 8, 1.0
 FIRST_SCALE = 2.0**16
 """Loss scale of fp16, halved until the gradient is finite."""
 
@@ -68,6 +69,8 @@ class Verification:
         """The coarsest precision that the model computes in by itself, whatever its parameters are."""
         self.half_dtypes = ""
         """Of trained 16-bit parameters: ``bf16``, say."""
+        self.remembers: str | None = None
+        """What the loss depends on besides parameters and samples."""
         self.causes: list[str] = []
         """What is known to make the result depend on the split."""
         self._precision = precision
@@ -91,6 +94,7 @@ class Verification:
         """
         model = self.model(Path("", None))
         self._look_at_collate()
+        self._look_at_state(model)
         self.trained = trained_path(model, self._precision)
         self._look_at_randomness(model)
         failures: list[tuple[str, Exception]] = []
@@ -162,13 +166,52 @@ class Verification:
                 "The forward draws from random or numpy: here every forward starts from the same seed, so that "
                 "whole and pieces draw the same."
             )
-        if frozen.count(frozen[0]) != REPEATS:
+        if frozen.count(frozen[0]) != REPEATS and self.remembers is None:
             text = (
                 "the model or loss draws random numbers that gatrain does not control (a generator of its own, "
                 "time, os.urandom): it gives another loss for the same samples"
             )
             self.causes.append(text)
             self.notes.append(f"{text[0].upper()}{text[1:]}, so a difference is no proof of a wrong split.")
+
+    def _look_at_state(self, model: nn.Module) -> None:
+        """Whether the loss remembers earlier micro-steps (a counter, a moving average): so it depends on their
+        number."""
+        path = Path("", None, self._precision)
+        probe = self.on_device(self.host(self.ids[:2]), path)
+
+        def losses() -> list[float]:
+            with autocast_for(
+                path.autocast, self.device
+            )():  # with a graph: some code moves its state only then
+                return [float(total.detach()) for total, _ in self._terms(model, probe).values()]
+
+        start = HeldState(model, self.task)
+        try:
+            with self.computing(path, model):
+                losses()  # the first call may make things
+                before = HeldState(model, self.task)
+                first, changed = losses(), before.changed()
+                later = losses()
+                before.restore()
+                repeats = losses() == first
+                if repeats and changed and later == first:
+                    before.restore()
+                    perturb(changed)
+                    later = losses()
+                before.restore()
+        except GatrainError:
+            raise
+        except Exception:  # the model does not compute as it trains, which the paths will say
+            return
+        finally:
+            start.restore()
+        if changed and repeats and later != first:
+            names = ", ".join(slot.name for slot in changed[:3]) + (", ..." if len(changed) > 3 else "")
+            self.remembers = (
+                f"the loss depends on what earlier micro-steps left behind ({names}), so on their number: a moving "
+                "average, a counter or a queue has to move once for each optimizer step, not in the forward."
+            )
 
     def _look_at_collate(self) -> None:
         """Whether the same samples make the same batch; otherwise pieces are cut from the whole one."""
@@ -237,7 +280,8 @@ class Verification:
                 )
                 one_s = self._seconds_of_one_sample(path)
         affordable = int(seconds / ((0.5 + len(self.paths)) * PASSES * max(one_s, 1e-6)))
-        self.keep(self.ids[: min(len(self.ids), max(LEAST_SAMPLES, affordable))])
+        # an even number: some code takes no other
+        self.keep(self.ids[: min(len(self.ids), max(LEAST_SAMPLES, affordable - affordable % 2))])
 
     def keep(self, ids: list[int]) -> None:
         """Compute with these samples from now on."""
