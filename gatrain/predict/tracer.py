@@ -21,6 +21,7 @@ from gatrain.predict.timeline import MICRO_STEP, REDUCE, UPDATE, WORKSPACE, Even
 from gatrain.tasks.base import Batch, Task, named_weights
 from gatrain.train import samples
 from gatrain.train.accumulate import PlainAccumulation
+from gatrain.train.batches import map_tensors, tensors_of
 from gatrain.train.checkpointing import apply_checkpointing, blocks_of
 from gatrain.train.compiling import compiled_loss_sum
 from gatrain.train.main_gradients import MasterWeights
@@ -40,16 +41,12 @@ class Batches:
         sample = samples.read_one(task, task.train_data, key, seed)
         self._two, three = (samples.collated(task, [sample] * n, [key] * n, seed) for n in (2, 3))
         self.term_names = list(named_weights(task.weight(self._two)))
-        self._leaves, self._spec = pytree.tree_flatten(self._two)
-        self._larger = pytree.tree_leaves(three)
+        self._pairs = list(zip(tensors_of(self._two), tensors_of(three), strict=True))
 
     def fake(self, size: int) -> Batch:
         """A batch of ``size`` samples. Call it under FakeTensorMode."""
-        leaves = [
-            _of_size(two, three, size) if isinstance(two, Tensor) else two
-            for two, three in zip(self._leaves, self._larger, strict=True)
-        ]
-        return pytree.tree_unflatten(leaves, self._spec)
+        pairs = iter(self._pairs)
+        return map_tensors(lambda _: _of_size(*next(pairs), size), self._two)
 
 
 def _of_size(two: Tensor, three: Tensor, size: int) -> Tensor:
@@ -146,7 +143,7 @@ class StepTracer:
         self._recorder.take()
         self._recorder.micro_batch = micro_batch
         phases: dict[str, Events] = {}
-        batch_bytes = sum(self._recorder.adopt(x for x in pytree.tree_leaves(batch) if isinstance(x, Tensor)))
+        batch_bytes = sum(self._recorder.adopt(tensors_of(batch)))
         with self._recorder, _no_collection():
             self._accumulation.micro_step(batch, scale)
             elements = self._recorder.largest_elements

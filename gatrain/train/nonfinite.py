@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gatrain.tasks.base import Batch, Samples
 from gatrain.train.accumulate import MicroBatch, RankWindow
+from gatrain.train.batches import tensors_of
 from gatrain.train.engine import Engine, Rehearsal
 from gatrain.train.samples import Key, make, read
 
@@ -226,11 +227,14 @@ def _not_finite_in(batch: Batch) -> str:
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
             what = "NaN" if bool(torch.isnan(leaf).any()) else "infinity"
             return f"its data holds {what} (at {pytree.keystr(path) or 'its only tensor'} of the batch)"
+    for tensor in tensors_of(batch):  # in objects, whose places pytree does not know
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            return f"its data holds {'NaN' if bool(torch.isnan(tensor).any()) else 'infinity'}"
     return ""
 
 
 def _is_all_ignored(batch: Batch) -> bool:
-    leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.numel()]
+    leaves = [leaf for leaf in tensors_of(batch) if leaf.numel()]
     return any(
         not leaf.is_floating_point() and leaf.dtype != torch.bool and bool((leaf == _IGNORED).all())
         for leaf in leaves

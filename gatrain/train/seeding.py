@@ -92,4 +92,4 @@ def same_random_state(one: tuple[Any, Any, torch.Tensor], other: tuple[Any, Any,
 
 
 def _uses_cuda() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_initialized()
+    return bool(torch.cuda.is_initialized())
