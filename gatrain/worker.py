@@ -58,8 +58,16 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
         engine.scaler.load_state_dict(progress.scaler)
     problems = [f"skipped a damaged saved state, {problem}" for problem in problems]
     if progress.step < total_steps:
-        with out_of_memory.told(config, plan, run_dir, rank.device.type, modes=available_modes(engine.model)):
+        with (
+            out_of_memory.told(config, plan, run_dir, rank.device.type, modes=available_modes(engine.model)),
+            samples.read_in_a_process(config.train.data_workers > 0),
+        ):
             problems += check_before_first_step(engine, config, schedule, progress.step, plan.micro_batch)
+
+    def forward_of_one() -> None:
+        with samples.read_in_a_process(config.train.data_workers > 0):
+            sample = samples.read_one(task, task.train_data, (0, 0), config.train.seed)
+            engine.forward(samples.make(task, [sample], [(0, 0)], config.train.seed).batch)
 
     check_windows(
         engine.model,
@@ -72,7 +80,7 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
         progress.step,
         total_steps,
         rank.device,
-        lambda: engine.forward(samples.load(task, task.train_data, [(0, 0)], config.train.seed).batch),
+        forward_of_one,
     )
 
     with make_sinks(

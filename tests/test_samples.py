@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 from collections import UserDict, namedtuple
@@ -431,3 +432,23 @@ def test_a_mapping_of_splits_is_not_one_sample() -> None:
         find_splits({"a": train, "b": test})
     with pytest.raises(ConfigError, match="not a dataset of samples"):
         find_splits(Source({"train": train}))
+
+
+class OpenFile(Plain):
+    """As data sets of HDF5 or LMDB files: opened at the first sample, and broken if another process inherits it."""
+
+    opened_by: int | None = None
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        self.opened_by = self.opened_by or os.getpid()
+        if self.opened_by != os.getpid():
+            raise OSError("the file was opened by another process")
+        return super().__getitem__(index)
+
+
+def test_no_loader_process_inherits_what_a_sample_opened() -> None:
+    task = task_of(OpenFile())
+    with samples.read_in_a_process():
+        samples.read_one(task, task.train_data, (0, 1), 0)
+    assert len(batches(loaded(task, workers=2))) == 20
+    assert task.train_data.opened_by is None  # type: ignore[attr-defined]
