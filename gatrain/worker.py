@@ -26,6 +26,7 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
     from gatrain.train.checkpointing import available_modes
     from gatrain.train.engine import StepClock
     from gatrain.train.events import RunInfo
+    from gatrain.train.lengths import notice_lengths
     from gatrain.train.loop import Trainer
     from gatrain.train.remainders import Splits, check_windows
     from gatrain.train.saved_state import Progress
@@ -41,6 +42,7 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
     )
     total_steps = schedule.steps(config.train.steps, config.train.epochs)
     clock = StepClock(config.schedule, total_steps, config.batch.effective)
+    noticed = notice_lengths(task, config.train.seed) if plan.compile else None
     with out_of_memory.told(config, plan, run_dir, rank.device.type, modes=()):
         engine = build.build_engine(task, config, plan.settings, rank.device, clock)
 
@@ -118,6 +120,8 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
                 f"optimizer.weight_decay does not apply to {', '.join(spared[:3])}{more}: the model lists "
                 f"{'it' if len(spared) == 1 else 'them'} in no_weight_decay()"
             )
+        if noticed is not None and noticed.sentence:
+            sinks.notice(noticed.sentence)
         for problem in problems:
             sinks.notice(problem)
         trainer = Trainer(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from gatrain.tasks.base import Batch, Task
 from gatrain.tasks.language_model import LanguageModel
 from gatrain.train.accumulate import MicroBatch, RankWindow
 from gatrain.train.checkpointing import apply_checkpointing, available_modes
-from gatrain.train.compiling import compiled_loss_sum, repeated_blocks
+from gatrain.train.compiling import MOST_AGAIN, MOST_LENGTHS, CompiledLossSum, repeated_blocks
 from gatrain.train.engine import Engine
 from gatrain.train.optimizer import build_optimizer, learning_rate, make_state
 from gatrain.train.ranks import Ranks
@@ -193,6 +194,7 @@ def test_compiled_steps_equal_eager_steps(factory, mode: str) -> None:  # type: 
 class Next(LanguageModel):
     def __init__(self) -> None:
         self.variable_length = False
+        self._output = None
 
     def build_model(self) -> nn.Module:
         torch.manual_seed(0)
@@ -209,7 +211,7 @@ def test_blocks_that_repeat_are_compiled_once_and_only_inside_the_loss() -> None
     torch._dynamo.reset()
     task = Next()
     model = task.build_model()
-    loss_sum = compiled_loss_sum(task, model, backend=backend)
+    loss_sum = CompiledLossSum(task, model, backend=backend)
     tokens = torch.randint(17, (3, 9), generator=torch.Generator().manual_seed(0))
     loss, weight = loss_sum(tokens)  # type: ignore[misc]
     assert torch.allclose(loss, task.loss_sum(model, tokens)[0])
@@ -233,7 +235,7 @@ def test_lengths_become_dynamic_and_numbers_of_samples_do_not() -> None:
     task = Next()
     task.variable_length = True
     model = GPT(vocab_size=17, context=64, layers=4, heads=2, width=16)
-    loss_sum = compiled_loss_sum(task, model, backend=backend)
+    loss_sum = CompiledLossSum(task, model, backend=backend)
     for samples in (4, 3, 2):  # a table of 64 positions must not be taken for 64 samples
         for length in (32, 24, 16, 20):
             tokens = torch.randint(17, (samples, length + 1), generator=torch.Generator().manual_seed(0))
@@ -244,6 +246,62 @@ def test_lengths_become_dynamic_and_numbers_of_samples_do_not() -> None:
     assert numbers.count("4") == 4
     assert numbers.count("3") == numbers.count("2") == 2
     assert len(shapes) == 8
+
+
+def test_lengths_that_vary_undeclared_become_dynamic_and_it_is_said() -> None:
+    graphs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
+        graphs.append(1)
+        return graph.forward
+
+    torch._dynamo.reset()
+    task = Next()  # declares that lengths do not vary
+    model = GPT(vocab_size=17, context=64, layers=4, heads=2, width=16)
+    loss_sum = CompiledLossSum(task, model, backend=backend)
+    for length in range(8, 48):
+        tokens = torch.randint(17, (2, length + 1), generator=torch.Generator().manual_seed(0))
+        loss, _ = loss_sum(tokens)  # type: ignore[misc]
+        assert torch.allclose(loss, task.loss_sum(model, tokens)[0])
+    # blocks and cross-entropy, at most: each static length, one more, and any length
+    assert len(graphs) <= 2 * (MOST_LENGTHS + 2)
+    (notice,) = loss_sum.notices
+    assert "compiled as dynamic from here on" in notice
+    assert "variable_length = True" in notice
+
+
+def test_what_compiles_for_every_batch_is_compiled_no_more_and_it_is_said() -> None:
+    graphs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
+        graphs.append(1)
+        return graph.forward
+
+    class Stubborn(Next):
+        def loss_sum(self, model: nn.Module, batch: Any) -> Any:
+            return model(batch).sum() * len(str(batch.shape[1])), batch.shape[0]
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(1, 1)
+
+        def forward(self, batch: Tensor) -> Tensor:
+            # a branch on the length makes each length a graph of its own
+            found = batch.float()
+            for _ in range(batch.shape[1]):
+                found = found + 1
+            return self.layer(found[..., None])
+
+    torch._dynamo.reset()
+    task, model = Stubborn(), Odd()
+    loss_sum = CompiledLossSum(task, model, backend=backend)
+    for length in range(3, 43):
+        batch = torch.ones(2, length)
+        assert torch.allclose(loss_sum(batch)[0], task.loss_sum(model, batch)[0])  # type: ignore[index]
+    assert len(graphs) < 2 * MOST_AGAIN + 10
+    assert "nothing is compiled from here on" in loss_sum.notices[-1]
+    assert len(loss_sum.notices) == 2
 
 
 def test_models_that_repeat_nothing_are_compiled_as_one() -> None:

@@ -31,6 +31,7 @@ from gatrain.predict.tracer import Batches, StepTracer, model_without_memory
 from gatrain.rundir import read_json, write_json
 from gatrain.tasks.base import Task
 from gatrain.train.checkpointing import available_modes
+from gatrain.train.lengths import Lengths, notice_lengths
 
 SMALL_PRIMES = (5, 7, 11, 13, 17, 19, 23)
 """Sizes of a first trace: what a prime divides that divides no parameter's size grows with the batch. Size 1 is
@@ -142,13 +143,17 @@ def trace_all(config: RunConfig, requests: Sequence[TraceRequest]) -> list[Trace
     """Trace every way of computing that the requests name and the model offers."""
     build.check_targets(config)
     task = build.build_task(config)
+    noticed = notice_lengths(task, config.train.seed)
     batches = Batches(task, config.train.seed)
     emulate_cuda()
     gc.freeze()  # what is loaded by now is not looked at again by each collection
-    return [_trace(task, batches, config, asked) for asked in requests]
+    lengths = _lengths(task, noticed)
+    return [_trace(task, batches, config, asked, lengths) for asked in requests]
 
 
-def _trace(task: Task, batches: Batches, config: RunConfig, asked: TraceRequest) -> TraceResult:
+def _trace(
+    task: Task, batches: Batches, config: RunConfig, asked: TraceRequest, lengths: list[float]
+) -> TraceResult:
     traces: list[ModeTrace] = []
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = model_without_memory(task, config.train.seed)
@@ -163,12 +168,13 @@ def _trace(task: Task, batches: Batches, config: RunConfig, asked: TraceRequest)
         for mode in [mode for mode in asked.modes if mode in offered]:
             traces.append(trace_mode(tracer, mode, asked, traces[0] if traces else None))
             torch._dynamo.reset() if asked.compile else None
-    return TraceResult(sum(parameters), gradients, list(offered), traces, _lengths(task))
+    return TraceResult(sum(parameters), gradients, list(offered), traces, lengths)
 
 
-def _lengths(task: Task) -> list[float]:
-    """What `TraceResult.lengths` says of the samples, where the data tells their lengths."""
-    lengths = sorted(getattr(task.train_data, "lengths", ()) if task.variable_length else ())
+def _lengths(task: Task, noticed: Lengths) -> list[float]:
+    """What `TraceResult.lengths` says of the samples, where the data tells their lengths or some were read."""
+    known = getattr(task.train_data, "lengths", None)
+    lengths = sorted((noticed.sizes if known is None else known) if task.variable_length else ())
     steps = min(MOST_LENGTHS, len(lengths))
     return [float(lengths[(2 * n + 1) * len(lengths) // (2 * steps)] / lengths[-1]) for n in range(steps)]
 

@@ -23,7 +23,7 @@ from gatrain.train import samples
 from gatrain.train.accumulate import PlainAccumulation
 from gatrain.train.batches import map_tensors, tensors_of
 from gatrain.train.checkpointing import apply_checkpointing, blocks_of
-from gatrain.train.compiling import compiled_loss_sum
+from gatrain.train.compiling import CompiledLossSum
 from gatrain.train.main_gradients import MasterWeights
 from gatrain.train.optimizer import build_optimizer
 from gatrain.train.precision import autocast_for
@@ -105,7 +105,7 @@ class StepTracer:
 
         if not self._asked.compile:
             return loss_sum
-        return compiled_loss_sum(self._task, self._model, backend=fused_backend(self._recorder))
+        return CompiledLossSum(self._task, self._model, backend=fused_backend(self._recorder))
 
     def _make_held(self) -> Held:
         """Bytes of parameters, buffers and optimizer state: all that outlives a step."""

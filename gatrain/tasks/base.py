@@ -48,8 +48,9 @@ class Task(abc.ABC):
     eval_data: Samples | None = None
     loss_terms: Sequence[str] = ("loss",)
     """Names of the loss terms, where `weight` and `loss_sum` return mappings; known even to a rank without data."""
-    variable_length: bool = False
-    """True if batches differ in shape from one to the next, beyond their number of samples."""
+    variable_length: bool | None = None
+    """Whether batches differ in shape from one to the next, beyond their number of samples; None where it is to be
+    found by reading some (`gatrain.train.lengths`)."""
 
     @abc.abstractmethod
     def build_model(self) -> nn.Module:

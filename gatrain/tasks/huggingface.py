@@ -29,7 +29,7 @@ from gatrain.errors import ConfigError, nearest
 from gatrain.tasks.base import Batch, LossSum, Task, declares
 from gatrain.tasks.forms import shown
 from gatrain.tasks.language_model import IGNORED, summed_cross_entropy
-from gatrain.tasks.parts import check_factory, find_splits, make_model
+from gatrain.tasks.parts import check_factory, declared_length, find_splits, make_model
 
 CAUSAL, MASKED, SEQ2SEQ = "causal_lm", "masked_lm", "seq2seq_lm"
 TOKENS, SAMPLES = "token_classification", "sequence_classification"
@@ -115,7 +115,7 @@ class HuggingFace(Task):
         self._declared = self._collate is None or declares(data, "deterministic_collate", "collate")
         self._kind, self._loss_weight, self._drop = kind, loss_weight, frozenset(drop)
         self._known: Head | None = None
-        self.variable_length = bool(getattr(data, "variable_length", False))
+        self.variable_length = declared_length(data)
 
     def build_model(self) -> nn.Module:
         model = make_model(self._factory)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gatrain.errors import ConfigError
 from gatrain.tasks.base import Batch, LossSum, Task, declares
 from gatrain.tasks.forms import fields_of, scores_of, shown
-from gatrain.tasks.parts import check_factory, find_splits, make_model
+from gatrain.tasks.parts import check_factory, declared_length, find_splits, make_model
 
 IGNORED = -100
 MOST_LOGITS = 2**31 - 1
@@ -60,7 +60,7 @@ class LanguageModel(Task):
         self._collates_deterministically = self._collate is None or declares(
             data, "deterministic_collate", "collate"
         )
-        self.variable_length = bool(getattr(data, "variable_length", False))
+        self.variable_length = declared_length(data)
 
     def build_model(self) -> nn.Module:
         model = make_model(self._factory)

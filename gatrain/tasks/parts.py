@@ -72,6 +72,15 @@ def make_model(factory: ModelFactory) -> nn.Module:
     return model
 
 
+def declared_length(data: Any) -> bool | None:
+    """What a data source, or its training samples, says of `gatrain.tasks.Task.variable_length`."""
+    for each in (data, getattr(data, "train", None)):
+        said = getattr(each, "variable_length", None)
+        if said is not None:
+            return bool(said)
+    return None
+
+
 def find_splits(data: Any, eval_fraction: float = 0.0) -> tuple[Samples, Samples | None]:
     """The training and the held-out samples of a data source, or of a plain dataset.
 

@@ -12,7 +12,7 @@ from gatrain.errors import ConfigError
 from gatrain.tasks.base import Batch, LossSum, Task, Weights, declares
 from gatrain.tasks.forms import pair_of, scores_of
 from gatrain.tasks.losses import SummedLoss, WeightFunction, samples_in
-from gatrain.tasks.parts import check_factory, find_splits, make_model
+from gatrain.tasks.parts import check_factory, declared_length, find_splits, make_model
 
 
 class Supervised(Task):
@@ -59,7 +59,7 @@ class Supervised(Task):
             data, "deterministic_collate", "collate"
         )
         self._loss = SummedLoss(loss, weight)
-        self.variable_length = bool(getattr(data, "variable_length", False))
+        self.variable_length = declared_length(data)
 
     def build_model(self) -> nn.Module:
         return make_model(self._factory)

@@ -13,38 +13,104 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
 from gatrain.tasks.base import Batch, LossSums, Task
 from gatrain.train.checkpointing import blocks_of
+from gatrain.train.lengths import shapes_of
 
 RECOMPILATIONS = 64
 """Shapes that one function may be compiled for: beyond PyTorch's 8 it would silently run uncompiled."""
+MOST_LENGTHS, MOST_SHAPES = 2, 8
+"""Shapes of one sample, and of whole batches, beyond which lengths vary, whatever was declared."""
+MOST_AGAIN = 12
+"""Batches of a new shape that may compile again although lengths are dynamic, before nothing is compiled."""
 FEWEST_REPEATS = 4
 """Blocks for each different block: below that, compiling the model as one costs about as little."""
 
 
-def compiled_loss_sum(task: Task, model: nn.Module, backend: Any = "inductor") -> Callable[[Batch], LossSums]:
+class CompiledLossSum:
     """A function from a batch on the device to the task's loss sums, compiled on its first calls.
 
     A window has at most two shapes unless lengths vary, so shapes are static: dynamic ones cost some speed. Where
-    lengths vary, they alone become dynamic.
+    lengths vary, they alone become dynamic. Where they turn out to vary although the task says that they do not,
+    they become dynamic from then on; where even that compiles again and again, nothing is compiled any more. Both
+    are told in `notices`.
 
     Args:
         model: its repeated blocks run compiled inside this function, and as they are everywhere else.
         backend: of `torch.compile`.
     """
-    import torch._dynamo
 
-    limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, RECOMPILATIONS)
-    dynamic = None if task.variable_length else False
+    def __init__(self, task: Task, model: nn.Module, backend: Any = "inductor") -> None:
+        import torch._dynamo
 
+        limit = torch._dynamo.config.recompile_limit
+        torch._dynamo.config.recompile_limit = max(limit, RECOMPILATIONS)
+        self._task, self._model, self._backend = task, model, backend
+        self._is_dynamic = bool(task.variable_length)
+        self._call: Callable[[Batch], LossSums] = _compiled(task, model, backend, self._is_dynamic)
+        self._stopped = False
+        self._shapes: set[tuple[tuple[int, ...], ...]] = set()
+        self._lengths: set[tuple[tuple[int, ...], ...]] = set()
+        self._again = 0
+        self.notices: list[str] = []
+        """What a person has to know, in order; whoever tells it clears it."""
+
+    def __call__(self, batch: Batch) -> LossSums:
+        shapes = shapes_of(batch)
+        if self._stopped or shapes in self._shapes:
+            return self._call(batch)
+        self._shapes.add(shapes)
+        if not self._is_dynamic:
+            self._lengths.add(_without_count(shapes))
+            if len(self._lengths) > MOST_LENGTHS or len(self._shapes) > MOST_SHAPES:
+                self._become_dynamic()
+            return self._call(batch)
+        before = _compilations()
+        result = self._call(batch)
+        self._again += _compilations() > before
+        if self._again > MOST_AGAIN:
+            self._stop()
+        return result
+
+    def _become_dynamic(self) -> None:
+        self._is_dynamic = True
+        self._call = _compiled(self._task, self._model, self._backend, True)
+        self.notices.append(
+            f"batches came in {len(self._shapes)} shapes, so lengths are compiled as dynamic from here on; "
+            "variable_length = True on the data does so from the start."
+        )
+
+    def _stop(self) -> None:
+        self._stopped = True
+        self._call = lambda batch: self._task.loss_sum(self._model, batch)
+        self.notices.append(
+            f"{len(self._shapes)} shapes of batches made torch compile {self._again} times and more, so nothing is "
+            "compiled from here on; pad batches to fewer shapes, or set compile=false."
+        )
+
+
+def _compilations() -> int:
+    """Graphs that were compiled in this process."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
+
+
+def _without_count(shapes: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+    """Shapes without the number of samples, where a tensor begins with it as the first one does."""
+    count = next((shape[0] for shape in shapes if shape), None)
+    return tuple(shape[1:] if shape and shape[0] == count else shape for shape in shapes)
+
+
+def _compiled(task: Task, model: nn.Module, backend: Any, is_dynamic: bool) -> Callable[[Batch], LossSums]:
     def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-        made = torch.compile(function, dynamic=dynamic, backend=backend)
-        return _with_static_batch(made) if task.variable_length else made
+        made = torch.compile(function, dynamic=None if is_dynamic else False, backend=backend)
+        return _with_static_batch(made) if is_dynamic else made
 
     blocks = repeated_blocks(model)
     if not blocks:

@@ -27,7 +27,7 @@ from gatrain.train.accumulate import (
 )
 from gatrain.train.batches import move_to, moves_itself, tensors_of
 from gatrain.train.checkpointing import apply_checkpointing
-from gatrain.train.compiling import compiled_loss_sum
+from gatrain.train.compiling import CompiledLossSum
 from gatrain.train.guard import Guard
 from gatrain.train.main_gradients import MasterWeights
 from gatrain.train.modules import sparse_parameters
@@ -146,7 +146,7 @@ class Engine:
 
         if not self.settings.compile:
             return loss_sum
-        return compiled_loss_sum(self.task, model)
+        return CompiledLossSum(self.task, model)
 
     def stage(self, batch: Batch) -> Callable[[], Batch]:
         """Start copying a host batch to the device; the returned function gives it to the current stream."""
@@ -334,6 +334,13 @@ class Engine:
                 used[name] = trained.grad is not None
                 trained.grad = None
         return used
+
+    def new_notices(self) -> list[str]:
+        """What compilation has to tell since the last call."""
+        if not isinstance(self._loss_sum, CompiledLossSum):
+            return []
+        found, self._loss_sum.notices = self._loss_sum.notices, []
+        return found
 
     def newly_thawed(self) -> list[str]:
         """Names of parameters that were frozen when the engine was made and want a gradient now; each is told once.

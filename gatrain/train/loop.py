@@ -229,6 +229,8 @@ class Trainer:
             tokens += int(item.result.counts["tokens"])
             self._record(item, terms, norms[nth], loss_scales[nth], samples, tokens, memory)
         self._tell_of_thawed()
+        for text in self.engine.new_notices():
+            self.sinks.notice(f"step {self.progress.step}: {text}")
 
     def _tell_of_thawed(self) -> None:
         names = self.engine.newly_thawed()

@@ -56,7 +56,7 @@ class TrialRunner:
         self._progress = progress
         self._checks = True
         self.notices: list[str] = []
-        """What the check of the loss had to say."""
+        """What the data or the check of the loss made known, each once."""
 
     @property
     def seconds_left(self) -> float:
@@ -113,11 +113,11 @@ class TrialRunner:
             except GatrainError as caught:
                 error = caught
             answers = _read(folder)
+            self._take_notices(answers)
             self._spent_s += max(0.0, time.time() - (answers.ready_at or began))
         if answers.is_checking and isinstance(error, WorkerError | DoesNotFitError) and self._checks:
             self._checks = False  # a process died in it: let the sizes tell which
             return self.measure(way, sizes, rises=rises, whole=whole)
-        self.notices += [notice for notice in answers.notices if notice not in self.notices]
         if error is not None:
             if whole is not None and answers.stopped is not None:
                 self._progress(f"the finalists could not be timed as whole steps: {error}")
@@ -131,6 +131,12 @@ class TrialRunner:
         measurements = sorted(answers.measurements, key=lambda m: m.micro_batch)
         modes = answers.modes or ("none",)
         return Curve(way, tuple(measurements), stopped, self._max_seconds, modes, answers.budget_bytes)
+
+    def _take_notices(self, answers: Answers) -> None:
+        for text in answers.notices:
+            if text not in self.notices:
+                self.notices.append(text)
+                self._progress(text)
 
     def _tell(self, measurement: Measurement) -> None:
         self._progress(sentence(measurement))

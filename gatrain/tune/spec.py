@@ -3,7 +3,7 @@
 Lines of ``trials.jsonl``, each flushed, so that a crash or Ctrl-C keeps what was measured:
 
     {"event": "checking"}                                    the loss is being checked
-    {"event": "notice", "text": "..."}                       what the check of the loss had to say
+    {"event": "notice", "text": "..."}                       what the data or the check of the loss made known
     {"event": "ready", "modes": [...], "budget_bytes": n, "at": t}   model built; what it offers and may use; when
     {"event": "start", "micro_batch": b}                     about to try b; without an answer: a crash
     {"event": "trial", "measurement": {...}}                 the answer

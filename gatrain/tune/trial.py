@@ -28,6 +28,7 @@ from gatrain.tasks.base import Task
 from gatrain.train.check import check_before_first_step
 from gatrain.train.checkpointing import available_modes
 from gatrain.train.engine import Engine
+from gatrain.train.lengths import notice_lengths
 from gatrain.train.windows import WindowSchedule
 from gatrain.tune import confirm, curve, host, spec
 from gatrain.tune.curve import Measurement
@@ -110,6 +111,7 @@ class Desk:
         self._engine: Engine | None = None
         self._is_checked = False
         self._references: dict[str, Reference] = {}
+        self._notices: list[str] = []
         # sizes that each way has computed: compiled, if it compiles
         self._warm: dict[StepSettings, set[int]] = {}
         if this.device.type == "cuda":  # what takes time, while the parent still looks around
@@ -144,6 +146,8 @@ class Desk:
             for notice in _check_loss(engine, config):
                 lines.write("notice", text=notice)
         budget_bytes = min(self.peers.gather(memory.budget_bytes))
+        for notice in self._notices:
+            lines.write("notice", text=notice)
         lines.write("ready", modes=list(modes), budget_bytes=budget_bytes, at=time.time())
         reference = self._references.setdefault(asked.settings.precision, Reference())
         meter = SizeMeter(engine, batches, self._rank, self.peers, memory, reference)
@@ -166,7 +170,12 @@ class Desk:
         """The task and its batches, made once: a tuning asks about one configuration."""
         if self._batches is None or config != self._config:
             self._config, self._engine, self._is_checked = config, None, False
-            self._batches = TrialBatches(build.build_task(config), config.train.seed)
+            task = build.build_task(config)
+            found = notice_lengths(task, config.train.seed)
+            # where reading is slow, ranks may have seen fewer samples than others
+            task.variable_length = any(self.peers.gather(found.vary))
+            self._notices = [found.sentence] if found.sentence else []
+            self._batches = TrialBatches(task, config.train.seed)
         return self._batches
 
     def _engine_for(self, settings: StepSettings, config: RunConfig, task: Task) -> Engine:
