@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gatrain.errors import ConfigError
+from gatrain.errors import ConfigError, DataError
 from gatrain.tasks import HuggingFace, LanguageModel, Supervised
 from gatrain.tasks.forms import scores_of
 from gatrain.train.checkpointing import apply_checkpointing, available_modes, blocks_of
@@ -382,3 +382,12 @@ def test_language_model_takes_the_logits_of_a_model_of_transformers() -> None:
     assert torch.allclose(found / 24, mean, rtol=1e-5)
     with pytest.raises(ConfigError, match="Use task=huggingface"):
         task.weight({"input_ids": IDS, "labels": IDS})
+
+
+def test_samples_that_make_no_batch_are_shown_with_what_to_write() -> None:
+    rows = [transformers.BatchEncoding({"input_ids": [1] * length}) for length in (2, 3)]
+    task = Supervised(lambda: nn.Linear(4, 3), Rows(rows))
+    with pytest.raises(DataError, match=r"input_ids: list of 2.*input_ids: list of 3.*use task=huggingface"):
+        task.collate(rows)
+    with pytest.raises(DataError, match="leaves None out"):
+        task.collate([None, (X[0], Y[0])])

@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from gatrain.errors import DataError
+from gatrain.tasks.forms import shown
+
 Batch = Any
 """What `Task.collate` returns: any nesting of dicts, lists and tuples with tensors as leaves."""
 
@@ -86,7 +89,10 @@ class Task(abc.ABC):
 
     def collate(self, samples: list[Any]) -> Batch:
         """Make one batch of a list of samples."""
-        return torch.utils.data.default_collate(samples)
+        try:
+            return torch.utils.data.default_collate(samples)
+        except (RuntimeError, TypeError, KeyError, ValueError) as error:
+            raise DataError(_uncollated(samples, error)) from error
 
     def tokens(self, batch: Batch) -> int | None:
         """Number of input tokens in a host batch, for the metrics; None where it means nothing."""
@@ -111,6 +117,21 @@ class Task(abc.ABC):
     def shortened(self, batch: Batch) -> Batch:
         """A cheaper batch of the same samples for `gatrain verify`, such as shorter sequences."""
         return batch
+
+
+def _uncollated(samples: list[Any], error: Exception) -> str:
+    if any(sample is None for sample in samples):
+        return (
+            f"the default collate cannot make a batch of these samples, some of which are None: {error}. Let the "
+            "dataset return another sample instead, or give the data a collate(samples) that leaves None out."
+        )
+    remedy = "Give the data a method collate(samples) that makes one batch of them"
+    if isinstance(samples[0], Mapping) and "input_ids" in samples[0]:
+        remedy += ", or use task=huggingface, which pads what a tokenizer gives"
+    first, last = shown(samples[0]), shown(samples[-1])
+    return (
+        f"the default collate cannot make a batch of samples such as {first} and {last}: {error}. {remedy}."
+    )
 
 
 def is_deterministic(data: Samples) -> bool:

@@ -124,13 +124,19 @@ def shown(value: Any) -> str:
         return f"a tensor {list(value.shape)}"
     if not entries:
         return f"a {kind}"
+    if isinstance(value, list) and not any(isinstance(each, Tensor) for each in value):
+        return f"a list of {len(value)}"
     parts = [
-        f"{name}: {list(each.shape)}" if isinstance(each, Tensor) else f"{name}: {type(each).__name__}"
+        f"{name}: {list(each.shape)}" if isinstance(each, Tensor) else f"{name}: {_kind_of(each)}"
         for name, each in entries.items()
         if each is not None
     ]
     more = f", and {len(parts) - 8} more" if len(parts) > 8 else ""
     return f"a {kind} ({', '.join(parts[:8])}{more})"
+
+
+def _kind_of(value: Any) -> str:
+    return f"list of {len(value)}" if isinstance(value, list) else type(value).__name__
 
 
 def _has_tensor(value: Any) -> bool:
