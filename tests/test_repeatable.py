@@ -34,6 +34,9 @@ class Net(nn.Module):
         return self.head(x)
 
 class Points(torch.utils.data.Dataset):
+    def __init__(self):
+        self.classes = list({f"class {n}" for n in range(3)})  # in an order of Python's hashes
+
     def __len__(self):
         return 28
 
@@ -41,7 +44,7 @@ class Points(torch.utils.data.Dataset):
         time.sleep(float(os.environ.get("SLOW_S", 0)))
         x = torch.randn(6, generator=torch.Generator().manual_seed(index))
         x = x + 0.1 * torch.from_numpy(np.random.randn(6)).float() + random.gauss(0, 0.1)
-        return x + 0.1 * torch.randn(6), index % 3
+        return x + 0.1 * torch.randn(6), int(self.classes[index % 3][-1])
 
 class Masked:
     def __init__(self):
