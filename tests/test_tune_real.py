@@ -78,14 +78,14 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def plan_in(project: Path, effective: int = 16, nproc: int = 1, **model: Any) -> Any:
+def plan_in(project: Path, effective: int = 16, nproc: int = 1, max_seconds: float = 60, **model: Any) -> Any:
     config = RunConfig(
         model={"_target_": "misbehaving.Model", **model},
         data={"_target_": "misbehaving.data"},
         task={"_target_": "gatrain.tasks.Supervised"},
         train=TrainConfig(steps=1),
         batch=BatchConfig(effective=effective),
-        tune=TuneConfig(max_seconds=60),
+        tune=TuneConfig(max_seconds=max_seconds),
     )
     hardware = tune.detect_hardware("cpu")
     return tune.make_plan_for(config, FACTS, hardware, Nodes(nproc), cwd=project)
@@ -125,6 +125,16 @@ def test_a_plan_from_real_trials_and_the_same_from_the_cache(
     assert again.micro_batches == plan.micro_batches
     assert "remembered" in again.reason
     assert not list(project.glob("**/trials.jsonl"))
+
+
+def test_the_users_imports_take_no_time_from_the_trials(project: Path) -> None:
+    """At the sizes of this model trials need a second or two; the import and the data alone take longer."""
+    module = project / "misbehaving.py"
+    slow = MODULE.replace("def data():", "time.sleep(6)\n\n\ndef data():\n    time.sleep(6)")
+    module.write_text(slow)
+    plan = plan_in(project, effective=4, max_seconds=8)
+    assert outcomes(plan) == {1: FITS, 2: FITS, 4: FITS}
+    assert not any("ran out" in note for note in plan.notes)
 
 
 def test_close_calls_are_timed_as_whole_steps_on_all_ranks(project: Path) -> None:
