@@ -17,12 +17,13 @@ from test_engine import CPU, Regression, engine, window
 from test_runs import gatrain
 from torch import Tensor, nn
 
-from gatrain.config import AdamWConfig, SGDConfig
+from gatrain.config import AdamWConfig, ScheduleConfig, SGDConfig
 from gatrain.plan import StepSettings
 from gatrain.train.accumulate import MicroBatch, RankWindow
 from gatrain.train.engine import Engine
 from gatrain.train.guard import Guard
 from gatrain.train.nonfinite import Search, sample_name
+from gatrain.train.optimizer import learning_rate
 from gatrain.train.ranks import Ranks
 
 MODULE = """
@@ -80,6 +81,12 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "mine.yaml").write_text(RECIPE)
     return tmp_path
+
+
+def rates(steps: int, lr: float) -> list[float]:
+    """The learning rates of a run in which every window makes an update."""
+    schedule = ScheduleConfig("warmup_cosine", warmup_steps=2)
+    return [learning_rate(schedule, lr, step=n, total_steps=steps, effective_batch=8) for n in range(steps)]
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
@@ -174,11 +181,19 @@ def test_a_window_that_overflows_in_fp16_is_computed_again_at_a_lower_scale() ->
     linear.gradient.check_counts()  # the tries are counted as windows of their own
 
 
+class Forgiving(Regression):
+    """NaN in its data reaches the loss and not the gradient."""
+
+    def loss_sum(self, model: nn.Module, batch: Any) -> tuple[Tensor, float]:
+        total, weight = super().loss_sum(model, batch.nan_to_num())
+        return total + 0 * batch.sum(), weight
+
+
 def _one_bad_rank() -> list[Tensor]:
     ranks = Ranks.current()
     found = []
-    for sync in ("window", "overlap"):
-        task = Regression(normalised)
+    for sync, kind in (("window", Forgiving), ("overlap", Regression)):
+        task = kind(normalised)
         settings = StepSettings("fp32", "none", False, sync)
         one = Engine(task, task.build_model(), settings, AdamWConfig(lr=0.1), ranks, CPU)
         batch = torch.randn(8, 5, generator=torch.Generator().manual_seed(ranks.rank))
@@ -241,9 +256,7 @@ def test_a_run_stops_before_the_bad_window_and_the_command_that_it_prints_goes_o
     assert found[-1]["skipped_steps"] == len(bad)
     assert "train.nonfinite=skip" in (folder / "stopped" / "overrides.txt").read_text()
     # the schedule has not advanced at the windows that were skipped
-    gatrain(folder, "fit", "recipe=mine", "run.dir=clean", "data.bad=[]")
-    rates = [line["lr"] for line in lines(folder / "clean")]
-    assert [line["lr"] for line in found if not line["skipped"]] == rates[: 10 - len(bad)]
+    assert [line["lr"] for line in found if not line["skipped"]] == rates(10, 0.01)[: 10 - len(bad)]
     # and it all is the same to the bit in one piece, on the other hand killed and resumed
     gatrain(folder, "fit", "recipe=mine", "run.dir=whole", "train.nonfinite=skip")
     tensors, progress = state(folder / "whole")
@@ -280,13 +293,10 @@ def test_more_than_the_limit_in_a_row_ends_the_run_and_so_does_a_diverged_model(
     assert "not finite" in said
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_gradient_that_is_never_finite_stops_the_run_in_every_precision(
-    folder: Path, precision: str
-) -> None:
+def test_a_gradient_that_is_never_finite_stops_the_run_in_fp16_as_in_fp32(folder: Path) -> None:
     said = gatrain(
         folder, "fit", "recipe=mine", "run.dir=norms", "model._target_=mine.Norms", "data.bad=[]",
-        f"precision={precision}", "train.steps=30", expect=9,
+        "precision=fp16", "train.steps=30", expect=9,
     )  # fmt: skip
     assert "step 1 is not finite" in said
     assert "the loss is finite" in said

@@ -83,6 +83,7 @@ class WindowResult:
     local_loss_sums: dict[str, Tensor]
     """This rank's summed loss of each term: float64 scalars on the device, not yet added over the ranks."""
     ranks: Ranks = field(repr=False)
+    device: torch.device = field(repr=False)
     skipped: bool = False
     """True if no update was made because the gradient is not finite, where that is known already."""
 
@@ -90,6 +91,16 @@ class WindowResult:
     def is_empty(self) -> bool:
         """True if every weight of the window is zero: there is no gradient and no step to take."""
         return not any(self.weight_totals.values())
+
+    def loss_is_bad(self) -> Tensor:
+        """Whether the loss is not finite on any rank: a scalar on the device. Collective.
+
+        Nothing waits for the device. An infinite loss may have a finite gradient, which does not tell of it.
+        """
+        losses = [total for name, total in self.local_loss_sums.items() if self.weight_totals[name]]
+        if losses:
+            return self.ranks.any(~torch.isfinite(torch.stack(losses)).all())
+        return self.ranks.any(torch.zeros((), dtype=torch.bool, device=self.device))
 
     def loss(self) -> float:
         """Mean loss of the window over all ranks. Synchronises with the device; every rank must call it."""
@@ -122,8 +133,6 @@ class PlainAccumulation:
         autocast: makes a context manager for the forward.
         scaler: fp16 loss scaler; one scale for the whole window.
         main_gradients: where the gradients of 16-bit parameters are summed in fp32; None where there are none.
-        poison: a loss that is not finite makes the whole gradient NaN, so that every rank learns of it from the
-            reduced gradient (an infinite loss may have a finite one).
     """
 
     def __init__(
@@ -138,7 +147,6 @@ class PlainAccumulation:
         autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
         scaler: torch.amp.GradScaler | None = None,
         main_gradients: MainGradients | None = None,
-        poison: bool = False,
     ) -> None:
         self._wrappers = wrappers_of(model, ranks)
         ignored = {
@@ -166,7 +174,6 @@ class PlainAccumulation:
         self._stage = stage
         self._autocast = autocast
         self._scaler = scaler
-        self._poison = poison
         self._checked_once = False
         self._counted: dict[str, float] = {}
         self._used: dict[str, Tensor | float] = {}
@@ -190,7 +197,7 @@ class PlainAccumulation:
                 self.check_counts()
                 self._checked_once = True
         sums, self._loss_sums = self._loss_sums, {}
-        return WindowResult(totals, counts, sums, self._ranks)
+        return WindowResult(totals, counts, sums, self._ranks, self._device)
 
     def micro_step(
         self, batch: Batch, scale: Mapping[str, float], *, reduce_in_backward: bool = False
@@ -212,10 +219,8 @@ class PlainAccumulation:
                 )
             loss = torch.stack([total * scale[name] for name, (total, _) in terms.items()]).sum()
             overlap = self._overlap if reduce_in_backward else None
-            seed = loss.detach() * 0 + 1 if self._poison else None  # 1, or NaN where the loss is not finite
-            scaled = self._scaler.scale(loss) if self._scaler else loss
             with overlap.during_backward() if overlap is not None else contextlib.nullcontext():
-                scaled.backward(seed)  # type: ignore[no-untyped-call]
+                (self._scaler.scale(loss) if self._scaler else loss).backward()  # type: ignore[no-untyped-call]
         for parameter in self._sparse:
             gradient = parameter.grad
             if gradient is not None and gradient.is_sparse and gradient._nnz() > len(gradient):

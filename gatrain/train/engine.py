@@ -130,7 +130,6 @@ class Engine:
             autocast=self._autocast,
             scaler=self.scaler,
             main_gradients=self.masters,
-            poison=True,
         )
         self.gradient: WindowToGradient = self._plain
         at_once = nonfinite == "skip" or self.scaler is not None or device.type == "cpu"
@@ -190,7 +189,7 @@ class Engine:
             result = self.gradient(window)
             if result.is_empty:
                 return result, torch.zeros((), device=self.device)
-            norm, made = self._close(step)
+            norm, made = self._close(step, result.loss_is_bad())
             if made:
                 return result, norm
             self.guard.restore_buffers()
@@ -214,7 +213,7 @@ class Engine:
             self.scaler.set_to(self.scaler.get_scale() / 2)
         return norm
 
-    def _close(self, step: int) -> tuple[Tensor, bool]:
+    def _close(self, step: int, loss_is_bad: Tensor | None = None) -> tuple[Tensor, bool]:
         """`update` without a word on the loss scale: (norm, whether an update was made as far as is known)."""
         lr = self.learning_rate(step)
         for group in self.optimizer.param_groups:
@@ -232,7 +231,7 @@ class Engine:
             INFINITY if limit is None else limit,
             foreach=False if self._sparse else None,
         )
-        made = self.guard.step(norm)
+        made = self.guard.step(norm, loss_is_bad)
         if self.scaler:
             self.scaler.update() if made else self.scaler.forget_window()
         self.masters.copy_to_model()

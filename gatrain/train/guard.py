@@ -1,11 +1,13 @@
 """Keeps a window that is not finite out of the parameters, the optimizer and the model's buffers.
 
-The reduced gradient's norm is the same on every rank, so all decide alike without asking. There are two ways:
+The reduced gradient's norm is the same on every rank, and whether any loss is bad is agreed on the device, so all
+decide alike. There are two ways:
 
 - at once: the host reads the norm and makes the update or leaves it out. Free on a CPU. On a GPU it waits for the
   device once a window: that is for ``train.nonfinite=skip``, where the next window's learning rate depends on the
   answer, and for fp16, whose window may have to be computed again at a lower loss scale. The wait comes after the
-  last micro-step, so what it costs is the launch of the next kernels, once a step.
+  last micro-step, so what it costs is the launch of the next kernels, once a step: on an H100 no more than the
+  noise (GPT-2 124M, 16 samples, fp16: 61 to 66 ms with it, 60 to 61 without; a step of 10 ms: no difference).
 - later: the optimizer's fused kernels read the verdict on the device, and the host learns of it with the metrics.
   From the first bad window on no update is made, so that everything is as it was before that window.
 """
@@ -56,18 +58,21 @@ class Guard:
             for buffer, kept in zip(buffers, self._kept[dtype].split(sizes), strict=True):
                 buffer.copy_(kept.view(buffer.shape))
 
-    def step(self, norm: Tensor) -> bool:
-        """Let the optimizer step where ``norm``, the gradient's, is finite.
+    def step(self, norm: Tensor, loss_is_bad: Tensor | None = None) -> bool:
+        """Let the optimizer step where ``norm``, the gradient's, and the loss are finite.
 
         Returns:
             Whether an update was made; True where only the device knows as yet.
         """
+        bad = ~torch.isfinite(norm).to(self._device)
+        if loss_is_bad is not None:
+            bad = bad | loss_is_bad
         if self._at_once:
-            finite = bool(torch.isfinite(norm))
-            if finite:
-                self._optimizer.step()
-            return finite
-        found = (~torch.isfinite(norm)).to(self._device, torch.float32)
+            if bad:
+                return False
+            self._optimizer.step()
+            return True
+        found = bad.to(torch.float32)
         self._stopped = found if self._stopped is None else torch.maximum(self._stopped, found)
         self._optimizer.found_inf = self._stopped  # type: ignore[attr-defined]
         try:

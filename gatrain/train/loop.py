@@ -320,10 +320,9 @@ class Trainer:
                 self.sinks.notice(f"{what} Skipped, no rank made an update. {story}")
                 return
             story = f"It is number {in_row} in a row (train.nonfinite_limit={train.nonfinite_limit}). {story}"
-        was_left_out = item.result.skipped or not math.isfinite(norm)
         self.progress = dataclasses.replace(item.before, moved=self.progress.moved)
         where = ""
-        if was_left_out and findings.parameter is None and self._save_once():
+        if findings.parameter is None and self._save_once():
             where = f" The state before it is saved as that of step {self.progress.step}."
         remedies = self._remedies(item.before.updates).lines(findings)
         helps = "\nWhat helps:\n" + "\n".join(f"- {line}" for line in remedies) if remedies else ""

@@ -48,6 +48,7 @@ class BadMicroBatch:
     """Where its data holds a number that is not finite, in words."""
     has_no_label: bool = False
     """Its weight is 0, or a tensor of targets holds nothing but the ignored one."""
+    is_fp16: bool = False
     finite_in_fp32: bool = False
 
 
@@ -143,6 +144,7 @@ class Search:
                     loss_is_finite=math.isfinite(outcome.loss_sum),
                     holds=_not_finite_in(suspect),
                     has_no_label=not any(micro.weights.values()) or _is_all_ignored(suspect),
+                    is_fp16=self.engine.scaler is not None,
                     finite_in_fp32=self.engine.settings.precision != "fp32"
                     and self._outcome(suspect, fp32=True).is_finite,
                 )
@@ -302,7 +304,7 @@ def _sentence(bad: BadMicroBatch, data: Samples) -> str:
     elif bad.holds:
         why = f": {bad.holds}"
     elif bad.loss_is_finite:
-        why = ", in the gradient only: the loss is finite"
+        why = ", in the gradient only: the loss is finite" + (", at any loss scale" if bad.is_fp16 else "")
     else:
         why = f" (micro-batch of the samples {', '.join(map(str, bad.samples[:8]))})"
     return f"In {place}, {what} not finite{why}."

@@ -60,6 +60,14 @@ class Ranks:
         dist.all_gather_object(box, value, group=self._host_group)
         return box
 
+    def any(self, flag: Tensor) -> Tensor:
+        """Whether a flag is set on any rank: a scalar on its device, for which the host does not wait."""
+        if self.world_size == 1:
+            return flag
+        flags = flag.to(torch.float32)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        return flags > 0
+
     def broadcast_from_first(self, tensors: Iterable[Tensor]) -> None:
         """Give every rank rank 0's values, in place."""
         if self.world_size == 1:
