@@ -7,9 +7,13 @@ check cannot see is listed in `UNSEEN`, with the reason.
 from __future__ import annotations
 
 import copy
+import os
 import random
+import subprocess
+import sys
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -558,3 +562,146 @@ def test_a_fault_is_refused_before_the_first_step(name: str) -> None:
 @pytest.mark.parametrize("name", UNSEEN)
 def test_what_the_check_cannot_see_is_listed(name: str) -> None:
     assert check(UNSEEN[name][1]()) == []
+
+
+def test_a_regulariser_is_told_from_samples_that_are_compared() -> None:
+    found = {}
+    for name in ("in-batch negatives", "a regulariser in every micro-batch", "a mean handed on as a sum"):
+        with pytest.raises(ExactnessError) as caught:
+            check(FAULTS[name]())
+        found[name] = str(caught.value)
+    assert "compares or combines the samples" in found["in-batch negatives"]
+    assert "added once for every micro-batch" in found["a regulariser in every micro-batch"]
+    assert "returns a mean over what weight() counts" in found["a mean handed on as a sum"]
+
+
+def test_the_check_leaves_everything_as_it_was() -> None:
+    task = Remembering()
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(WIDTH, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, CLASSES)
+    ).train()
+    settings = StepSettings(precision="fp32", checkpointing="none", compile=False, sync="window")
+    engine = Engine(task, model, settings, SGDConfig(), Ranks.current(), torch.device("cpu"))
+    before = copy.deepcopy(model.state_dict())
+    generators = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    assert check_loss(engine, range(16), mode="warn")[0].startswith(
+        "Wrong result ahead: loss_sum() keeps state"
+    )
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not task.seen
+    assert all(module.training for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), generators[0])
+    assert random.getstate() == generators[1]
+    assert np.random.get_state()[1].tolist() == generators[2]
+
+
+def test_an_error_of_the_users_own_is_shown_as_it_is() -> None:
+    def misspelt(model: nn.Module, batch: Any) -> Any:
+        return model(batch["inputs"]).sum(), 1
+
+    with pytest.raises(KeyError, match="inputs"):
+        check(OwnTask(misspelt))
+
+
+def test_a_batch_of_one_sample_need_not_work() -> None:
+    def squeezing(model: nn.Module, batch: Any) -> Any:
+        if len(batch["y"]) == 1:
+            raise ValueError("more than one, please")
+        return losses(model, batch).sum(), len(batch["y"])
+
+    assert check(OwnTask(squeezing)) == []
+    with pytest.raises(ExactnessError, match="as 2 \\+ 6"):
+        check(OwnTask(lambda m, b: (squeezing(m, b)[0] / len(b["y"]), len(b["y"]))))
+
+
+def test_a_model_of_one_batch_size_is_said_not_to_be_checked() -> None:
+    def fixed(model: nn.Module, batch: Any) -> Any:
+        return losses(model, batch).view(2).sum(), len(batch["y"])
+
+    (notice,) = check(OwnTask(fixed), micro_batch=2)
+    assert "could not be checked" in notice
+    assert "a micro-batch of 2 samples, but no other number" in notice
+
+
+# --- through the command line ---------------------------------------------------------------------------
+
+MODULE = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import gatrain
+
+
+def net():
+    return nn.Linear(6, 5)
+
+
+def points():
+    made = torch.Generator().manual_seed(0)
+    x, y = torch.randn(64, 6, generator=made), torch.randint(0, 5, (64,), generator=made)
+    return torch.utils.data.TensorDataset(x, y)
+
+
+class Slip(gatrain.Task):
+    def __init__(self, model, data):
+        self.build_model, self.train_data = model, data
+
+    def build_model(self):
+        raise NotImplementedError
+
+    def weight(self, batch):
+        return len(batch[1])
+
+    def loss_sum(self, model, batch):
+        return F.cross_entropy(model(batch[0]), batch[1]), len(batch[1])
+"""
+RECIPE = """
+defaults: [base, override optimizer: sgd, override schedule: constant, _self_]
+model: {_target_: slip.net}
+data: {_target_: slip.points}
+task: {_target_: slip.Slip}
+batch: {effective: 16}
+train: {steps: 2}
+run: {dir: run}
+device: cpu
+"""
+
+
+def gatrain(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "gatrain", *words],
+        cwd=folder,
+        env={**os.environ, "GATRAIN_CACHE": str(folder / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+
+
+def test_launch_autotune_and_resume_refuse_and_warn_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "slip.py").write_text(MODULE)
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes/slip.yaml").write_text(RECIPE)
+
+    refused = gatrain(tmp_path, "launch", "--nproc", "2", "recipe=slip", "batch.micro=4")
+    assert refused.returncode == 9, refused.stderr
+    assert "returns a mean over what weight() counts, not a sum" in refused.stderr
+    assert "Traceback" not in refused.stdout + refused.stderr
+    assert not list(tmp_path.glob("run/saved/*"))
+
+    untuned = gatrain(tmp_path, "autotune", "recipe=slip")
+    assert untuned.returncode == 9, untuned.stderr
+    assert "accumulation step" not in untuned.stdout
+
+    warned = gatrain(tmp_path, "fit", "recipe=slip", "batch.micro=4", "train.check=warn", "run.dir=warned")
+    assert warned.returncode == 0, warned.stderr
+    assert "Wrong result ahead" in warned.stdout + warned.stderr
+    saved = sorted(path.name for path in tmp_path.glob("warned/saved/*"))
+    assert saved
+
+    resumed = gatrain(tmp_path, "resume", "warned", "train.steps=4", "train.check=error")
+    assert resumed.returncode == 9, resumed.stderr
+    assert sorted(path.name for path in tmp_path.glob("warned/saved/*")) == saved

@@ -45,7 +45,8 @@ class Numbers:
 
     def equal(self, one: float, other: float) -> bool:
         """Much closer to each other than whole and pieces are."""
-        return abs(one - other) <= 0.1 * abs(self.added - self.whole)
+        apart, size = abs(self.added - self.whole), sum(map(abs, self.pieces))
+        return abs(one - other) <= max(0.01 * apart, min(0.3 * apart, 2e-6 * size))
 
 
 def cause_of_difference(numbers: Numbers) -> str:
