@@ -127,15 +127,21 @@ def _on_two_ranks() -> list[Tensor]:
         parts = list(samples(65).split(1))[rank * 40 : 40 + rank * 40]
         gatrain.accumulate(wrapped, parts, loss_sum=loss_sum, weight=weight, master_weights=masters)
         found.append(torch.cat([value.flatten() for value in main_gradients(model, masters).values()]))
+        masters.close()
+    for parameter in model.parameters():
+        parameter.grad = None
+    gatrain.accumulate(model, parts, loss_sum=loss_sum, weight=weight)
+    found.append(torch.cat([p.grad.float().flatten() for p in model.parameters() if p.grad is not None]))
     return found
 
 
 def test_ranks_add_main_gradients_in_fp32() -> None:
     wanted = fp32_sum(new_net(mixed=True), list(samples(65).split(1)), weight(samples(65)))
     flat = torch.cat([value.flatten() for value in wanted.values()])
-    for plain, ddp in run_on_ranks(2, _on_two_ranks):
+    for plain, ddp, rounded in run_on_ranks(2, _on_two_ranks):
         assert relative_error({"": plain}, {"": flat}) < 1e-6
         assert relative_error({"": ddp}, {"": flat}) < 1e-6
+        assert relative_error({"": rounded}, {"": flat}) < 2**-8
 
 
 def test_masters_that_were_not_copied_are_told() -> None:
