@@ -47,4 +47,5 @@ def trained_limit(precision: str, rounding: float | None, spread: float) -> floa
             rounding of each of them comes to is that many units.
     """
     own = FLOOR[precision] if rounding is None else rounding
-    return min(CEILING[precision], FACTOR * (own + UNIT[precision] * spread))
+    # where rounding alone makes up the gradient, nothing can be told from it
+    return max(min(CEILING[precision], FACTOR * (own + UNIT[precision] * spread)), 2 * own)
