@@ -549,3 +549,27 @@ def test_bad_image_folders_are_explained(tmp_path: Path) -> None:
     (tmp_path / "val" / "dog").rename(tmp_path / "val" / "horse")
     with pytest.raises(DataError, match="horse"):
         ImageFolderData(tmp_path, size=8)
+
+
+def test_an_own_tokenizer_is_used_as_it_is(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as Inner
+    from tokenizers import models, pre_tokenizers, processors
+
+    words = {"<unk>": 0, "<eos>": 1, "one": 2, "two": 3}
+    inner = Inner(models.WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", 1)])
+    inner.enable_truncation(3)
+    (tmp_path / "tok").mkdir()
+    inner.save(str(tmp_path / "tok" / "tokenizer.json"))
+    (tmp_path / "text.txt").write_text("one two one two one one")
+    options: dict[str, Any] = {"context": 2, "eval_fraction": 0.0, "cache_dir": tmp_path / "cache"}
+    for name in ("tok", "tok/tokenizer.json"):
+        data = TextWindows(tmp_path / "text.txt", 4, tokenizer=str(tmp_path / name), **options)
+        assert [data.train[i].tolist() for i in range(3)] == [[2, 3, 2], [2, 3, 2], [2, 2, 1]]
+    with pytest.raises(DataError, match="vocab_size=3 is below 4"):
+        TextWindows(tmp_path / "text.txt", 3, tokenizer=str(tmp_path / "tok"), **options)
+    words["three"], words["</s>"] = 4, 5
+    Inner(models.WordLevel(words, unk_token="<unk>")).save(str(tmp_path / "tok" / "tokenizer.json"))
+    with pytest.raises(DataError, match="<eos> and </s> to end a text"):
+        TextWindows(tmp_path / "text.txt", 9, tokenizer=str(tmp_path / "tok"), **options)

@@ -22,7 +22,7 @@ from gatrain.data.cache import build_once
 from gatrain.data.documents import JSONL_SUFFIXES, find_files, json_lines, pieces, string_field
 from gatrain.data.text import check_lengths, text_sources, training_texts
 from gatrain.data.token_file import Array, TokenFile, TokenWriter, smallest_dtype, unigram_loss
-from gatrain.data.tokenizer import Tokenizer, check_tokenizer, make_tokenizer
+from gatrain.data.tokenizer import Tokenizer, check_tokenizer, make_tokenizer, tokenizer_key
 from gatrain.errors import DataError
 
 IGNORED = -100
@@ -209,7 +209,8 @@ def tokenised_samples(
         np.save(folder / "offsets.npy", np.asarray(offsets, dtype=np.int64))
         np.save(folder / "prompts.npy", np.asarray(prompts, dtype=np.int64))
 
-    options = {"vocab_size": vocab_size, "context": context, "tokenizer": kind, "text_field": text_field}
+    options = {"vocab_size": vocab_size, "context": context, "text_field": text_field}
+    options["tokenizer"] = tokenizer_key(kind)
     return build_once("padded", {**key, **options}, build, cache_dir)
 
 

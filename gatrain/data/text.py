@@ -16,7 +16,7 @@ from gatrain.data.cache import build_once
 from gatrain.data.documents import files_fingerprint, find_files, pieces
 from gatrain.data.stdlib import stdlib_files, stdlib_fingerprint
 from gatrain.data.token_file import TokenFile, TokenWriter, smallest_dtype, unigram_loss
-from gatrain.data.tokenizer import Tokenizer, check_tokenizer, make_tokenizer
+from gatrain.data.tokenizer import Tokenizer, check_tokenizer, make_tokenizer, own_file, tokenizer_key
 from gatrain.errors import DataError
 
 TOKEN_SUFFIXES = (".bin", ".npy")
@@ -66,13 +66,13 @@ class TextWindows:
         context: tokens that a sample predicts.
         eval_fraction: share of the tokens, at the end, that is held out; 0 holds out nothing.
         cache_dir: where tokenised text is kept; see `gatrain.data.cache.cache_root`.
-        tokenizer: ``bpe`` (trained on this text) or ``gpt2``.
+        tokenizer: ``bpe`` (trained on this text), ``gpt2``, or the path of a ``tokenizer.json`` or its folder.
         text_field: field of a JSON line that holds its text.
         token_dtype: how a ``.bin`` file stores its numbers.
 
     Attributes:
         train, eval: `TokenWindows`; ``eval`` is None if nothing is held out.
-        tokenizer: decodes samples; None for token files unless ``tokenizer="gpt2"``.
+        tokenizer: decodes samples; None for token files unless it is ``gpt2`` or a file.
 
     Raises:
         DataError: missing, unreadable, empty or too short text; ids outside the vocabulary.
@@ -106,7 +106,8 @@ class TextWindows:
             self.tokens = TokenFile(token_files[0], token_dtype)
             self.tokens.check_ids(vocab_size)
             check_tokenizer(tokenizer, vocab_size)
-            self.tokenizer = make_tokenizer(tokenizer, [], vocab_size) if tokenizer == "gpt2" else None
+            known = tokenizer == "gpt2" or own_file(tokenizer) is not None
+            self.tokenizer = make_tokenizer(tokenizer, [], vocab_size) if known else None
         else:
             folder = tokenised(files, vocab_size, tokenizer, text_field, cache_dir)
             self.tokens = TokenFile(folder / "tokens.npy")
@@ -178,7 +179,7 @@ def tokenised(
                 "Give a file with text in it."
             )
 
-    key = {**key, "vocab_size": vocab_size, "tokenizer": kind, "text_field": text_field}
+    key = {**key, "vocab_size": vocab_size, "tokenizer": tokenizer_key(kind), "text_field": text_field}
     return build_once("text", key, build, cache_dir)
 
 

@@ -6,6 +6,7 @@ Source: Sennrich et al. 2016, arXiv 1508.07909, on bytes as in GPT-2. The work i
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,6 +16,8 @@ from typing import Any
 from gatrain.errors import DataError, nearest
 
 END_OF_TEXT = "<|endoftext|>"
+ENDS = (END_OF_TEXT, "<|end_of_text|>", "<eos>", "</s>", "[EOS]", "[SEP]")
+"""Tokens that end a text, in the tokenizers that people bring; exactly one of them must be there."""
 KINDS = ("bpe", "gpt2")
 SMALLEST_VOCABULARY = 257
 """256 bytes and the end-of-text token."""
@@ -37,12 +40,20 @@ class Tokenizer:
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
+        inner.no_padding()
+        inner.no_truncation()
         self.size: int = inner.get_vocab_size()
-        self.end_of_text: int = inner.token_to_id(END_OF_TEXT)
+        ends = [token for token in ENDS if inner.token_to_id(token) is not None]
+        if len(ends) != 1:
+            raise DataError(
+                f"the tokenizer has {' and '.join(ends) or 'no token'} to end a text, but exactly one of "
+                f"{', '.join(ENDS)} is needed. Add it to the tokenizer, or tokenise in a dataset of your own."
+            )
+        self.end_of_text: int = inner.token_to_id(ends[0])
 
     def encode(self, text: str) -> list[int]:
         """Token ids of one text, without an end-of-text token."""
-        return self._inner.encode(text).ids  # type: ignore[no-any-return]
+        return self._inner.encode(text, add_special_tokens=False).ids  # type: ignore[no-any-return]
 
     def encode_all(self, texts: Iterable[str]) -> Iterator[list[int]]:
         """Token ids of each text in order, some megabytes at a time on all cores."""
@@ -57,7 +68,7 @@ class Tokenizer:
         yield from self._encode(batch)
 
     def _encode(self, texts: list[str]) -> Iterator[list[int]]:
-        return (encoding.ids for encoding in self._inner.encode_batch_fast(texts))
+        return (encoding.ids for encoding in self._inner.encode_batch_fast(texts, add_special_tokens=False))
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of ``tokens``; end-of-text tokens vanish, broken UTF-8 becomes a replacement character."""
@@ -70,7 +81,13 @@ class Tokenizer:
     def load(cls, path: Path) -> Tokenizer:
         from tokenizers import Tokenizer as Inner
 
-        return cls(Inner.from_file(str(path)))
+        try:
+            inner = Inner.from_file(str(path))
+        except Exception as error:  # the package raises nothing more special
+            raise DataError(
+                f"data.tokenizer: {path} is not a tokenizer of the tokenizers package: {error}"
+            ) from error
+        return cls(inner)
 
 
 def check_tokenizer(kind: str, vocab_size: int) -> None:
@@ -79,9 +96,15 @@ def check_tokenizer(kind: str, vocab_size: int) -> None:
     Raises:
         DataError: names the value given and those allowed.
     """
-    if kind not in KINDS:
-        raise DataError(f"data.tokenizer={kind} is not one of {', '.join(KINDS)}.{nearest(kind, KINDS)}")
+    file = own_file(kind)
+    if kind not in KINDS and file is None:
+        raise DataError(
+            f"data.tokenizer={kind} is not one of {', '.join(KINDS)}, nor the path of a tokenizer.json or of a "
+            f"folder with one.{nearest(kind, KINDS)}"
+        )
     lowest = GPT2_VOCABULARY if kind == "gpt2" else SMALLEST_VOCABULARY
+    if file is not None:
+        lowest = Tokenizer.load(file).size
     if vocab_size < lowest:
         raise DataError(
             f"data.vocab_size={vocab_size} is below {lowest}, the smallest vocabulary of tokenizer={kind}. "
@@ -89,14 +112,29 @@ def check_tokenizer(kind: str, vocab_size: int) -> None:
         )
 
 
+def own_file(kind: str) -> Path | None:
+    """The tokenizer.json that ``kind`` names, itself or by its folder."""
+    path = Path(kind)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    return path if kind not in KINDS and path.is_file() else None
+
+
+def tokenizer_key(kind: str) -> str:
+    """What identifies the tokenizer: its kind, or the contents of its file."""
+    file = own_file(kind)
+    return kind if file is None else hashlib.sha256(file.read_bytes()).hexdigest()
+
+
 def make_tokenizer(kind: str, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a tokenizer on ``texts`` (``bpe``), or load the one of GPT-2 (``gpt2``).
+    """Train a tokenizer on ``texts`` (``bpe``), load the one of GPT-2 (``gpt2``), or that of a file.
 
     The result may have fewer tokens than ``vocab_size`` where the text is too short to fill it, never more.
 
     Raises:
         DataError: the files of GPT-2's tokenizer are not installed.
     """
+    if (file := own_file(kind)) is not None:
+        return Tokenizer.load(file)
     return gpt2_tokenizer() if kind == "gpt2" else train_bpe(texts, vocab_size)
 
 
