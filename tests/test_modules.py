@@ -90,6 +90,9 @@ def test_batch_norm_is_said_in_one_line_where_it_depends_on_the_split() -> None:
     note = norm_note(batch_norms(model), split)
     assert note is not None
     assert "(3 samples)" in note
+    ranks = make_plan(effective_batch=8, world_size=2, micro_batch=4, reason="", **vars(way))
+    assert norm_note(["1"], ranks) is not None  # each rank by itself
+    assert norm_note(["1"], ranks, synchronises=True) is None  # all ranks together see the whole batch
     assert norm_note(batch_norms(model.eval()), split) is None  # running statistics depend on no split
 
 

@@ -96,7 +96,7 @@ def make_plan_for(
             config, data_info, hardware, nodes, question, progress=progress, retune=retune, cwd=cwd, run=run
         )
         plan = planner.plan()
-    if (note := settings.norm_note(data_info.batch_norms, plan)) is not None:
+    if (note := settings.norm_note(data_info.batch_norms, plan, data_info.synchronises)) is not None:
         notes.append(note)
     return dataclasses.replace(plan, notes=[*notes, *plan.notes])
 

@@ -85,13 +85,14 @@ def describe(settings: StepSettings) -> str:
     return ", ".join(parts)
 
 
-def norm_note(batch_norms: Sequence[str], plan: Plan) -> str | None:
+def norm_note(batch_norms: Sequence[str], plan: Plan, synchronises: bool = False) -> str | None:
     """What BatchNorm means for a plan with several micro-batches; None where it sees the whole batch at once."""
-    if not batch_norms or sum(map(len, plan.micro_batches)) == 1:
+    pieces = max(map(len, plan.micro_batches)) if synchronises else sum(map(len, plan.micro_batches))
+    if not batch_norms or pieces == 1:
         return None
     more = f" and {len(batch_norms) - 1} more" if len(batch_norms) > 1 else ""
     sizes = sorted({size for rank in plan.micro_batches for size in rank})
-    which = f"({' or '.join(map(str, sizes))} samples)"
+    which = f"({' or '.join(map(str, sizes))} samples{' of each rank' if synchronises else ''})"
     return (
         f"BatchNorm ('{batch_norms[0]}'{more}) normalises each micro-batch {which} by itself, so the result "
         "depends on the split; GroupNorm or frozen BatchNorm would not."
