@@ -22,7 +22,7 @@ from gatrain.plan import StepSettings
 from gatrain.train.accumulate import MicroBatch, RankWindow
 from gatrain.train.engine import Engine
 from gatrain.train.guard import Guard
-from gatrain.train.nonfinite import Search, sample_name
+from gatrain.train.nonfinite import Search, first_bad_parameter, sample_name
 from gatrain.train.optimizer import learning_rate
 from gatrain.train.ranks import Ranks
 
@@ -132,6 +132,22 @@ def test_a_window_that_is_not_finite_changes_no_bit(precision: str, bad: float) 
     result, _ = one.step(window(good, [4, 4]), 1)
     assert not result.skipped
     assert not same_bits(before, everything(one))
+
+
+def test_frozen_parameters_and_buffers_of_any_dtype_are_left_alone() -> None:
+    class Quantised(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(5, 5)
+            self.codes = nn.Parameter(torch.ones(3, dtype=torch.uint8), requires_grad=False)
+            self.register_buffer("scales", torch.ones(3).to(torch.float8_e4m3fn))
+
+    one = engine(Quantised)
+    result, _ = one.step(window(torch.full((4, 5), float("nan")), [4]), 0)
+    assert result.skipped
+    assert first_bad_parameter(one) is None
+    with torch.no_grad():
+        one.model.weight[0, 0] = float("inf")  # type: ignore[operator,index]
+    assert first_bad_parameter(one) == "weight"
 
 
 def test_an_infinite_loss_with_a_finite_gradient_makes_no_update() -> None:

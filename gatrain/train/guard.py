@@ -83,8 +83,9 @@ class Guard:
 
 
 def _by_dtype(buffers: Iterable[Tensor]) -> dict[torch.dtype, list[Tensor]]:
+    """Those that a forward may move; what has one byte an element is a mask or a frozen quantised weight."""
     grouped: dict[torch.dtype, list[Tensor]] = {}
     for buffer in buffers:
-        if buffer.layout == torch.strided and buffer.numel():
+        if buffer.layout == torch.strided and buffer.numel() and buffer.element_size() > 1:
             grouped.setdefault(buffer.dtype, []).append(buffer)
     return grouped

@@ -66,8 +66,9 @@ class Findings:
 
 
 def first_bad_parameter(engine: Engine) -> str | None:
-    """Name of a parameter that holds NaN or infinity; the same on every rank. Waits for the device."""
-    named = [(name, p.detach()) for name, p in engine.model.named_parameters() if p.numel()]
+    """Name of a trained parameter that holds NaN or infinity; the same on every rank. Waits for the device."""
+    parameters = engine.model.named_parameters()  # frozen ones may be of any dtype
+    named = [(name, p.detach()) for name, p in parameters if p.requires_grad and p.numel()]
     if not named:
         return None
     with torch.no_grad():
