@@ -705,3 +705,11 @@ def test_launch_autotune_and_resume_refuse_and_warn_goes_on(tmp_path: Path) -> N
     resumed = gatrain(tmp_path, "resume", "warned", "train.steps=4", "train.check=error")
     assert resumed.returncode == 9, resumed.stderr
     assert sorted(path.name for path in tmp_path.glob("warned/saved/*")) == saved
+
+
+def test_a_loss_that_writes_into_its_batch_is_not_mistaken_for_one_that_remembers() -> None:
+    def loss_sum(model: nn.Module, batch: Any) -> Any:
+        batch["x"].mul_(0.5)
+        return losses(model, batch).sum(), len(batch["y"])
+
+    assert check(OwnTask(loss_sum)) == []

@@ -186,9 +186,8 @@ class HuggingFace(Task):
                 "task of your own."
             )
         if head.kind == CAUSAL:
-            labels = F.pad(labels, (0, 1), value=IGNORED)[
-                :, 1:
-            ]  # the logits, which are large, stay in one piece
+            # moved by padding: the logits, which are large, stay in one piece
+            labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
         return cross_entropy(logits, labels), count
 
     def _logits(self, model: nn.Module, batch: Batch) -> Tensor:

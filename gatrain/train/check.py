@@ -9,6 +9,7 @@ anything is trained. Each rank computes alone; then all share one verdict.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import math
 import time
@@ -310,6 +311,11 @@ class _Check:
         engine = self.engine
         seeding.seed_everything(self.seed, seeding.MICRO_STEP, self.epoch, 0)
         batch = engine.to_device(made.batch)
+        if (
+            engine.device.type == "cpu"
+        ):  # it was not copied, and a loss may write into it, as mixup in place does
+            with contextlib.suppress(Exception):
+                batch = copy.deepcopy(batch)
         watch = _Precisions()
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(graph or way.graph))
