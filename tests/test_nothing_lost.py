@@ -22,10 +22,11 @@ from torch import nn
 
 from gatrain import assets
 from gatrain.compose import compose
-from gatrain.errors import DataError, is_out_of_memory
+from gatrain.errors import DataError, DoesNotFitError, is_out_of_memory
 from gatrain.plan import StepSettings
 from gatrain.report.text import evaluation_text, summary_rows
 from gatrain.tasks.base import Task
+from gatrain.train import samples
 from gatrain.train.engine import Engine
 from gatrain.train.evaluate import evaluate
 from gatrain.train.ranks import Ranks
@@ -391,6 +392,22 @@ def test_numpy_running_out_of_memory_is_out_of_memory() -> None:
 )
 def test_other_errors_are_not_out_of_memory(error: Exception) -> None:
     assert not is_out_of_memory(error)
+
+
+class Large:
+    """Samples whose micro-batches do not fit."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> Any:
+        raise MemoryError
+
+
+def test_memory_that_runs_out_in_reading_is_no_error_of_the_data() -> None:
+    task = TwoTerms(Large(), None)
+    with pytest.raises(DoesNotFitError, match=r"out of memory while the samples 1, 2 .*batch.micro=1"):
+        samples.load(task, task.train_data, [(0, 1), (0, 2)], 0)
 
 
 def test_training_out_of_memory_ends_with_5_and_a_command_that_works(folder: Path) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from gatrain.errors import DataError, GatrainError
+from gatrain.errors import DataError, DoesNotFitError, GatrainError, is_out_of_memory
 from gatrain.tasks.base import Batch, Samples, Task, is_deterministic, named_weights
 from gatrain.train import seeding
 from gatrain.train.accumulate import MicroBatch
@@ -103,6 +103,12 @@ def load(task: Task, data: Samples, keys: Sequence[Key], seed: int, *, trusted: 
         raise
     except Exception as error:
         ids = ", ".join(str(sample) for _, sample in keys[:8]) + (", ..." if len(keys) > 8 else "")
+        if is_out_of_memory(error):
+            raise DoesNotFitError(
+                f"out of memory while the samples {ids} were read and collated: {type(error).__name__}: {error}. "
+                f"Use {f'batch.micro={len(keys) // 2}, ' if len(keys) > 1 else ''}fewer train.data_workers, or a "
+                "machine with more memory."
+            ) from error
         raise DataError(f"cannot load the samples {ids}: {type(error).__name__}: {error}") from error
     finally:
         _watch.undeclared = was_undeclared

@@ -459,14 +459,15 @@ class TrialBatches:
 
 
 def attempt(work: Callable[[], object]) -> Failure | None:
-    """Run what may fail on this rank alone. gatrain's own errors are wrong at every size: they pass."""
+    """Run what may fail on this rank alone. gatrain's own errors are wrong at every size: they pass, but where
+    memory ran out under them."""
     try:
         work()
-    except GatrainError:
-        raise
     except Exception as error:
         if is_out_of_memory(error):
             return Failure(DOES_NOT_FIT, _first_line(error))
+        if isinstance(error, GatrainError):
+            raise
         frame = user_frames(error, most=1)
         place = f" at {frame[-1].filename}:{frame[-1].lineno}" if frame else ""
         return Failure(FAILED, f"{type(error).__name__}: {_first_line(error)}{place}")
