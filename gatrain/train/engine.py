@@ -34,6 +34,8 @@ from gatrain.train.modules import sparse_parameters
 from gatrain.train.optimizer import (
     build_optimizer,
     check_takes_sparse,
+    clip_with_sparse,
+    dense_parts,
     exempt_from_decay,
     learning_rate,
     make_state,
@@ -226,11 +228,10 @@ class Engine:
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
         limit = self._config.clip_norm
-        norm = nn.utils.clip_grad_norm_(
-            self._parameters,
-            INFINITY if limit is None else limit,
-            foreach=False if self._sparse else None,
-        )
+        if self._sparse:
+            norm = clip_with_sparse(self._parameters, limit)
+        else:
+            norm = nn.utils.clip_grad_norm_(self._parameters, INFINITY if limit is None else limit)
         made = self.guard.step(norm, loss_is_bad)
         if self.scaler:
             self.scaler.update() if made else self.scaler.forget_window()
@@ -302,9 +303,8 @@ class Engine:
                     seed_everything(*seed)
                 self._plain.micro_step(self.to_device(batch), scale)
                 loss = float(self._plain.take_sums()[0])
-                gradients = [p.grad for p in self._parameters if p.grad is not None]
-                norm = nn.utils.get_total_norm(gradients, foreach=False if self._sparse else None)
-                return Rehearsal(loss, float(norm))
+                gradients = dense_parts([p.grad for p in self._parameters if p.grad is not None])
+                return Rehearsal(loss, float(nn.utils.get_total_norm(gradients)))
         finally:
             self.guard.restore_buffers()
 

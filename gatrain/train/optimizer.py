@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gatrain.config import AdamWConfig, OptimizerConfig, ScheduleConfig, SGDConfig
 from gatrain.errors import ConfigError
@@ -108,6 +108,28 @@ def _listed(module: nn.Module, method: str) -> list[str]:
             f"{type(module).__name__}.{method}() should list the names of parameters without weight decay, but "
             f"failed: {type(error).__name__}: {error}"
         ) from error
+
+
+def dense_parts(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients, of each sparse one the values of its rows: norms of sparse tensors do not exist on GPUs."""
+    return [each.coalesce().values() if each.is_sparse else each for each in gradients]
+
+
+@torch.no_grad()
+def clip_with_sparse(parameters: Sequence[nn.Parameter], limit: float | None) -> Tensor:
+    """`torch.nn.utils.clip_grad_norm_` where gradients may be sparse; ``limit`` None only takes the norm."""
+    given = [parameter for parameter in parameters if parameter.grad is not None]
+    if limit is not None:
+        for parameter in given:
+            if parameter.grad is not None and parameter.grad.is_sparse:
+                parameter.grad = parameter.grad.coalesce()  # so that its values below are its own
+    values = dense_parts([parameter.grad for parameter in given if parameter.grad is not None])
+    norm = nn.utils.get_total_norm(values)
+    if limit is not None:
+        factor = torch.clamp(limit / (norm + 1e-6), max=1.0)
+        for value in values:
+            value.mul_(factor)
+    return norm
 
 
 @torch.no_grad()
