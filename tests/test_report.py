@@ -630,7 +630,7 @@ def test_a_plan_without_trials_still_explains_itself() -> None:
         compile=False, sync="overlap", reason="given by hand",
     )  # fmt: skip
     assert plan_lines(plan) == [
-        "23 = 2 ranks x (5 + 3) + 1 rank x (5 + 2)",
+        "23 = 2 ranks x (2 x 4) + 1 rank x (4 + 3)",
         "fp32, full checkpointing, not compiled, sync overlap",
         "Why: given by hand",
     ]
