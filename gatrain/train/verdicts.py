@@ -93,14 +93,14 @@ def _cause(n: Numbers) -> tuple[str, str]:
         else "If the loss is a mean over something else than samples, give task.weight=my_module.count, a "
         "function of the targets that counts it. A loss that compares samples cannot be accumulated: use one that "
         "does not, or compute each effective batch in one piece on one rank (batch.micro equal to "
-        "batch.effective).",
+        "batch.effective, with train.check=warn).",
     )
 
 
 _OWN_SUM = (
     "Return a sum over samples from loss_sum(), each computed on its own, and let weight() count them. A loss that "
     "compares samples cannot be accumulated: use one that does not, or compute each effective batch in one piece "
-    "on one rank (batch.micro equal to batch.effective)."
+    "on one rank (batch.micro equal to batch.effective, with train.check=warn)."
 )
 
 
