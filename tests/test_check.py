@@ -686,16 +686,17 @@ def test_launch_autotune_and_resume_refuse_and_warn_goes_on(tmp_path: Path) -> N
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes/slip.yaml").write_text(RECIPE)
 
-    refused = gatrain(tmp_path, "launch", "--nproc", "2", "recipe=slip", "batch.micro=4")
+    refused = gatrain(tmp_path, "launch", "--nproc", "2", "recipe=slip", "batch.micro=4", "run.dir=warned")
     assert refused.returncode == 9, refused.stderr
     assert "returns a mean over what weight() counts, not a sum" in refused.stderr
     assert "Traceback" not in refused.stdout + refused.stderr
-    assert not list(tmp_path.glob("run/saved/*"))
+    assert not list(tmp_path.glob("warned/saved/*"))
 
     untuned = gatrain(tmp_path, "autotune", "recipe=slip")
     assert untuned.returncode == 9, untuned.stderr
     assert "accumulation step" not in untuned.stdout
 
+    # the folder of what was refused before its first step is free again
     warned = gatrain(tmp_path, "fit", "recipe=slip", "batch.micro=4", "train.check=warn", "run.dir=warned")
     assert warned.returncode == 0, warned.stderr
     assert "Wrong result ahead" in warned.stdout + warned.stderr

@@ -63,14 +63,16 @@ def claimed(path: Path, named: bool) -> Iterator[RunDir]:
     Raises:
         RunFolderError: it holds a run, is in use, or cannot be written.
     """
-    if named and RunDir(path).has_run() and not RunDir(path).lock.exists():
+    if named and _has_trained(RunDir(path)) and not RunDir(path).lock.exists():
         raise _holds_a_run(RunDir(path))  # without touching the folder of someone else's run
     run_dir, created = _create(path, named)
     before = {entry.name for entry in run_dir.path.iterdir()} if not created else set()
     try:
         with locked(run_dir):
-            if run_dir.has_run():
+            if _has_trained(run_dir):
                 raise _holds_a_run(run_dir)
+            if run_dir.has_run():
+                remove_run(run_dir)  # it was refused or failed before its first step: it may be tried again
             try:
                 yield run_dir
             except BaseException as error:
@@ -86,6 +88,12 @@ def claimed(path: Path, named: bool) -> Iterator[RunDir]:
         for folder in created:  # deepest first; those that are not empty stay
             with contextlib.suppress(OSError):
                 folder.rmdir()
+
+
+def _has_trained(run_dir: RunDir) -> bool:
+    """Whether there is anything that another run would lose: of a run, or of someone's own by the same names."""
+    is_ours = run_dir.env.is_file() and run_dir.plan.is_file()
+    return run_dir.has_run() and (not is_ours or bool(run_dir.saved_steps()) or _has_content(run_dir.metrics))
 
 
 def _holds_a_run(run_dir: RunDir) -> RunFolderError:
