@@ -66,10 +66,12 @@ def test_what_fails_on_the_other_node_alone_counts_for_both(tmp_path: Path, what
     codes, outputs, run = fit_on_two_nodes(tmp_path, what, "batch.effective=17")
     assert codes == [0, 0], "\n".join(outputs)
     plan = plan_of(run)
-    assert {t["micro_batch"]: t["outcome"] for t in plan["trials"]} == {1: FITS, 2: FITS, 4: outcome}
+    # a share of 9 is cut evenly: at 4 or less by 3, at 8 or less by 5
+    tried = {t["micro_batch"]: t["outcome"] for t in plan["trials"]}
+    assert tried == {1: FITS, 2: FITS, 3: FITS, 5: outcome}
     assert plan["world_size"] == 2
     assert [sum(sizes) for sizes in plan["micro_batches"]] == [9, 8]
-    assert plan["micro_batch"] <= 2
+    assert plan["micro_batch"] <= 3
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2  # and they trained by it
     assert not list(run.glob("gatrain_*"))
     assert not list(run.glob(".node_*"))
