@@ -379,6 +379,12 @@ OWN_GENERATOR = torch.Generator()
 CALLS = iter(range(10**6))
 
 FAULTS: dict[str, Callable[[], Task]] = {
+    "targets normalised over the batch": lambda: OwnTask(
+        lambda m, b: (
+            (m(b["x"])[:, 0] - (b["y"] - b["y"].float().mean()) / b["y"].float().std()).square().sum(),
+            len(b["y"]),
+        )
+    ),
     "a mean handed on as a sum": lambda: OwnTask(lambda m, b: (losses(m, b).mean(), len(b["y"]))),
     "a mean with a weight of one": lambda: OwnTask(lambda m, b: (losses(m, b).mean(), 1), lambda b: 1),
     "a sum divided by the batch size": lambda: OwnTask(

@@ -542,6 +542,15 @@ class _Check:
                     f"{added:g} for the same samples as {sizes}. {cause}. Let weight(batch) count what the loss's "
                     "mean divides by, sample by sample: len(batch), or the labels that are not ignored."
                 )
+        for piece, part in zip(pieces, parts, strict=True):
+            if together.is_finite and not part.is_finite and any(piece.weights.values()):
+                raise _Fault(
+                    f"the loss of {whole.count} samples is {_number(together)} as one micro-batch, but that of "
+                    f"{piece.count} of them alone is {_number(part)}, so the result would depend on the split. "
+                    "Likely cause: a statistic over the micro-batch, such as a standard deviation, or a mean over "
+                    "labels where none counts. Compute each sample's loss on its own, with statistics of the whole "
+                    "training data, and return a sum."
+                )
         if not (together.is_finite and all(part.is_finite for part in parts)):
             self.notices.append(
                 "The loss of the first samples is not finite, so it could not be checked that it may be split."
