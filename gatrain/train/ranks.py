@@ -5,6 +5,8 @@ All of them are called by every rank, in the same order; a rank that leaves one 
 
 from __future__ import annotations
 
+import atexit
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -33,6 +35,8 @@ class Ranks:
         """The ranks of torch.distributed's default group, or a single one where none is initialised."""
         if not (dist.is_available() and dist.is_initialized()):
             return cls()
+        atexit.unregister(_let_threads_end)
+        atexit.register(_let_threads_end)
         group = _host_group_beside(dist.distributed_c10d._get_default_group())
         return cls(dist.get_rank(), dist.get_world_size(), group)
 
@@ -153,14 +157,25 @@ def _no_rows(parameter: Tensor, sparse_dim: int) -> Tensor:
     return torch.sparse_coo_tensor(indices, values, parameter.shape, check_invariants=False).coalesce()
 
 
+EXIT_PAUSE_S = 0.2
+
+
+def _let_threads_end() -> None:
+    """Give gloo's threads time to let go of the last tensors before Python ends.
+
+    One that still holds a tensor then waits for the interpreter's lock and aborts the process, which had succeeded.
+    """
+    time.sleep(EXIT_PAUSE_S)
+
+
 _host_groups: dict[str, dist.ProcessGroup] = {}
 """Groups for host tensors that were made beside default groups that cannot reduce them, by the latter's name."""
 
 
-def _host_group_beside(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A group that reduces host tensors. Collective at the first call where the default group cannot."""
+def _host_group_beside(group: dist.ProcessGroup) -> dist.ProcessGroup | None:
+    """A group that reduces host tensors; None where the default one does. Collective at the first call else."""
     if any(device.type == "cpu" for device in group._device_types):
-        return group  # not remembered: holding it would keep its threads past destroy_process_group
+        return None  # a result that holds it would keep its threads past destroy_process_group
     if group.group_name not in _host_groups:
         made = dist.new_group(backend="gloo")
         assert isinstance(made, dist.ProcessGroup)  # every rank is a member
