@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING
 from gatrain.errors import LaunchError, WorkerError
 from gatrain.launch import protocol
 from gatrain.launch.net import address_towards
+from gatrain.launch.watch import process_exists
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import TCPStore
@@ -212,7 +213,7 @@ def follow(world: GivenWorld) -> int:
         pid = _leader(folder)
         if pid is not None:
             missing_since = time.monotonic()
-            while (code := _exit_code(folder, pid)) is None and _exists(pid):
+            while (code := _exit_code(folder, pid)) is None and process_exists(pid):
                 time.sleep(POLL_S)
             code = _exit_code(folder, pid) if code is None else code  # written just before the end
             if code is not None:
@@ -231,7 +232,7 @@ def _leader(folder: Path) -> int | None:
     """Pid of the living first process; an older torchrun may have left its own."""
     with contextlib.suppress(OSError, ValueError, KeyError):
         pid = int(json.loads((folder / "leader.json").read_text())["pid"])
-        return pid if _exists(pid) else None
+        return pid if process_exists(pid) else None
     return None
 
 
@@ -296,13 +297,3 @@ def _number(environ: Mapping[str, str], name: str, default: int | None = None) -
     if not (text.isascii() and text.isdigit()):
         raise LaunchError(f"{name}={text!r} is not a number. Start gatrain with torchrun, or unset {name}.")
     return int(text)
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -107,7 +107,7 @@ class Watch:
     def _scan(self) -> None:
         now = time.monotonic()
         # states are read after the check for life: a rank writes its last state before it ends
-        gone = {pid for pid in self._alive() if not _exists(pid)}
+        gone = {pid for pid in self._alive() if not process_exists(pid)}
         self.states = protocol.read_rank_states(self.state_folder)
         self._gone |= gone
         for pid in gone:
@@ -155,7 +155,8 @@ def name_of(signum: int) -> str:
     return "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
 
 
-def _exists(pid: int) -> bool:
+def process_exists(pid: int) -> bool:
+    """Whether there is such a process, be it another user's."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
