@@ -59,7 +59,11 @@ def test_of_data_beyond_the_limit_every_file_counts_with_blocks_spread_over_it(
     for path in paths:
         path.write_bytes(bytes(8192))
     before = content_fingerprint(paths)
-    for nth, place in ((0, 0), (1, 8191), (2, 4100)):  # the first block, the last one, another content altogether
+    for nth, place in (
+        (0, 0),
+        (1, 8191),
+        (2, 4100),
+    ):  # the first block, the last one, another content altogether
         content = bytearray(8192)
         content[place : place + 600] = b"x" * len(content[place : place + 600])
         paths[nth].write_bytes(content[:8192] if nth < 2 else os.urandom(8192))
@@ -78,11 +82,14 @@ def test_hashes_are_kept_until_size_time_or_inode_of_a_file_changes(
     hashed: list[str] = []
     real = fingerprint._hash_file
     monkeypatch.setattr(
-        fingerprint, "_hash_file", lambda path, *more: hashed.append(os.path.basename(path)) or real(path, *more)
+        fingerprint,
+        "_hash_file",
+        lambda path, *more: hashed.append(os.path.basename(path)) or real(path, *more),
     )
     before = content_fingerprint(files_of(root), root)
     assert sorted(hashed) == ["1.txt", "1.txt", "2.txt"]
-    assert content_fingerprint(files_of(root), root) == before and len(hashed) == 3
+    assert content_fingerprint(files_of(root), root) == before
+    assert len(hashed) == 3
     times = (root / "a" / "2.txt").stat()
     (root / "a" / "new").write_bytes(b"TWO")  # same size, and made to bear the same time
     (root / "a" / "new").replace(root / "a" / "2.txt")

@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Digits", "ImageFolderData", "PaddedText", "TextWindows"]
 
-_HOMES = {"Digits": "digits", "ImageFolderData": "image_folder", "PaddedText": "padded", "TextWindows": "text"}
+_HOMES = {
+    "Digits": "digits",
+    "ImageFolderData": "image_folder",
+    "PaddedText": "padded",
+    "TextWindows": "text",
+}
 
 
 def __getattr__(name: str) -> Any:

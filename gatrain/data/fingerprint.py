@@ -109,8 +109,12 @@ def _digests(paths: Sequence[str], states: Sequence[State], blocks: int) -> list
         found |= hits | fresh
         settled = [path for path in fresh if max(places[path][1:3]) < began_ns - SETTLED_NS]
         if len(settled) >= KEPT_FILES or sum(places[path][0] for path in settled) >= KEPT_BYTES:
-            entries = {os.path.basename(path): [list(places[path]), found[path]] for path in [*hits, *settled]}
-            others = {name: entry for name, entry in known.items() if os.path.exists(os.path.join(folder, name))}
+            entries = {
+                os.path.basename(path): [list(places[path]), found[path]] for path in [*hits, *settled]
+            }
+            others = {
+                name: entry for name, entry in known.items() if os.path.exists(os.path.join(folder, name))
+            }
             _keep(folder, blocks, others | entries)
     return [found[path] for path in paths]
 
