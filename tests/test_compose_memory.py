@@ -20,7 +20,7 @@ from gatrain.compose import Composed, compose, memory
 from gatrain.compose.memory import compose_remembered
 from gatrain.config import AdamWConfig, RunConfig, SGDConfig
 from gatrain.errors import ConfigError
-from gatrain.fit.record import redact_value
+from gatrain.secrets import redact_value
 
 RECIPE = """
 defaults: [base, _self_]

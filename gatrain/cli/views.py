@@ -11,7 +11,7 @@ from typing import Any
 
 from gatrain.assets import Recipe
 from gatrain.compose import COMMAND_LINE, DEFAULT, Composed
-from gatrain.fit.record import redact_value
+from gatrain.secrets import redact_value
 
 
 def recipe_lines(recipes: Sequence[Recipe]) -> list[str]:

@@ -48,7 +48,7 @@ def compose_remembered(overrides: Sequence[str], hide: Hide, cwd: Path | None = 
 
     Args:
         overrides: ``recipe=NAME`` (or a path) and Hydra override words.
-        hide: tells what is secret, such as `gatrain.fit.record.redact_value`.
+        hide: tells what is secret, such as `gatrain.secrets.redact_value`.
         cwd: as for `compose`.
 
     Raises:

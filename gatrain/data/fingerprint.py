@@ -1,4 +1,4 @@
-"""Hash of what files hold: the same wherever they lie and whoever copied them, another when their contents change."""
+"""Hash of what files hold: the same wherever they lie, another when their contents or names change."""
 
 from __future__ import annotations
 

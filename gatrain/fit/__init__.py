@@ -38,6 +38,7 @@ from gatrain.launch.nodes import Nodes
 from gatrain.launch.torchrun import GivenWorld
 from gatrain.plan import Plan
 from gatrain.rundir import RunDir, locked, open_run_dir, read_json, write_json, write_text
+from gatrain.secrets import redact, redact_value
 from gatrain.tune.hardware import Hardware, detect_hardware, weakest
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def autotune(
         GatrainError: a leaf that names what is wrong.
     """
     request, listener = request or WorldRequest(), listener or Listener()
-    composed = compose_remembered(overrides, record.redact_value)
+    composed = compose_remembered(overrides, redact_value)
     check_modules(composed.config, Path.cwd())
     hardware, nodes = find_world(composed.config, request)
     with contextlib.ExitStack() as stack:
@@ -183,7 +184,7 @@ def fit(
     with claimed(path, named) as run_dir, beating(run_dir, nodes) as heart:
         hardware = weakest(hardware, heart.hardware_of_others())
         plan = _plan(composed.config, composed.yaml, hardware, nodes, listener, cwd, retune, run_dir, heart)
-        lines = [f"recipe={composed.recipe}", *map(record.redact, composed.overrides)]
+        lines = [f"recipe={composed.recipe}", *map(redact, composed.overrides)]
         write_json(run_dir.env, record.environment(composed.recipe, composed.recipe_file, lines, cwd))
         write_text(run_dir.overrides, "\n".join(lines) + "\n")
         _write_plan(run_dir, plan, hardware)
@@ -233,9 +234,7 @@ def resume(
             _write_plan(run_dir, plan, hardware)
         if overrides:
             write_text(run_dir.config, config_yaml, mode=0o600)
-            note = (
-                f"# resumed at step {run_dir.saved_steps()[-1]}: {' '.join(map(record.redact, overrides))}\n"
-            )
+            note = f"# resumed at step {run_dir.saved_steps()[-1]}: {' '.join(map(redact, overrides))}\n"
             with contextlib.suppress(OSError):
                 write_text(run_dir.overrides, run_dir.overrides.read_text(encoding="utf-8") + note)
         listener.planned(plan, run_dir.path)
