@@ -49,6 +49,11 @@ def build_task(config: RunConfig) -> Task:
         ConfigError: a node cannot be instantiated, or ``task`` is not a Task.
         DataError: the data is missing or unusable.
     """
+    return build_task_and_source(config)[0]
+
+
+def build_task_and_source(config: RunConfig) -> tuple[Task, Any]:
+    """As `build_task`, with the data source that the task was given; None where it makes its own."""
     given: dict[str, Any] = {}
     if config.model is not None:
         given["model"] = partial(instantiate, "model", config.model)
@@ -65,7 +70,7 @@ def build_task(config: RunConfig) -> Task:
     map_style(task.train_data, "train_data")
     if task.eval_data is not None:
         map_style(task.eval_data, "eval_data")
-    return task
+    return task, given.get("data")
 
 
 def build_model(task: Task, seed: int, device: torch.device, *, in_place: bool = False) -> nn.Module:

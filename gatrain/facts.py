@@ -33,11 +33,12 @@ from typing import Any
 from gatrain import __version__
 from gatrain.assets import cache_dir
 from gatrain.config import RunConfig
+from gatrain.data.report import DataRecord
 from gatrain.dependencies import State, file_state, hash_files, named_state, source_hash, targets
 from gatrain.errors import RunFolderError
 from gatrain.rundir import drop_oldest, read_json, write_text
 
-VERSION = 1
+VERSION = 2
 """Of the file's form and of the way of looking: raise it when old memories should not count."""
 MAX_FILES = 500
 LIFETIME_S = 3600.0
@@ -48,7 +49,8 @@ _KNOWN_CODE = ("gatrain.", "torch.nn.", "torch.utils.data.", "torchvision.")
 """Reads nothing but what its arguments name."""
 _LOOKS = (
     "build.py", "construction.py", "signatures.py", "dependencies.py", "facts.py", "inspection.py",
-    "train/checkpointing.py", "train/modules.py", "train/main_gradients.py",
+    "train/checkpointing.py", "train/modules.py", "train/main_gradients.py", "train/data_look.py",
+    "train/sample_prints.py", "train/samples.py",
     "data/*.py", "models/*.py", "tasks/*.py",
 )  # fmt: skip
 """The parts of gatrain that decide what a look finds."""
@@ -78,7 +80,9 @@ class RunFacts:
     synchronises: bool = False
     """Whether there is SyncBatchNorm among them: all ranks need equally many micro-steps."""
     remarks: tuple[str, ...] = ()
-    """Sentences on the model for the plan."""
+    """Sentences on the data and the model for the plan."""
+    data: DataRecord | None = None
+    """What the data source has read, and a few of its samples."""
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> RunFacts:
@@ -98,6 +102,8 @@ class RunFacts:
             raise ValueError("not a count")
         if not all(isinstance(text, str) for text in texts):
             raise TypeError("not a text")
+        if values.get("data") is not None:
+            values["data"] = DataRecord.from_dict(values["data"])
         return cls(**values)
 
 

@@ -203,11 +203,12 @@ def _look(config: RunConfig, really: bool = False) -> RunFacts:
 
     from gatrain import build
     from gatrain.train.checkpointing import available_modes
+    from gatrain.train.data_look import compare_classes, look_at_data
     from gatrain.train.main_gradients import half_names, half_parameters
     from gatrain.train.modules import batch_norms, mode_remarks
 
     build.check_targets(config)
-    task = build.build_task(config)
+    task, source = build.build_task_and_source(config)
     samples = len(task.train_data)
     if samples < config.batch.effective:
         raise DataError(
@@ -216,6 +217,8 @@ def _look(config: RunConfig, really: bool = False) -> RunFacts:
             if samples
             else "the training data is empty."
         )
+    data = look_at_data(task, source, config.train.seed)
+    remarks = [*data.warnings(), *compare_classes(data.report, config.model)]
     try:
         if really:
             model = build.build_model(task, config.train.seed, torch.device("cpu"))
@@ -241,7 +244,8 @@ def _look(config: RunConfig, really: bool = False) -> RunFacts:
         half_dtypes=half_names(parameter.dtype for parameter in half),
         batch_norms=tuple(batch_norms(model)),
         synchronises=any(isinstance(module, torch.nn.SyncBatchNorm) for module in model.modules()),
-        remarks=tuple(mode_remarks(model)),
+        remarks=(*remarks, *mode_remarks(model)),
+        data=data,
     )
 
 

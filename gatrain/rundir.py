@@ -48,6 +48,11 @@ class RunDir:
         return self.path / "env.json"
 
     @property
+    def data(self) -> Path:
+        """What was read (JSON): a `gatrain.data.report.DataRecord`."""
+        return self.path / "data.json"
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 

@@ -19,6 +19,7 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
     from gatrain.compose import load_config
     from gatrain.launch.reasons import describe
     from gatrain.report import make_sinks, save_plots
+    from gatrain.report.data_lines import left_out
     from gatrain.report.jsonl import read_lines
     from gatrain.train import out_of_memory, samples, saved_state
     from gatrain.train.aftermath import Aftermath
@@ -149,6 +150,7 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
                 summary["loss"] = next(
                     (line.get("loss") for line in reversed(read_lines(run_dir.metrics))), None
                 )
+            summary["left_out"] = left_out(run_dir)
             summary["weights"] = _weights_of(run_dir, summary["step"])
             write_json(run_dir.summary, summary)  # the plots read it
             with aftermath.guard("the plots"):

@@ -273,7 +273,7 @@ def test_errors_are_not_remembered(here: Path, looks: Looks) -> None:
         lambda text: text.replace('"samples": 100', '"samples": -1'),
         lambda text: text.replace('"reads": {}', '"reads": {"text.txt": [1]}'),
         lambda text: text.replace('"reads": {}', '"reads": 3'),
-        lambda text: text.replace('"version": 1', '"version": 0'),
+        lambda text: text.replace('"version": 2', '"version": 0'),
         lambda text: text.replace('"made": ', '"made": "x", "was": '),
         lambda text: text.replace('["none", "full"]', "[1]"),
     ],

@@ -126,7 +126,8 @@ def autotune(
     if plot is not None:
         plan_plot.save_plan_plot(prepared.plan, plot)
     if as_json:
-        terminal.print_json(prepared.plan.to_dict() | {"predicted": prepared.predicted})
+        data = prepared.data.to_dict() if prepared.data is not None else None
+        terminal.print_json(prepared.plan.to_dict() | {"predicted": prepared.predicted, "data": data})
     else:
         from gatrain.report import plan_plot
 

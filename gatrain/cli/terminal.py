@@ -55,8 +55,17 @@ class Progress:
             self._status = None
 
     def listener(self, print_plan: bool = True) -> Listener:
+        from gatrain.data.report import DataRecord
         from gatrain.fit import Listener
         from gatrain.plan import Plan
+
+        def read(data: DataRecord) -> None:
+            self.stop()
+            if print_plan:
+                from gatrain.report.data_lines import data_lines
+
+                print_lines(data_lines(data))
+                sys.stdout.flush()
 
         def planned(plan: Plan, run_dir: Path | None) -> None:
             self.stop()
@@ -67,7 +76,7 @@ class Progress:
                 if run_dir is not None:
                     print(f"Run folder: {run_dir}", flush=True)
 
-        return Listener(progress=self.tell, planned=planned)
+        return Listener(progress=self.tell, read=read, planned=planned)
 
 
 def print_json(data: Any) -> None:

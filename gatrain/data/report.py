@@ -14,6 +14,8 @@ from typing import Any
 
 EXAMPLES = 5
 """First names that are kept of each kind of thing that was left out."""
+WARNED_SHARE = 0.05
+"""A larger share that was cut, left out or unreadable is a warning."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,11 @@ class Omission:
     count: int
     examples: tuple[str, ...] = ()
     of: int | None = None
+
+    @property
+    def is_large(self) -> bool:
+        """Whether its share deserves a warning."""
+        return bool(self.of) and self.count > WARNED_SHARE * (self.of or 0)
 
 
 class Omissions:
@@ -93,3 +100,58 @@ class DataReport:
             Omission(**{**entry, "examples": tuple(entry["examples"])}) for entry in data["omissions"]
         )
         return cls(**{**data, "omissions": omissions})
+
+
+@dataclass(frozen=True)
+class DataRecord:
+    """What a look at a run's data found: printed, kept in the run folder, and compared when the run goes on.
+
+    Attributes:
+        report: what the source says of itself; of a source that says nothing, what can be seen from outside.
+        train_samples, eval_samples: samples to train on and held out.
+        shapes: what a sample is, such as ``"float32 [3, 224, 224], int"``.
+        samples: a few samples, by their number: see `gatrain.train.sample_prints`.
+        not_compared: why contents that changed might go unseen; "" where they would not.
+    """
+
+    report: DataReport
+    train_samples: int
+    eval_samples: int
+    shapes: str = ""
+    samples: Mapping[str, Any] = field(default_factory=dict)
+    not_compared: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {**asdict(self), "report": self.report.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> DataRecord:
+        """The inverse of `to_dict`.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError: it is something else.
+        """
+        record = cls(**{**data, "report": DataReport.from_dict(data["report"])})
+        report = record.report
+        counts = [record.train_samples, record.eval_samples, report.files, report.size_bytes, report.items]
+        counts += [*(report.classes or {}).values(), *(omission.count for omission in report.omissions)]
+        if not all(type(count) is int and count >= 0 for count in counts):
+            raise ValueError("not a count")
+        texts = [record.shapes, record.not_compared, report.kind, report.item_name, report.fingerprint]
+        texts += [text for each in report.omissions for text in (each.what, *each.examples)]
+        if not all(isinstance(text, str) for text in texts) or not isinstance(record.samples, dict):
+            raise TypeError("not a text")
+        return record
+
+    def omissions(self) -> list[Omission]:
+        """What was left out, cut, replaced or unreadable."""
+        return [omission for omission in self.report.omissions if omission.count]
+
+    def warnings(self) -> list[str]:
+        """A sentence for each kind of omission that takes a large share."""
+        return [
+            f"{omission.count:,} of {omission.of:,} ({omission.count / omission.of:.0%}): {omission.what}"
+            for omission in self.omissions()
+            if omission.of and omission.is_large
+        ]

@@ -20,6 +20,7 @@ from gatrain import batch
 from gatrain.compose import Composed, compose, reload
 from gatrain.compose.memory import compose_remembered
 from gatrain.config import RunConfig
+from gatrain.data.report import DataRecord
 from gatrain.errors import (
     AfterTrainingError,
     ConfigError,
@@ -28,6 +29,7 @@ from gatrain.errors import (
     WorkerError,
     nearest,
 )
+from gatrain.facts import RunFacts
 from gatrain.fit import record
 from gatrain.fit.claim import choose_folder, claimed, remove_run
 from gatrain.fit.heartbeat import Heartbeat, beating, wait_for_node_0
@@ -90,6 +92,8 @@ class Listener:
     """Who hears how far preparation is. ``planned`` gets the plan, and the run folder if there is one."""
 
     progress: Callable[[str], None] = lambda text: None
+    read: Callable[[DataRecord], None] = lambda data: None
+    """Gets what was read, before anything is measured."""
     planned: Callable[[Plan, Path | None], None] = lambda plan, run_dir: None
 
 
@@ -103,6 +107,7 @@ class Prepared:
     plan: Plan
     predicted: list[str] = field(default_factory=list)
     """Lines with the peak memory that was predicted without a GPU, beside what trials have just measured."""
+    data: DataRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -146,12 +151,12 @@ def autotune(
                 )
                 tracings.append(stack.enter_context(tracing))
 
-        plan = _plan(
+        plan, facts = _plan(
             composed.config, composed.yaml, hardware, nodes, listener, Path.cwd(), retune, measuring=measuring
         )
         predicted = [line for tracing in tracings for line in tracing.lines(plan, timeout_s=PREDICTION_S)]
     listener.planned(plan, None)
-    return Prepared(composed, hardware, nodes, plan, predicted)
+    return Prepared(composed, hardware, nodes, plan, predicted, facts.data)
 
 
 def fit(
@@ -183,11 +188,15 @@ def fit(
         remove_run(RunDir(path))  # the first attempt ended before it had saved anything
     with claimed(path, named) as run_dir, beating(run_dir, nodes) as heart:
         hardware = weakest(hardware, heart.hardware_of_others())
-        plan = _plan(composed.config, composed.yaml, hardware, nodes, listener, cwd, retune, run_dir, heart)
+        plan, facts = _plan(
+            composed.config, composed.yaml, hardware, nodes, listener, cwd, retune, run_dir, heart
+        )
         lines = [f"recipe={composed.recipe}", *map(redact, composed.overrides)]
         write_json(run_dir.env, record.environment(composed.recipe, composed.recipe_file, lines, cwd))
         write_text(run_dir.overrides, "\n".join(lines) + "\n")
         _write_plan(run_dir, plan, hardware)
+        if facts.data is not None:
+            write_json(run_dir.data, facts.data.to_dict())
         write_text(run_dir.config, composed.yaml, mode=0o600)  # a value given literally may be a secret
         listener.planned(plan, run_dir.path)
         if request.given is not None:
@@ -230,7 +239,7 @@ def resume(
         asks_again = any(_covers(known, key) for known in _REPLAN_KEYS for key in changed)
         if asks_again or _moved(run_dir, plan, hardware, nodes):
             hardware = weakest(hardware, heart.hardware_of_others())
-            plan = _plan(config, config_yaml, hardware, nodes, listener, cwd, run_dir=run_dir, heart=heart)
+            plan, _ = _plan(config, config_yaml, hardware, nodes, listener, cwd, run_dir=run_dir, heart=heart)
             _write_plan(run_dir, plan, hardware)
         if overrides:
             write_text(run_dir.config, config_yaml, mode=0o600)
@@ -297,7 +306,7 @@ def _plan(
     run_dir: RunDir | None = None,
     heart: Heartbeat | None = None,
     measuring: Callable[[], None] = lambda: None,
-) -> Plan:
+) -> tuple[Plan, RunFacts]:
     from gatrain.tune import make_plan_for, needs_trials, trial_host
 
     def announce(trials: Path | None) -> None:
@@ -318,9 +327,12 @@ def _plan(
             if hardware.device == "cuda" and needs_trials(config, hardware):
                 host.start()  # its imports take as long as the look at the data
         facts = look.facts()
-        return make_plan_for(
+        if facts.data is not None:
+            listener.read(facts.data)
+        plan = make_plan_for(
             config, facts, hardware, nodes, progress=listener.progress, retune=retune, cwd=cwd, run=host
         )
+        return plan, facts
 
 
 def _moved(run_dir: RunDir, plan: Plan, hardware: Hardware, nodes: Nodes) -> bool:

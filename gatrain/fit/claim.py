@@ -136,7 +136,7 @@ def _remove(entry: Path) -> None:
 
 def remove_run(run_dir: RunDir) -> None:
     """Clear what makes the folder look like a run's, so that another may start there."""
-    for path in (run_dir.config, run_dir.metrics, run_dir.saved, run_dir.summary, run_dir.plan):
+    for path in (run_dir.config, run_dir.metrics, run_dir.saved, run_dir.summary, run_dir.plan, run_dir.data):
         _remove(path)
 
 

@@ -169,6 +169,8 @@ def summary_rows(summary: Mapping[str, Any], info: RunInfo) -> list[tuple[str, s
     if summary.get("skipped_steps"):
         rows.append(("skipped", f"{units.plural(summary['skipped_steps'], 'step')} made no update"))
     rows += _evaluation_rows({"loss": summary.get("eval_loss")} | (summary.get("evaluation") or {}), info)
+    if summary.get("left_out"):
+        rows.append(("left out", clean(summary["left_out"])))
     rows += [("failed", clean(line)) for line in summary.get("failed") or ()]
     rows.append(("results", clean(shown_path(info.run_dir))))
     if summary.get("weights"):

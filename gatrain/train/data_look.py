@@ -1,0 +1,176 @@
+"""One look at a run's data: what its source says of itself, and what can be seen of any data from outside."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from gatrain.data.report import DataRecord, DataReport, Omission
+from gatrain.errors import ConfigError, GatrainError
+from gatrain.tasks.base import Task
+from gatrain.train.sample_prints import Prints, same_print, take_prints
+
+CLASS_KEYS = ("classes", "num_classes", "n_classes", "num_labels")
+"""Names under which models are told how many classes there are."""
+
+
+def look_at_data(task: Task, source: Any, seed: int) -> DataRecord:
+    """Ask the source for its report, and read a few samples of the training data.
+
+    Args:
+        source: what the task was given as its data; None where it makes its own.
+
+    Raises:
+        GatrainError: the source's own report raises it.
+    """
+    prints = take_prints(task, task.train_data, seed)
+    report = _own_report(task, source)
+    if report is None:
+        kind = type(source if source is not None else task.train_data)
+        report = DataReport(
+            kind=f"{kind.__module__}.{kind.__qualname__}",
+            items=len(task.train_data) + _length(task.eval_data),
+            fingerprint=_own_fingerprint(task),
+        )
+    if prints.unread:
+        read = len(prints.unread) + len(prints.samples) + prints.unstable
+        unread = Omission(
+            f"of {read} samples that were tried could not be read", len(prints.unread), tuple(prints.unread)
+        )
+        report = dataclasses.replace(report, omissions=(*report.omissions, unread))
+    return DataRecord(
+        report=report,
+        train_samples=len(task.train_data),
+        eval_samples=_length(task.eval_data),
+        shapes=prints.shapes,
+        samples=prints.samples,
+        not_compared=_not_compared(prints) if not report.fingerprint else "",
+    )
+
+
+def same_data(task: Task, source: Any, seed: int, before: DataRecord) -> DataRecord:
+    """As `look_at_data` for data that was looked at before: only what is compared is read."""
+    report = _own_report(task, source)
+    fingerprint = report.fingerprint if report is not None else _own_fingerprint(task)
+    numbers = [int(number) for number in before.samples if int(number) < len(task.train_data)]
+    prints = Prints()
+    if not (fingerprint and before.report.fingerprint):
+        prints = take_prints(task, task.train_data, seed, numbers, again=False)
+    report = report or dataclasses.replace(before.report, fingerprint=fingerprint)
+    return DataRecord(
+        report, len(task.train_data), _length(task.eval_data), prints.shapes, samples=prints.samples
+    )
+
+
+def data_differences(before: DataRecord, now: DataRecord) -> list[tuple[str, str, str]]:
+    """What tells two looks apart, as (key, old, new); held-out data counts where its number of samples differs."""
+    found = []
+    if before.train_samples != now.train_samples:
+        found.append(("data.samples", f"{before.train_samples:,} samples", f"{now.train_samples:,} samples"))
+    old, new = before.report, now.report
+    if old.fingerprint and new.fingerprint:
+        if old.fingerprint != new.fingerprint:
+            found.append(("data.contents", _contents(old), _contents(new)))
+    else:
+        both = [number for number in before.samples if number in now.samples]
+        other = [n for n in both if not same_print(before.samples[n], now.samples[n])]
+        if other:
+            hashes = [str(each.samples[other[0]].get("hash", "?"))[:8] for each in (before, now)]
+            which = f"sample {other[0]}" + (f" and {len(other) - 1} more of {len(both)}" if other[1:] else "")
+            same_hash = hashes[0] == hashes[1]
+            found.append(
+                (
+                    "data.contents",
+                    f"{which} as recorded" if same_hash else f"{which} with the hash {hashes[0]}",
+                    "other numbers" if same_hash else f"the hash {hashes[1]}",
+                )
+            )
+    if before.eval_samples != now.eval_samples:
+        found.append(("data.eval_samples", f"{before.eval_samples:,} held out", f"{now.eval_samples:,}"))
+    names = [list(each.classes) if each.classes is not None else None for each in (old, new)]
+    if names[0] is not None and names[1] is not None and names[0] != names[1]:
+        found.append(("data.classes", _named(names[0]), _named(names[1])))
+    return found
+
+
+def compare_classes(report: DataReport, model: Any) -> list[str]:
+    """Compare the classes of the data with those that the model is told of.
+
+    Returns:
+        remarks: a sentence where the model has classes that the data lacks.
+
+    Raises:
+        ConfigError: the data has more classes than the model.
+    """
+    if report.classes is None or not isinstance(model, Mapping):
+        return []
+    found = len(report.classes)
+    for key in CLASS_KEYS:
+        told = model.get(key)
+        if type(told) is not int:
+            continue
+        names = _named(list(report.classes))
+        if told < found:
+            raise ConfigError(
+                f"model.{key}={told}, but the data has {found} classes: {names}. Use model.{key}={found}, or leave "
+                "out what is no class."
+            )
+        if told > found:
+            return [
+                f"model.{key}={told}, but the data has only {found} classes ({names}): model.{key}={found} fits"
+            ]
+    return []
+
+
+def _own_report(task: Task, source: Any) -> DataReport | None:
+    for each in (source, task, task.train_data):
+        report = getattr(each, "report", None)
+        if isinstance(report, DataReport):
+            return _plain(report)
+    return None
+
+
+def _plain(report: DataReport) -> DataReport:
+    """As it comes back from JSON; a user's own report may hold numbers of numpy and names that are no text.
+
+    Raises:
+        GatrainError: it cannot be written as JSON.
+    """
+    try:
+        plain = json.loads(json.dumps(report.to_dict(), default=_as_plain))
+        return DataReport.from_dict(plain)
+    except (TypeError, ValueError, KeyError) as error:
+        raise GatrainError(f"data.report cannot be kept: {type(error).__name__}: {error}") from error
+
+
+def _as_plain(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+def _own_fingerprint(task: Task) -> str:
+    own = getattr(task.train_data, "fingerprint", None)
+    return str(own) if isinstance(own, str | int | bytes) and own else ""
+
+
+def _length(data: Any) -> int:
+    return len(data) if data is not None else 0
+
+
+def _not_compared(prints: Prints) -> str:
+    if not prints.samples:
+        if prints.unstable:
+            return "its samples differ each time they are read"
+        return "no sample could be read" if prints.unread else ""
+    return f"{', '.join(prints.left_out)} in its samples cannot be compared" if prints.left_out else ""
+
+
+def _contents(report: DataReport) -> str:
+    size = f" ({report.files:,} files, {report.size_bytes:,} bytes)" if report.files else ""
+    return f"fingerprint {report.fingerprint[:12]}{size}"
+
+
+def _named(names: list[str]) -> str:
+    shown = ", ".join(names[:5])
+    return f"{shown}, ... ({len(names)})" if len(names) > 5 else shown
