@@ -7,6 +7,7 @@
     ├── DoesNotFitError       5   the model does not fit in memory even at one sample
     ├── LaunchError           6   processes that cannot start: port, GPU count, scheduler
     ├── RunFolderError        7   a run folder in use, not a run folder, or not writable
+    │   └── DamagedFileError  8   a file of the run folder that does not hold what gatrain writes there
     ├── SavedStateError       8   no valid saved state, or one that belongs to another run
     ├── ExactnessError        9   counted and used weights differ, or a gradient is not finite
     ├── VerifyError          10   `gatrain verify` found a split gradient that is not equal
@@ -65,6 +66,12 @@ class RunFolderError(GatrainError):
     """A run folder is in use, is not a run folder, or cannot be written."""
 
     exit_code = 7
+
+
+class DamagedFileError(RunFolderError):
+    """A file of a run folder (plan.json, env.json, ...) does not hold what gatrain writes there."""
+
+    exit_code = 8
 
 
 class SavedStateError(GatrainError):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gatrain import batch
+from gatrain import batch, schema
+from gatrain.config import CHECKPOINTING, PRECISIONS, SYNCS
 
 FITS, DOES_NOT_FIT, FAILED, SKIPPED = "fits", "does_not_fit", "failed", "skipped"
 
@@ -106,14 +108,52 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Plan:
-        """Inverse of `to_dict`; unknown keys (of a newer version) are ignored."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        values = {key: value for key, value in data.items() if key in known}
-        trial_fields = {f.name for f in dataclasses.fields(Trial)}
-        values["trials"] = [
-            Trial(**{k: v for k, v in trial.items() if k in trial_fields}) for trial in data.get("trials", [])
-        ]
-        return cls(**values)
+        """Inverse of `to_dict`; unknown keys (of a newer version) are ignored.
+
+        Raises:
+            ValueError: a type, a range, or a sum that no plan has; says which.
+        """
+        trials = data.get("trials")
+        if isinstance(trials, list):  # a trial's loss may be infinite or no number: nothing depends on it
+            trials = [
+                {**trial, "loss": None} if _is_not_finite(trial.get("loss")) else trial
+                for trial in trials
+                if isinstance(trial, dict)
+            ]
+            data = {**data, "trials": trials}
+        try:
+            found = schema.parse(cls, data)
+        except AssertionError as error:
+            raise ValueError(str(error)) from error
+        found._check_ranges()
+        return found
+
+    def _check_ranges(self) -> None:
+        schema.at_least(1, effective_batch=self.effective_batch, micro_batch=self.micro_batch)
+        schema.at_least(
+            0,
+            predicted_peak_bytes=self.predicted_peak_bytes,
+            memory_budget_bytes=self.memory_budget_bytes,
+        )
+        if self.world_size != len(self.micro_batches):
+            raise ValueError(
+                f"world_size is {self.world_size}, with micro_batches of {len(self.micro_batches)}"
+            )
+        sizes = [size for rank in self.micro_batches for size in rank]
+        if not all(1 <= size <= self.micro_batch for size in sizes):
+            raise ValueError(f"micro_batches has sizes outside of 1 to {self.micro_batch}")
+        ways: list[Plan | Trial] = [self, *self.trials]
+        for each in ways:
+            schema.one_of(PRECISIONS[1:], precision=each.precision)
+            schema.one_of(CHECKPOINTING[1:], checkpointing=each.checkpointing)
+        schema.one_of(SYNCS[1:], sync=self.sync)
+        for trial in self.trials:
+            schema.one_of((FITS, DOES_NOT_FIT, FAILED, SKIPPED), outcome=trial.outcome)
+            schema.at_least(1, micro_batch=trial.micro_batch)
+
+
+def _is_not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def make_plan(

@@ -10,15 +10,22 @@ import contextlib
 import errno
 import json
 import os
+import re
+import secrets
+import shlex
 import socket
-import tempfile
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gatrain.errors import RunFolderError
+from gatrain.errors import DamagedFileError, RunFolderError
 from gatrain.plan import Plan
+
+MOST_JSON_BYTES = 2**28
+"""Larger files are nothing that gatrain has written: a plan has kilobytes, a large model's progress megabytes."""
+STATE_NAME = re.compile(r"step_([0-9]{8,})")
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,10 @@ class RunDir:
         return self.path / "metrics.jsonl"
 
     @property
+    def evaluations(self) -> Path:
+        return self.path / "evaluations.jsonl"
+
+    @property
     def logs(self) -> Path:
         return self.path / "logs"
 
@@ -90,9 +101,31 @@ class RunDir:
         return self.path / ".heartbeat.json"
 
     def saved_steps(self) -> list[int]:
-        """Steps that have a saved state by name, oldest first; their contents are not checked."""
-        found = self.saved.glob("step_*") if self.saved.is_dir() else ()
-        return sorted(int(p.name[5:]) for p in found if p.is_dir() and p.name[5:].isdigit())
+        """Steps whose saved state was finished once, oldest first; that it still is whole is not checked."""
+        return [
+            step
+            for step, path in self.saved_entries()
+            if not path.is_symlink() and (path / "manifest.json").is_file()
+        ]
+
+    def saved_entries(self) -> list[tuple[int, Path]]:
+        """Everything that has the name of a saved state, damaged, empty or no folder at all; oldest first.
+
+        Raises:
+            RunFolderError: they cannot be listed.
+        """
+        try:
+            names = os.listdir(self.saved)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise RunFolderError(
+                f"cannot list the saved states in {self.saved}: {error.strerror}."
+            ) from error
+        found = [
+            (int(match[1]), self.saved / name) for name in names if (match := STATE_NAME.fullmatch(name))
+        ]
+        return sorted(found)
 
     def has_run(self) -> bool:
         """Whether a run was started here."""
@@ -107,18 +140,40 @@ class RunDir:
         """Read plan.json.
 
         Raises:
-            RunFolderError: the file is missing or is not a plan.
+            RunFolderError: the file is missing or cannot be read.
+            DamagedFileError: it is not a plan that can be computed.
         """
-        return Plan.from_dict(read_json(self.plan))
+        try:
+            return Plan.from_dict(read_json(self.plan))
+        except ValueError as error:
+            raise DamagedFileError(
+                f"{self.plan} is not a plan: {error}. To plan again: "
+                f"gatrain resume {shlex.quote(str(self.path))} batch.micro=auto"
+            ) from error
+
+    def refuse_links(self) -> None:
+        """What a run writes and reads stays in its folder.
+
+        Raises:
+            RunFolderError: something in it is a link that leads out of it, which would be written to.
+        """
+        inside = [path for path in (self.path, self.logs) if path.is_dir() and not path.is_symlink()]
+        for path in [self.logs, *(entry for folder in inside for entry in _ours(folder))]:
+            if path.is_symlink() and not path.resolve().is_relative_to(self.path.resolve()):
+                raise RunFolderError(
+                    f"{path} is a link to {os.readlink(path)}, outside of the run folder. Put there what it points "
+                    "to, or remove it. For another disk let the run folder itself be the link: run.dir=FOLDER."
+                )
 
 
 def open_run_dir(path: str | os.PathLike[str]) -> RunDir:
     """Return the run folder at ``path``.
 
     Raises:
-        RunFolderError: the folder does not exist or holds no config.yaml.
+        RunFolderError: the folder does not exist, holds no config.yaml, or links that lead out of it.
     """
     run_dir = RunDir(Path(path).expanduser().resolve())
+    run_dir.refuse_links()
     if not run_dir.config.is_file():
         state = "has no config.yaml" if run_dir.path.is_dir() else "does not exist"
         raise RunFolderError(
@@ -133,20 +188,17 @@ def locked(run_dir: RunDir) -> Iterator[None]:
     """Hold the run folder for this process; the kernel lets go of it however the process ends.
 
     Raises:
-        RunFolderError: another process holds it, or the folder cannot be written.
+        RunFolderError: another process holds it, it is a link, or the folder cannot be written.
     """
     import fcntl  # not on every platform; commands that need no lock stay usable there
 
-    try:
-        handle = os.open(run_dir.lock, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise RunFolderError(f"cannot write in {run_dir.path}: {error.strerror}.") from error
+    handle = _open_lock(run_dir)
     with os.fdopen(handle, "r+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise RunFolderError(
-                f"{run_dir.path} is in use by {_holder(file.read())}. "
+                f"{run_dir.path} is in use by {_holder(file.read(1000))}. "
                 "Wait until that run has ended, or choose another folder with run.dir=FOLDER."
             ) from error
         except OSError as error:
@@ -162,26 +214,79 @@ def locked(run_dir: RunDir) -> Iterator[None]:
             file.truncate(0)
 
 
-def _holder(text: str) -> str:
+def _open_lock(run_dir: RunDir) -> int:
+    """What is opened here is emptied: never what a link stands for."""
     try:
+        handle = os.open(run_dir.lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP or run_dir.lock.is_dir():
+            raise RunFolderError(f"{run_dir.lock} is no lock but a link or a folder. Remove it.") from error
+        raise RunFolderError(f"cannot write in {run_dir.path}: {error.strerror}.") from error
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        os.close(handle)
+        raise RunFolderError(f"{run_dir.lock} is no lock: it has another name too, or is no file. Remove it.")
+    return handle
+
+
+def _holder(text: str) -> str:
+    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
         held = json.loads(text)
-        return f"process {held['pid']} on {held['host']}"
-    except (ValueError, KeyError, TypeError):
-        return "another process"
+        if type(held["pid"]) is int and isinstance(held["host"], str) and held["host"].isprintable():
+            return f"process {held['pid']} on {held['host']}"
+    return "another process"
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+def _ours(folder: Path) -> list[Path]:
+    """What may be written in a run folder; cells of the user's own beside it are nobody's business."""
+    names = (
+        "config.yaml", "overrides.txt", "plan.json", "hardware.json", "env.json", "metrics.jsonl",
+        "evaluations.jsonl", "logs", "saved", "tensorboard", "summary.json",
+    )  # fmt: skip
+    return [folder / name for name in names] if folder.name != "logs" else sorted(folder.iterdir())
+
+
+def open_to_read(path: Path) -> int:
+    """Open a regular file, and no link, pipe or device in its place; return its handle.
 
     Raises:
-        RunFolderError: missing, unreadable or not a JSON object.
+        OSError: it cannot be opened, or is something else.
+    """
+    # a pipe must not keep the opener waiting
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "is no regular file", str(path))
+    return handle
+
+
+def read_json(path: Path, most_bytes: int = MOST_JSON_BYTES) -> dict[str, Any]:
+    """Read a JSON object of at most ``most_bytes``.
+
+    Raises:
+        RunFolderError: missing or unreadable.
+        DamagedFileError: something else than a JSON object, or too large or too deep for one of gatrain's.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        with open(open_to_read(path), "rb") as file:
+            text = file.read(most_bytes + 1)
+    except FileNotFoundError as error:
         raise RunFolderError(f"cannot read {path}: {error}") from error
+    except OSError as error:
+        kind = (
+            DamagedFileError if error.errno in (errno.ELOOP, errno.EINVAL, errno.EISDIR) else RunFolderError
+        )
+        why = "it is a symbolic link" if error.errno == errno.ELOOP else str(error.strerror)
+        raise kind(f"cannot read {path}: {why}.") from error
+    if len(text) > most_bytes:
+        raise DamagedFileError(f"cannot read {path}: it is larger than {most_bytes} bytes.")
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise DamagedFileError(f"cannot read {path}: {why}") from error
     if not isinstance(data, dict):
-        raise RunFolderError(f"{path} does not hold a JSON object.")
+        raise DamagedFileError(f"{path} does not hold a JSON object.")
     return data
 
 
@@ -190,22 +295,21 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=2, allow_nan=True) + "\n")
 
 
-def write_text(path: Path, text: str, mode: int = 0o644) -> None:
-    """Write a whole text file atomically and durably, with at most the permissions in ``mode``."""
+def write_text(path: Path, text: str, mode: int = 0o666) -> None:
+    """Write a whole text file atomically and durably, with the permissions in ``mode`` that the umask leaves."""
     with atomic_file(path, mode) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path, mode: int = 0o644) -> Iterator[Path]:
+def atomic_file(path: Path, mode: int = 0o666) -> Iterator[Path]:
     """Give a temporary path beside ``path``; on success it is flushed and renamed over ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}.tmp")
+    # like any other program's: the system takes the umask, or the folder's default permissions, off
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode))
     try:
         yield temporary
-        os.chmod(temporary, mode & ~_umask())
         fsync(temporary)
         os.replace(temporary, path)
     finally:
@@ -220,12 +324,6 @@ def fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 def drop_oldest(folder: Path, most: int) -> None:

@@ -240,6 +240,12 @@ def resume(
     node_rank: _NodeRank = 0,
     endpoint: _Endpoint = None,
     max_restarts: _MaxRestarts = 0,
+    from_start: Annotated[
+        bool,
+        typer.Option(
+            "--from-start", help="Begin at step 0 again; states and metrics are kept under other names."
+        ),
+    ] = False,
 ) -> None:
     """Go on with a run at the exact window, on any number of processes."""
     from gatrain import fit as work
@@ -247,7 +253,7 @@ def resume(
     request = _world_request(nproc, nnodes, node_rank, endpoint, max_restarts)
     _reach_all_nodes(context, request, None)
     with terminal.Progress() as progress:
-        outcome = work.resume(run_dir, overrides or [], request, progress.listener())
+        outcome = work.resume(run_dir, overrides or [], request, progress.listener(), from_start)
     _print_outcome(outcome)
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gatrain import batch
+from gatrain import batch, schema
 from gatrain.compose import Composed, compose, reload
 from gatrain.compose.memory import compose_remembered
 from gatrain.config import RunConfig
@@ -24,14 +24,16 @@ from gatrain.data.report import DataRecord
 from gatrain.errors import (
     AfterTrainingError,
     ConfigError,
+    DamagedFileError,
     LaunchError,
+    RunFolderError,
     SavedStateError,
     WorkerError,
     nearest,
 )
 from gatrain.facts import RunFacts
 from gatrain.fit import record
-from gatrain.fit.claim import choose_folder, claimed, remove_run
+from gatrain.fit.claim import choose_folder, claimed, remove_run, set_aside
 from gatrain.fit.heartbeat import Heartbeat, beating, wait_for_node_0
 from gatrain.inspection import begin_inspection, check_modules
 from gatrain.launch import slurm
@@ -183,7 +185,7 @@ def fit(
     if nodes.node_rank > 0:
         return _follow(RunDir(path), nodes, hardware, request, listener, cwd)
     if _is_started_again(request) and RunDir(path).has_run():
-        if RunDir(path).saved_steps():
+        if RunDir(path).saved_entries():
             return resume(path, (), request, listener)
         remove_run(RunDir(path))  # the first attempt ended before it had saved anything
     with claimed(path, named) as run_dir, beating(run_dir, nodes) as heart:
@@ -210,8 +212,12 @@ def resume(
     overrides: Sequence[str] = (),
     request: WorldRequest | None = None,
     listener: Listener | None = None,
+    from_start: bool = False,
 ) -> Outcome:
     """Go on with a run at the window after its newest valid saved state, on this world size or another.
+
+    Args:
+        from_start: begin at step 0 instead; the states and metrics that there are get other names.
 
     Raises:
         GatrainError: a leaf that names what is wrong; `Interrupted` when stopped by a signal.
@@ -220,13 +226,14 @@ def resume(
     run_dir = open_run_dir(path)
     changed = _check_resume_keys(overrides)
     config, config_yaml = reload(run_dir.config, overrides)
-    if not run_dir.saved_steps():
+    if not run_dir.saved_entries() and not from_start:
         if run_dir.lock.exists():
             with locked(run_dir):  # a run that is under way has another story to tell
                 pass
         raise SavedStateError(_nothing_saved(run_dir))
-    summary = read_json(run_dir.summary) if run_dir.summary.is_file() else {}
-    if summary.get("status") == "completed" and not summary.get("failed") and not overrides:
+    summary = _summary_of(run_dir)
+    is_complete = summary.get("status") == "completed" and not summary.get("failed")
+    if is_complete and not overrides and not from_start:
         return Outcome(run_dir.path, summary, already_complete=True)
     cwd = _working_dir(run_dir)
     request = _as_many_as_before(run_dir, config, request)
@@ -235,15 +242,18 @@ def resume(
     if nodes.node_rank > 0:
         return _follow(run_dir, nodes, hardware, request, listener, cwd)
     with locked(run_dir), beating(run_dir, nodes) as heart:
-        plan = run_dir.load_plan()
+        if from_start and (kept := set_aside(run_dir)) is not None:
+            listener.progress(f"Starting from step 0; what there was is kept in {kept}")
         asks_again = any(_covers(known, key) for known in _REPLAN_KEYS for key in changed)
-        if asks_again or _moved(run_dir, plan, hardware, nodes):
+        plan = None if asks_again else _plan_of(run_dir, config)
+        if plan is None or _moved(run_dir, plan, hardware, nodes):
             hardware = weakest(hardware, heart.hardware_of_others())
             plan, _ = _plan(config, config_yaml, hardware, nodes, listener, cwd, run_dir=run_dir, heart=heart)
             _write_plan(run_dir, plan, hardware)
         if overrides:
             write_text(run_dir.config, config_yaml, mode=0o600)
-            note = f"# resumed at step {run_dir.saved_steps()[-1]}: {' '.join(map(redact, overrides))}\n"
+            at = max(run_dir.saved_steps(), default=0)
+            note = f"# resumed at step {at}: {' '.join(map(redact, overrides))}\n"
             with contextlib.suppress(OSError):
                 write_text(run_dir.overrides, run_dir.overrides.read_text(encoding="utf-8") + note)
         listener.planned(plan, run_dir.path)
@@ -337,8 +347,56 @@ def _plan(
 
 def _moved(run_dir: RunDir, plan: Plan, hardware: Hardware, nodes: Nodes) -> bool:
     """Whether the run goes on with another world size or on another kind of device."""
-    before = read_json(run_dir.hardware).get("device") if run_dir.hardware.is_file() else None
-    return plan.world_size != nodes.world_size or before != hardware.device
+    before = _hardware_before(run_dir)
+    device = before.device if before is not None else None
+    return plan.world_size != nodes.world_size or device != hardware.device
+
+
+def _plan_of(run_dir: RunDir, config: RunConfig) -> Plan:
+    """The plan that the run folder holds.
+
+    Raises:
+        DamagedFileError: it is none, or one for another batch.
+    """
+    plan = run_dir.load_plan()
+    if plan.effective_batch != config.batch.effective:
+        raise DamagedFileError(
+            f"{run_dir.plan} is a plan for an effective batch of {plan.effective_batch}, and {run_dir.config} asks "
+            f"for {config.batch.effective}. One of them was changed: restore it."
+        )
+    return plan
+
+
+def _hardware_before(run_dir: RunDir) -> Hardware | None:
+    """What the run was planned on; None where that cannot be read: then it is planned anew."""
+    with contextlib.suppress(RunFolderError, ValueError):
+        return Hardware.from_dict(read_json(run_dir.hardware))
+    return None
+
+
+def _summary_of(run_dir: RunDir) -> dict[str, Any]:
+    """How the run ended; empty where it has not, or where the file tells of a state that is not there."""
+    with contextlib.suppress(RunFolderError, ValueError):
+        summary = read_json(run_dir.summary)
+        ended = schema.parse(_Ended, summary)
+        if ended.step in run_dir.saved_steps() and (
+            ended.status != "completed" or ended.step >= ended.total_steps
+        ):
+            return summary
+    return {}
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """What is read of summary.json."""
+
+    status: str
+    step: int
+    total_steps: int
+    loss: float | None = None
+    eval_loss: float | None = None
+    failed: list[str] = field(default_factory=list)
+    weights: str | None = None
 
 
 def _is_started_again(request: WorldRequest) -> bool:
@@ -428,12 +486,15 @@ def _as_many_as_before(run_dir: RunDir, config: RunConfig, request: WorldRequest
     in_step = job is not None and job.in_step
     if request.nproc is not None or request.nnodes > 1 or in_step or not run_dir.hardware.is_file():
         return request
-    before = read_json(run_dir.hardware)
-    processes, gpus_then = run_dir.load_plan().world_size, len(before.get("gpus", []))
+    before = _hardware_before(run_dir)
+    if before is None:
+        return request
+    try:
+        processes, gpus_then = run_dir.load_plan().world_size, len(before.gpus)
+    except DamagedFileError:  # told later, unless it is planned again
+        return request
     now = detect_hardware(config.device)
-    if now.device != before.get("device") or (
-        now.gpus and (processes >= gpus_then or processes > len(now.gpus))
-    ):
+    if now.device != before.device or (now.gpus and (processes >= gpus_then or processes > len(now.gpus))):
         return request
     return replace(request, nproc=processes)
 

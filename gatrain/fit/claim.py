@@ -68,6 +68,7 @@ def claimed(path: Path, named: bool) -> Iterator[RunDir]:
     run_dir, created = _create(path, named)
     before = {entry.name for entry in run_dir.path.iterdir()} if not created else set()
     try:
+        run_dir.refuse_links()
         with locked(run_dir):
             if _has_trained(run_dir):
                 raise _holds_a_run(run_dir)
@@ -79,7 +80,7 @@ def claimed(path: Path, named: bool) -> Iterator[RunDir]:
                 # what a rank says about code of the user's own is in the logs: they stay
                 told = isinstance(error, WorkerError | ExactnessError) or type(error) is GatrainError
                 keeps = told and run_dir.config.exists()
-                if not keeps and not run_dir.saved_steps() and not _has_content(run_dir.metrics):
+                if not keeps and not run_dir.saved_entries() and not _has_content(run_dir.metrics):
                     for entry in run_dir.path.iterdir():
                         if entry.name not in before:
                             _remove(entry)
@@ -93,7 +94,9 @@ def claimed(path: Path, named: bool) -> Iterator[RunDir]:
 def _has_trained(run_dir: RunDir) -> bool:
     """Whether there is anything that another run would lose: of a run, or of someone's own by the same names."""
     is_ours = run_dir.env.is_file() and run_dir.plan.is_file()
-    return run_dir.has_run() and (not is_ours or bool(run_dir.saved_steps()) or _has_content(run_dir.metrics))
+    return run_dir.has_run() and (
+        not is_ours or bool(run_dir.saved_entries()) or _has_content(run_dir.metrics)
+    )
 
 
 def _holds_a_run(run_dir: RunDir) -> RunFolderError:
@@ -138,6 +141,27 @@ def remove_run(run_dir: RunDir) -> None:
     """Clear what makes the folder look like a run's, so that another may start there."""
     for path in (run_dir.config, run_dir.metrics, run_dir.saved, run_dir.summary, run_dir.plan, run_dir.data):
         _remove(path)
+
+
+def set_aside(run_dir: RunDir) -> Path | None:
+    """Keep what a run has come to beside the place where it starts from step 0; return where its states are now.
+
+    Nothing is deleted: states, metrics and evaluations get the first number that is free.
+    """
+    kept = [run_dir.saved, run_dir.metrics, run_dir.evaluations]
+    number = 1
+    while any(_numbered(path, number).exists() for path in kept):
+        number += 1
+    for path in kept:
+        if path.exists():
+            path.rename(_numbered(path, number))
+    run_dir.summary.unlink(missing_ok=True)
+    moved = _numbered(run_dir.saved, number)
+    return moved if moved.exists() else None
+
+
+def _numbered(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.stem}.before-{number}{path.suffix}")
 
 
 def _has_content(path: Path) -> bool:

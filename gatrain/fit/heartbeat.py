@@ -14,9 +14,11 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gatrain import schema
 from gatrain.errors import LaunchError, RunFolderError
 from gatrain.launch import protocol
 from gatrain.launch.nodes import Nodes
@@ -58,7 +60,7 @@ class Heartbeat:
         missing = set(range(1, self._nodes.nnodes))
         while missing:
             for node_rank in sorted(missing):
-                with contextlib.suppress(RunFolderError, KeyError, TypeError):
+                with contextlib.suppress(RunFolderError, KeyError, TypeError, ValueError):
                     answer = read_json(_answer(self._run_dir, node_rank))
                     if answer["heard"] in self._beats:
                         found[node_rank] = Hardware.from_dict(answer["hardware"])
@@ -89,6 +91,31 @@ class Heartbeat:
                 write_json(self._run_dir.heartbeat, {**self._state, "beat": beat})
             self._changed.wait(BEAT_S)
             self._changed.clear()
+
+
+@dataclass(frozen=True)
+class _Beat:
+    """What node 0 writes."""
+
+    beat: str
+    state: str
+    run_id: str = "gatrain"
+    trials: str | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> _Beat:
+        """
+        Raises:
+            RunFolderError, ValueError: it is not there, or something else.
+        """
+        found = schema.parse(cls, read_json(path, most_bytes=2**16))
+        schema.one_of(("preparing", "ready"), state=found.state)
+        return found
+
+    def trials_in(self, run_dir: RunDir) -> str | None:
+        """The folder of trials: node 0 makes it in the run folder, wherever the text says that it is."""
+        name = Path(self.trials or "").name
+        return str(run_dir.path / name) if name.startswith("gatrain_host_") else None
 
 
 @contextlib.contextmanager
@@ -135,18 +162,19 @@ def wait_for_node_0(
     first, start = None, time.monotonic()
     while True:
         now = time.monotonic()
-        with contextlib.suppress(RunFolderError):
-            told = read_json(run_dir.heartbeat)
+        with contextlib.suppress(RunFolderError, ValueError):
+            told = _Beat.read(run_dir.heartbeat)
             if first is None:
-                first = told.get("beat")
-            elif told.get("beat") != first:
-                if told.get("state") == "ready":
-                    return str(told.get("run_id", "gatrain"))
+                first = told.beat
+            elif told.beat != first:
+                if told.state == "ready":
+                    return told.run_id
                 if heard is None and hardware is not None:
-                    answer = {"heard": told.get("beat"), "hardware": hardware.to_dict()}
-                    write_json(_answer(run_dir, node_rank), answer)
-                first, heard = told.get("beat"), now
-                join(told.get("trials"))
+                    write_json(
+                        _answer(run_dir, node_rank), {"heard": told.beat, "hardware": hardware.to_dict()}
+                    )
+                first, heard = told.beat, now
+                join(told.trials_in(run_dir))
         if heard is None and now - start > patience_s:
             raise LaunchError(
                 f"node 0 was not heard of in {run_dir.path} within {patience_s:g} s. Does gatrain run there "

@@ -66,7 +66,7 @@ class _LineFile:
     """A file that grows by whole lines: each goes out in one write, and a partial one is taken back."""
 
     def __init__(self, path: Path) -> None:
-        self._handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
 
     def append(self, record: Mapping[str, Any]) -> None:
         line = (json.dumps(_plain(record), allow_nan=False) + "\n").encode()

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gatrain import schema
 from gatrain.config import DEVICES, RunConfig
 from gatrain.errors import ConfigError, LaunchError, nearest
 from gatrain.main_memory import available_memory as available_memory
@@ -66,14 +67,19 @@ class Hardware:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Hardware:
-        """Inverse of `to_dict`; unknown keys (of a newer version) are ignored."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        values = {key: value for key, value in data.items() if key in known}
-        values["gpus"] = [
-            Gpu(**{**gpu, "capability": (int(gpu["capability"][0]), int(gpu["capability"][1]))})
-            for gpu in data.get("gpus", [])
-        ]
-        return cls(**values)
+        """Inverse of `to_dict`; unknown keys (of a newer version) are ignored.
+
+        Raises:
+            ValueError: a type or a range that no machine has.
+        """
+        found = schema.parse(cls, data)
+        schema.one_of(DEVICES[1:], device=found.device)
+        counts = {"memory_bytes": found.memory_bytes, "total_memory_bytes": found.total_memory_bytes}
+        schema.at_least(0, **counts)
+        schema.at_least(1, cpu_cores=found.cpu_cores)
+        for gpu in found.gpus:
+            schema.at_least(0, total_bytes=gpu.total_bytes, free_bytes=gpu.free_bytes, index=gpu.index)
+        return found
 
     def fingerprint(self) -> dict[str, Any]:
         """What a measurement depends on. Names of hosts and free memory are left out on purpose.
