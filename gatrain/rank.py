@@ -34,6 +34,7 @@ from gatrain.launch import protocol
 from gatrain.launch.net import listen
 from gatrain.launch.reasons import describe, is_consequence
 from gatrain.rundir import RunDir, read_json, write_json
+from gatrain.secrets import hide
 
 if TYPE_CHECKING:
     import torch
@@ -239,13 +240,15 @@ def _redirect(run_dir: RunDir, rank: int, stop: StopFlag) -> None:
         stop.on_hangup = to_log  # the terminal is gone: writing to it would fail while the state is saved
     log.write(f"{protocol.LOG_START} rank {rank}, pid {os.getpid()}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
     faulthandler.enable(log, all_threads=False)
-    logging.basicConfig(
-        level=logging.INFO,
-        handlers=[logging.StreamHandler(log)],
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        force=True,
-    )
+    handler = logging.StreamHandler(log)
+    handler.setFormatter(_HidingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.captureWarnings(True)
+
+
+class _HidingFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return hide(super().format(record))
 
 
 @contextlib.contextmanager
@@ -346,8 +349,9 @@ def _fail(error: BaseException, run_dir: RunDir, rank: int) -> NoReturn:
     """Report the error and end at once: threads waiting in a collective would block a normal exit."""
     code = WorkerError.exit_code
     try:
-        now, full = time.time(), "".join(traceback.format_exception(error))
+        now, full = time.time(), hide("".join(traceback.format_exception(error)))
         code, kind, message = describe(error)
+        message = hide(message)
         _log.error("rank %d failed\n%s", rank, full)
         report = {
             "rank": rank,

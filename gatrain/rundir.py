@@ -22,6 +22,7 @@ from typing import Any
 
 from gatrain.errors import DamagedFileError, RunFolderError
 from gatrain.plan import Plan
+from gatrain.secrets import hide_known
 
 MOST_JSON_BYTES = 2**28
 """Larger files are nothing that gatrain has written: a plan has kilobytes, a large model's progress megabytes."""
@@ -291,8 +292,8 @@ def read_json(path: Path, most_bytes: int = MOST_JSON_BYTES) -> dict[str, Any]:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write ``data`` as indented JSON, atomically."""
-    write_text(path, json.dumps(data, indent=2, allow_nan=True) + "\n")
+    """Write ``data`` as indented JSON, atomically, without the secrets that this process has met."""
+    write_text(path, hide_known(json.dumps(data, indent=2, allow_nan=True)) + "\n")
 
 
 def write_text(path: Path, text: str, mode: int = 0o666) -> None:

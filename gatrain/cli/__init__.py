@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from gatrain import __version__
+from gatrain import __version__, secrets
 from gatrain.cli import terminal
 from gatrain.errors import ConfigError, GatrainError, Interrupted, VerifyError
 
@@ -391,6 +391,8 @@ def _print_submission(submission: Submission) -> None:
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit with its code; every error is one message on standard error."""
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    secrets.note_words(arguments)
+    secrets.mask_command_line(arguments)
     sys.exit(_run_within_torchrun(arguments) if "RANK" in os.environ else _run(arguments))
 
 

@@ -20,6 +20,7 @@ import typer
 
 from gatrain import __version__
 from gatrain.errors import GatrainError, nearest
+from gatrain.secrets import hide
 
 if TYPE_CHECKING:
     from gatrain.fit import Listener
@@ -126,7 +127,7 @@ class Terminable:
 def print_error(text: str) -> None:
     """Print the one message of a failed command on standard error."""
     encoding = sys.stderr.encoding or "utf-8"
-    message = f"error: {text.strip()}"
+    message = f"error: {hide(text.strip())}"
     print(message.encode(encoding, "backslashreplace").decode(encoding), file=sys.stderr, flush=True)
 
 
@@ -160,7 +161,7 @@ def unexpected(error: Exception) -> int:
         handle, name = tempfile.mkstemp(prefix=f"gatrain-error-{stamp}-", suffix=".txt")
         with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"gatrain {__version__}, Python {sys.version}\n")
-            traceback.print_exc(file=file)
+            file.write(hide(traceback.format_exc()))
         where = f"The details are in {name}"
     except OSError:
         where = "Set GATRAIN_DEBUG=1 to see the details"
@@ -173,4 +174,4 @@ def unexpected(error: Exception) -> int:
 def debug_traceback() -> None:
     """Print the traceback where GATRAIN_DEBUG asks for it."""
     if os.environ.get("GATRAIN_DEBUG", "") not in ("", "0"):
-        traceback.print_exc()
+        print(hide(traceback.format_exc()), file=sys.stderr)

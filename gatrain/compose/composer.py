@@ -28,7 +28,7 @@ from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gatrain import assets
+from gatrain import assets, secrets
 from gatrain.compose import COMMAND_LINE, DEFAULT, Composed, folders_of, messages, schema, split_recipe
 from gatrain.config import RunConfig, validate
 from gatrain.errors import ConfigError
@@ -261,6 +261,7 @@ def _to_config(composed: DictConfig, leaves: Mapping[str, Any]) -> RunConfig:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(messages.explain_resolution(error, leaves)) from error
     assert isinstance(config, RunConfig)
+    secrets.note("", dataclasses.asdict(config))  # from here on no message or log of this process shows them
     expected = schema.OPTIMIZERS.get(config.optimizer.name)
     if expected is not None and type(config.optimizer) is not expected:
         name = config.optimizer.name
