@@ -101,6 +101,9 @@ class WorkerError(GatrainError):
 class PeerFailed(WorkerError):
     """Another rank failed; that rank's own error is the one to show."""
 
+    secondary = True
+    """However early it is reported, it is no cause."""
+
 
 class AfterTrainingError(GatrainError):
     """Every step is trained and saved; what failed is beside it: an evaluation, the showcase, a plot, a logger."""

@@ -15,15 +15,14 @@ import importlib
 import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from gatrain import offspring, scratch
 from gatrain.assets import cache_dir
 from gatrain.causes import told
 from gatrain.config import RunConfig
@@ -90,12 +89,12 @@ def begin_inspection(
     known = recall(key, config) if key is not None and config is not None and remember else None
     if known is not None:
         return Inspection(known)
-    folder = Path(tempfile.mkdtemp(prefix="gatrain-inspect-"))
+    folder = scratch.make("gatrain-inspect-")
     try:
         (folder / _CONFIG).write_text(config_yaml, encoding="utf-8")
         return Inspection(None, folder, key, _start(folder, where))
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        scratch.remove(folder)
         raise
 
 
@@ -131,11 +130,10 @@ class Inspection:
 
     def close(self) -> None:
         """End the child if it still runs, and remove its folder."""
-        if self._child is not None and self._child.poll() is None:
-            self._child.kill()
-            self._child.wait()
+        if self._child is not None:
+            offspring.end(self._child)  # with whatever the user's data has started
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            scratch.remove(self._folder)
 
     def __enter__(self) -> Inspection:
         return self
@@ -171,8 +169,8 @@ def _read(config_yaml: str) -> RunConfig | None:
     """None where it is not right: the child says what is wrong."""
     from gatrain.compose import load_config
 
-    with tempfile.TemporaryDirectory(prefix="gatrain-inspect-") as name:
-        path = Path(name) / _CONFIG
+    with scratch.folder("gatrain-inspect-") as folder:
+        path = folder / _CONFIG
         path.write_text(config_yaml, encoding="utf-8")
         try:
             return load_config(path)
@@ -182,13 +180,7 @@ def _read(config_yaml: str) -> RunConfig | None:
 
 def _start(folder: Path, cwd: Path) -> subprocess.Popen[bytes]:
     with (folder / _STDERR).open("wb") as said:  # a file never fills up, as a pipe that nobody reads does
-        return subprocess.Popen(
-            [sys.executable, "-m", "gatrain.inspection", str(folder)],
-            cwd=cwd,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=said,
-        )
+        return offspring.start(["-m", "gatrain.inspection", str(folder)], cwd=cwd, said=said)
 
 
 # --- the child ------------------------------------------------------------------------------------------
@@ -272,13 +264,14 @@ def _main(folder: Path, really: bool) -> None:
     except _Again:
         command = [sys.executable, "-m", "gatrain.inspection", str(folder), "--really"]
         os.execv(sys.executable, command)
-    except Exception as error:
+    except (Exception, SystemExit, KeyboardInterrupt) as error:
         text = told(error, "looking at the model and data failed: ")
         result = {"error": text, "exit_code": WorkerError.exit_code}
     write_json(folder / _RESULT, result)
 
 
 if __name__ == "__main__":
+    offspring.die_with_parent()
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # nothing here may take GPU memory
     _main(Path(sys.argv[1]), "--really" in sys.argv)
     atexit._run_exitfuncs()

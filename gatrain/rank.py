@@ -6,8 +6,8 @@ A module that is started as ``python -m MODULE FOLDER`` on each rank ends with
         rank.main(work)
 
 Exit codes: 0 when ``work`` returned, also after a stop that was asked for (the launcher knows from the
-rank's state file); the code of the `GatrainError` that it raised; 11 for any other error; 128 + n on a second
-signal.
+rank's state file); the code of the `GatrainError` that it raised; 11 for any other error; without a launcher
+128 + n on a second signal.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
+from gatrain import offspring
 from gatrain.errors import GatrainError, Interrupted, LaunchError, WorkerError
 from gatrain.launch import protocol
 from gatrain.launch.net import listen
@@ -41,8 +42,7 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import TCPStore
 
 SAME_SIGNAL_S = 1.0
-"""Signals this close count as one: a scheduler signals the rank and its launcher, which passes it on."""
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""Signals this close count as one."""
 
 _log = logging.getLogger(__name__)
 
@@ -54,9 +54,12 @@ class StopFlag:
     signum: int | None = None
     since: float = 0.0
     on_hangup: Callable[[], None] | None = None
+    has_launcher: bool = False
+    """The launcher counts signals and ends what must end at once. Here a second one says nothing: a scheduler
+    signals the ranks too, and the launcher passes its own on much later, perhaps."""
 
     def install(self) -> None:
-        for signum in STOP_SIGNALS:
+        for signum in offspring.handled():
             signal.signal(signum, self.handle)
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
@@ -65,7 +68,7 @@ class StopFlag:
         # SIGUSR1 is an early notice: the SIGTERM that follows at the limit must not cut the save short
         if self.signum in (None, signal.SIGUSR1):
             self.signum, self.since = signum, time.monotonic()
-        elif time.monotonic() - self.since >= SAME_SIGNAL_S:
+        elif time.monotonic() - self.since >= SAME_SIGNAL_S and not self.has_launcher:
             os._exit(128 + signum)
 
 
@@ -153,8 +156,9 @@ def main(work: Callable[[Path, Rank], None]) -> NoReturn:
         sys.exit(
             "usage: python -m MODULE FOLDER (gatrain starts this; use `gatrain fit` or `gatrain launch`)"
         )
-    die_with_launcher()
-    place, run_dir, stop = _Place.from_environ(), RunDir(Path(sys.argv[1])), StopFlag()
+    offspring.die_with_parent()
+    place, run_dir = _Place.from_environ(), RunDir(Path(sys.argv[1]))
+    stop = StopFlag(has_launcher=offspring.PARENT_PID in os.environ)
     if place.state_folder is not None and not place.state_folder.is_dir():
         os._exit(0)  # the launcher gave up before this process was ready
     stop.install()
@@ -167,14 +171,11 @@ def main(work: Callable[[Path, Rank], None]) -> NoReturn:
             work(run_dir.path, rank)
         place.tell(protocol.STOPPED if stop.signum else protocol.DONE, stop.signum)
         _leave_world()
-    except BaseException as error:
-        if isinstance(error, SystemExit) and error.code in (None, 0):
-            place.tell(protocol.STOPPED if stop.signum else protocol.DONE, stop.signum)
-        else:
-            _fail(error, run_dir, place.rank)
+    except BaseException as error:  # also sys.exit(0): only work that returns is done
+        _fail(error, run_dir, place.rank)
     # Exit handlers of libraries run, but a thread of theirs that never ends must not keep the world waiting.
     _exit_within(10.0)
-    for signum in STOP_SIGNALS:  # the work is done and said to be: nothing is left to stop
+    for signum in offspring.STOP_SIGNALS:  # the work is done and said to be: nothing is left to stop
         signal.signal(signum, signal.SIG_IGN)
     with contextlib.suppress(Exception):
         atexit._run_exitfuncs()
@@ -189,28 +190,6 @@ def _exit_within(limit_s: float) -> None:
     watchdog = threading.Timer(limit_s, os._exit, (0,))
     watchdog.daemon = True
     watchdog.start()
-
-
-def die_with_launcher() -> None:
-    """Let the kernel kill this process when its launcher is gone, even by SIGKILL (Linux)."""
-    launcher = os.environ.get(protocol.LAUNCHER_PID)
-    if launcher is None:
-        return
-    if sys.platform == "linux":
-        import ctypes
-
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGKILL))
-    else:
-
-        def follow() -> None:
-            while os.getppid() == int(launcher):
-                time.sleep(1)
-            os._exit(128 + signal.SIGKILL)
-
-        threading.Thread(target=follow, daemon=True).start()
-    if os.getppid() != int(launcher):  # it died before the call above
-        os._exit(128 + signal.SIGKILL)
 
 
 def _end_if_hopeless(report: Path) -> None:

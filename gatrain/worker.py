@@ -143,7 +143,7 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
         with out_of_memory.told(config, plan, run_dir, rank.device.type, available_modes(engine.model)):
             summary = trainer.run()
         if summary["status"] == "stopped":
-            rank.request_stop()
+            rank.stop_anywhere()  # every rank names the signal that came to one of them
         if rank.rank == 0:
             summary["baseline"] = {"name": baseline[0], "loss": baseline[1]} if baseline else None
             if summary["loss"] is None:  # nothing was left to train

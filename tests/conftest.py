@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from gatrain import offspring
+
+
+def _nothing(*_: object) -> None:
+    pass
+
+
+# nohup, a shell's `&` and some schedulers start this process with signals ignored, which every process that a test
+# starts would inherit. A handler that does nothing is as good here and is not inherited.
+for _signum in (*offspring.STOP_SIGNALS, signal.SIGQUIT, signal.SIGTSTP):
+    if signal.getsignal(_signum) is signal.SIG_IGN:
+        signal.signal(_signum, _nothing)
 
 
 @pytest.fixture(scope="session", autouse=True)

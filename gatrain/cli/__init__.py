@@ -7,6 +7,7 @@ are about where and how the processes start.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from gatrain import __version__, secrets
+from gatrain import __version__, offspring, secrets
 from gatrain.cli import terminal
 from gatrain.errors import ConfigError, GatrainError, Interrupted, VerifyError
 
@@ -393,7 +394,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     secrets.note_words(arguments)
     secrets.mask_command_line(arguments)
-    sys.exit(_run_within_torchrun(arguments) if "RANK" in os.environ else _run(arguments))
+    terminal.leave(_run_within_torchrun(arguments) if "RANK" in os.environ else _run(arguments))
 
 
 def _run_within_torchrun(arguments: list[str]) -> int:
@@ -429,12 +430,14 @@ def _plain_autotune(arguments: list[str]) -> list[str] | None:
 def _run(arguments: list[str]) -> int:
     stop, returned = terminal.Terminable(), None
     try:
-        with stop:
+        with offspring.stopping_together(), stop:
             if (words := _plain_autotune(arguments)) is not None:
                 autotune(words, as_json="--json" in arguments)
             else:
                 returned = app(arguments, prog_name="gatrain", standalone_mode=False, obj=arguments)
-        if stop.is_asked or returned == Interrupted.exit_code:  # what Typer makes of a KeyboardInterrupt
+        if (
+            stop.asked is not None or returned == Interrupted.exit_code
+        ):  # what Typer makes of a KeyboardInterrupt
             raise KeyboardInterrupt
         sys.stdout.flush()
         return returned if isinstance(returned, int) else 0
@@ -449,8 +452,11 @@ def _run(arguments: list[str]) -> int:
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         terminal.debug_traceback()
-        terminal.print_error("stopped by SIGTERM." if stop.is_asked else "interrupted")
-        return stop.EXIT_CODE if stop.is_asked else Interrupted.exit_code
+        if stop.asked is None:
+            terminal.print_error("interrupted")
+            return Interrupted.exit_code
+        terminal.print_error(f"stopped by {signal.Signals(stop.asked).name}.")
+        return stop.EXIT_CODE
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import json
 import os
 import shutil
 import signal
+import stat
 import sys
 import tempfile
 import threading
@@ -14,11 +17,11 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
-from gatrain import __version__
+from gatrain import __version__, offspring
 from gatrain.errors import GatrainError, nearest
 from gatrain.secrets import hide
 
@@ -102,26 +105,57 @@ UsageError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__
 
 
 class Terminable:
-    """Turn SIGTERM into what Ctrl-C raises, so that what was begun is cleaned up before the process ends.
+    """Turn SIGTERM, SIGHUP and SIGUSR1 into what Ctrl-C raises, so that what was begun is cleaned up before the
+    process ends. What was ignored at the start stays ignored.
 
-    No `Exception`: libraries catch those and say them in their own words. ``is_asked`` tells the two apart.
+    No `Exception`: libraries catch those and say them in their own words. ``asked`` tells the two apart.
     """
 
     EXIT_CODE = 128 + signal.SIGTERM
-    is_asked = False
+    asked: int | None = None
+    """The signal that came; None for a Ctrl-C."""
 
     def __enter__(self) -> None:
-        self._previous: Any = None
+        self._previous: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._stop)
+            for signum in offspring.handled():
+                if signum != signal.SIGINT:
+                    self._previous[signum] = signal.signal(signum, self._stop)
 
     def __exit__(self, *exc: object) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
+        for signum, handler in self._previous.items():
+            signal.signal(signum, signal.SIG_DFL if handler is None else handler)
 
     def _stop(self, signum: int, frame: FrameType | None) -> None:
-        self.is_asked = True
-        raise KeyboardInterrupt
+        if signum == signal.SIGHUP:
+            leave_closed_terminal()
+        if self.asked is None:  # once: what is being cleaned up shall be
+            self.asked = signum
+            raise KeyboardInterrupt
+
+
+def leave_closed_terminal() -> None:
+    """Send output that no terminal takes any more nowhere, so that nothing fails on it."""
+    for fd in (1, 2):
+        with contextlib.suppress(OSError):
+            if (
+                stat.S_ISCHR(os.fstat(fd).st_mode)
+                and not os.isatty(fd)
+                and os.fstat(fd).st_rdev != os.stat(os.devnull).st_rdev
+            ):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process. A thread that is still inside of a library would abort it while Python ends."""
+    others = [thread for thread in threading.enumerate() if thread is not threading.current_thread()]
+    if not any(thread.daemon and thread.is_alive() for thread in others):
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    os._exit(code)
 
 
 def print_error(text: str) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gatrain import batch, schema
+from gatrain import batch, guardian, schema, scratch
 from gatrain.compose import Composed, compose, reload
 from gatrain.compose.memory import compose_remembered
 from gatrain.config import RunConfig
@@ -133,6 +133,7 @@ def autotune(
         GatrainError: a leaf that names what is wrong.
     """
     request, listener = request or WorldRequest(), listener or Listener()
+    scratch.sweep()
     composed = compose_remembered(overrides, redact_value)
     check_modules(composed.config, Path.cwd())
     hardware, nodes = find_world(composed.config, request)
@@ -176,6 +177,7 @@ def fit(
         GatrainError: a leaf that names what is wrong; `Interrupted` when stopped by a signal.
     """
     request, listener = request or WorldRequest(), listener or Listener()
+    scratch.sweep()
     cwd = Path.cwd().resolve()
     composed = compose(overrides)
     check_modules(composed.config, cwd)
@@ -203,6 +205,7 @@ def fit(
         listener.planned(plan, run_dir.path)
         if request.given is not None:
             request.given.note_run(run_dir.path)
+        guardian.forget_claim(run_dir.path)  # from here on it tells of a run, however that ends
         heart.ready()
         return _launch(run_dir, nodes, hardware, request, cwd)
 
@@ -223,6 +226,7 @@ def resume(
         GatrainError: a leaf that names what is wrong; `Interrupted` when stopped by a signal.
     """
     request, listener = request or WorldRequest(), listener or Listener()
+    scratch.sweep()
     run_dir = open_run_dir(path)
     changed = _check_resume_keys(overrides)
     config, config_yaml = reload(run_dir.config, overrides)

@@ -6,11 +6,11 @@ import contextlib
 import os
 import re
 import shlex
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from gatrain import guardian
 from gatrain.compose import Composed
 from gatrain.errors import ConfigError, ExactnessError, GatrainError, RunFolderError, WorkerError
 from gatrain.launch import slurm
@@ -66,7 +66,7 @@ def claimed(path: Path, named: bool) -> Iterator[RunDir]:
     if named and _has_trained(RunDir(path)) and not RunDir(path).lock.exists():
         raise _holds_a_run(RunDir(path))  # without touching the folder of someone else's run
     run_dir, created = _create(path, named)
-    before = {entry.name for entry in run_dir.path.iterdir()} if not created else set()
+    before = _names(run_dir.path) if not created else set()
     try:
         run_dir.refuse_links()
         with locked(run_dir):
@@ -74,6 +74,7 @@ def claimed(path: Path, named: bool) -> Iterator[RunDir]:
                 raise _holds_a_run(run_dir)
             if run_dir.has_run():
                 remove_run(run_dir)  # it was refused or failed before its first step: it may be tried again
+            guardian.guard_claim(run_dir.path, before, created)
             try:
                 yield run_dir
             except BaseException as error:
@@ -81,10 +82,10 @@ def claimed(path: Path, named: bool) -> Iterator[RunDir]:
                 told = isinstance(error, WorkerError | ExactnessError) or type(error) is GatrainError
                 keeps = told and run_dir.config.exists()
                 if not keeps and not run_dir.saved_entries() and not _has_content(run_dir.metrics):
-                    for entry in run_dir.path.iterdir():
-                        if entry.name not in before:
-                            _remove(entry)
+                    guardian.clear_claim(run_dir.path, before, ())
                 raise
+            finally:
+                guardian.forget_claim(run_dir.path)
     finally:
         for folder in created:  # deepest first; those that are not empty stay
             with contextlib.suppress(OSError):
@@ -129,18 +130,16 @@ def _create(path: Path, named: bool) -> tuple[RunDir, list[Path]]:
     return RunDir(path.resolve()), created
 
 
-def _remove(entry: Path) -> None:
+def _names(folder: Path) -> set[str]:
     with contextlib.suppress(OSError):
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+        return {entry.name for entry in folder.iterdir()}
+    return set()
 
 
 def remove_run(run_dir: RunDir) -> None:
     """Clear what makes the folder look like a run's, so that another may start there."""
     for path in (run_dir.config, run_dir.metrics, run_dir.saved, run_dir.summary, run_dir.plan, run_dir.data):
-        _remove(path)
+        guardian.remove(path)
 
 
 def set_aside(run_dir: RunDir) -> Path | None:

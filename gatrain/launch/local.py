@@ -7,7 +7,6 @@ import dataclasses
 import logging
 import os
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gatrain import offspring, scratch
 from gatrain.errors import GatrainError, LaunchError, RunFolderError, WorkerError
 from gatrain.launch import protocol
 from gatrain.launch.failure import Exit, first_cause, is_only_consequence
@@ -65,13 +65,16 @@ def run_workers(
     meeting = MeetingPoint(nodes)
     with (
         contextlib.closing(meeting),
-        tempfile.TemporaryDirectory(prefix="gatrain_", ignore_cleanup_errors=True) as private,
-        Watch(Path(private), meeting, grace_s) as watch,
+        scratch.folder("gatrain_") as private,
+        offspring.stopping_together(),
+        Watch(private, meeting, grace_s) as watch,
         _working_directory(cwd),
-        _environment(_rank_environment(nodes, meeting, device, env or {}) | {protocol.RANK_STATE: private}),
+        _environment(
+            _rank_environment(nodes, meeting, device, env or {}) | {protocol.RANK_STATE: str(private)}
+        ),
         _agent_log(run_dir.logs / f"launcher_{nodes.node_rank}.log"),
     ):
-        agent = _Agent(module, run_dir, nodes, max_restarts, meeting, watch, Path(private))
+        agent = _Agent(module, run_dir, nodes, max_restarts, meeting, watch, private)
         thread = threading.Thread(target=agent.run, name="gatrain-agent", daemon=True)
         thread.start()
         watch.follow(thread)

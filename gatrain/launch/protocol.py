@@ -19,8 +19,9 @@ from pathlib import Path
 
 from gatrain.errors import LaunchError
 from gatrain.launch.net import interface_of
+from gatrain.offspring import PARENT_PID
 
-LAUNCHER_PID = "GATRAIN_LAUNCHER_PID"
+LAUNCHER_PID = PARENT_PID
 NODE_RANK = "GATRAIN_NODE_RANK"
 RANK_STATE = "GATRAIN_RANK_STATE"
 """Folder of the files described above."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
+import traceback
+from pathlib import Path
 
 from gatrain.causes import told
 from gatrain.errors import ConfigError, DoesNotFitError, GatrainError, WorkerError, chain, is_out_of_memory
@@ -29,6 +31,10 @@ def describe(error: BaseException) -> tuple[int, str, str]:
             "Use checkpointing=none."
         )
         return ConfigError.exit_code, ConfigError.__name__, f"{text}\n{told(error)}"
+    if isinstance(error, SystemExit):
+        given = "" if error.code is None else repr(error.code)
+        text = f"the code called sys.exit({given}), which ends one rank in the middle of its work"
+        return WorkerError.exit_code, type(error).__name__, told(error, f"{text}. ")
     return WorkerError.exit_code, type(error).__name__, told(error)
 
 
@@ -40,10 +46,23 @@ def is_consequence(error: BaseException) -> bool:
         return False  # what NCCL says of memory is a cause, not the end of a peer
     if isinstance(error, GatrainError):
         return error.__cause__ is not None and is_consequence(error.__cause__)
-    if isinstance(error, ConnectionError):
-        return True
     dist = sys.modules.get("torch.distributed")
     if dist is not None and isinstance(error, dist.DistError):
         return True
     peer_gone = r"gloo|Connection (closed|reset) by peer|Broken pipe|NCCL|process group.*(abort|shut)"
-    return isinstance(error, RuntimeError) and re.search(peer_gone, str(error)) is not None
+    is_worded_so = isinstance(error, RuntimeError) and re.search(peer_gone, str(error)) is not None
+    return (is_worded_so or isinstance(error, ConnectionError)) and _is_of_a_collective(error)
+
+
+def _is_of_a_collective(error: BaseException) -> bool:
+    """Whether torch raised it, below a line of torch's or of gatrain's: the user's own code talks to databases,
+    stores and pipes, whose broken connections are causes."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames:
+        return True
+    innermost = Path(frames[-1].filename)
+    torch = Path(str(sys.modules["torch"].__file__)).parent if "torch" in sys.modules else None
+    ours = Path(__file__).parents[1]
+    if torch is not None and innermost.is_relative_to(torch / "utils"):
+        return False  # a loader process, not a rank
+    return innermost.is_relative_to(ours) or (torch is not None and innermost.is_relative_to(torch))

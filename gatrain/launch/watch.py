@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from gatrain import offspring
 from gatrain.errors import Interrupted
 from gatrain.launch import protocol
 from gatrain.launch.join import MeetingPoint
@@ -27,9 +28,12 @@ PEERS_S = 1.0
 """Seconds between two looks at the other nodes."""
 SURVIVORS_S = 10.0
 """Seconds that ranks may go on after another rank died; without an answer from it most of them hang."""
-DOUBLE_S = 0.3
-"""Two SIGINT closer than this are one key press: some parents pass on what the terminal already sent."""
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+DOUBLE_S = 0.5
+"""Two signals closer than this are one: some parents pass on what the terminal or a scheduler already sent."""
+AFTERMATH_S = 0.5
+"""Seconds that torchrun's agent has to notice that its ranks were ended."""
+SCHEDULERS = ("SLURM_JOB_ID", "LSB_JOBID", "PBS_JOBID", "SGE_TASK_ID", "_CONDOR_SCRATCH_DIR")
+"""Set within a job. Schedulers go from a polite signal to a stronger one, and wait for the save in between."""
 
 
 @dataclass
@@ -41,7 +45,8 @@ class Watch:
     grace_s: float
     stop_signal: int | None = None
     stop_since: float = 0.0
-    kill_now: bool = False
+    kill_signal: int | None = None
+    """The second signal: the ranks end at once."""
     started: bool = False
     """Set by the agent's thread once all nodes are here."""
     lost: str | None = None
@@ -60,10 +65,8 @@ class Watch:
 
     def __enter__(self) -> Watch:
         if threading.current_thread() is threading.main_thread():
-            for signum in STOP_SIGNALS:
-                # ignored on purpose, by nohup or a shell's `&`: leave it so
-                if signal.getsignal(signum) is not signal.SIG_IGN:
-                    self._previous[signum] = signal.signal(signum, self._handle)
+            for signum in offspring.handled():
+                self._previous[signum] = signal.signal(signum, self._handle)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -74,32 +77,60 @@ class Watch:
         """Return when the agent's thread has ended.
 
         Raises:
-            Interrupted: a second Ctrl-C, or a stop while the nodes were still gathering.
+            Interrupted: a second Ctrl-C or SIGTERM, or a stop while the nodes were still gathering.
         """
         while agent.is_alive():
             agent.join(SCAN_S)
             self._scan()
-            if self.kill_now:
-                self._kill(self._alive())
-                raise interrupted(signal.SIGINT, "Ended at once by the second Ctrl-C; nothing was saved.")
+            if self.kill_signal is not None:
+                self._end_at_once(agent)
+                name = name_of(self.kill_signal)
+                which = (
+                    "the second"
+                    if self.kill_signal == self.stop_signal
+                    else f"{name_of(self.stop_signal)}, then"
+                )
+                text = f"Ended at once by {which} {name}; nothing was saved."
+                raise interrupted(self.kill_signal, text)
             if self.stop_signal is not None and not self.started:
                 raise interrupted(
                     self.stop_signal, f"Stopped by {name_of(self.stop_signal)} before the start."
                 )
         self._scan()
 
+    def _end_at_once(self, agent: threading.Thread) -> None:
+        """Kill the ranks, also those that torchrun may start meanwhile, and let its thread end if it will."""
+        until = time.monotonic() + AFTERMATH_S
+        while time.monotonic() < until and agent.is_alive():
+            self._scan()
+            self._kill(self._alive())
+            agent.join(SCAN_S)
+
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         for fd in self._terminals if signum == signal.SIGHUP else []:
             if not os.isatty(fd):  # closed: whatever is said at the end must not fail on it
                 os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
-        if self.stop_signal in (None, signal.SIGUSR1):
-            self.stop_signal, self.stop_since = signum, now
+        if self.stop_signal is not None and now - self.stop_since >= DOUBLE_S and self._is_second(signum):
+            self.kill_signal = signum
+        elif self.stop_signal in (None, signal.SIGUSR1, signal.SIGHUP):
+            is_news = self.stop_signal != signum
+            self.stop_signal, self.stop_since = signum, now if is_news else self.stop_since
             if signum == signal.SIGINT and sys.stderr.isatty():
                 with contextlib.suppress(OSError):
                     os.write(2, b"\r\nStopping after this step, then saving. Ctrl-C again ends at once.\r\n")
-        elif signum == signal.SIGINT and now - self.stop_since >= DOUBLE_S:
-            self.kill_now = True
+
+    def _is_second(self, signum: int) -> bool:
+        """Whether a signal after another means: at once. Only where a person, or a program, insists."""
+        if signum not in (signal.SIGINT, signal.SIGTERM):
+            return False
+        if (
+            self.stop_signal == signal.SIGHUP
+        ):  # a closed terminal, then the end of the session or of the machine
+            return signum == signal.SIGINT
+        if any(name in os.environ for name in SCHEDULERS):
+            return signum == self.stop_signal  # one of another kind is the limit after its early notice
+        return True
 
     def _alive(self) -> list[int]:
         return [pid for pid in self.states if pid not in self._gone]
@@ -109,6 +140,10 @@ class Watch:
         # states are read after the check for life: a rank writes its last state before it ends
         gone = {pid for pid in self._alive() if not process_exists(pid)}
         self.states = protocol.read_rank_states(self.state_folder)
+        for pid in self.states.keys() - self._gone - gone:
+            offspring.adopt(pid)
+        for pid in gone:
+            offspring.dismiss(pid)
         self._gone |= gone
         for pid in gone:
             if self.states[pid].state == protocol.RUNNING and pid not in self.killed:
@@ -150,9 +185,9 @@ def interrupted(signum: int, message: str) -> Interrupted:
     return error
 
 
-def name_of(signum: int) -> str:
+def name_of(signum: int | None) -> str:
     """For people: ``Ctrl-C`` or the signal's name."""
-    return "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
+    return "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum or 0).name
 
 
 def process_exists(pid: int) -> bool:

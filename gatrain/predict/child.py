@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from gatrain import offspring, scratch
 from gatrain.errors import EXIT_CODES, GatrainError
 from gatrain.predict import request
 from gatrain.predict.request import TraceRequest, TraceResult
@@ -31,7 +29,7 @@ def trace_in_child(
     Raises:
         GatrainError: as found by the child, with its message, or out of time.
     """
-    folder = Path(tempfile.mkdtemp(prefix="gatrain-predict-"))
+    folder = scratch.make("gatrain-predict-")
     try:
         process = start(folder, config_yaml, requests, cwd)
         try:
@@ -42,8 +40,7 @@ def trace_in_child(
                 "prepares the data: try once more. Else measure it on the GPU: gatrain autotune."
             ) from None
         finally:
-            process.kill()
-            process.wait()
+            offspring.end(process)
         return read_result(folder, process.returncode)
     finally:
         remove(folder)
@@ -51,7 +48,7 @@ def trace_in_child(
 
 def start(
     folder: Path, config_yaml: str, requests: Sequence[TraceRequest], cwd: Path | None, *, niceness: int = 0
-) -> subprocess.Popen[str]:
+) -> subprocess.Popen[bytes]:
     """Start the tracing process and return at once.
 
     Args:
@@ -61,14 +58,11 @@ def start(
     write_text(folder / request.CONFIG, config_yaml)
     write_json(folder / request.REQUEST, {"requests": [asdict(each) for each in requests]})
     with (folder / _ERRORS).open("w") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "gatrain.predict.trace", str(folder)],
+        process = offspring.start(
+            ["-m", "gatrain.predict.trace", str(folder)],
             cwd=cwd,
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=errors,
-            text=True,
+            env={"CUDA_VISIBLE_DEVICES": ""},
+            said=errors,
         )
     if niceness:
         with contextlib.suppress(OSError):  # it may have ended by now
@@ -94,4 +88,4 @@ def read_result(folder: Path, exit_status: int) -> list[TraceResult]:
 
 def remove(folder: Path) -> None:
     """Remove what was said between the processes."""
-    shutil.rmtree(folder, ignore_errors=True)
+    scratch.remove(folder)

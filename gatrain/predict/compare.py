@@ -11,13 +11,12 @@ process, the tuner goes on: there is just nothing to show.
 from __future__ import annotations
 
 import subprocess
-import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
-from gatrain import units
+from gatrain import offspring, scratch, units
 from gatrain.compose import Composed
 from gatrain.plan import FITS, Plan, Trial
 from gatrain.predict import child, overheads
@@ -34,7 +33,7 @@ class Tracing:
     def __init__(self, precision: str, capability: tuple[int, int]) -> None:
         self.precision = precision
         self.capability = capability
-        self._process: subprocess.Popen[str] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._folder: Path | None = None
 
     def __enter__(self) -> Tracing:
@@ -48,7 +47,7 @@ class Tracing:
     def begin(self, config_yaml: str, asked: TraceRequest, cwd: Path | None) -> None:
         """Start the process; without one there is no result."""
         try:
-            self._folder = Path(tempfile.mkdtemp(prefix="gatrain-compare-"))
+            self._folder = scratch.make("gatrain-compare-")
             self._process = child.start(self._folder, config_yaml, [asked], cwd, niceness=NICENESS)
         except OSError:
             self.close()
@@ -73,8 +72,7 @@ class Tracing:
     def close(self) -> None:
         """End the process and remove what it wrote."""
         if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+            offspring.end(self._process)
         if self._folder is not None:
             child.remove(self._folder)
         self._process = self._folder = None

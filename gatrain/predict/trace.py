@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gatrain import build
+from gatrain import build, offspring
 from gatrain.compose import load_config
 from gatrain.config import RunConfig
 from gatrain.errors import ConfigError, GatrainError
@@ -200,5 +200,6 @@ def _main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    offspring.die_with_parent()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing here may touch a GPU
     _main(Path(sys.argv[1]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 from torch import Tensor
@@ -21,6 +21,7 @@ RESERVED = ("step", "loss", "loss_terms")
 
 _Sums = dict[tuple[str, str], list[float]]
 """Summed value and weight by kind (``loss`` or ``metric``) and name."""
+_DeviceSums = dict[tuple[str, str], tuple[Tensor | float, Tensor | float]]
 
 
 class EvaluationError(GatrainError):
@@ -56,12 +57,27 @@ def evaluate(
     if engine.task.eval_data is None:
         return {}
     engine.share_buffers()
+    count = min(len(engine.task.eval_data), samples or len(engine.task.eval_data))
+    on_device: _DeviceSums = {}
+    batches = _batches_into(on_device, engine, count, micro_batch, workers)
     sums, problem, stopped = _Sums(), "", False
-    # the user's code runs here, and no collective: whatever happens on one rank, all meet below
+    # the user's code runs in here, and no collective: whatever happens on one rank, all meet after each batch
+    for _ in evaluation_keys(
+        engine.task, Ranks(0, engine.ranks.world_size), count, micro_batch
+    ):  # rank 0 has most
+        try:
+            stopped = stop_requested()
+            if not stopped:
+                next(batches, None)
+        except (Exception, SystemExit) as error:
+            problem = explain(error, describe)
+        if any(engine.ranks.sum([stopped, bool(problem)])):
+            break
     try:
-        sums, stopped = _local_sums(engine, samples, micro_batch, workers, stop_requested)
-    except (Exception, SystemExit) as error:
-        problem = explain(error, describe)
+        batches.close()
+        sums = {name: [float(total), float(weight)] for name, (total, weight) in on_device.items()}
+    except (Exception, SystemExit) as error:  # a device tells of its errors late
+        problem = problem or explain(error, describe)
     # names may differ from rank to rank: one may have no sample, or a metric only with some batches
     found = engine.ranks.gather((problem, stopped, list(sums)))
     for rank, (text, _, _) in enumerate(found):
@@ -83,26 +99,22 @@ def evaluation_keys(task: Task, ranks: Ranks, count: int, micro_batch: int) -> l
     return [[(0, sample) for sample in group] for group in groups]
 
 
-def _local_sums(
-    engine: Engine, samples: int | None, micro_batch: int, workers: int, stop_requested: Callable[[], bool]
-) -> tuple[_Sums, bool]:
-    """This rank's sums, and whether it was told to stop on the way. Not collective."""
+def _batches_into(
+    sums: _DeviceSums, engine: Engine, count: int, micro_batch: int, workers: int
+) -> Generator[None, None, None]:
+    """Add this rank's batches to ``sums``, one for each `next`. Not collective."""
     data = engine.task.eval_data
     assert data is not None
-    count = min(len(data), samples or len(data))
     keys = evaluation_keys(engine.task, engine.ranks, count, micro_batch)
-    device_sums: dict[tuple[str, str], tuple[Tensor | float, Tensor | float]] = {}
     for micro in load_batches(engine.task, data, keys, workers):
-        if stop_requested():
-            return {}, True
         with seeded(0, EVALUATION, *micro.keys[0]):
             losses, metrics = engine.evaluate(engine.to_device(micro.batch))
         _check_names(metrics)
         for kind, found in (("loss", losses), ("metric", metrics)):
             for name, (total, weight) in found.items():
-                before = device_sums.get((kind, name), (0.0, 0.0))
-                device_sums[kind, name] = (before[0] + total.double(), before[1] + weight)
-    return {name: [float(total), float(weight)] for name, (total, weight) in device_sums.items()}, False
+                before = sums.get((kind, name), (0.0, 0.0))
+                sums[kind, name] = (before[0] + total.double(), before[1] + weight)
+        yield
 
 
 def _check_names(metrics: dict[str, LossSum]) -> None:

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from gatrain import batch
-from gatrain.errors import GatrainError
+from gatrain import batch, offspring
+from gatrain.causes import told
+from gatrain.errors import DataError, GatrainError
 from gatrain.tasks.base import Samples, Task, is_deterministic
 from gatrain.train import samples
 from gatrain.train.accumulate import MicroBatch
@@ -76,6 +77,8 @@ class _MicroBatches(Dataset[Any]):
             return samples.load(self._task, self._data, keys, self._seed)
         except GatrainError as error:
             return _Failure(type(error), str(error))
+        except (SystemExit, KeyboardInterrupt) as error:  # else the process would end without a word
+            return _Failure(DataError, f"cannot load samples: {told(error)}")
 
 
 class WindowLoader:
@@ -249,6 +252,7 @@ def _from_processes(
         batch_sampler=keys,  # type: ignore[arg-type]
         collate_fn=_unchanged,
         num_workers=ahead.workers,
+        worker_init_fn=offspring.follow_parent,
         prefetch_factor=ahead.prefetch,
         generator=torch.Generator(),  # the process's own generator stays untouched
     )

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from gatrain import offspring
 from gatrain.errors import DataError, DoesNotFitError, GatrainError, is_out_of_memory
 from gatrain.tasks.base import Batch, Samples, Task, is_deterministic, named_weights
 from gatrain.train import seeding
@@ -175,7 +176,7 @@ class _Reader(Dataset[Any]):
             return samples, drew, getattr(_watch, "undeclared", False)
         except GatrainError as error:
             return type(error)(str(error))
-        except Exception as error:
+        except (Exception, SystemExit, KeyboardInterrupt) as error:
             return DataError(f"cannot read samples: {type(error).__name__}: {error}")
 
 
@@ -185,6 +186,7 @@ def _read_elsewhere(task: Task, data: Samples, keys: Sequence[Key], seed: int) -
         batch_sampler=[list(keys)],  # type: ignore[arg-type]
         collate_fn=_unchanged,
         num_workers=1,
+        worker_init_fn=offspring.follow_parent,
         generator=torch.Generator(),
     )
     (found,) = loader

@@ -21,14 +21,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
-from gatrain import rank
+from gatrain import offspring, rank, scratch
 from gatrain.assets import cache_dir
 from gatrain.errors import EXIT_CODES, GatrainError, LaunchError, RunFolderError, WorkerError
 from gatrain.launch import protocol
@@ -91,7 +90,7 @@ class TrialHost:
         if self._process is not None and self._process.poll() is None:
             return
         self.close()
-        self._folder = Path(tempfile.mkdtemp(prefix="gatrain_host_", dir=self.shared))  # private to this user
+        self._folder = scratch.make("gatrain_host_", self.shared)
         write_json(self._folder / WORLD, self._world | _meeting_place(self._nodes))
         (self._folder / REQUESTS).touch()
         self._process = join(self._folder, 0, self._cwd)
@@ -135,9 +134,9 @@ class TrialHost:
         self._process = self._folder = None
         if process is None or folder is None:
             return
-        end(process)
+        offspring.end(process)
         self._announce(None)
-        shutil.rmtree(folder, ignore_errors=True)
+        scratch.remove(folder)
 
     def _raise(self) -> NoReturn:
         """Say why the host has failed."""
@@ -187,7 +186,7 @@ class Follower:
         if folder == self._folder:
             return
         if self._process is not None and self._folder is not None:
-            end(self._process)
+            offspring.end(self._process)
             # node 0 has removed it, but this node's ranks may have written their last words since
             shutil.rmtree(self._folder, ignore_errors=True)
         self._folder = folder
@@ -195,24 +194,13 @@ class Follower:
 
 
 def join(folder: Path, node_rank: int, cwd: Path | None) -> subprocess.Popen[bytes]:
-    """Start this node's host process on a folder; `end` it when it is over."""
+    """Start this node's host process, which leads the group of its ranks, on a folder.
+
+    `gatrain.offspring.end` it when it is over: that waits until their memory is free.
+    """
     with open(_log(folder, node_rank), "ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "gatrain.tune.host", str(folder), str(node_rank)],
-            cwd=cwd,
-            env={**os.environ, protocol.LAUNCHER_PID: str(os.getpid())},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,  # a terminal's Ctrl-C reaches the parent alone
-        )
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a host process with its ranks, if they are still there, and wait until their memory is free."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)  # the host leads the group that holds all ranks
-    process.wait()
+        arguments = ["-m", "gatrain.tune.host", str(folder), str(node_rank)]
+        return offspring.start(arguments, cwd=cwd, stdout=log, said=log)
 
 
 def _log(folder: Path, node_rank: int) -> Path:
@@ -245,7 +233,7 @@ def requests(folder: Path, seen: int = 0) -> Iterator[str | None]:
 
 def main(folder: Path, node_rank: int) -> int:
     """Import, fork the ranks, wait for them. Returns the exit code; the reason of a failure is in `FAILED`."""
-    rank.die_with_launcher()
+    offspring.die_with_parent()
     world = read_json(folder / WORLD)
     os.environ.update(_environment(world, node_rank))
     for module in ("torch", WORK, *(COMPILER if world["compiles"] else ())):

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from gatrain import units
+from gatrain import scratch, units
 from gatrain.config import RunConfig
 from gatrain.errors import DoesNotFitError, GatrainError, Interrupted, WorkerError
 from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, StepSettings
@@ -94,10 +93,8 @@ class TrialRunner:
             check=self._checks,
         )
         answers, error = Answers(), None
-        with tempfile.TemporaryDirectory(
-            prefix="gatrain_tune_", dir=self._shared, ignore_cleanup_errors=True
-        ) as name:
-            folder = Path(name)  # private to this user: the config in it may hold resolved secrets
+        # private to this user: the config in it may hold resolved secrets
+        with scratch.folder("gatrain_tune_", self._shared) as folder:
             asked.write(folder)
             # JSON is YAML as well
             (folder / spec.CONFIG).write_text(json.dumps(dataclasses.asdict(self._config)), encoding="utf-8")

@@ -9,11 +9,11 @@ be caught: a check that nothing can fail proves nothing.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gatrain import scratch
 from gatrain.compose import Composed
 from gatrain.config import RunConfig
 from gatrain.inspection import inspect_run
@@ -58,8 +58,7 @@ def run_verify(
     planned, planned_by, settings = _planned(config, facts, hardware, cwd)
     if micro_batch is not None:
         planned, planned_by = micro_batch, "asked for"
-    with tempfile.TemporaryDirectory(prefix="gatrain-verify-") as name:
-        folder = Path(name)
+    with scratch.folder("gatrain-verify-") as folder:
         write_text(folder / "config.yaml", composed.yaml)
         spec: dict[str, Any] = {"planned": planned, "seconds": seconds, "processes": 1, **settings}
         progress("Comparing splits in one process")

@@ -1,0 +1,156 @@
+"""Processes that belong to this one: they die with it, however it ends, and stop and go on with it.
+
+Each leads a session and a group of its own, so that a terminal's Ctrl-C or Ctrl-Z reaches the command alone, which
+decides what becomes of the others, and so that whatever they start themselves can be ended with them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+from gatrain import guardian
+
+PARENT_PID = "GATRAIN_LAUNCHER_PID"
+"""In the environment of each child."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+"""What asks a command to end. Ignored where it was ignored at the start, as nohup and a shell's `&` do it."""
+
+_groups: set[int] = set()
+
+
+def start(
+    arguments: Sequence[str],
+    *,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    said: IO[Any] | int = subprocess.DEVNULL,
+    stdout: IO[Any] | int = subprocess.DEVNULL,
+) -> subprocess.Popen[bytes]:
+    """Start Python with these arguments in a group of its own; `end` it when it is over.
+
+    The module must call `die_with_parent` first of all.
+
+    Args:
+        env: additions to the environment.
+        said: where its standard error goes.
+    """
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={**os.environ, **(env or {}), PARENT_PID: str(os.getpid())},
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=said,
+        start_new_session=True,
+    )
+    adopt(process.pid)
+    return process
+
+
+def end(process: subprocess.Popen[Any]) -> None:
+    """Kill a process that `start` has started, with all that it has started, and wait until it is gone."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    if process.poll() is None:
+        process.kill()  # not the leader of a group
+    process.wait()
+    dismiss(process.pid)
+
+
+def adopt(pid: int) -> None:
+    """This process leads a group that shall end, stop and go on with this process."""
+    if pid not in _groups:
+        _groups.add(pid)
+        guardian.guard_group(pid)
+
+
+def dismiss(pid: int) -> None:
+    """The group has ended."""
+    if pid in _groups:
+        _groups.discard(pid)
+        guardian.forget_group(pid)
+
+
+def handled(signals: Sequence[signal.Signals] = STOP_SIGNALS) -> list[signal.Signals]:
+    """Those of the signals that were not ignored when this process started."""
+    return [signum for signum in signals if signal.getsignal(signum) is not signal.SIG_IGN]
+
+
+@contextlib.contextmanager
+def stopping_together() -> Iterator[None]:
+    """In here Ctrl-Z stops the children before it stops this process, and they go on when it does."""
+    takes = threading.current_thread() is threading.main_thread()
+    if not takes or signal.getsignal(signal.SIGTSTP) is not signal.SIG_DFL:  # somebody does it already
+        yield
+        return
+    signal.signal(signal.SIGTSTP, _stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    _to_all(signal.SIGSTOP)
+    # not SIGTSTP, which the kernel drops where no shell would continue the process: a batch system suspends so
+    os.kill(os.getpid(), signal.SIGSTOP)
+    _to_all(signal.SIGCONT)
+
+
+def _to_all(signum: int) -> None:
+    for pid in list(_groups):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signum)
+
+
+# --- in a child -------------------------------------------------------------------------------------------
+
+
+def die_with_parent() -> None:
+    """Let the kernel kill this process when the one that started it is gone, even by SIGKILL (Linux)."""
+    parent = os.environ.get(PARENT_PID)
+    if parent is None:
+        return
+    if sys.platform == "linux":
+        import ctypes
+
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, int(signal.SIGKILL))
+    else:
+        follow_parent()
+    if os.getppid() != int(parent):  # it died before the call above
+        os._exit(128 + signal.SIGKILL)
+
+
+def follow_parent(*_: object) -> None:
+    """End this process soon after its parent, from a thread.
+
+    For processes that a thread has forked: the kernel's own signal comes at the end of that thread already.
+    """
+    parent = os.getppid()
+
+    def follow() -> None:
+        try:
+            handle = os.pidfd_open(parent)
+        except (AttributeError, OSError):  # not Linux, or not allowed
+            handle = -1
+        if handle >= 0 and os.getppid() == parent:
+            poll = select.poll()
+            poll.register(handle, select.POLLIN)
+            poll.poll()
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(128 + signal.SIGKILL)
+
+    threading.Thread(target=follow, name="gatrain-parent", daemon=True).start()
