@@ -50,6 +50,11 @@ class DataError(GatrainError):
     exit_code = 4
 
 
+class BrokenSampleError(DataError):
+    """One sample cannot be read, and the others can. A dataset whose ``broken`` is ``"skip"`` raises it to have
+    that sample left out of its window."""
+
+
 class DoesNotFitError(GatrainError):
     """Model, gradients and optimizer state do not fit in memory at one sample."""
 

@@ -126,7 +126,7 @@ def find(value: Any, omissions: Omissions, option: str = "data.path") -> list[Pa
     if os.path.isdir(path):
         found = walk(path, omissions)
         if not found:
-            raise DataError(f"{option}={shown(value)} is a folder with no files in it{_left_out(omissions)}.")
+            raise DataError(f"{option}={shown(value)} is a folder with no files in it{omissions.told()}.")
         return found
     if _is_there(path):
         check_regular(path, option)
@@ -137,13 +137,13 @@ def find(value: Any, omissions: Omissions, option: str = "data.path") -> list[Pa
             found = _Walk(Path(base), omissions, parts).files()
             if not found:
                 raise DataError(
-                    f"{option}={shown(value)} matches no file below {shown(base)}{_left_out(omissions)}."
+                    f"{option}={shown(value)} matches no file below {shown(base)}{omissions.told()}."
                 )
             return found
-    raise DataError(f"{option}={shown(value)} does not exist.{_similar(path)}")
+    raise DataError(f"{option}={shown(value)} does not exist.{similar(path)}")
 
 
-def walk(root: Path, omissions: Omissions) -> list[Path]:
+def walk(root: Path, omissions: Omissions, identities: dict[Any, Path] | None = None) -> list[Path]:
     """Every regular file below the folder, once, sorted by name.
 
     Links are followed once: a folder or file that has been reached already, or that lies above the link, is
@@ -151,15 +151,22 @@ def walk(root: Path, omissions: Omissions) -> list[Path]:
     and folders, those of operating systems, links that point nowhere, and what is neither file nor folder are left
     out and counted. No file is opened.
 
+    Args:
+        identities: is filled with each file under what the file system knows it by, to compare with another walk.
+
     Raises:
         DataError: it is no folder, or a folder cannot be read.
     """
     if not os.path.isdir(root):
         raise DataError(f"{shown(root)} is not a folder.")
-    return _Walk(root, omissions, None).files()
+    found = _Walk(root, omissions, None)
+    files = found.files()
+    if identities is not None:
+        identities.update(found.known)
+    return files
 
 
-def subfolders(root: Path, omissions: Omissions) -> list[Path]:
+def subfolders(root: Path) -> list[Path]:
     """The folders in ``root`` that `walk` would go into, links among them, sorted by name. Nothing is read twice
     here: two names of one folder are two folders."""
     found = []
@@ -215,7 +222,7 @@ class _Walk:
         self._omissions = omissions
         self._pattern = _Pattern(pattern) if pattern is not None else None
         self._folders: set[tuple[Any, State]] = set()
-        self._known: dict[Any, Path] = {}
+        self.known: dict[Any, Path] = {}
         self._found: list[Path] = []
         self._links: deque[tuple[Path, State]] = deque()
 
@@ -283,10 +290,10 @@ class _Walk:
             self._omissions.add(SPECIAL, self._name(path))
             return
         identity = _identity(path, status)
-        if (through_link or status.st_nlink > 1) and identity in self._known:
-            self._omissions.add(FILE_TWICE, f"{self._name(path)} = {self._name(self._known[identity])}")
+        if (through_link or status.st_nlink > 1) and identity in self.known:
+            self._omissions.add(FILE_TWICE, f"{self._name(path)} = {self._name(self.known[identity])}")
             return
-        self._known[identity] = path
+        self.known[identity] = path
         if outside:
             self._omissions.add(OUTSIDE, f"{self._name(path)} -> {shown(os.path.realpath(path))}")
         self._found.append(path)
@@ -419,12 +426,7 @@ def _literal_base(path: str) -> tuple[str, list[str]]:
     return str(base), []
 
 
-def _left_out(omissions: Omissions) -> str:
-    found = [f"{each.count} {each.what}" for each in omissions.found()]
-    return f" ({'; '.join(found)})" if found else ""
-
-
-def _similar(path: Path) -> str:
+def similar(path: Path) -> str:
     """A file or folder of nearly that name."""
     folder = path.parent
     try:

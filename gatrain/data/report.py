@@ -64,6 +64,11 @@ class Omissions:
             for what, count in self._counts.items()
         ]
 
+    def told(self) -> str:
+        """In brackets, for the end of a sentence in an error; empty where there is nothing."""
+        found = [f"{count} {what}" for what, count in self._counts.items()]
+        return f" ({'; '.join(found)})" if found else ""
+
 
 @dataclass(frozen=True)
 class DataReport:

@@ -62,12 +62,12 @@ def splits(root: Path, omissions: Omissions, option: str = "data.path") -> Split
     Raises:
         DataError: folders look like splits, but which is which is not certain.
     """
-    folders = subfolders(root, omissions)
+    folders = subfolders(root)
     if found := _certain(root, folders, omissions, option):
         return found
     inner = [folder for folder in folders if folder.name.lower() in _WRAPPERS or len(folders) == 1]
     for folder in inner:
-        below = subfolders(folder, omissions)
+        below = subfolders(folder)
         if found := _certain(folder, below, omissions, option):
             _count_beside(folders, [folder], omissions)
             return found
@@ -107,7 +107,7 @@ def _refuse_doubtful(folders: Sequence[Path], option: str) -> None:
     if doubtful:
         raise _doubt(doubtful, option)
     for folder in folders:
-        below = [each for each in subfolders(folder, Omissions()) if split_kind(each.name)]
+        below = [each for each in subfolders(folder) if split_kind(each.name)]
         if len({split_kind(each.name) for each in below}) == 2:
             raise _doubt(below, option)
 
@@ -139,7 +139,7 @@ def _parts(word: str) -> list[str]:
 
 
 def _has_folders(folder: Path) -> bool:
-    return bool(subfolders(folder, Omissions()))
+    return bool(subfolders(folder))
 
 
 def _doubt(folders: Sequence[Path], option: str) -> DataError:
