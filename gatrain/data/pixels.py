@@ -227,6 +227,7 @@ def _tag(image: Image, number: int) -> int | None:
 
 def _reason(path: Path, error: Exception) -> str:
     from PIL import Image as pillow
+    from PIL import UnidentifiedImageError
 
     if isinstance(error, _RangeError):
         return str(error)
@@ -244,7 +245,7 @@ def _reason(path: Path, error: Exception) -> str:
     for start, words in _HEADS.items():
         if head.lstrip().startswith(start):
             return words
-    if isinstance(error, pillow.UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError):
         return "it is none of the image formats that are read, or its head is damaged"
     return str(error).rstrip(".") or type(error).__name__
 
