@@ -34,8 +34,10 @@ ROOMS: dict[str, set[str]] = {
     "schema": set(),
     "plan": {"batch", "config", "schema"},
     "rundir": {"plan"},
+    "commands": {"rundir"},
     "compose": {"config", "assets", "rundir"},
     "train": {
+        "commands",
         "causes",
         "config",
         "batch",
@@ -48,7 +50,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "launch": {"causes", "offspring", "rundir", "plan", "scratch"},
     "rank": {"launch"},
-    "report": {"rundir", "plan", "batch", "data.report", "train.events"},
+    "report": {"commands", "rundir", "plan", "batch", "data.report", "train.events"},
     "build": {"causes", "config", "construction", "plan", "signatures", "tasks", "train"},
     "facts": {"assets", "config", "data.report", "dependencies", "rundir"},
     "inspection": {"build", "causes", "compose", "facts", "offspring", "scratch"},
@@ -67,13 +69,13 @@ ROOMS: dict[str, set[str]] = {
     "predict": {"batch", "build", "compose", "config", "plan", "rundir", "scratch", "tasks", "train"},
     "worker": {"build", "compose", "rank", "report", "train"},
     "verify": {"batch", "build", "compose", "inspection", "launch", "rank", "train", "tune"},
-    "fit": {"compose", "inspection", "launch", "predict", "tune"},
+    "fit": {"commands", "compose", "inspection", "launch", "predict", "tune"},
     "cli": {"fit", "report", "verify"},
 }
 THIRD_PARTY = {
     "typer": {"cli"},
     "rich": {"cli", "report"},
-    "hydra": {"build", "compose", "fit"},  # fit: only to quote an override
+    "hydra": {"build", "compose"},
     "omegaconf": {"build", "compose"},
     "torch": {
         "build", "construction", "data", "inspection", "launch", "models", "predict", "rank", "report", "tasks",

@@ -20,15 +20,15 @@ from gatrain.launch.nodes import Nodes
 from gatrain.rundir import RunDir, write_json
 
 SURFACE = {
-    "fit": {"--retune"},
+    "fit": {"--retune", "--overwrite"},
     "autotune": {"--json", "--retune", "--plot"},
     "plan": {"--gpu", "--gpus", "--nproc", "--json"},
     "launch": {
         "--nproc", "--nnodes", "--node-rank", "--rdzv-endpoint", "--max-restarts",
         "--slurm", "--partition", "--time", "--nodes", "--gpus-per-node", "--dry-run",
-        "--retune",
+        "--retune", "--overwrite",
     },
-    "resume": {"--nproc", "--nnodes", "--node-rank", "--rdzv-endpoint", "--max-restarts"},
+    "resume": {"--nproc", "--nnodes", "--node-rank", "--rdzv-endpoint", "--max-restarts", "--from-start"},
     "verify": {"--json"},
     "recipes": set(),
     "show": {"--json"},

@@ -34,6 +34,9 @@ _Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")
 ]
 _Retune = Annotated[bool, typer.Option("--retune", help="Measure again, whatever is remembered.")]
+_Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the run that the run folder holds, on purpose.")
+]
 _Nproc = Annotated[
     int | None, typer.Option("--nproc", help="Processes on this node, by default one for each GPU.")
 ]
@@ -93,14 +96,19 @@ def _root(
 
 
 @app.command()
-def fit(context: typer.Context, overrides: _Overrides = None, retune: _Retune = False) -> None:
+def fit(
+    context: typer.Context,
+    overrides: _Overrides = None,
+    retune: _Retune = False,
+    overwrite: _Overwrite = False,
+) -> None:
     """Train: find the fastest exact split for this hardware, then run it to the end."""
     from gatrain import fit as work
 
     request = _world_request()
     _reach_all_nodes(context, request, overrides)
     with terminal.Progress() as progress:
-        outcome = work.fit(overrides or [], request, progress.listener(), retune)
+        outcome = work.fit(overrides or [], request, progress.listener(), retune, overwrite)
     _print_outcome(outcome)
 
 
@@ -187,6 +195,7 @@ def launch(
     gpus_per_node: Annotated[int | None, typer.Option("--gpus-per-node", help="Slurm GPUs per node.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="With --slurm: print the script only.")] = False,
     retune: _Retune = False,
+    overwrite: _Overwrite = False,
 ) -> None:
     """Train on a stated number of processes, on several nodes, or through Slurm."""
     from gatrain import fit as work
@@ -214,6 +223,7 @@ def launch(
                 nproc=nproc,
                 max_restarts=max_restarts,
                 retune=retune,
+                overwrite=overwrite,
                 dry_run=dry_run,
             )
         )
@@ -225,7 +235,7 @@ def launch(
     request = _world_request(nproc, nnodes, node_rank, endpoint, max_restarts)
     _reach_all_nodes(context, request, overrides)
     with terminal.Progress() as progress:
-        outcome = work.fit(overrides or [], request, progress.listener(), retune)
+        outcome = work.fit(overrides or [], request, progress.listener(), retune, overwrite)
     _print_outcome(outcome)
 
 

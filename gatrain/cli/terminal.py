@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import typer
 
 from gatrain import __version__, offspring
+from gatrain.commands import typed
 from gatrain.errors import GatrainError, nearest
 from gatrain.secrets import hide
 
@@ -80,7 +81,11 @@ class Progress:
                 if run_dir is not None:
                     print(f"Run folder: {run_dir}", flush=True)
 
-        return Listener(progress=self.tell, read=read, planned=planned)
+        def said(text: str) -> None:
+            self.stop()
+            print(text, file=sys.stderr, flush=True)
+
+        return Listener(progress=self.tell, read=read, planned=planned, said=said)
 
 
 def print_json(data: Any) -> None:
@@ -171,20 +176,24 @@ def usage_text(error: Exception, arguments: Sequence[str], commands: Sequence[st
     first = arguments[0]
     if text.startswith("No such command"):
         if "=" in first:
-            return (
-                f"'{first}' stands where a command belongs. Did you mean 'gatrain fit {' '.join(arguments)}'?"
-            )
+            return f"'{first}' stands where a command belongs. Did you mean: {typed('fit', *arguments)}"
         return f"there is no command '{first}'.{nearest(first, commands)} Commands: {', '.join(commands)}."
     if text.startswith("No such option"):
         option = str(getattr(error, "option_name", ""))
-        command = getattr(getattr(error, "ctx", None), "command", None)
-        known = [name for p in getattr(command, "params", []) for name in p.opts if name.startswith("--")]
-        hint = nearest(option, known)
+        context = getattr(error, "ctx", None)
+        hint = nearest(option, _options(getattr(context, "command", None)))
+        siblings = getattr(getattr(getattr(context, "parent", None), "command", None), "commands", {})
+        if owners := [f"gatrain {name}" for name, command in siblings.items() if option in _options(command)]:
+            hint = f" It is one of {', '.join(owners)}."
         if not hint and first in commands and not option.lstrip("-").isdigit():
             hint = f" Settings have no dashes: {option.lstrip('-').partition('=')[0]}=VALUE."
         where = first if first in commands else ""
         return f"there is no option '{option}'.{hint} See gatrain {where + ' ' if where else ''}--help."
     return f"{text}. See gatrain {first if first in commands else ''} --help.".replace("  ", " ")
+
+
+def _options(command: Any) -> list[str]:
+    return [name for p in getattr(command, "params", []) for name in p.opts if name.startswith("--")]
 
 
 def unexpected(error: Exception) -> int:

@@ -25,6 +25,7 @@ from omegaconf.errors import (
 from gatrain.compose import schema
 from gatrain.config import RunConfig
 from gatrain.errors import ConfigError, nearest
+from gatrain.secrets import REDACTED
 
 YAMLError: type[Exception] = yaml.YAMLError
 
@@ -76,6 +77,10 @@ def _parse_override(word: str) -> Override:
         raise ConfigError(
             f"'{word}': Hydra's own settings are not used here. The run folder is run.dir=FOLDER, "
             "and ./recipes and ./conf are searched by themselves."
+        )
+    if REDACTED in word:
+        raise ConfigError(
+            f"'{word}': {REDACTED} stands for a secret that was not kept. Give the value itself."
         )
     try:
         override = OverridesParser.create().parse_override(word)

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gatrain import batch, guardian, schema, scratch
+from gatrain import batch, commands, guardian, schema, scratch
+from gatrain.commands import OVERWRITE, Again
 from gatrain.compose import Composed, compose, reload
 from gatrain.compose.memory import compose_remembered
 from gatrain.config import RunConfig
@@ -33,7 +33,7 @@ from gatrain.errors import (
 )
 from gatrain.facts import RunFacts
 from gatrain.fit import record
-from gatrain.fit.claim import choose_folder, claimed, remove_run, set_aside
+from gatrain.fit.claim import choose_folder, claimed, set_aside
 from gatrain.fit.heartbeat import Heartbeat, beating, wait_for_node_0
 from gatrain.inspection import begin_inspection, check_modules
 from gatrain.launch import slurm
@@ -85,6 +85,19 @@ class WorldRequest:
             raise LaunchError(f"--max-restarts {self.max_restarts} is below 0.")
         self.nodes(self.nproc if self.nproc is not None else 1)  # ranges are checked before anything else
 
+    def words(self) -> list[str]:
+        """The command and the options that ask for this world."""
+        options: list[str] = []
+        for option, value, default in (
+            ("--nproc", self.nproc, None),
+            ("--nnodes", self.nnodes, 1),
+            ("--node-rank", self.node_rank, 0),
+            ("--rdzv-endpoint", self.endpoint, None),
+            ("--max-restarts", self.max_restarts, 0),
+        ):
+            options += [option, str(value)] if value != default else []
+        return ["launch", *options] if options else ["fit"]
+
     def nodes(self, nproc: int) -> Nodes:
         return Nodes(nproc, self.nnodes, self.node_rank, self.endpoint)
 
@@ -97,6 +110,8 @@ class Listener:
     read: Callable[[DataRecord], None] = lambda data: None
     """Gets what was read, before anything is measured."""
     planned: Callable[[Plan, Path | None], None] = lambda plan, run_dir: None
+    said: Callable[[str], None] = lambda text: None
+    """Gets what a person must be able to read again later."""
 
 
 @dataclass(frozen=True)
@@ -167,11 +182,13 @@ def fit(
     request: WorldRequest | None = None,
     listener: Listener | None = None,
     retune: bool = False,
+    overwrite: bool = False,
 ) -> Outcome:
     """Train a recipe to its end. On several nodes every node calls this; node 0 prepares for all.
 
     Args:
         retune: measure again, whatever is remembered.
+        overwrite: replace the run that the folder holds, once this one is ready to begin.
 
     Raises:
         GatrainError: a leaf that names what is wrong; `Interrupted` when stopped by a signal.
@@ -183,20 +200,31 @@ def fit(
     check_modules(composed.config, cwd)
     hardware, nodes = find_world(composed.config, request)
     path, named = choose_folder(composed, nodes, cwd, request.given)
+    if overwrite and not named:
+        raise ConfigError(
+            f"{OVERWRITE} needs the folder that it may replace: run.dir=FOLDER or run.name=NAME."
+        )
     _check_port(nodes)
     if nodes.node_rank > 0:
         return _follow(RunDir(path), nodes, hardware, request, listener, cwd)
-    if _is_started_again(request) and RunDir(path).has_run():
+    if _is_started_again(request) and RunDir(path).has_run() and not (overwrite and _is_older(path, request)):
         if RunDir(path).saved_entries():
             return resume(path, (), request, listener)
-        remove_run(RunDir(path))  # the first attempt ended before it had saved anything
-    with claimed(path, named) as run_dir, beating(run_dir, nodes) as heart:
+        overwrite = True  # the first attempt ended before it had saved anything
+    options = [*request.words(), *(["--retune"] if retune else [])]
+    again = Again((*options, *map(redact, overrides)), cwd)
+    with (
+        claimed(path, named, again, overwrite) as claim,
+        beating(run_dir := claim.run_dir, nodes) as heart,
+    ):
         hardware = weakest(hardware, heart.hardware_of_others())
         plan, facts = _plan(
             composed.config, composed.yaml, hardware, nodes, listener, cwd, retune, run_dir, heart
         )
+        if replaced := claim.clear():
+            listener.said(f"Replaced in {run_dir.path}: {replaced}.")
         lines = [f"recipe={composed.recipe}", *map(redact, composed.overrides)]
-        write_json(run_dir.env, record.environment(composed.recipe, composed.recipe_file, lines, cwd))
+        write_json(run_dir.env, record.environment(composed.recipe, composed.recipe_file, lines, again))
         write_text(run_dir.overrides, "\n".join(lines) + "\n")
         _write_plan(run_dir, plan, hardware)
         if facts.data is not None:
@@ -411,6 +439,14 @@ def _is_started_again(request: WorldRequest) -> bool:
     return job is not None and job.restarts > 0
 
 
+def _is_older(path: Path, request: WorldRequest) -> bool:
+    """Whether the run that lies there is not of the job that was started again."""
+    if request.given is not None and request.given.attempt:
+        return request.given.earlier_run() is None
+    job, env = slurm.detect(os.environ), RunDir(path).env
+    return job is None or not env.is_file() or read_json(env).get("slurm_job") != job.job_id
+
+
 def _write_plan(run_dir: RunDir, plan: Plan, hardware: Hardware) -> None:
     write_json(run_dir.hardware, hardware.to_dict())
     write_json(run_dir.plan, plan.to_dict())
@@ -431,7 +467,7 @@ def _launch(run_dir: RunDir, nodes: Nodes, hardware: Hardware, request: WorldReq
         if steps := run_dir.saved_steps():
             raise WorkerError(
                 f"{error}\nThe newest saved state is that of step {steps[-1]}. "
-                f"To go on: gatrain resume {run_dir.path}"
+                f"To go on: {commands.resume(run_dir)}"
             ) from error
         raise
     summary = read_json(run_dir.summary) if run_dir.summary.is_file() else {}
@@ -445,7 +481,7 @@ def _after_training(run_dir: RunDir, summary: dict[str, Any]) -> str:
     lines = [
         f"all {summary.get('step')} steps are trained and saved in {weights}, but beside the training this failed:",
         *(f"  {line}" for line in summary["failed"]),
-        f"To evaluate again, without training: gatrain resume {shlex.quote(str(run_dir.path))}",
+        f"To evaluate again, without training: {commands.resume(run_dir)}",
     ]
     return "\n".join(lines)
 
@@ -508,13 +544,9 @@ def _covers(known: str, key: str) -> bool:
 
 
 def _nothing_saved(run_dir: RunDir) -> str:
-    words = ""
-    with contextlib.suppress(OSError):
-        lines = run_dir.overrides.read_text(encoding="utf-8").splitlines()
-        words = " " + " ".join(line for line in lines if not line.startswith("#"))
     return (
         f"{run_dir.path} has no saved state to go on from: the run ended before its first one. "
-        f"Start again: gatrain fit{words} (save.every=100 saves every 100 steps)."
+        f"Start again: {commands.start_over(run_dir)} (save.every=100 saves every 100 steps)."
     )
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shlex
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from gatrain import guardian
+from gatrain import commands, guardian
+from gatrain.commands import OVERWRITE, Again
 from gatrain.compose import Composed
 from gatrain.errors import ConfigError, ExactnessError, GatrainError, RunFolderError, WorkerError
+from gatrain.fit.overwrite import completed_at, described, is_ours, remove
 from gatrain.launch import slurm
 from gatrain.launch.nodes import Nodes
 from gatrain.launch.torchrun import GivenWorld
@@ -57,31 +59,34 @@ def choose_folder(
 
 
 @contextlib.contextmanager
-def claimed(path: Path, named: bool) -> Iterator[RunDir]:
+def claimed(path: Path, named: bool, again: Again, overwrite: bool = False) -> Iterator[Claim]:
     """Create and lock the run folder; take it away again if the run ends before it has anything to keep.
+
+    Args:
+        again: the command that asks for the folder, for messages.
+        overwrite: whether a run of gatrain's may be there; it stays until `Claim.clear`.
 
     Raises:
         RunFolderError: it holds a run, is in use, or cannot be written.
     """
-    if named and _has_trained(RunDir(path)) and not RunDir(path).lock.exists():
-        raise _holds_a_run(RunDir(path))  # without touching the folder of someone else's run
+    if named and not overwrite and _has_trained(RunDir(path)) and not RunDir(path).lock.exists():
+        raise _holds_a_run(RunDir(path), again)  # without touching the folder of someone else's run
     run_dir, created = _create(path, named)
     before = _names(run_dir.path) if not created else set()
     try:
         run_dir.refuse_links()
         with locked(run_dir):
-            if _has_trained(run_dir):
-                raise _holds_a_run(run_dir)
-            if run_dir.has_run():
-                remove_run(run_dir)  # it was refused or failed before its first step: it may be tried again
+            claim = Claim(run_dir)
             guardian.guard_claim(run_dir.path, before, created)
             try:
-                yield run_dir
+                if _has_trained(run_dir) and not (overwrite and is_ours(run_dir)):
+                    raise _holds_a_run(run_dir, again)
+                yield claim
             except BaseException as error:
                 # what a rank says about code of the user's own is in the logs: they stay
                 told = isinstance(error, WorkerError | ExactnessError) or type(error) is GatrainError
-                keeps = told and run_dir.config.exists()
-                if not keeps and not run_dir.saved_entries() and not _has_content(run_dir.metrics):
+                keeps = claim.is_clear and ((told and run_dir.config.exists()) or _has_trained(run_dir))
+                if not keeps:
                     guardian.clear_claim(run_dir.path, before, ())
                 raise
             finally:
@@ -92,20 +97,62 @@ def claimed(path: Path, named: bool) -> Iterator[RunDir]:
                 folder.rmdir()
 
 
+def check_free(run_dir: RunDir, again: Again, overwrite: bool) -> None:
+    """Tell before anything is submitted that a job would be refused the folder.
+
+    Raises:
+        RunFolderError: it holds a run that is not to be replaced, or one that is under way.
+    """
+    if _has_trained(run_dir) and not (overwrite and is_ours(run_dir)):
+        raise _holds_a_run(run_dir, again)
+    if run_dir.lock.exists():
+        with locked(run_dir):
+            pass
+
+
+@dataclass
+class Claim:
+    """A locked run folder, which may still hold an earlier run."""
+
+    run_dir: RunDir
+    is_clear: bool = False
+
+    def clear(self) -> str | None:
+        """Remove the earlier run, now that the next one is ready; say what it was where anything is lost.
+
+        Raises:
+            RunFolderError: it cannot be removed.
+        """
+        lost = described(self.run_dir) if _has_trained(self.run_dir) else None
+        if self.run_dir.has_run():  # without a loss: it was refused or failed before its first step
+            remove(self.run_dir)
+        self.is_clear = True
+        return lost
+
+
 def _has_trained(run_dir: RunDir) -> bool:
     """Whether there is anything that another run would lose: of a run, or of someone's own by the same names."""
-    is_ours = run_dir.env.is_file() and run_dir.plan.is_file()
     return run_dir.has_run() and (
-        not is_ours or bool(run_dir.saved_entries()) or _has_content(run_dir.metrics)
+        not is_ours(run_dir) or bool(run_dir.saved_entries()) or _has_content(run_dir.metrics)
     )
 
 
-def _holds_a_run(run_dir: RunDir) -> RunFolderError:
-    quoted = shlex.quote(str(run_dir.path))
-    return RunFolderError(
-        f"{run_dir.path} already holds a run. Go on with it: gatrain resume {quoted}. "
-        "For a new run choose another folder with run.dir=FOLDER."
-    )
+def _holds_a_run(run_dir: RunDir, again: Again) -> RunFolderError:
+    """Say what lies there, and what works from here: to go on with it, or to begin again in its place."""
+    path, elsewhere = run_dir.path, "choose another folder with run.dir=FOLDER."
+    if not is_ours(run_dir):
+        return RunFolderError(
+            f"{path} holds a config.yaml, metrics or saved states that are not of a run that gatrain began there. "
+            f"They are left alone: {elsewhere}"
+        )
+    lines = [f"{path} already holds {described(run_dir)}."]
+    if run_dir.config.is_file() and run_dir.saved_steps():
+        if (end := completed_at(run_dir)) is not None:
+            lines.append(f"To train it further: {commands.resume(run_dir, f'train.steps={2 * end}')}")
+        else:
+            lines.append(f"To go on with it: {commands.resume(run_dir)}")
+    lines.append(f"To replace it: {again.text() if again.is_whole else f'the same command with {OVERWRITE}'}")
+    return RunFolderError("\n".join([*lines, f"For a new run beside it {elsewhere}"]))
 
 
 def _create(path: Path, named: bool) -> tuple[RunDir, list[Path]]:
@@ -134,12 +181,6 @@ def _names(folder: Path) -> set[str]:
     with contextlib.suppress(OSError):
         return {entry.name for entry in folder.iterdir()}
     return set()
-
-
-def remove_run(run_dir: RunDir) -> None:
-    """Clear what makes the folder look like a run's, so that another may start there."""
-    for path in (run_dir.config, run_dir.metrics, run_dir.saved, run_dir.summary, run_dir.plan, run_dir.data):
-        guardian.remove(path)
 
 
 def set_aside(run_dir: RunDir) -> Path | None:

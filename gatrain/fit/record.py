@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import socket
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from gatrain import __version__
+from gatrain.commands import Again
+from gatrain.launch import slurm
 from gatrain.secrets import redact
 
 _PACKAGES = ("torch", "torchvision", "numpy", "hydra-core", "omegaconf", "safetensors", "tokenizers")
@@ -28,18 +31,25 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def environment(recipe: str, recipe_file: Path, overrides: Sequence[str], cwd: Path) -> dict[str, Any]:
-    """Return the contents of ``env.json``."""
+def environment(recipe: str, recipe_file: Path, overrides: Sequence[str], again: Again) -> dict[str, Any]:
+    """Return the contents of ``env.json``.
+
+    Args:
+        again: the command that starts the run, and where.
+    """
+    job = slurm.detect(os.environ)
     return {
         "recipe": recipe,
         "recipe_file": str(recipe_file),
         "overrides": [redact(word) for word in overrides],
-        "working_dir": str(cwd),
+        "working_dir": str(again.cwd),
+        "command": [redact(word) for word in again.words],
+        "slurm_job": job.job_id if job is not None else None,
         "argv": [redact(word) for word in sys.argv],
         "versions": versions(),
         "platform": platform.platform(),
         "hostname": socket.gethostname(),
-        "commit": commit_of(cwd),
+        "commit": commit_of(again.cwd),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 

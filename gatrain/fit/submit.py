@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hydra.core.override_parser.types import Quote, QuotedString
-
-from gatrain import batch
+from gatrain import batch, commands
+from gatrain.commands import OVERWRITE, Again
 from gatrain.compose import compose
 from gatrain.errors import RunFolderError
+from gatrain.fit.claim import check_free
 from gatrain.launch import slurm
 from gatrain.rundir import RunDir, write_text
+from gatrain.secrets import redact
 
 SCRIPT, OUTPUT = "job.sh", "slurm.log"
 
@@ -41,6 +42,7 @@ def submit(
     nproc: int | None = None,
     max_restarts: int = 0,
     retune: bool = False,
+    overwrite: bool = False,
     dry_run: bool = False,
 ) -> Submission:
     """Write a batch file into the run folder and submit it. A requeued job goes on with its run.
@@ -57,10 +59,6 @@ def submit(
         config.run.dir or f"outputs/{composed.recipe}/{config.run.name or time.strftime('%Y-%m-%d_%H-%M-%S')}"
     )
     run_dir = RunDir(cwd / Path(folder).expanduser())
-    if run_dir.has_run():
-        raise RunFolderError(
-            f"{run_dir.path} already holds a run. Choose another folder with run.dir=FOLDER."
-        )
     name = re.sub(r"[^A-Za-z0-9_.-]", "_", f"gatrain-{composed.recipe}")
     job = slurm.BatchJob(
         name=name,
@@ -74,11 +72,20 @@ def submit(
     if isinstance(config.batch.micro, int):
         batch.check_micro_batch(config.batch.effective, job.nodes * (per_node or 1), config.batch.micro)
     words = [word for word in overrides if not word.startswith(("run.dir=", "run.name="))]
-    plain = re.fullmatch(r"[\w./-]+", folder)
-    words.append(f"run.dir={folder if plain else QuotedString(folder, Quote.single).with_quotes()}")
+    words.append(commands.setting("run.dir", folder))
     options = [] if nproc is None else ["--nproc", str(nproc)]
     options += ["--max-restarts", str(max_restarts)] if max_restarts else []
     options += ["--retune"] if retune else []
+    asked = {
+        "--partition": partition,
+        "--time": time_limit,
+        "--nodes": nodes,
+        "--gpus-per-node": gpus_per_node,
+    }
+    given = [word for option, value in asked.items() if value is not None for word in (option, str(value))]
+    again = Again(("launch", "--slurm", *given, *options, *map(redact, overrides)), cwd)
+    check_free(run_dir, again, overwrite)
+    options += [OVERWRITE] if overwrite else []
     script = slurm.sbatch_script(job, [sys.executable, "-m", "gatrain", "launch", *options, *words], cwd=cwd)
     if dry_run:
         return Submission(script, run_dir.path)
