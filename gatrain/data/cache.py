@@ -6,12 +6,14 @@ is complete, or it is built again. Ranks, trials and runs that start together wa
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,16 @@ from typing import Any
 from filelock import FileLock
 
 from gatrain import assets
-from gatrain.errors import DataError
-from gatrain.rundir import fsync, write_json
+from gatrain.errors import DataError, RunFolderError
+from gatrain.rundir import fsync, read_json, write_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raise it when the same inputs give different files, so that old folders are not read."""
 
 MANIFEST = "manifest.json"
+VERIFIED = "verified.json"
+"""Which files were read and found right, and when."""
+VERIFIED_FOR_S = 86400.0
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +48,8 @@ def build_once(
 ) -> Path:
     """Return the complete folder for ``key``, calling ``build(temporary folder)`` if there is none.
 
-    A folder whose files do not have the sizes of its manifest is thrown away and built again. The finished
-    folder is flushed to the disk and renamed into place, so nobody ever sees half of it.
+    A folder whose files do not have the sizes and hashes of its manifest is thrown away and built again. The
+    finished folder is flushed to the disk and renamed into place, so nobody ever sees half of it.
 
     Args:
         kind: first part of the folder's name, for people.
@@ -76,12 +81,25 @@ def build_once(
 
 
 def is_complete(folder: Path) -> bool:
-    """True if every file that the manifest names is there with the size it had when it was finished."""
+    """True if every file that the manifest names is there with the size and the contents it had once finished.
+
+    Contents are read again where a file is another than the one that was read last (by size, times and inode), and
+    once a day: the disk may lose what nobody has touched.
+    """
     try:
-        sizes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        files = read_json(folder / MANIFEST)["files"]
+        states = {name: _state(folder / Path(name).name) for name in files}
+        if not files or any(states[name][0] != entry["size"] for name, entry in files.items()):
+            return False
+        if _is_verified(folder, states):
+            return True
+        if any(_hash(folder / name) != entry["sha256"] for name, entry in files.items()):
+            log.warning("the data cache %s is damaged and is built again", folder)
+            return False
+    except (OSError, RunFolderError, ValueError, KeyError, TypeError, AttributeError):
         return False
+    _note_verified(folder, states)
+    return True
 
 
 def _build(folder: Path, build: Callable[[Path], None]) -> None:
@@ -95,9 +113,36 @@ def _build(folder: Path, build: Callable[[Path], None]) -> None:
         files = sorted(path for path in temporary.iterdir() if path.is_file())
         for path in files:
             fsync(path)
-        write_json(temporary / MANIFEST, {"files": {path.name: path.stat().st_size for path in files}})
+        manifest = {path.name: {"size": path.stat().st_size, "sha256": _hash(path)} for path in files}
+        write_json(temporary / MANIFEST, {"files": manifest})
+        _note_verified(temporary, {path.name: _state(path) for path in files})
         temporary.chmod(0o755)  # a shared cache is readable by all, unlike a private temporary folder
         os.rename(temporary, folder)
         fsync(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _state(path: Path) -> list[int]:
+    """Another one where a file was written, replaced or copied; its times of change cannot be set back."""
+    stat = path.stat(follow_symlinks=False)
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def _hash(path: Path) -> str:
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    with os.fdopen(handle, "rb", buffering=0) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _is_verified(folder: Path, states: Mapping[str, list[int]]) -> bool:
+    if not (folder / VERIFIED).is_file():
+        return False
+    noted = read_json(folder / VERIFIED)
+    return noted["files"] == dict(states) and 0 <= time.time() - float(noted["at"]) < VERIFIED_FOR_S
+
+
+def _note_verified(folder: Path, states: Mapping[str, list[int]]) -> None:
+    """Where that fails, as in a cache of somebody else, the contents are read again next time."""
+    with contextlib.suppress(OSError):
+        write_json(folder / VERIFIED, {"at": time.time(), "files": states})
