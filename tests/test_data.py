@@ -468,7 +468,7 @@ def bad(tmp_path: Path, name: str, content: str | bytes) -> Path:
         ("list.jsonl", "[1]", {}, r"line 1: expected a JSON object.*found list"),
         ("field.jsonl", '{"txt": "x"}', {}, r"no field 'text'; it has 'txt'.*data.text_field="),
         ("number.jsonl", '{"text": 3}', {}, "field 'text' is not a string"),
-        ("bytes.jsonl", b'{"text": "\xff"}', {}, "line 1: not valid JSON"),
+        ("bytes.jsonl", b'{"text": "\xff"}', {}, r"byte 10 \(line 1\): 0xff is not utf-8"),
         ("empty.bin", b"", {}, "is empty"),
         ("odd.bin", b"\0" * 101, {}, r"cannot read .*odd.bin as a sequence of uint16.*data.token_dtype"),
         ("tokens.bin", b"\1" * 100, {"token_dtype": "uint61"}, "Did you mean 'uint16'"),
@@ -521,7 +521,7 @@ def test_missing_gpt2_vocabulary_says_what_to_install(
 
 
 def test_bad_pairs_and_options_of_padded_text(tmp_path: Path, text_file: Path) -> None:
-    with pytest.raises(DataError, match=r"line 2: has no field 'completion'.*Correct that line"):
+    with pytest.raises(DataError, match=r"line 2: has no field 'completion'.*data.completion_field="):
         padded(bad(tmp_path, "p.jsonl", '{"prompt": "a", "completion": "b"}\n{"prompt": "a"}'))
     with pytest.raises(DataError, match="no text"):
         padded(bad(tmp_path, "empty.txt", "\n\n"))

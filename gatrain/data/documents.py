@@ -1,162 +1,160 @@
 """Text on disk -> a stream of pieces of text, in bounded memory.
 
-A document is a text file or one line of a JSON Lines file. Long documents come in pieces, cut at a line's
-end, so that a file larger than memory is read like any other.
+A document is a text file, or one record of a file of records (JSON Lines, JSON, CSV, TSV, parquet). Long documents
+come in pieces, cut at a line's end, so that a file larger than memory is read like any other.
 """
 
 from __future__ import annotations
 
-import glob
-import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from gatrain.errors import DataError, nearest
+from gatrain.data.encoding import MARK, MARKS_DROPPED, decoded
+from gatrain.data.folders import shown, unreadable
+from gatrain.data.formats import KIND_NAMES, Reading, format_of
+from gatrain.data.records import records, text_of
+from gatrain.data.report import Omissions
 
 PIECE_CHARS = 1 << 18
-JSONL_SUFFIXES = (".jsonl", ".ndjson")
+TRAINING_CHARS = 200_000_000
+"""Text that a tokenizer is trained on, at most, taken evenly from the whole."""
+
+EMPTY_FILES = "empty files"
+EMPTY_DOCUMENTS = "empty documents"
+MARKS_KEPT = "zero-width no-break spaces (U+FEFF) within texts, kept"
+REPLACED_BEFORE = "replacement characters (U+FFFD) that the texts hold already, kept"
 
 
-def find_files(path: str) -> list[Path]:
-    """The files that ``data.path`` names: one file, a folder (all files below it), or a glob pattern; sorted.
-
-    Hidden files and folders are left out of folders.
-
-    Raises:
-        DataError: nothing is there.
-    """
-    expanded = Path(path).expanduser()
-    if expanded.is_file():
-        return [expanded.resolve()]
-    if expanded.is_dir():
-        found = [
-            file
-            for file in expanded.resolve().rglob("*")
-            if file.is_file()
-            and not any(part.startswith(".") for part in file.relative_to(expanded.resolve()).parts)
-        ]
-        if not found:
-            raise DataError(f"data.path={path} is a folder with no files in it. Put text files there.")
-        return sorted(found)
-    matches = sorted(Path(name).resolve() for name in glob.glob(str(expanded), recursive=True))
-    found = [file for file in matches if file.is_file()]
-    if not found:
-        raise DataError(
-            f"data.path={path} does not exist.{_similar(expanded)} Give a text file, a folder of text "
-            "files, a pattern such as 'texts/**/*.md' (in quotes), a .jsonl file, or a token file (.bin or "
-            ".npy)."
-        )
-    return found
-
-
-def files_fingerprint(files: list[Path]) -> list[list[Any]]:
-    """Names, sizes and modification times: changes when a file does, without reading any.
+def files_state(files: Sequence[Path]) -> list[list[Any]]:
+    """Names, sizes and times of change: differs when a file does, without reading any.
 
     Raises:
         DataError: a file cannot be read.
     """
-    try:
-        stats = [(file, file.stat()) for file in files]
-    except OSError as error:
-        raise unreadable(Path(error.filename), error) from error
-    return [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
+    found = []
+    for file in files:
+        try:
+            stat = file.stat()
+        except OSError as error:
+            raise unreadable(file, error) from error
+        found.append([str(file), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino])
+    return found
 
 
-def unreadable(path: Path, error: OSError) -> DataError:
-    """The error for a file that the operating system refuses to read."""
-    return DataError(f"cannot read {path}: {error.strerror or error}. Check the file and its permissions.")
+class Corpus:
+    """Files that are read as text, and what was met in them.
+
+    Args:
+        files: in the order in which they are read.
+        reading: how.
+        fields: further names of columns that show a table, see `format_of`.
+
+    Attributes:
+        formats: what each file is.
+        documents: documents that were read in the last pass that counted.
+        omissions: what was left out in it.
+
+    Raises:
+        DataError: a file that is no text.
+    """
+
+    def __init__(self, files: Sequence[Path], reading: Reading, fields: Sequence[str] = ()) -> None:
+        self.files = list(files)
+        self.reading = reading
+        self.formats = {file: format_of(file, reading, fields) for file in self.files}
+        self.documents = 0
+        self.omissions = Omissions()
+
+    @property
+    def kind(self) -> str:
+        """Such as ``JSON Lines`` or ``3 text files, 1 CSV``."""
+        counts = Counter(KIND_NAMES[self.formats[file]] for file in self.files)
+        if len(counts) == 1:
+            return next(iter(counts))
+        return ", ".join(f"{count} {kind}" for kind, count in counts.items())
+
+    def pieces(self, counted: bool = True) -> Iterator[tuple[str, bool]]:
+        """Yield (piece of text, whether it ends its document) over all documents.
+
+        Args:
+            counted: count documents and omissions, which a second pass must not do again.
+        """
+        omissions = self.omissions if counted else Omissions()
+        for file in self.files:
+            for text, is_end in pieces(file, self.reading, omissions, self.formats[file]):
+                self.documents += counted and is_end
+                yield text, is_end
+
+    def training_texts(self) -> Iterator[str]:
+        """The text to train a tokenizer on: everything, or every n-th piece of a large corpus."""
+        total = sum(file.stat().st_size for file in self.files)
+        step = -(-total // TRAINING_CHARS) or 1
+        return islice((text for text, _ in self.pieces(counted=False)), 0, None, step)
 
 
-def pieces(file: Path, text_field: str = "text") -> Iterator[tuple[str, bool]]:
+def pieces(
+    file: Path, reading: Reading | None = None, omissions: Omissions | None = None, format: str | None = None
+) -> Iterator[tuple[str, bool]]:
     """Yield (piece of text, whether it ends its document) over all documents of ``file``.
 
     Raises:
-        DataError: unreadable or binary file; a line of JSON that is broken or lacks ``text_field``.
+        DataError: unreadable, not text or in another encoding; a record that is broken or lacks its text.
     """
-    if file.suffix.lower() in JSONL_SUFFIXES:
-        for number, record in json_lines(file):
-            text = string_field(record, text_field, file, number, "data.text_field")
-            yield from _cut(text)
+    reading = reading or Reading()
+    omissions = omissions if omissions is not None else Omissions()
+    format = format or format_of(file, reading)
+    if format == "text":
+        found = _cut_lines(decoded(file, reading.encoding, omissions))
+        any_text = False
+        for piece, is_end in found:
+            any_text = True
+            _count_oddities(piece, file.name, omissions)
+            yield piece, is_end
+        if not any_text:
+            omissions.add(EMPTY_FILES, short_name(file))
         return
-    check_is_text(file)
-    try:
-        with file.open(encoding="utf-8", errors="replace", newline="") as stream:
-            piece = ""
-            while block := stream.read(PIECE_CHARS):
-                if piece:  # now it is known that the one before was not the last
-                    yield piece, False
-                # Go on to the end of the line, unless the line is endless.
-                piece = block + stream.readline(PIECE_CHARS)
-            if piece:
-                yield piece, True
-    except OSError as error:
-        raise unreadable(file, error) from error
+    any_record = False
+    for place, record in records(file, format, reading, omissions, (reading.text_field,)):
+        any_record = True
+        text = text_of(record, reading.text_field, file, place, "data.text_field")
+        if text.startswith(MARK):
+            text = text[1:]
+            omissions.add(MARKS_DROPPED, f"{file.name}, {place}")
+        if not text:
+            omissions.add(EMPTY_DOCUMENTS, f"{file.name}, {place}")
+        _count_oddities(text, f"{file.name}, {place}", omissions)
+        yield from _cut(text)
+    if not any_record:
+        omissions.add(EMPTY_FILES, short_name(file))
 
 
-def json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number from 1, object) for each line that is not blank.
-
-    Raises:
-        DataError: names the file and the line that is not a JSON object.
-    """
-    number = 0
-    try:
-        with file.open("rb") as stream:
-            for number, line in enumerate(stream, 1):
-                if not line.strip():
-                    continue
-                record = json.loads(line)
-                if not isinstance(record, dict):
-                    raise DataError(
-                        f"{file}, line {number}: expected a JSON object such as "
-                        f'{{"text": "..."}}, found {type(record).__name__}. Correct or delete that line.'
-                    )
-                yield number, record
-    except ValueError as error:  # broken JSON, and bytes that are not UTF-8
-        raise DataError(
-            f"{file}, line {number}: not valid JSON ({error}). Correct or delete that line."
-        ) from None
-    except OSError as error:
-        raise unreadable(file, error) from error
+def short_name(file: Path) -> str:
+    """A file's name with its folder's, for lists."""
+    return shown("/".join(file.parts[-2:]))
 
 
-def string_field(
-    record: dict[str, Any], field: str, file: Path, number: int, option: str | None = None
-) -> str:
-    """``record[field]``, which must be a string.
-
-    Raises:
-        DataError: names the file, the line, the fields that are there, and the option that chooses another,
-            if any.
-    """
-    value = record.get(field)
-    if not isinstance(value, str):
-        what = f"has no field '{field}'" if field not in record else f"field '{field}' is not a string"
-        raise DataError(
-            f"{file}, line {number}: {what}; it has {', '.join(map(repr, record)) or 'no fields'}."
-            f"{nearest(field, record)} "
-            f"{f'Name the field with {option}=..., or correct' if option else 'Correct'} that line."
-        )
-    return value
+def _count_oddities(text: str, place: str, omissions: Omissions) -> None:
+    if text.isascii():
+        return
+    for character, what in ((MARK, MARKS_KEPT), ("\ufffd", REPLACED_BEFORE)):
+        if count := text.count(character):
+            omissions.add(what, place, count)
 
 
-def check_is_text(file: Path) -> None:
-    """Refuse a file that starts like a binary one.
-
-    Raises:
-        DataError: a null byte was found near the start, or the file cannot be read.
-    """
-    try:
-        with file.open("rb") as stream:
-            head = stream.read(8192)
-    except OSError as error:
-        raise unreadable(file, error) from error
-    if b"\0" in head:
-        raise DataError(
-            f"{file} is not a text file (it holds null bytes). Name the text files only, for example "
-            f"data.path='{file.parent}/**/*.txt'; token files end in .bin or .npy."
-        )
+def _cut_lines(blocks: Iterator[str]) -> Iterator[tuple[str, bool]]:
+    """Cut a stream of text into pieces of bounded size, at line ends where there are any."""
+    held = ""
+    for block in blocks:
+        held += block
+        while len(held) > 2 * PIECE_CHARS:
+            end = held.find("\n", PIECE_CHARS, 2 * PIECE_CHARS) + 1 or 2 * PIECE_CHARS
+            yield held[:end], False
+            held = held[end:]
+    if held:
+        yield held, True
 
 
 def _cut(text: str) -> Iterator[tuple[str, bool]]:
@@ -169,10 +167,3 @@ def _cut(text: str) -> Iterator[tuple[str, bool]]:
         start = end
     if text:
         yield text[start:], True
-
-
-def _similar(path: Path) -> str:
-    try:
-        return nearest(path.name, (entry.name for entry in path.parent.iterdir()))
-    except OSError:
-        return ""

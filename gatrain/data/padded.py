@@ -10,18 +10,25 @@ import os
 import re
 from array import array
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gatrain.data.cache import build_once
-from gatrain.data.documents import JSONL_SUFFIXES, find_files, json_lines, pieces, string_field
-from gatrain.data.text import check_lengths, text_sources, training_texts
-from gatrain.data.token_file import Array, TokenFile, TokenWriter, smallest_dtype, unigram_loss
+from gatrain.data.documents import Corpus
+from gatrain.data.formats import Reading
+from gatrain.data.records import has_field, records, text_of
+from gatrain.data.report import DataReport
+from gatrain.data.text import check_lengths, finished, left_out, source_files
+from gatrain.data.text_files import Files, Given
+from gatrain.data.token_file import TokenFile, TokenWriter, smallest_dtype, unigram_loss
+from gatrain.data.token_layout import Array
+from gatrain.data.tokenised import no_text, read_report, text_sources, write_report
 from gatrain.data.tokenizer import Tokenizer, check_tokenizer, make_tokenizer, tokenizer_key
 from gatrain.errors import DataError
 
@@ -92,18 +99,20 @@ class PaddedText:
     """Data source: paragraphs of text, or pairs of prompt and completion, one sample each.
 
     Args:
-        path: as for `gatrain.data.TextWindows`, without token files. JSON Lines with fields ``prompt`` and
-            ``completion`` give one sample a line, and only completions are trained on. None takes the source
+        path: as for `gatrain.data.TextWindows`, without token files. Records with fields ``prompt`` and
+            ``completion`` give one sample each, and only completions are trained on. None takes the source
             of Python's standard library.
         vocab_size: number of token ids, at most.
         context: most positions of a sample. Longer paragraphs are cut into several samples; of longer pairs
             the beginning of the prompt is left out.
         prompt_fraction: for paragraphs: the share of each, at its beginning, that is not trained on.
         eval_fraction: share of the samples, at the end, that is held out.
-        cache_dir, tokenizer, text_field: as for `gatrain.data.TextWindows`.
+        cache_dir, tokenizer, text_field, eval_path, encoding, format: as for `gatrain.data.TextWindows`.
+        prompt_field, completion_field: fields of a record that hold the two, where they have other names.
 
     Attributes:
         train, eval: `PaddedSamples`; ``eval`` is None if nothing is held out.
+        report: what was read, and how much of it the context cut, a `DataReport`.
 
     Raises:
         DataError: missing, unreadable or empty text.
@@ -113,7 +122,7 @@ class PaddedText:
 
     def __init__(
         self,
-        path: str | os.PathLike[str] | None = None,
+        path: Given | None = None,
         vocab_size: int = 4096,
         context: int = 128,
         prompt_fraction: float = 0.7,
@@ -121,22 +130,32 @@ class PaddedText:
         cache_dir: str | os.PathLike[str] | None = None,
         tokenizer: str = "bpe",
         text_field: str = "text",
+        eval_path: Given | None = None,
+        encoding: str = "utf-8",
+        format: str = "auto",
+        prompt_field: str = "prompt",
+        completion_field: str = "completion",
     ) -> None:
         check_lengths(context, eval_fraction)
+        reading = Reading.checked(encoding, format, text_field)
         if not 0 <= prompt_fraction < 1:
             raise DataError(f"data.prompt_fraction={prompt_fraction} is not at least 0 and below 1. Try 0.7.")
         if context + 1 < SHORTEST:
             raise DataError(f"data.context={context} is below {SHORTEST - 1}, the smallest for padded text.")
         self.vocab_size = vocab_size
         self.context = context
-        files = None if path is None else find_files(str(path))
-        folder = tokenised_samples(files, vocab_size, context, tokenizer, text_field, cache_dir)
+        self._files = source_files(path, eval_path)
+        pairs = PairFields(prompt_field, completion_field)
+        folder = tokenised_samples(self._files, vocab_size, context, tokenizer, reading, pairs, cache_dir)
         self.tokenizer = Tokenizer.load(folder / "tokenizer.json")
+        self._read = read_report(folder)
         tokens = TokenFile(folder / "tokens.npy")
         offsets, prompts = np.load(folder / "offsets.npy"), np.load(folder / "prompts.npy")
         total = len(prompts)
-        cut = round(total * (1 - eval_fraction))
-        if cut == 0 or (eval_fraction > 0 and cut == total):
+        held_out = int(np.load(folder / "held_out.npy"))
+        cut = total - held_out if held_out else round(total * (1 - eval_fraction))
+        wants_eval = held_out > 0 or eval_fraction > 0
+        if cut == 0 or (wants_eval and cut == total):
             raise DataError(
                 f"{path or 'the standard library'} gives {total} samples, too few to hold out "
                 f"data.eval_fraction={eval_fraction} of them. Give more text, or data.eval_fraction=0."
@@ -144,9 +163,14 @@ class PaddedText:
         self.train = PaddedSamples(tokens, offsets[: cut + 1], prompts[:cut], prompt_fraction, context)
         self.eval = (
             PaddedSamples(tokens, offsets[cut:], prompts[cut:], prompt_fraction, context)
-            if eval_fraction > 0
+            if wants_eval
             else None
         )
+
+    @cached_property
+    def report(self) -> DataReport:
+        """What was read, and what was left out of it."""
+        return finished(self._read, [*left_out(self._files), *self._read.omissions], self._files)
 
     deterministic_collate = True
 
@@ -171,89 +195,175 @@ class PaddedText:
         return unigram_loss([self.train.trained_tokens()], [self.eval.trained_tokens()], self.vocab_size)
 
 
+@dataclass(frozen=True)
+class PairFields:
+    """The fields of a record that hold a prompt and its completion."""
+
+    prompt: str = "prompt"
+    completion: str = "completion"
+
+    def in_record(self, record: dict[str, object]) -> bool:
+        """Whether a record has one of them."""
+        return has_field(record, self.prompt) or has_field(record, self.completion)
+
+
+CUT_PARAGRAPHS = "paragraphs longer than data.context, cut into several samples"
+SHORT_PARAGRAPHS = f"paragraphs of fewer than {SHORTEST - 2} tokens left out"
+SHORT_ENDS = f"last tokens of cut paragraphs, fewer than {SHORTEST} at a time, left out"
+CUT_PROMPTS = "prompts cut to data.context at their beginning"
+CUT_COMPLETIONS = "completions cut to data.context at their end, with the end-of-text token"
+
+
 def tokenised_samples(
-    files: list[Path] | None,
+    files: Files | None,
     vocab_size: int,
     context: int,
     kind: str,
-    text_field: str,
+    reading: Reading,
+    fields: PairFields,
     cache_dir: str | os.PathLike[str] | None,
 ) -> Path:
     """The cache folder with ``tokens.npy`` (flat), ``offsets.npy`` (int64 ``[samples + 1]``), ``prompts.npy``
-    (prompt tokens of each sample, 0 for paragraphs) and ``tokenizer.json``."""
+    (prompt tokens of each sample, 0 for paragraphs), ``held_out.npy`` (how many samples at the end are of held-out
+    files), ``tokenizer.json`` and the report."""
     check_tokenizer(kind, vocab_size)
-    sources, key = text_sources(files)
-    pairs = [file for file in sources if _holds_pairs(file)]
-    plain = [file for file in sources if file not in pairs]
+    train, held_out, key = text_sources(files, reading)
 
     def build(folder: Path) -> None:
-        pair_texts = (text for file in pairs for pair in _pairs(file) for text in pair)
-        texts = chain(training_texts(plain, text_field), pair_texts)
-        tokenizer = make_tokenizer(kind, texts, vocab_size)
+        parts = [_Part(train, reading, fields), _Part(held_out, reading, fields)]
+        tokenizer = make_tokenizer(kind, parts[0].training_texts(), vocab_size)
         tokenizer.save(folder / "tokenizer.json")
         offsets, prompts = array("q", [0]), array("q")
+        counts = []
         with TokenWriter(folder / "tokens.npy", smallest_dtype(tokenizer.size)) as writer:
-            samples = chain(
-                _paragraph_samples(plain, text_field, tokenizer, context),
-                _pair_samples(pairs, tokenizer, context),
-            )
-            for ids, prompt in samples:
-                writer.write(ids)
-                offsets.append(writer.size)
-                prompts.append(prompt)
-        if not prompts:
-            raise DataError(
-                f"no text of at least {SHORTEST - 2} tokens in {sources[0]}"
-                f"{' and the other files' if len(sources) > 1 else ''}. Give a file with text in it."
-            )
+            for part in parts:
+                before = len(prompts)
+                for ids, prompt in part.samples(tokenizer, context):
+                    writer.write(ids)
+                    offsets.append(writer.size)
+                    prompts.append(prompt)
+                counts.append(len(prompts) - before)
+                if part.files and not counts[-1]:
+                    raise DataError(f"{no_text(part.files)} A sample has at least {SHORTEST - 2} tokens.")
         np.save(folder / "offsets.npy", np.asarray(offsets, dtype=np.int64))
         np.save(folder / "prompts.npy", np.asarray(prompts, dtype=np.int64))
-
-    options = {"vocab_size": vocab_size, "context": context, "text_field": text_field}
-    options["tokenizer"] = tokenizer_key(kind)
-    return build_once("padded", {**key, **options}, build, cache_dir)
-
-
-def _paragraph_samples(
-    files: list[Path], text_field: str, tokenizer: Tokenizer, context: int
-) -> Iterator[tuple[list[int], int]]:
-    """(tokens, 0) of each paragraph between two end-of-text tokens, cut to ``context + 1`` tokens at most."""
-    paragraphs = (
-        paragraph.rstrip()
-        for file in files
-        for text, _ in pieces(file, text_field)
-        for paragraph in PARAGRAPH_END.split(text)
-    )
-    end = tokenizer.end_of_text
-    for ids in tokenizer.encode_all(paragraphs):
-        ids = [end, *ids, end]
-        for start in range(0, len(ids), context + 1):
-            if len(part := ids[start : start + context + 1]) >= SHORTEST:
-                yield part, 0
-
-
-def _pair_samples(files: list[Path], tokenizer: Tokenizer, context: int) -> Iterator[tuple[list[int], int]]:
-    """(tokens, prompt tokens) of each pair; of what is too long, the beginning of the prompt is left out."""
-    end = tokenizer.end_of_text
-    for file in files:
-        for prompt_text, completion_text in _pairs(file):
-            completion = [*tokenizer.encode(completion_text), end][:context]
-            room = context + 1 - len(completion)
-            prompt = [end, *tokenizer.encode(prompt_text)][-room:]
-            yield prompt + completion, len(prompt)
-
-
-def _holds_pairs(file: Path) -> bool:
-    """True if the first record of a JSON Lines file has a ``prompt`` or a ``completion``."""
-    if file.suffix.lower() not in JSONL_SUFFIXES:
-        return False
-    first: dict[str, Any] = next((record for _, record in json_lines(file)), {})
-    return "prompt" in first or "completion" in first
-
-
-def _pairs(file: Path) -> Iterator[tuple[str, str]]:
-    for number, record in json_lines(file):
-        yield (
-            string_field(record, "prompt", file, number),
-            string_field(record, "completion", file, number),
+        np.save(folder / "held_out.npy", np.int64(counts[1]))
+        name = "pairs" if parts[0].pairs.files and not parts[0].plain.files else "samples"
+        write_report(
+            folder, [corpus for part in parts for corpus in (part.pairs, part.plain)], len(prompts), name
         )
+
+    options = {"vocab_size": vocab_size, "context": context, "pairs": [fields.prompt, fields.completion]}
+    return build_once("padded", {**key, **options, "tokenizer": tokenizer_key(kind)}, build, cache_dir)
+
+
+class _Part:
+    """Files to train on or held-out files: those of pairs, and those of paragraphs."""
+
+    def __init__(self, files: list[Path], reading: Reading, fields: PairFields) -> None:
+        self.files = files
+        self._fields = fields
+        names = (fields.prompt.split(".")[0], fields.completion.split(".")[0])
+        every = Corpus(files, reading, names)
+        pairs = [file for file in files if self._holds_pairs(every, file)]
+        self.pairs = Corpus(pairs, reading, names)
+        self.plain = Corpus([file for file in files if file not in pairs], reading, names)
+
+    def _holds_pairs(self, corpus: Corpus, file: Path) -> bool:
+        """True if the first record has a prompt or a completion."""
+        if (format := corpus.formats[file]) == "text":
+            return False
+        first = next((record for _, record in records(file, format, corpus.reading)), {})
+        return self._fields.in_record(first)
+
+    def training_texts(self) -> Iterator[str]:
+        return chain(
+            self.plain.training_texts(), (text for pair in self._pairs(counted=False) for text in pair)
+        )
+
+    def samples(self, tokenizer: Tokenizer, context: int) -> Iterator[tuple[list[int], int]]:
+        """(tokens, prompt tokens) of every sample; paragraphs have 0."""
+        return chain(self._paragraphs(tokenizer, context), self._pair_samples(tokenizer, context))
+
+    def _paragraphs(self, tokenizer: Tokenizer, context: int) -> Iterator[tuple[list[int], int]]:
+        """Each paragraph between two end-of-text tokens, cut to ``context + 1`` tokens at most."""
+        paragraphs = (
+            paragraph.rstrip()
+            for text, _ in self.plain.pieces()
+            for paragraph in PARAGRAPH_END.split(text)
+            if paragraph.strip()
+        )
+        end, omissions = tokenizer.end_of_text, self.plain.omissions
+        total = cut = short = 0
+        first_words: dict[str, list[str]] = {CUT_PARAGRAPHS: [], SHORT_PARAGRAPHS: []}
+        ends = 0
+        for ids in tokenizer.encode_all(paragraphs):
+            total += 1
+            ids = [end, *ids, end]
+            if len(ids) > context + 1:
+                cut += 1
+            if len(ids) < SHORTEST:
+                short += 1
+            for what, found in (
+                (CUT_PARAGRAPHS, len(ids) > context + 1),
+                (SHORT_PARAGRAPHS, len(ids) < SHORTEST),
+            ):
+                if found and len(first_words[what]) < 5:
+                    first_words[what].append(tokenizer.decode(ids[:16])[:40])
+            for start in range(0, len(ids), context + 1):
+                if len(part := ids[start : start + context + 1]) >= SHORTEST:
+                    yield part, 0
+                elif start:
+                    ends += len(part)
+        for what, count in ((CUT_PARAGRAPHS, cut), (SHORT_PARAGRAPHS, short)):
+            if count:
+                omissions.add(what, None, count, of=total)
+                for words in first_words[what]:
+                    omissions.add(what, words, 0)
+        if ends:
+            omissions.add(SHORT_ENDS, None, ends)
+
+    def _pair_samples(self, tokenizer: Tokenizer, context: int) -> Iterator[tuple[list[int], int]]:
+        """Of what is too long, the beginning of the prompt is left out, then the end of the completion."""
+        end, omissions = tokenizer.end_of_text, self.pairs.omissions
+        total = 0
+        cut: dict[str, list[str]] = {CUT_PROMPTS: [], CUT_COMPLETIONS: []}
+        counts = dict.fromkeys(cut, 0)
+        for place, prompt_text, completion_text in self._placed_pairs(counted=True):
+            total += 1
+            completion = [*tokenizer.encode(completion_text), end]
+            prompt = [end, *tokenizer.encode(prompt_text)]
+            room = context + 1 - len(completion[:context])
+            for what, is_cut in (
+                (CUT_PROMPTS, len(prompt) > room),
+                (CUT_COMPLETIONS, len(completion) > context),
+            ):
+                counts[what] += is_cut
+                if is_cut and len(cut[what]) < 5:
+                    cut[what].append(place)
+            completion, prompt = completion[:context], prompt[-room:]
+            yield prompt + completion, len(prompt)
+        for what, count in counts.items():
+            if count:
+                omissions.add(what, None, count, of=total)
+                for place in cut[what]:
+                    omissions.add(what, place, 0)
+
+    def _pairs(self, counted: bool) -> Iterator[tuple[str, str]]:
+        return ((prompt, completion) for _, prompt, completion in self._placed_pairs(counted))
+
+    def _placed_pairs(self, counted: bool) -> Iterator[tuple[str, str, str]]:
+        omissions = self.pairs.omissions if counted else None
+        names = (self._fields.prompt, self._fields.completion)
+        for file in self.pairs.files:
+            for place, record in records(
+                file, self.pairs.formats[file], self.pairs.reading, omissions, names
+            ):
+                prompt = text_of(record, names[0], file, place, "data.prompt_field")
+                completion = text_of(record, names[1], file, place, "data.completion_field")
+                if omissions is not None:
+                    for text, name in ((prompt, "prompts"), (completion, "completions")):
+                        if not text:
+                            omissions.add(f"empty {name}, kept", f"{file.name}, {place}")
+                self.pairs.documents += counted
+                yield f"{file.name}, {place}", prompt, completion

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gatrain.data.cache import build_once
-from gatrain.data.documents import files_fingerprint, find_files, pieces
-from gatrain.data.stdlib import stdlib_files, stdlib_fingerprint
-from gatrain.data.token_file import TokenFile, TokenWriter, smallest_dtype, unigram_loss
-from gatrain.data.tokenizer import Tokenizer, check_tokenizer, make_tokenizer, own_file, tokenizer_key
+from gatrain.data.compressed import plain_name
+from gatrain.data.fingerprint import content_fingerprint
+from gatrain.data.formats import Reading
+from gatrain.data.report import DataReport, Omission
+from gatrain.data.text_files import Files, Given, find_files
+from gatrain.data.token_file import TokenFile, Tokens, open_tokens, unigram_loss
+from gatrain.data.token_layout import beside
+from gatrain.data.tokenised import read_report, tokenised
+from gatrain.data.tokenizer import Tokenizer, check_tokenizer, make_tokenizer, own_file
 from gatrain.errors import DataError
 
 TOKEN_SUFFIXES = (".bin", ".npy")
-TRAINING_CHARS = 200_000_000
-"""Text that a tokenizer is trained on, at most, taken evenly from the whole."""
 
 
 class TokenWindows:
@@ -32,7 +35,7 @@ class TokenWindows:
 
     deterministic = True
 
-    def __init__(self, tokens: TokenFile, start: int, stop: int, context: int) -> None:
+    def __init__(self, tokens: Tokens, start: int, stop: int, context: int) -> None:
         self.tokens = tokens
         self.start = start
         self.stop = stop
@@ -51,38 +54,53 @@ class TokenWindows:
             if not 0 <= index < len(self):
                 raise IndexError(f"sample {index} of {len(self)}")
             first = self.start + index * self.context
-            row[:] = self.tokens.array[first : first + self.context + 1]
+            row[:] = self.tokens.read(first, first + self.context + 1)
         return list(torch.from_numpy(rows).unbind())
+
+    @property
+    def left_over(self) -> int:
+        """Tokens at the end that no sample predicts."""
+        return max(0, self.stop - self.start - 1) - len(self) * self.context
 
 
 class TextWindows:
     """Data source: text or tokens, cut into windows for next-token prediction.
 
     Args:
-        path: a text file, a folder or pattern of text files, ``.jsonl`` files, or one token file (``.bin`` or
-            ``.npy``). None takes the source of Python's standard library.
+        path: a file, a folder, a pattern, or a list of these: text files; JSON Lines, JSON, CSV, TSV or parquet,
+            whose records are documents; any of these compressed (``.gz``, ``.bz2``, ``.xz``, ``.zst``); or token
+            files (``.bin`` or ``.npy``, raw or with the header of llm.c or Megatron's index beside them). A folder
+            with ``train`` and ``val`` files or folders is read as these splits. None takes the source of Python's
+            standard library.
         vocab_size: number of token ids, at most, of the tokenizer that is trained; for token files, the
             bound of the ids.
         context: tokens that a sample predicts.
-        eval_fraction: share of the tokens, at the end, that is held out; 0 holds out nothing.
+        eval_fraction: share of the tokens, at the end, that is held out; 0 holds out nothing. It does not count
+            where held-out files are given or found.
         cache_dir: where tokenised text is kept; see `gatrain.data.cache.cache_root`.
         tokenizer: ``bpe`` (trained on this text), ``gpt2``, or the path of a ``tokenizer.json`` or its folder.
-        text_field: field of a JSON line that holds its text.
-        token_dtype: how a ``.bin`` file stores its numbers.
+        text_field: field of a record that holds its text; ``a.b`` for a field in a field.
+        token_dtype: how a ``.bin`` file without a header stores its numbers, in this machine's byte order.
+        eval_path: held-out files, given like ``path``; the tokenizer is not trained on them.
+        encoding: of text, by Python's name of it. Bytes that are none are refused, never replaced.
+        format: ``auto`` (by content and name), ``text`` (read as it stands), ``jsonl``, ``json``, ``csv``, ``tsv``
+            or ``parquet``.
 
     Attributes:
         train, eval: `TokenWindows`; ``eval`` is None if nothing is held out.
         tokenizer: decodes samples; None for token files unless it is ``gpt2`` or a file.
+        report: what was read, a `DataReport`.
 
     Raises:
-        DataError: missing, unreadable, empty or too short text; ids outside the vocabulary.
+        ConfigError: an empty path.
+        DataError: missing, unreadable, undecodable, empty or too short text; ids outside the vocabulary.
     """
 
     variable_length = False
 
     def __init__(
         self,
-        path: str | os.PathLike[str] | None = None,
+        path: Given | None = None,
         vocab_size: int = 4096,
         context: int = 128,
         eval_fraction: float = 0.05,
@@ -90,51 +108,75 @@ class TextWindows:
         tokenizer: str = "bpe",
         text_field: str = "text",
         token_dtype: str = "uint16",
+        eval_path: Given | None = None,
+        encoding: str = "utf-8",
+        format: str = "auto",
     ) -> None:
         check_lengths(context, eval_fraction)
+        reading = Reading.checked(encoding, format, text_field)
         self.vocab_size = vocab_size
         self.context = context
         self.tokenizer: Tokenizer | None
-        files = None if path is None else find_files(str(path))
-        token_files = [file for file in files or [] if file.suffix in TOKEN_SUFFIXES]
-        if token_files and len(files or []) > 1:
-            raise DataError(
-                f"data.path={path} names {len(files or [])} files, among them the token file "
-                f"{token_files[0]}. Give one token file, or text files only."
-            )
-        if token_files:
-            self.tokens = TokenFile(token_files[0], token_dtype)
-            self.tokens.check_ids(vocab_size)
+        self._files = source_files(path, eval_path)
+        self._name = "the standard library" if path is None else str(path)
+        held_out: Tokens | None = None
+        if self._files is not None and _are_tokens(self._files, str(path)):
+            self.tokens, held_out = _open_token_files(self._files, token_dtype, vocab_size, cache_dir)
             check_tokenizer(tokenizer, vocab_size)
             known = tokenizer == "gpt2" or own_file(tokenizer) is not None
             self.tokenizer = make_tokenizer(tokenizer, [], vocab_size) if known else None
+            self._read = _token_report(self._files, self.tokens, held_out)
         else:
-            folder = tokenised(files, vocab_size, tokenizer, text_field, cache_dir)
+            folder = tokenised(self._files, vocab_size, tokenizer, reading, cache_dir)
             self.tokens = TokenFile(folder / "tokens.npy")
+            if (folder / "held_out.npy").is_file():
+                held_out = TokenFile(folder / "held_out.npy")
             self.tokenizer = Tokenizer.load(folder / "tokenizer.json")
-        self.train, self.eval = self._split(
-            eval_fraction, "the standard library" if path is None else str(path)
-        )
+            self._read = read_report(folder)
+        self.train, self.eval = self._split(eval_fraction, held_out)
 
-    def _split(self, eval_fraction: float, name: str) -> tuple[TokenWindows, TokenWindows | None]:
-        cut = round(self.tokens.size * (1 - eval_fraction))
-        train = TokenWindows(self.tokens, 0, cut, self.context)
-        held_out = TokenWindows(self.tokens, cut, self.tokens.size, self.context)
-        if len(train) == 0 or (eval_fraction > 0 and len(held_out) == 0):
-            part = "training" if len(train) == 0 else "held-out"
-            raise DataError(
-                f"{name} gives {self.tokens.size} tokens, too few for one {part} sample of {self.context} + "
-                f"1 tokens with data.eval_fraction={eval_fraction}. Give more text, or a smaller data.context"
-                + ("." if part == "training" else ", or data.eval_fraction=0.")
+    @cached_property
+    def report(self) -> DataReport:
+        """What was read, and what was left out of it."""
+        omissions = [*left_out(self._files), *self._read.omissions]
+        over = self.train.left_over + (self.eval.left_over if self.eval is not None else 0)
+        if over:
+            total = (
+                self.train.stop - self.train.start + (self.eval.stop - self.eval.start if self.eval else 0)
             )
-        return train, held_out if eval_fraction > 0 else None
+            omissions.append(Omission("tokens at the end, too few for one sample more", over, of=total))
+        return finished(self._read, omissions, self._files)
+
+    def _split(
+        self, eval_fraction: float, held_out: Tokens | None
+    ) -> tuple[TokenWindows, TokenWindows | None]:
+        cut = self.tokens.size if held_out is not None else round(self.tokens.size * (1 - eval_fraction))
+        train = TokenWindows(self.tokens, 0, cut, self.context)
+        if held_out is not None:
+            tested = TokenWindows(held_out, 0, held_out.size, self.context)
+        else:
+            tested = TokenWindows(self.tokens, cut, self.tokens.size, self.context)
+        wants_eval = held_out is not None or eval_fraction > 0
+        if len(train) == 0 or (wants_eval and len(tested) == 0):
+            part = "training" if len(train) == 0 else "held-out"
+            of = held_out if held_out is not None and part == "held-out" else self.tokens
+            where = "the held-out files give" if of is held_out else f"{self._name} gives"
+            given = "" if held_out is not None else f" with data.eval_fraction={eval_fraction}"
+            raise DataError(
+                f"{where} {of.size} tokens, too few for one {part} sample of {self.context} + "
+                f"1 tokens{given}. Give more text, or a smaller data.context"
+                + (", or data.eval_fraction=0." if part == "held-out" and held_out is None else ".")
+            )
+        return train, tested if wants_eval else None
 
     def unigram_loss(self) -> float:
         """Nats per held-out token, by the token frequencies of the train split; nan without a split."""
         if self.eval is None:
             return float("nan")
-        array = self.tokens.array
-        return unigram_loss([array[: self.train.stop]], [array[self.eval.start :]], self.vocab_size)
+        trained = self.tokens.slices(0, self.train.stop)
+        return unigram_loss(
+            trained, self.eval.tokens.slices(self.eval.start, self.eval.stop), self.vocab_size
+        )
 
 
 def check_lengths(context: int, eval_fraction: float) -> None:
@@ -149,58 +191,74 @@ def check_lengths(context: int, eval_fraction: float) -> None:
         raise DataError(f"data.eval_fraction={eval_fraction} is not at least 0 and below 1. Try 0.05.")
 
 
-def tokenised(
-    files: list[Path] | None,
-    vocab_size: int,
-    kind: str,
-    text_field: str,
-    cache_dir: str | os.PathLike[str] | None,
-) -> Path:
-    """The cache folder with ``tokens.npy`` and ``tokenizer.json`` of ``files`` (None: the standard library).
+def source_files(path: Given | None, eval_path: Given | None) -> Files | None:
+    """The files that are named; None for the standard library.
 
-    Documents follow one another, each ended by the end-of-text token. Memory holds some pieces of text and
-    the tokenizer's word counts, whatever the size of the files.
+    Raises:
+        ConfigError, DataError: nothing to read, or held-out files without files to train on.
     """
-    check_tokenizer(kind, vocab_size)
-    sources, key = text_sources(files)
-
-    def build(folder: Path) -> None:
-        tokenizer = make_tokenizer(kind, training_texts(sources, text_field), vocab_size)
-        tokenizer.save(folder / "tokenizer.json")
-        ends: list[bool] = []
-        with TokenWriter(folder / "tokens.npy", smallest_dtype(tokenizer.size)) as writer:
-            for ids in tokenizer.encode_all(_note_ends(sources, text_field, ends)):
-                writer.write(ids)
-                if ends.pop(0):
-                    writer.write([tokenizer.end_of_text])
-        if writer.size == 0:
-            raise DataError(
-                f"no text in {sources[0]}{' and the other files' if len(sources) > 1 else ''}. "
-                "Give a file with text in it."
-            )
-
-    key = {**key, "vocab_size": vocab_size, "tokenizer": tokenizer_key(kind), "text_field": text_field}
-    return build_once("text", key, build, cache_dir)
+    if path is not None:
+        return find_files(path, eval_path)
+    if eval_path is not None:
+        raise DataError(f"data.eval_path={eval_path} is given without data.path. Give both.")
+    return None
 
 
-def text_sources(files: list[Path] | None) -> tuple[list[Path], dict[str, Any]]:
-    """The files to read, and what identifies their contents."""
+def left_out(files: Files | None) -> list[Omission]:
+    """What was left out on the way to the files."""
+    return files.omissions.found() if files is not None else []
+
+
+def finished(read: DataReport, omissions: list[Omission], files: Files | None) -> DataReport:
+    """The report with everything that was left out, and the fingerprint of the files."""
     if files is None:
-        sources = stdlib_files()
-        return sources, {"stdlib": stdlib_fingerprint(sources)}
-    return files, {"files": files_fingerprint(files)}
+        return replace(read, omissions=tuple(omissions))
+    return replace(read, omissions=tuple(omissions), fingerprint=content_fingerprint(list(files), files.root))
 
 
-def training_texts(files: list[Path], text_field: str) -> Iterator[str]:
-    """The text to train a tokenizer on: everything, or every n-th piece of a large corpus."""
-    total = sum(file.stat().st_size for file in files)
-    step = -(-total // TRAINING_CHARS) or 1
-    return islice((text for file in files for text, _ in pieces(file, text_field)), 0, None, step)
+def _are_tokens(files: Files, path: str) -> bool:
+    """Whether the files hold token ids; an index beside a token file belongs to it.
+
+    Raises:
+        DataError: text and tokens are mixed.
+    """
+    tokens = [file for file in files if plain_name(file).suffix.lower() in TOKEN_SUFFIXES]
+    indices = {beside(file) for file in tokens}
+    others = [file for file in files if file not in tokens and file not in indices]
+    if tokens and others:
+        raise DataError(
+            f"data.path={path} names {len(tokens) + len(others)} files, among them the token file {tokens[0]} and "
+            f"{others[0]}, which is none. Give token files or text files, for example "
+            f"data.path='{tokens[0].parent}/*{tokens[0].suffix}'."
+        )
+    return bool(tokens)
 
 
-def _note_ends(files: list[Path], text_field: str, ends: list[bool]) -> Iterator[str]:
-    """The pieces of all files; ``ends`` queues whether each ends its document, for the reader behind."""
-    for file in files:
-        for text, is_end in pieces(file, text_field):
-            ends.append(is_end)
-            yield text
+def _open_token_files(
+    files: Files, dtype: str, vocab_size: int, cache_dir: Any
+) -> tuple[Tokens, Tokens | None]:
+    kept = None if cache_dir is None else Path(cache_dir).expanduser()
+    opened = []
+    for part in (files.train, files.held_out):
+        paths = [file for file in part if plain_name(file).suffix.lower() in TOKEN_SUFFIXES]
+        tokens = open_tokens(paths, dtype) if paths else None
+        for file in tokens.files if tokens is not None else []:
+            file.check_ids(vocab_size, kept)
+        opened.append(tokens)
+    if opened[0] is None:
+        raise DataError(
+            f"{files.train[0]} is no token file, but held-out token files are given. Give both alike."
+        )
+    return opened[0], opened[1]
+
+
+def _token_report(files: Files, tokens: Tokens, held_out: Tokens | None) -> DataReport:
+    every = [*tokens.files, *(held_out.files if held_out is not None else [])]
+    kinds = sorted({f"{file.layout.kind} {file.layout.dtype.name}" for file in every})
+    return DataReport(
+        kind=f"token files ({', '.join(kinds)})",
+        files=len(every),
+        size_bytes=sum(file.path.stat().st_size for file in every),
+        items=sum(file.size for file in every),
+        item_name="tokens",
+    )

@@ -1,7 +1,8 @@
-"""Token ids in one flat file, mapped into memory: larger than RAM is fine, only the pages read are loaded."""
+"""Token ids in flat files, mapped into memory: larger than RAM is fine, only the pages read are loaded."""
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,23 +12,20 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from gatrain.errors import DataError, nearest
-
-TOKEN_DTYPES = ("uint16", "uint32", "int32", "int64")
-CHECKED_TOKENS = 1 << 20
-
-Array = npt.NDArray[Any]
+from gatrain.data.token_layout import Array, layout
+from gatrain.data.token_scan import Scan, first_outside, fitting_dtypes, scan, too_narrow
+from gatrain.errors import DataError
 
 
 class TokenFile:
-    """A flat array of integers in an ``.npy`` file or in a raw ``.bin`` file.
+    """A flat array of integers in an ``.npy`` file or in a ``.bin`` file, raw or with a header of a known kind.
 
     The mapping is opened where it is first used and is not pickled, so the object travels to worker processes
     as a path.
 
     Args:
         path: the file.
-        dtype: for ``.bin``: how the numbers are stored, in this machine's byte order.
+        dtype: for ``.bin`` without a header: how the numbers are stored, in this machine's byte order.
 
     Raises:
         DataError: missing, empty, or not what its name says.
@@ -35,69 +33,108 @@ class TokenFile:
 
     def __init__(self, path: Path, dtype: str = "uint16") -> None:
         self.path = path
-        self.dtype = dtype
+        self.layout = layout(path, dtype)
         self._array: Array | None = None
-        self.size = int(self.array.size)
+        self.size = self.layout.size
 
     @property
     def array(self) -> Array:
         """The tokens, ``[size]``, read-only, not loaded."""
         if self._array is None:
-            self._array = self._open()
+            self._array = np.memmap(
+                self.path, dtype=self.layout.dtype, mode="r", offset=self.layout.offset, shape=(self.size,)
+            )
         return self._array
 
-    def _open(self) -> Array:
-        if not self.path.is_file():
-            raise DataError(
-                f"{self.path} is not there or is not a file. Give a token file ending in .bin or .npy."
-            )
-        if self.path.stat().st_size == 0:
-            raise DataError(f"{self.path} is empty. Give a file with tokens in it.")
-        try:
-            if self.path.suffix == ".npy":
-                array: Array = np.load(self.path, mmap_mode="r", allow_pickle=False)
-            else:
-                if self.dtype not in TOKEN_DTYPES:
-                    raise DataError(
-                        f"data.token_dtype={self.dtype} is not one of {', '.join(TOKEN_DTYPES)}."
-                        f"{nearest(self.dtype, TOKEN_DTYPES)}"
-                    )
-                array = np.memmap(self.path, dtype=self.dtype, mode="r")
-        except (OSError, ValueError) as error:
-            what = ".npy array" if self.path.suffix == ".npy" else f"sequence of {self.dtype} numbers"
-            raise DataError(
-                f"cannot read {self.path} as a {what}: {error}. Write it with numpy.save(path, tokens) as "
-                ".npy, or with tokens.tofile(path) as .bin and name its type with data.token_dtype."
-            ) from error
-        if array.ndim != 1 or array.dtype.kind not in "ui":
-            raise DataError(
-                f"{self.path} holds {array.dtype} numbers of shape {list(array.shape)}; tokens must be one "
-                "flat array of integers. Write tokens.reshape(-1).astype('uint16')."
-            )
-        return array
+    def read(self, start: int, stop: int) -> Array:
+        """Tokens ``start`` to ``stop``, ``[stop - start]``."""
+        return self.array[start:stop]
+
+    def slices(self, start: int, stop: int) -> list[Array]:
+        """The same without joining: one array a file."""
+        return [self.array[start:stop]]
+
+    @property
+    def files(self) -> list[TokenFile]:
+        """One file; see `TokenShards`."""
+        return [self]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_array": None}
 
-    def check_ids(self, vocab_size: int) -> None:
-        """Look for ids outside the vocabulary in up to a million tokens spread over the file.
+    def check_ids(self, vocab_size: int, cache_dir: Path | None = None) -> Scan:
+        """Look at every token once, for ids outside the vocabulary and for numbers of another width.
 
         Raises:
-            DataError: names the id found.
+            DataError: names the file, the place and the id.
         """
-        blocks = 16
-        length = CHECKED_TOKENS // blocks
-        starts = np.linspace(0, max(0, self.size - length), blocks).astype(np.int64)
-        for start in np.unique(starts):
-            block = self.array[start : start + length]
-            low, high = int(block.min()), int(block.max())
-            if low < 0 or high >= vocab_size:
-                given = f" stored as {self.dtype}" if self.path.suffix != ".npy" else ""
-                raise DataError(
-                    f"{self.path}{given} holds token id {low if low < 0 else high}, but data.vocab_size="
-                    f"{vocab_size} allows 0 to {vocab_size - 1}. Use data.vocab_size={max(high + 1, 1)} or "
-                    "more, or correct data.token_dtype if the ids look wrong."
+        found = scan(self.path, self.array, self.layout, cache_dir)
+        given = f" read as {self.layout.dtype.name}" if self.layout.kind == "raw" else ""
+        if self.layout.kind == "raw" and (wide := too_narrow(found, self.array)) is not None:
+            share = {2: "every second id is", 4: "three of four ids are"}[
+                wide.itemsize // self.layout.dtype.itemsize
+            ]
+            raise DataError(
+                f"{self.path}{given}: {share} 0 or nearly, so its numbers are wider. Use "
+                f"data.token_dtype={wide.name}."
+            )
+        if found.low < 0 or found.high >= vocab_size:
+            place, token = first_outside(self.array, vocab_size)
+            where = self.layout.offset + place * self.layout.dtype.itemsize
+            fitting = fitting_dtypes(self.path, self.layout, vocab_size) if self.layout.kind == "raw" else []
+            advice = f"Use data.vocab_size={max(found.high + 1, 1)} or more"
+            if fitting:
+                advice = f"Its numbers fit as {' or '.join(fitting)}"
+                big = fitting[0].endswith("big-endian")
+                stored = np.dtype(fitting[0].split()[0])
+                advice += (
+                    f": convert them with numpy.fromfile(path, '>{stored.str[1:]}').astype('<{stored.str[1:]}')"
+                    ".tofile(new)"
+                    if big
+                    else f": data.token_dtype={fitting[0]}"
                 )
+            elif self.layout.kind == "raw":
+                advice += ", or correct data.token_dtype if the ids look wrong"
+            raise DataError(
+                f"{self.path}{given} holds token id {token} at place {place:,} (byte {where:,}), but "
+                "data.vocab_size="
+                f"{vocab_size} allows 0 to {vocab_size - 1}. {advice}."
+            )
+        return found
+
+
+class TokenShards:
+    """Several token files as one sequence, in the order given: windows go on over the ends of files."""
+
+    def __init__(self, files: Sequence[TokenFile]) -> None:
+        self.files = list(files)
+        self._ends = np.cumsum([file.size for file in self.files]).tolist()
+        self.size = int(self._ends[-1])
+
+    def slices(self, start: int, stop: int) -> list[Array]:
+        """Tokens ``start`` to ``stop``, one array a file."""
+        found = []
+        shard = bisect.bisect_right(self._ends, start)
+        while start < stop and shard < len(self.files):
+            begin = self._ends[shard] - self.files[shard].size
+            end = min(stop, self._ends[shard])
+            found.append(self.files[shard].array[start - begin : end - begin])
+            start, shard = end, shard + 1
+        return found
+
+    def read(self, start: int, stop: int) -> Array:
+        """The same in one array."""
+        parts = self.slices(start, stop)
+        return parts[0] if len(parts) == 1 else np.concatenate([part.astype(np.int64) for part in parts])
+
+
+Tokens = TokenFile | TokenShards
+
+
+def open_tokens(paths: Sequence[Path], dtype: str) -> Tokens:
+    """One file as it is, or several as one sequence."""
+    files = [TokenFile(path, dtype) for path in paths]
+    return files[0] if len(files) == 1 else TokenShards(files)
 
 
 class TokenWriter:
