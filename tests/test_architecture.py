@@ -35,7 +35,7 @@ ROOMS: dict[str, set[str]] = {
     "plan": {"batch", "config", "schema"},
     "rundir": {"plan"},
     "commands": {"rundir"},
-    "compose": {"config", "assets", "rundir"},
+    "compose": {"config", "assets", "dependencies", "rundir"},
     "train": {
         "commands",
         "causes",

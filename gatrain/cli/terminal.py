@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import typer
 
 from gatrain import __version__, offspring
+from gatrain.cli import options_elsewhere
 from gatrain.commands import typed
 from gatrain.errors import GatrainError, nearest
 from gatrain.secrets import hide
@@ -180,6 +181,8 @@ def usage_text(error: Exception, arguments: Sequence[str], commands: Sequence[st
         return f"there is no command '{first}'.{nearest(first, commands)} Commands: {', '.join(commands)}."
     if text.startswith("No such option"):
         option = str(getattr(error, "option_name", ""))
+        if answer := options_elsewhere.answer(option, arguments):
+            return answer
         context = getattr(error, "ctx", None)
         hint = nearest(option, _options(getattr(context, "command", None)))
         siblings = getattr(getattr(getattr(context, "parent", None), "command", None), "commands", {})

@@ -47,6 +47,7 @@ def config_lines(composed: Composed) -> list[str]:
     lines = [f"recipe {composed.recipe}: {composed.recipe_file}"]
     if composed.shadows is not None:
         lines.append(f"(it hides the shipped recipe {composed.shadows})")
+    lines += [f"note: {remark}" for remark in composed.remarks]
     lines.append("")
     lines += [f"{key:<{key_width}}  {value:<{value_width}}  {source}".rstrip() for key, value, source in rows]
     return lines
@@ -67,6 +68,7 @@ def config_dict(composed: Composed) -> dict[str, Any]:
         "shadows": str(composed.shadows) if composed.shadows else None,
         "config": nested,
         "sources": composed.sources,
+        "remarks": composed.remarks,
     }
 
 

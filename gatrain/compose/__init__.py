@@ -34,6 +34,8 @@ class Composed:
     """Dotted key -> ``command line``, ``default``, or the path of a file."""
     shadows: Path | None = None
     """A shipped recipe of the same name that the user's own one hides."""
+    remarks: list[str] = field(default_factory=list)
+    """What a person should know of the files: keys without effect, and files that replace gatrain's own."""
 
 
 def compose(overrides: Sequence[str], cwd: Path | None = None) -> Composed:

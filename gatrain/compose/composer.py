@@ -29,46 +29,60 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gatrain import assets, secrets
-from gatrain.compose import COMMAND_LINE, DEFAULT, Composed, folders_of, messages, schema, split_recipe
+from gatrain.compose import (
+    Composed,
+    folders_of,
+    messages,
+    moment,
+    schema,
+    sources,
+    split_recipe,
+    words,
+)
 from gatrain.config import RunConfig, validate
 from gatrain.errors import ConfigError
 
 
 def compose(overrides: Sequence[str], cwd: Path) -> Composed:
     """See `gatrain.compose.compose`."""
-    given, words = take_recipe(overrides, cwd)
+    given, typed = take_recipe(overrides, cwd)
     recipe = assets.find_recipe(given, cwd)
     folders = folders_of(recipe, cwd)
-    parsed = _displacing(messages.parse_overrides(words))
-    words_and_displaced = [override.input_line or "" for override in parsed]
+    parsed = _displacing(messages.parse_overrides(typed, given))
+    hydras = [words.for_hydra(override) for override in parsed]
     _check_extension(recipe.name, [recipe.path], folders)
     context = messages.Context(recipe.name, recipe.path, folders, parsed)
     with _initialized(folders) as others:
         schema.register(optimizer_by_group=True)
         try:
-            elements = _elements(recipe.path.stem, [*words_and_displaced, others])
+            elements = _elements(recipe.path.stem, [*hydras, others])
             _check_schema_first(elements, recipe)
-            if not any(_stem(element) in schema.OPTIMIZER_SCHEMAS for element in elements):
+            if not any(sources.stem(element) in schema.OPTIMIZER_SCHEMAS for element in elements):
                 schema.register(optimizer_by_group=False)
-            composed = hydra_compose(recipe.path.stem, [*words_and_displaced, others])
+            composed = hydra_compose(recipe.path.stem, [*hydras, others])
         except messages.FOREIGN as error:
             raise ConfigError(messages.explain(error, context)) from error
     if OmegaConf.get_type(composed) is not RunConfig:
         raise ConfigError(_no_schema(recipe))
-    sources = _sources(dict(_leaves(OmegaConf.to_container(composed))), elements, parsed, folders)
-    _settle_keys(composed, sources, parsed)
-    leaves = dict(_leaves(OmegaConf.to_container(composed)))
+    leaves = dict(sources.leaves_of(OmegaConf.to_container(composed)))
+    parts = sources.parts_of(elements, folders, read_yaml)
+    setters = sources.sources_of(leaves, parts, parsed)
+    _settle_keys(composed, setters, parsed)
+    leaves = dict(sources.leaves_of(OmegaConf.to_container(composed)))
+    leaves |= sources.keep_text(composed, leaves, setters, parts, parsed, cwd)
+    leaves |= moment.settle(composed, leaves)
     config = _to_config(composed, leaves)
     validate(config)
     return Composed(
         config=config,
         recipe=recipe.name,
         recipe_file=recipe.path,
-        overrides=words,
+        overrides=typed,
         yaml=OmegaConf.to_yaml(composed),
         leaves=leaves,
-        sources={key: sources[key] for key in leaves},
+        sources={key: setters[key] for key in leaves},
         shadows=recipe.shadows,
+        remarks=sources.remarks(parts, setters, folders),
     )
 
 
@@ -92,7 +106,7 @@ def reload(path: Path, overrides: Sequence[str]) -> tuple[RunConfig, str]:
             OmegaConf.update(merged, override.key_or_group, override.value(), merge=True)
         except messages.FOREIGN as error:
             raise ConfigError(messages.explain_override(override, error, context)) from error
-    config = _to_config(merged, dict(_leaves(OmegaConf.to_container(merged))))
+    config = _to_config(merged, dict(sources.leaves_of(OmegaConf.to_container(merged))))
     validate(config)
     return config, OmegaConf.to_yaml(merged)
 
@@ -103,10 +117,16 @@ def take_recipe(overrides: Sequence[str], cwd: Path) -> tuple[str, list[str]]:
     Raises:
         ConfigError: no ``recipe=``, several, or an empty one.
     """
-    given, words = split_recipe(overrides)
+    for word in overrides:
+        if not word.isprintable() and any("\ud800" <= each <= "\udfff" for each in word):
+            raise ConfigError(
+                f"{word!r} holds bytes that are not UTF-8, which no file of a run can keep. Rename that file or "
+                "folder, or name it through a link."
+            )
+    given, others = split_recipe(overrides)
     names = [recipe.name for recipe in assets.list_recipes(cwd)]
     known = ", ".join(names) or "none"
-    for word in words:
+    for word in others:
         if "=" not in word and not word.startswith("~"):
             near = messages.close_to(word, names).replace("Did you mean '", "Did you mean 'recipe=")
             raise ConfigError(f"'{word}' is not an override: those are written KEY=VALUE.{near}")
@@ -117,7 +137,7 @@ def take_recipe(overrides: Sequence[str], cwd: Path) -> tuple[str, list[str]]:
         raise ConfigError(f"{listed} are both given. Keep one of them.")
     if not given[0]:
         raise ConfigError(f"'recipe=' has no name after it. Known recipes: {known}.")
-    return given[0], words
+    return given[0], others
 
 
 _EITHER_OR = {
@@ -208,22 +228,18 @@ def _initialized(folders: list[Path]) -> Iterator[str]:
         yield f"hydra.searchpath=[{quoted}]"
 
 
-def _elements(recipe: str, words: list[str]) -> list[ResultDefault]:
+def _elements(recipe: str, hydras: list[str]) -> list[ResultDefault]:
     """Return what the recipe's defaults list comes to, in the order of merging."""
     loader = GlobalHydra.instance().config_loader()
-    defaults = loader.compute_defaults_list(recipe, words, RunMode.RUN).defaults
+    defaults = loader.compute_defaults_list(recipe, hydras, RunMode.RUN).defaults
     return [element for element in defaults if not (element.config_path or "").startswith("hydra/")]
-
-
-def _stem(element: ResultDefault) -> str:
-    return (element.config_path or "").removesuffix(".yaml")
 
 
 # --- typed result ---------------------------------------------------------------------------------------
 
 
 def _settle_keys(
-    node: DictConfig, sources: Mapping[str, str], parsed: list[Override], prefix: str = ""
+    node: DictConfig, setters: Mapping[str, str], parsed: list[Override], prefix: str = ""
 ) -> None:
     """Refuse keys that a typed section does not have; drop those of an optimizer that was switched away.
 
@@ -239,20 +255,23 @@ def _settle_keys(
         if key in known:
             held = node._get_node(key)
             if isinstance(held, DictConfig) and not held._is_none() and not held._is_missing():
-                _settle_keys(held, sources, parsed, f"{full_key}.")
+                _settle_keys(held, setters, parsed, f"{full_key}.")
             continue
         word = next((o.input_line for o in parsed if o.key_or_group == full_key), None)
         owner = next((o for o, cls in schema.OPTIMIZERS.items() if key in cls.__dataclass_fields__), None)
         if prefix == "optimizer." and owner is not None and switched and word is None:
             del node[key]
             continue
-        where = f"'{word}'" if word else next((sources[k] for k in sources if k.startswith(full_key)), prefix)
+        where = f"'{word}'" if word else next((setters[k] for k in setters if k.startswith(full_key)), prefix)
         if prefix == "optimizer." and owner is not None:
             raise ConfigError(f"{where}: {full_key} is a key of optimizer={owner}, which is not chosen here.")
         raise ConfigError(f"{where}: {messages.unknown_key(full_key, sorted(known), None)}")
 
 
 def _to_config(composed: DictConfig, leaves: Mapping[str, Any]) -> RunConfig:
+    for key, value in leaves.items():
+        if resolver := moment.foreign(value):
+            raise ConfigError(messages.no_resolver(f"{key}={value}", resolver))
     missing = [key for key, value in leaves.items() if value == MISSING]
     if missing:
         raise ConfigError(messages.missing_values(missing))
@@ -287,40 +306,3 @@ def _with_tuples(instance: Any, prefix: str = "") -> Any:
                 raise ConfigError(f"{prefix}{item.name}=[{shown}] is not a list of {wanted} numbers.")
             changes[item.name] = tuple(value)
     return dataclasses.replace(instance, **changes)
-
-
-def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(node, dict) and node:
-        for key, value in node.items():
-            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
-    elif prefix:
-        yield prefix, node
-
-
-def _sources(
-    leaves: Mapping[str, Any], elements: list[ResultDefault], parsed: list[Override], folders: list[Path]
-) -> dict[str, str]:
-    """Tell for each leaf who set it last, replaying the merge order of the defaults list."""
-    sources = dict.fromkeys(leaves, DEFAULT)
-    for element in elements:
-        name = f"{_stem(element)}.yaml"
-        path = next((folder / name for folder in folders if (folder / name).is_file()), None)
-        if path is None:
-            continue
-        content = OmegaConf.to_container(read_yaml(path))
-        assert isinstance(content, dict)
-        content.pop("defaults", None)
-        for key, _ in _leaves(content, element.package or ""):
-            if key in sources:
-                sources[key] = str(path)
-    for override in parsed:
-        for key in leaves:
-            if key == override.key_or_group or key.startswith(f"{override.key_or_group}."):
-                chooses_file = sources[key] != DEFAULT and _is_group(override, elements)
-                sources[key] = sources[key] if chooses_file else COMMAND_LINE
-    return sources
-
-
-def _is_group(override: Override, elements: list[ResultDefault]) -> bool:
-    group = f"{override.key_or_group}/"
-    return any(_stem(element).startswith(group) for element in elements)

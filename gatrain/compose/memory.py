@@ -16,6 +16,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -26,10 +27,11 @@ from typing import Any
 from gatrain import __version__, assets
 from gatrain.compose import Composed, compose, folders_of, split_recipe
 from gatrain.config import RunConfig, validate
+from gatrain.dependencies import source_hash, targets
 from gatrain.errors import ConfigError, RunFolderError
 from gatrain.rundir import drop_oldest, read_json, write_text
 
-VERSION = 1
+VERSION = 2
 """Of the file's form: raise it when old memories should not count."""
 MAX_FILES = 300
 MAX_ENTRIES, MAX_BYTES = 1000, 2**20
@@ -38,6 +40,8 @@ MAX_ENTRIES, MAX_BYTES = 1000, 2**20
 _LIBRARIES = ("hydra-core", "omegaconf", "PyYAML")
 _SOURCES = ("assets.py", "config.py", "compose/*.py")
 """The parts of gatrain that decide what a composition gives."""
+
+_CLOCK = re.compile(rb"\$\{\s*(now|python_version)\b")
 
 Hide = Callable[[str, Any], Any]
 """Takes a dotted key and its value; returns another value where this one is a secret."""
@@ -162,6 +166,8 @@ def _is_public(composed: Composed, look: _Look, hide: Hide) -> bool:
     for path, content in look.files.items():
         # Hydra resolves what defaults lists refer to, and follows them out of the search path: nothing of either
         # is left to see in the result
+        if _CLOCK.search(content):
+            return False  # composition writes the time in
         if b"${" in content or b".." in content:
             listed = str(read_yaml(Path(path))._get_node("defaults"))
             if ".." in listed or _asks(listed):
@@ -195,6 +201,8 @@ def _keep(look: _Look, composed: Composed, hide: Hide) -> None:
         "yaml": composed.yaml,
         "leaves": composed.leaves,
         "sources": composed.sources,
+        "remarks": composed.remarks,
+        "signatures": _signatures(composed, look.cwd),
     }
     with contextlib.suppress(OSError, TypeError, ValueError, KeyError, RuntimeError, ConfigError):
         if not _is_public(composed, look, hide):
@@ -210,9 +218,17 @@ def _keep(look: _Look, composed: Composed, hide: Hide) -> None:
         drop_oldest(_file(look.key).parent, MAX_FILES)
 
 
+def _signatures(composed: Composed, cwd: Path) -> dict[str, str]:
+    """The source of every ``_target_``: its signature tells names from numbers."""
+    nodes = {key: getattr(composed.config, key) for key in ("model", "data", "loss", "task")}
+    return {target: source_hash(target, cwd) for target in targets(nodes)}
+
+
 def _recall(look: _Look) -> Composed | None:
     try:
-        return _rebuild(look, read_json(_file(look.key)))
+        stored = read_json(_file(look.key))
+        known = _rebuild(look, stored)
+        return known if stored["signatures"] == _signatures(known, look.cwd) else None
     except (RunFolderError, ConfigError, OSError, KeyError, TypeError, ValueError, RuntimeError):
         return None
 
@@ -231,4 +247,7 @@ def _rebuild(look: _Look, stored: dict[str, Any]) -> Composed:
     config = RunConfig.from_dict(stored["config"])
     validate(config)
     recipe = look.recipe
-    return Composed(config, recipe.name, recipe.path, look.words, yaml, leaves, sources, recipe.shadows)
+    remarks = [str(remark) for remark in stored["remarks"]]
+    return Composed(
+        config, recipe.name, recipe.path, look.words, yaml, leaves, sources, recipe.shadows, remarks
+    )

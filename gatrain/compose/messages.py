@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
@@ -22,15 +21,14 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from gatrain.compose import schema
+from gatrain.compose import schema, words
+from gatrain.compose.declared import Text
+from gatrain.compose.words import OPEN_NODES
 from gatrain.config import RunConfig
 from gatrain.errors import ConfigError, nearest
 from gatrain.secrets import REDACTED
 
 YAMLError: type[Exception] = yaml.YAMLError
-
-OPEN_NODES = ("model", "data", "loss", "task")
-"""Sections for the user's own work, with keys that only the ``_target_`` knows."""
 
 FOREIGN = (
     HydraException,
@@ -55,16 +53,20 @@ class Context:
     overrides: list[Override]
 
 
-def parse_overrides(words: Sequence[str]) -> list[Override]:
+def parse_overrides(given: Sequence[str], recipe: str | None = None) -> list[Override]:
     """Parse override words, refusing what gatrain has no use for.
+
+    Args:
+        recipe: the recipe that they belong to, for a command to type.
 
     Raises:
         ConfigError: not an override, a sweep, a setting of Hydra's own, or unreadable syntax.
     """
-    return [_parse_override(word) for word in words]
+    whole = [f"recipe={recipe}", *given] if recipe is not None else []
+    return [_parse_override(word, whole) for word in given]
 
 
-def _parse_override(word: str) -> Override:
+def _parse_override(word: str, whole: Sequence[str]) -> Override:
     key, equals, value = word.partition("=")
     if not equals and not word.startswith("~"):
         raise ConfigError(f"'{word}' is not an override. Write key=value, for example {word or 'key'}=VALUE.")
@@ -83,8 +85,12 @@ def _parse_override(word: str) -> Override:
             f"'{word}': {REDACTED} stands for a secret that was not kept. Give the value itself."
         )
     try:
-        override = OverridesParser.create().parse_override(word)
+        override = words.parse(word)
     except (HydraException, OverrideParseException) as error:
+        if pair := _pair(name, value):
+            raise ConfigError(
+                f"'{word}': {name} takes a list. Write {shlex.quote(f'{key}={pair}')}."
+            ) from error
         raise ConfigError(
             f"cannot read the override '{word}'. {_syntax(error)}"
             f"Put a value with special characters in quotes: {_quoted_form(key, value)}."
@@ -99,11 +105,33 @@ def _parse_override(word: str) -> Override:
             f"'{word}': only keys of {', '.join(OPEN_NODES)} can be removed. Give {name}=VALUE instead."
         )
     if override.is_sweep_override():
-        raise ConfigError(
-            f"'{word}' lists several values, and gatrain runs one configuration at a time. Give one value, "
-            f"a list as {key}=[{value}], or text with commas as {_quoted_form(key, value)}."
-        )
+        raise ConfigError(_several(word, key, value, whole))
     return override
+
+
+def _several(word: str, key: str, value: str, whole: Sequence[str]) -> str:
+    """For ``key=a,b`` and ``key=choice(a,b)``: what else may be meant, and a loop that runs them all."""
+    name = key.lstrip("+~")
+    if pair := _pair(name, value):
+        return (
+            f"'{word}' lists several values, and {name} takes a list. Write {shlex.quote(f'{key}={pair}')}."
+        )
+    text = f"'{word}' lists several values, and gatrain runs one configuration at a time."
+    is_call = re.match(r"\w+\(", value) is not None
+    if schema.hint_of(name) is None and not is_call:
+        as_list = shlex.quote(f"{key}=[{value}]")
+        text += f" Give one value, a list as {as_list}, or text with commas as {_quoted_form(key, value)}."
+    elif not is_call and (words.of_schema(name) or Text()).itself:
+        text += f" Give one value, or text with commas as {_quoted_form(key, value)}."
+    loop = words.as_loop(whole)
+    return f"{text} To run them one after another: {loop}" if loop else text
+
+
+def _pair(name: str, value: str) -> str | None:
+    """The list that is meant where a key of the schema takes one."""
+    inner = value.strip().strip("()[]")
+    is_list = typing.get_origin(schema.hint_of(name)) is tuple and "(" not in inner
+    return f"[{inner}]" if is_list and "," in inner else None
 
 
 def _syntax(error: Exception) -> str:
@@ -208,12 +236,17 @@ def explain_resolution(error: Exception, leaves: Mapping[str, Any]) -> str:
         return f"{given}: there is no key '{name}' to refer to.{close_to(name, leaves)}"
     unknown = re.search(r"Unsupported interpolation type (\S+)", text)
     if unknown:
-        return f"{given}: there is no resolver '{unknown.group(1)}'. Use ${{key}} or ${{oc.env:VARIABLE}}."
+        return no_resolver(given, unknown.group(1))
     if "mismatched input" in text or "extraneous" in text or "no viable" in text:
         return f"{given}: the ${{...}} is not complete. Use ${{key}} or ${{oc.env:VARIABLE}}."
     if isinstance(error, ValidationError):
         return _value_or_key(error)
     return f"{given}: {text}"
+
+
+def no_resolver(given: str, resolver: str) -> str:
+    """For a reference that nothing here can answer."""
+    return f"{given}: there is no resolver '{resolver}'. Use ${{key}}, ${{oc.env:VARIABLE}} or ${{now:%Y-%m-%d}}."
 
 
 # --- where and what -------------------------------------------------------------------------------------
@@ -252,14 +285,14 @@ def _override_of(error: Exception, overrides: list[Override]) -> Override | None
     """Find the word of the command line that an error is about."""
     text = str(error)
     for override in overrides:
-        if f"Error merging override {override.input_line}" == text.splitlines()[0] if text else False:
+        if text and f"Error merging override {words.for_hydra(override)}" == text.splitlines()[0]:
             return override
     for override in overrides:
         if re.match(
             rf"Could not (override|delete|append).*{re.escape(override.key_or_group)}\b", text, re.DOTALL
         ):
             return override
-        if override.input_line and text.startswith(f"Override {override.input_line} looks like"):
+        if override.input_line and text.startswith(f"Override {words.for_hydra(override)} looks like"):
             return override
     return None
 

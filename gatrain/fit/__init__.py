@@ -197,6 +197,7 @@ def fit(
     scratch.sweep()
     cwd = Path.cwd().resolve()
     composed = compose(overrides)
+    _remark(composed, listener)
     check_modules(composed.config, cwd)
     hardware, nodes = find_world(composed.config, request)
     path, named = choose_folder(composed, nodes, cwd, request.given)
@@ -291,6 +292,11 @@ def resume(
         listener.planned(plan, run_dir.path)
         heart.ready()
         return _launch(run_dir, nodes, hardware, request, cwd)
+
+
+def _remark(composed: Composed, listener: Listener) -> None:
+    for remark in composed.remarks:
+        listener.progress(f"note: {remark}")
 
 
 # --- world and plan -------------------------------------------------------------------------------------
