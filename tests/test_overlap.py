@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from distributed import run_on_ranks
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -270,6 +272,9 @@ def _refused() -> list[str]:
     parts = batches_of([[0, 1], [0, 1, 2, 3]], rank)
     static = DistributedDataParallel(Skipping().double(), static_graph=True)
     attempt(lambda: _library(static, parts))
+    sharded = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))
+    attempt(lambda: _library(sharded, parts[: 1 + rank]))
     alone = [dist.new_group([0]), dist.new_group([1])][rank]
     attempt(lambda: _library(DistributedDataParallel(Skipping().double(), process_group=alone), parts))
 
@@ -305,9 +310,11 @@ def _refused() -> list[str]:
 
 def test_what_cannot_be_right_is_refused_on_every_rank_and_nobody_waits() -> None:
     for rank, told in enumerate(run_on_ranks(2, _refused)):
-        static, group, late, failed, on_cpu, unequal, equal = told
+        static, sharded, group, late, failed, on_cpu, unequal, equal = told
         assert static.startswith("ConfigError")
         assert "static_graph" in static
+        assert sharded.startswith("ConfigError")
+        assert "'0.weight' is a DTensor" in sharded
         assert group.startswith("ConfigError")
         assert "1 of 2 ranks" in group
         assert late.startswith("ExactnessError")

@@ -372,7 +372,7 @@ def accumulate(
 
     Raises:
         ExactnessError: ``loss_sum`` used another weight than ``weight`` counted.
-        ConfigError: DistributedDataParallel with static_graph, or over a part of the ranks.
+        ConfigError: DistributedDataParallel with static_graph, or over a part of the ranks; a sharded model.
     """
     if master_weights is None and half_parameters(model):
         with MainGradients(model) as sums:

@@ -48,6 +48,24 @@ def unequal_steps_text(names: Sequence[str], steps: Sequence[float]) -> str:
     )
 
 
+def check_is_replicated(model: nn.Module) -> None:
+    """Refuse a model of which every rank holds a part only: its forwards are collectives, so ranks with unequal
+    numbers of micro-steps would wait for each other for ever, and its gradients are reduced by whoever sharded it.
+
+    Raises:
+        ConfigError: FullyShardedDataParallel, ``fully_shard`` or another use of DTensor.
+    """
+    wrapped = next((m for m in model.modules() if type(m).__name__ == "FullyShardedDataParallel"), None)
+    name = next((name for name, p in model.named_parameters() if hasattr(p, "full_tensor")), None)
+    if wrapped is None and name is None:
+        return
+    what = "is in FullyShardedDataParallel" if name is None else f"is sharded ('{name}' is a DTensor)"
+    raise ConfigError(
+        f"the model {what}. gatrain adds the gradients of ranks that all hold the whole model: give it the model "
+        "itself, or in DistributedDataParallel."
+    )
+
+
 def sparse_modules(model: nn.Module) -> list[str]:
     """Names of the modules that give their weight a sparse gradient."""
     return [name for name, module in model.named_modules() if getattr(module, "sparse", False) is True]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gatrain.errors import ConfigError, ExactnessError, PeerFailed
+from gatrain.train.modules import check_is_replicated
 from gatrain.train.ranks import SPARSE, Ranks, buckets_of, flatten, layout_of, unflatten
 
 LATE = (
@@ -149,8 +150,10 @@ def wrappers_of(model: nn.Module, ranks: Ranks) -> list[DistributedDataParallel]
     """The DistributedDataParallel modules in a model, wherever they are.
 
     Raises:
-        ConfigError: one of a kind that cannot be kept from reducing, or that reduces over other ranks.
+        ConfigError: one of a kind that cannot be kept from reducing, or that reduces over other ranks; a sharded
+            model.
     """
+    check_is_replicated(model)
     found = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
     for wrapper in found:
         if wrapper.static_graph:
