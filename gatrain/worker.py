@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gatrain import rank as rank_process
+from gatrain.errors import Interrupted
 from gatrain.rundir import RunDir, write_json
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
     noticed = notice_lengths(task, config.train.seed) if plan.compile else None
     with out_of_memory.told(config, plan, run_dir, rank.device.type, modes=()):
         engine = build.build_engine(task, config, plan.settings, rank.device, clock)
+    _stop_if_asked(rank)
 
     fresh = Progress(
         *(0, 0, 0, config.batch.effective, config.train.seed, schedule.samples), drop_last=schedule.drop_last
@@ -86,6 +88,7 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
         forward_of_one,
     )
 
+    _stop_if_asked(rank)
     with make_sinks(
         run_dir if rank.rank == 0 else None, progress.step, log_every=config.train.log_every
     ) as sinks:
@@ -159,6 +162,16 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
             sinks.end(summary)
             summary["failed"] = [*aftermath.failures, *sinks.failures]
             write_json(run_dir.summary, summary)
+
+
+def _stop_if_asked(rank: rank_process.Rank) -> None:
+    """Leave before the first step, where there is nothing to save yet. Collective.
+
+    Raises:
+        Interrupted: a rank was told to stop.
+    """
+    if rank.stop_anywhere():
+        raise Interrupted("stopped before the first step")
 
 
 def _evaluation_is_missing(run_dir: RunDir, config: RunConfig, progress: Progress) -> bool:

@@ -213,11 +213,24 @@ class _Check:
         except Exception as error:
             if is_out_of_memory(error) or not self._computes_as_planned(state):
                 raise
+            if not self._comes_again(error, state):
+                raise  # the user's own: no number of samples is to blame
             text = str(error).strip().partition("\n")[0]
             raise _Unclear(
                 f"the model computes a micro-batch of {self.micro_batch} samples, but no other number "
                 f"({type(error).__name__}: {text})."
             ) from error
+
+    def _comes_again(self, error: Exception, state: HeldState) -> bool:
+        """Whether the comparison ends in the same kind of error, as a model of a fixed size makes it do."""
+        state.restore()
+        try:
+            self._compare_fitting(state)
+        except (GatrainError, _Fault, _Unclear):
+            raise
+        except Exception as again:
+            return type(again) is type(error)
+        return False
 
     def _computes_as_planned(self, state: HeldState) -> bool:
         """Whether a micro-batch of exactly the plan's size can be computed."""
