@@ -51,8 +51,15 @@ class DataError(GatrainError):
 
 
 class BrokenSampleError(DataError):
-    """One sample cannot be read, and the others can. A dataset whose ``broken`` is ``"skip"`` raises it to have
-    that sample left out of its window."""
+    """One sample cannot be read, and the others can.
+
+    Any dataset may raise it from ``__getitem__``. With ``skip`` the sample is left out of its window with weight
+    zero, counted and named, and the run goes on; without, it ends the run.
+    """
+
+    def __init__(self, message: str, skip: bool = False) -> None:
+        super().__init__(message)
+        self.skip = skip
 
 
 class DoesNotFitError(GatrainError):

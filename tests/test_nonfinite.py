@@ -22,9 +22,10 @@ from gatrain.plan import StepSettings
 from gatrain.train.accumulate import MicroBatch, RankWindow
 from gatrain.train.engine import Engine
 from gatrain.train.guard import Guard
-from gatrain.train.nonfinite import Search, first_bad_parameter, sample_name
+from gatrain.train.nonfinite import Search, first_bad_parameter
 from gatrain.train.optimizer import learning_rate
 from gatrain.train.ranks import Ranks
+from gatrain.train.sample_names import sample_name
 
 MODULE = """
 import torch

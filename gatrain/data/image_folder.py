@@ -164,7 +164,7 @@ class ImageFolderData:
             for text in look_at(path):
                 remarks.add(text, self._name(path))
         of = f" (of {len(looked)} looked at)" if step > 1 else ""
-        seen = [replace(each, what=f"{each.what}{of}", of=len(looked)) for each in remarks.found()]
+        seen = [replace(each, what=f"{each.what}{of}") for each in remarks.found()]
         return self._report([*self._omissions.found(), *seen])
 
     def check(self) -> DataReport:
@@ -187,8 +187,7 @@ class ImageFolderData:
                 if problem:
                     broken.append(problem)
         unreadable = [Omission(UNREADABLE, len(broken), tuple(broken), len(samples))] if broken else []
-        seen = [replace(each, of=len(samples)) for each in remarks.found()]
-        return self._report([*self._omissions.found(), *seen, *unreadable])
+        return self._report([*self._omissions.found(), *remarks.found(), *unreadable])
 
     def _report(self, omissions: Sequence[Omission]) -> DataReport:
         samples = self._all_samples()

@@ -58,7 +58,7 @@ def read_image(path: str | Path, broken: str = "stop", remarks: list[str] | None
     would lose what the file holds.
 
     Args:
-        broken: ``skip`` where the caller skips what cannot be read: then the error gives no advice.
+        broken: ``skip`` has the sample skipped, where it is one; ``stop`` gives advice.
         remarks: is given what is remarkable about it, in the words of the report.
 
     Raises:
@@ -77,8 +77,10 @@ def read_image(path: str | Path, broken: str = "stop", remarks: list[str] | None
                 f"cannot read the image {shown(path)}: {reason}. Check the file and its permissions."
             ) from error
         what = f"cannot read the image {shown(path)}: {_reason(Path(path), error)}"
+        if broken == "skip":
+            raise BrokenSampleError(what, skip=True) from error
         advice = "Replace or delete that file, or leave such images out with data.broken=skip"
-        raise BrokenSampleError(f"{what}." if broken == "skip" else f"{what}. {advice}.") from error
+        raise BrokenSampleError(f"{what}. {advice}.") from error
 
 
 def has_image_name(path: Path) -> bool:

@@ -37,10 +37,12 @@ class MicroBatch:
     samples: int | None = None
     """Samples that it holds; None where nobody counted."""
     dropped: int = 0
-    """Samples that the collate function left out."""
+    """Samples that are not in it: those that the collate function left out, and `skipped` ones."""
+    skipped: tuple[str, ...] = ()
+    """Each sample that could not be read and was left out, with the reason."""
     tokens: int | None = None
     keys: tuple[tuple[int, int], ...] = ()
-    """(epoch, sample id) of every sample that was read for it."""
+    """(epoch, sample id) of every sample that was read for it, without skipped ones unless nothing else is left."""
     position: int | None = None
     """Place of its first sample in the window, over all ranks."""
     undeclared_draws: bool = False

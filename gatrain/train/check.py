@@ -26,12 +26,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gatrain.config import RunConfig
 from gatrain.errors import DataError, ExactnessError, GatrainError, PeerFailed, is_out_of_memory
-from gatrain.tasks.base import Batch, named_loss_sums, named_weights
+from gatrain.tasks.base import Batch, Samples, named_loss_sums, named_weights
 from gatrain.train import samples as reading
 from gatrain.train import seeding
 from gatrain.train.engine import Engine
 from gatrain.train.frozen import frozen_randomness
 from gatrain.train.held_state import HeldState, perturb
+from gatrain.train.sample_names import names_of
 from gatrain.train.verdicts import Numbers, cause_of_difference
 from gatrain.train.windows import WindowSchedule
 
@@ -265,7 +266,7 @@ class _Check:
         return [(self.epoch, int(sample)) for sample in ids]
 
     def _read(self, ids: Sequence[int]) -> list[Any]:
-        with _loading(ids):
+        with _loading(self.engine.task.train_data, ids):
             return reading.read(self.engine.task, self.engine.task.train_data, self._keys(ids), self.seed)
 
     def _chosen(self) -> list[tuple[int, Any]]:
@@ -279,7 +280,7 @@ class _Check:
                 "random, numpy.random or torch's global generators, which gatrain seeds for each sample, not from "
                 "a generator of your own (torch.Generator, numpy.random.default_rng, random.Random)."
             )
-        usable = [(key, sample) for key, sample in zip(ids, first, strict=True) if sample is not None]
+        usable = [(key, sample) for key, sample in zip(ids, first, strict=True) if reading.is_read(sample)]
         count = min(MOST, len(usable), max(FEWEST, self.micro_batch or MOST))
         try:
             weights = [sum(self._made([pair]).weights.values()) for pair in usable]
@@ -304,7 +305,7 @@ class _Check:
 
     def _collated(self, pairs: Sequence[tuple[int, Any]]) -> tuple[_Made, bool]:
         """The whole batch, and whether collating it draws random numbers."""
-        with _loading([sample for sample, _ in pairs]):
+        with _loading(self.engine.task.train_data, [sample for sample, _ in pairs]):
             whole, draws = reading.draws_random_numbers(lambda: self._made(pairs))
             again = self._made(pairs)
         if not _same([whole.batch], [again.batch]) or whole.weights != again.weights:
@@ -674,15 +675,16 @@ class _Check:
 
 
 @contextlib.contextmanager
-def _loading(ids: Sequence[int]) -> Iterator[None]:
+def _loading(data: Samples, ids: Sequence[int]) -> Iterator[None]:
     """Errors of data and collate as the loader tells them."""
     try:
         yield
     except (GatrainError, _Fault):
         raise
     except Exception as error:
-        named = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
-        raise DataError(f"cannot load the samples {named}: {type(error).__name__}: {error}") from error
+        raise DataError(
+            f"cannot load the samples {names_of(data, ids)}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _uncontrolled(one: _Terms, other: _Terms) -> str:

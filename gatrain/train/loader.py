@@ -43,12 +43,14 @@ class LoadedWindow:
     samples: int
     """Samples of this rank's part that reached a batch."""
     dropped: int
-    """Samples of this rank's part that the collate function left out."""
+    """Samples of this rank's part that are in no batch: left out by the collate function, or skipped."""
     digest: int
     """This rank's part of the window's fingerprint; the ranks' parts add up."""
     tokens: int | None
     """Input tokens of this rank's part."""
     micro_batches: list[MicroBatch]
+    skipped: list[str] = field(default_factory=list)
+    """Those of them that could not be read, each with the reason."""
     notices: list[str] = field(default_factory=list)
     """What a person should know of how it was read; each is said once."""
 
@@ -194,6 +196,7 @@ class WindowLoader:
                 digest=digest(first, ids),
                 tokens=sum(counted) if len(counted) == len(full) else None,
                 micro_batches=[self._settled(micro) for micro in full],
+                skipped=[reason for micro in loaded for reason in micro.skipped],
                 notices=list(self._notices(loaded)),
             )
 

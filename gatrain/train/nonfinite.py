@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from gatrain.tasks.base import Batch, Samples
 from gatrain.train.accumulate import MicroBatch, RankWindow
 from gatrain.train.batches import tensors_of
 from gatrain.train.engine import Engine, Rehearsal
+from gatrain.train.sample_names import names_of, sample_name
 from gatrain.train.samples import Key, make, read
 
 MOST_NAMED = 4
@@ -244,23 +244,6 @@ def _is_all_ignored(batch: Batch) -> bool:
     )
 
 
-def sample_name(data: Samples, index: int) -> str:
-    """``17``, or ``17 (photos/cat.jpg)`` where the dataset keeps a list of files."""
-    source: Any = data
-    place = index
-    while hasattr(source, "dataset") and hasattr(source, "indices"):  # torch.utils.data.Subset
-        place, source = int(source.indices[place]), source.dataset
-    for attribute in ("samples", "imgs", "paths", "files", "filenames"):
-        try:
-            entry = getattr(source, attribute)[place]
-            entry = entry[0] if isinstance(entry, list | tuple) else entry
-        except Exception:
-            continue
-        if isinstance(entry, str | Path):
-            return f"{index} ({entry})"
-    return str(index)
-
-
 def story(findings: Findings, data: Samples, loss: float, norm: float, updates: int) -> str:
     """What is not finite and where, in sentences.
 
@@ -298,7 +281,7 @@ def _sentence(bad: BadMicroBatch, data: Samples) -> str:
         what = f"sample {names} alone is" if len(bad.alone) == 1 else f"each of the samples {names} alone is"
     else:
         named = bad.group or bad.samples
-        names = ", ".join(map(str, named[:8])) + (", ..." if len(named) > 8 else "")
+        names = names_of(data, named)
         what = f"no single sample, but the samples {names} together are"
     if bad.has_no_label and not bad.loss_is_finite:
         why = ", and none of its labels counts: a mean over nothing is 0 / 0"

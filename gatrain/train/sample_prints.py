@@ -75,6 +75,9 @@ def take_prints(
             break
         try:
             (sample,) = samples.read(task, data, [(0, number)], seed)
+            if isinstance(sample, samples.Skipped):
+                found.unread.append(f"sample {number}: {sample.reason}")
+                continue
             found.samples[str(number)] = take_print(sample, left_out)
             shapes.append(describe(sample))
         except Exception as error:

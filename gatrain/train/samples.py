@@ -20,11 +20,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from gatrain import offspring
-from gatrain.errors import DataError, DoesNotFitError, GatrainError, is_out_of_memory
+from gatrain.errors import BrokenSampleError, DataError, DoesNotFitError, GatrainError, is_out_of_memory
 from gatrain.tasks.base import Batch, Samples, Task, is_deterministic, named_weights
 from gatrain.train import seeding
 from gatrain.train.accumulate import MicroBatch
 from gatrain.train.batches import parts_of
+from gatrain.train.sample_names import names_of
 
 Key = tuple[int, int]
 """(epoch, sample id)."""
@@ -36,8 +37,20 @@ _elsewhere = contextvars.ContextVar("_elsewhere", default=False)
 SEARCHED_FOR_ONE_THAT_READS = 64
 
 
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+    """Stands for a sample that cannot be read and is to be left out: see `gatrain.errors.BrokenSampleError`."""
+
+    reason: str
+
+
+def is_read(sample: Any) -> bool:
+    """Whether there is a sample, and not a sign of one that cannot be read."""
+    return sample is not None and not isinstance(sample, Skipped)
+
+
 def read(task: Task, data: Samples, keys: Sequence[Key], seed: int, *, trusted: bool = False) -> list[Any]:
-    """The samples of ``keys``, in order.
+    """The samples of ``keys``, in order; `Skipped` in the place of those to be left out.
 
     A dataset that declares itself deterministic and draws numbers all the same is read again, seeded.
 
@@ -62,11 +75,21 @@ def read(task: Task, data: Samples, keys: Sequence[Key], seed: int, *, trusted: 
 
 
 def read_one(task: Task, data: Samples, key: Key, seed: int) -> Any:
-    """The sample of ``key``, or the next one where that cannot be read (is None): for measurements."""
-    for step in range(min(len(data), SEARCHED_FOR_ONE_THAT_READS)):
-        (sample,) = read(task, data, [(key[0], (key[1] + step) % len(data))], seed)
-        if sample is not None:
+    """The sample of ``key``, or another one where that cannot be read (is None or skipped): for measurements.
+
+    Raises:
+        DataError: every sample that was tried is skipped.
+    """
+    total, many = len(data), SEARCHED_FOR_ONE_THAT_READS
+    skipped = None
+    # the next ones, then some from everywhere: a whole folder may be broken
+    for step in dict.fromkeys([*range(min(total, many)), *(total * nth // many for nth in range(many))]):
+        (sample,) = read(task, data, [(key[0], (key[1] + step) % total)], seed)
+        if is_read(sample):
             return sample
+        skipped = sample or skipped
+    if skipped is not None:
+        raise DataError(f"none of the samples that were tried can be read. One of them: {skipped.reason}.")
     return None
 
 
@@ -95,15 +118,17 @@ def load(task: Task, data: Samples, keys: Sequence[Key], seed: int, *, trusted: 
         DataError: a sample cannot be read, or the batch does not hold the samples that it was made of.
         GatrainError: whatever the task itself raises of its own.
     """
+    _watch.reading = None
     was_undeclared, _watch.undeclared = getattr(_watch, "undeclared", False), False
     try:
         samples = read(task, data, keys, seed, trusted=trusted)
+        _watch.reading = None
         found = make(task, samples, keys, seed, data=data, trusted=trusted)
         return dataclasses.replace(found, undeclared_draws=_watch.undeclared)
     except GatrainError:
         raise
     except Exception as error:
-        ids = ", ".join(str(sample) for _, sample in keys[:8]) + (", ..." if len(keys) > 8 else "")
+        ids = names_of(data, [sample for _, sample in keys], _watch.reading)
         if is_out_of_memory(error):
             raise DoesNotFitError(
                 f"out of memory while the samples {ids} were read and collated: {type(error).__name__}: {error}. "
@@ -124,11 +149,19 @@ def make(
     data: Samples | None = None,
     trusted: bool = False,
 ) -> MicroBatch:
-    """Collate, weigh and count samples that were read for ``keys``.
+    """Collate, weigh and count samples that were read for ``keys``. Skipped ones are not given to collate.
 
     Raises:
         DataError: the batch does not hold the samples that it was made of.
     """
+    skipped = tuple(sample.reason for sample in samples if isinstance(sample, Skipped))
+    if skipped:
+        left = [each for each in zip(keys, samples, strict=True) if not isinstance(each[1], Skipped)]
+        found = MicroBatch(None, {}, samples=0, keys=tuple(keys))
+        if left:
+            kept_keys, kept = [key for key, _ in left], [sample for _, sample in left]
+            found = make(task, kept, kept_keys, seed, data=data, trusted=trusted)
+        return dataclasses.replace(found, dropped=found.dropped + len(skipped), skipped=skipped)
     broken = sum(sample is None for sample in samples)
     try:
         batch = collated(task, samples, keys, seed, trusted=trusted)
@@ -177,7 +210,8 @@ class _Reader(Dataset[Any]):
         except GatrainError as error:
             return type(error)(str(error))
         except (Exception, SystemExit, KeyboardInterrupt) as error:
-            return DataError(f"cannot read samples: {type(error).__name__}: {error}")
+            ids = names_of(self._data, [sample for _, sample in keys], getattr(_watch, "reading", None))
+            return DataError(f"cannot read the samples {ids}: {type(error).__name__}: {error}")
 
 
 def _read_elsewhere(task: Task, data: Samples, keys: Sequence[Key], seed: int) -> list[Any]:
@@ -255,13 +289,24 @@ def _cut(part: Any, start: int, stop: int, count: int, top: bool = False) -> Any
 
 def _read_plain(data: Samples, keys: Sequence[Key]) -> list[Any]:
     ids = [sample for _, sample in keys]
-    if hasattr(data, "__getitems__"):
-        return list(data.__getitems__(ids))
-    return [data[sample] for sample in ids]
+    if hasattr(data, "__getitems__") and len(ids) != 1:
+        _watch.reading = None
+        try:
+            return list(data.__getitems__(ids))
+        except BrokenSampleError as error:  # which of them is it?
+            if not error.skip:
+                raise
+    return [_read_one(data, sample) for sample in ids]
 
 
 def _read_one(data: Samples, sample: int) -> Any:
-    return _read_plain(data, [(0, sample)])[0]
+    _watch.reading = sample
+    try:
+        return data.__getitems__([sample])[0] if hasattr(data, "__getitems__") else data[sample]
+    except BrokenSampleError as error:
+        if not error.skip:
+            raise
+        return Skipped(str(error))
 
 
 def _own_containers(nested: Any) -> Any:
@@ -359,7 +404,7 @@ def _check_that_none_is_dropped(
         if task.count_samples(batch) in (None, 1):
             return
         break
-    ids = ", ".join(str(sample) for _, sample in keys[:8]) + (", ..." if len(keys) > 8 else "")
+    ids = names_of(data, [sample for _, sample in keys])
     raise DataError(
         f"the data gives None for the samples {ids}, and collate cannot make a batch of them: "
         f"{type(error).__name__}: {error}. Let the dataset raise an error or return another sample, or let "
