@@ -15,7 +15,7 @@ _LISTS_OF_FILES = ("samples", "imgs", "paths", "files", "filenames")
 
 def names_of(data: Samples, ids: Sequence[int], failed: int | None = None) -> str:
     """Names of samples for a sentence: of the one that failed alone, where it is known."""
-    if failed in ids:
+    if failed is not None and failed in ids:
         ids = [failed]
     return ", ".join(sample_name(data, index) for index in ids[:MOST_NAMED]) + (
         ", ..." if len(ids) > MOST_NAMED else ""
@@ -38,13 +38,14 @@ def sample_name(data: Samples, index: int) -> str:
 
 def _origin(data: Any, index: int) -> tuple[Any, int]:
     """The dataset that a part, a subset or a concatenation reads a sample from, and its place there."""
-    source, place = data, index
+    source: Any = data
+    place = index
     try:
         for _ in range(8):
             if isinstance(source, Part):
-                source, place = source.dataset, source.start + place
+                place, source = source.start + place, source.dataset
             elif hasattr(source, "dataset") and hasattr(source, "indices"):  # torch.utils.data.Subset
-                source, place = source.dataset, int(source.indices[place])
+                place, source = int(source.indices[place]), source.dataset
             elif hasattr(source, "datasets") and hasattr(source, "cumulative_sizes"):  # ConcatDataset
                 which = next(nth for nth, end in enumerate(source.cumulative_sizes) if place < end)
                 place -= source.cumulative_sizes[which - 1] if which else 0
