@@ -1,21 +1,22 @@
-"""From configuration to objects: the only place that resolves `_target_`."""
+"""From configuration to objects: the only place that calls what a `_target_` names."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib
+import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from gatrain import targets
 from gatrain.causes import told
 from gatrain.config import RunConfig
 from gatrain.construction import build_without_memory_or_really, check_numbers, check_shapes, kept_defaults
-from gatrain.errors import ConfigError, GatrainError, chain, nearest
+from gatrain.errors import ConfigError, GatrainError
 from gatrain.plan import StepSettings
 from gatrain.signatures import believed_parameters, certain_parameters, mistake
 from gatrain.tasks.base import Task
@@ -35,10 +36,14 @@ def check_targets(config: RunConfig) -> None:
     """
     _check_own_nodes(config)
     for key in NODES:
-        for path, node in _target_nodes(key, getattr(config, key)):
-            target = locate(path, node["_target_"])
+        for path, node in targets.nodes(key, getattr(config, key)):
+            target = targets.admit(path, node)
             _check_keywords(
-                path, node, target, _keywords(node), {"model", "data", "loss"} if path == "task" else set()
+                path,
+                node,
+                target,
+                set(_keywords(node)),
+                {"model", "data", "loss"} if path == "task" else set(),
             )
 
 
@@ -54,6 +59,9 @@ def build_task(config: RunConfig) -> Task:
 
 def build_task_and_source(config: RunConfig) -> tuple[Task, Any]:
     """As `build_task`, with the data source that the task was given; None where it makes its own."""
+    for key in NODES:
+        for path, node in targets.nodes(key, getattr(config, key)):
+            targets.admit(path, node)
     given: dict[str, Any] = {}
     if config.model is not None:
         given["model"] = partial(instantiate, "model", config.model)
@@ -129,65 +137,76 @@ def build_engine(
 
 
 def instantiate(key: str, node: dict[str, Any], **given: Any) -> Any:
-    """Make the object of one configuration node.
+    """Make the object of one configuration node, and those of the nodes inside it.
+
+    ``_args_``, ``_partial_``, ``_recursive_`` and ``_convert_`` mean what they mean in Hydra.
+
+    Args:
+        key: the node's key, for messages.
+        node: the mapping with ``_target_``; it is not changed.
+        given: arguments that gatrain adds.
 
     Raises:
-        ConfigError: it does not import or does not accept its arguments; GatrainErrors pass through.
+        ConfigError: it does not import, is refused or does not accept its arguments; GatrainErrors pass through.
     """
-    from hydra.errors import InstantiationException
-    from hydra.utils import instantiate as hydra_instantiate
+    for path, inner in targets.nodes(key, node):  # all of them, before the first is called
+        targets.admit(path, inner)
+    return _make(key, node, given, recursive=True, convert="all")
 
+
+def _make(path: str, node: dict[str, Any], given: dict[str, Any], *, recursive: bool, convert: str) -> Any:
+    recursive, convert = _flag(path, node, "_recursive_", recursive), str(node.get("_convert_", convert))
+    partial_ = _flag(path, node, "_partial_", False)
+    target = targets.admit(path, node)
+    if not callable(target):
+        raise ConfigError(f"{path}._target_={node['_target_']} is a {type(target).__name__}, not callable.")
+
+    def value(where: str, each: Any) -> Any:
+        made = _value(where, each, recursive, convert) if recursive else copy.deepcopy(each)
+        return _as_container(made) if convert == "none" else made
+
+    args = node.get("_args_") or []
+    if not isinstance(args, list | tuple):
+        raise ConfigError(f"{path}._args_ is {args!r}, not a list.")
+    positional = [value(f"{path}._args_[{index}]", each) for index, each in enumerate(args)]
+    named = {
+        name: value(f"{path}.{name}", node[name]) for name in _keywords(node) if name not in given
+    } | given
     try:
-        return hydra_instantiate(node, **given, _convert_="all")
-    except InstantiationException as error:
-        # Hydra's own error only repeats the first cause
-        cause = next((each for each in chain(error) if not isinstance(each, InstantiationException)), error)
-        if isinstance(cause, GatrainError):
-            raise cause from None
-        if isinstance(cause, TypeError) and re.search("unexpected keyword|required .*argument", str(cause)):
-            _explain_keywords(key, node, set(given))
-        raise ConfigError(told(cause, f"{key}: could not make {node.get('_target_')}: ")) from error
+        return partial(target, *positional, **named) if partial_ else target(*positional, **named)
+    except GatrainError:
+        raise
+    except Exception as error:
+        if isinstance(error, TypeError) and re.search("unexpected keyword|required .*argument", str(error)):
+            _explain_keywords(path, node, target, set(given))
+        raise ConfigError(told(error, f"{path}: could not make {node['_target_']}: ")) from error
 
 
-def locate(path: str, dotted: str) -> Any:
-    """Import a dotted name.
+def _value(path: str, value: Any, recursive: bool, convert: str) -> Any:
+    """A value with every node in it made."""
+    if isinstance(value, dict):
+        if "_target_" in value:
+            return _make(path, value, {}, recursive=recursive, convert=convert)
+        return {name: _value(f"{path}.{name}", each, recursive, convert) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_value(f"{path}[{index}]", each, recursive, convert) for index, each in enumerate(value)]
+    return value
 
-    Raises:
-        ConfigError: the module or the attribute does not exist; names the nearest.
-    """
-    if "." not in dotted:
-        raise ConfigError(f"{path}._target_={dotted!r} has no module. Write it as my_module.{dotted}.")
-    parts = dotted.split(".")
-    module, rest = None, parts
-    for length in range(len(parts) - 1, 0, -1):
-        name = ".".join(parts[:length])
-        try:
-            module, rest = importlib.import_module(name), parts[length:]
-            break
-        except ModuleNotFoundError as error:
-            # only "this very module is not there" lets us look further up; a failing import inside it is the news
-            if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
-                raise ConfigError(f"{path}._target_={dotted}: importing {name} failed: {error}") from error
-            missing = error.name
-        except Exception as error:
-            raise ConfigError(
-                f"{path}._target_={dotted}: importing {name} failed: {type(error).__name__}: {error}"
-            ) from error
-    if module is None:
-        raise ConfigError(
-            f"{path}._target_={dotted} does not import: there is no module {missing!r} on the Python path, "
-            "which includes the folder where gatrain was started."
-        )
-    found: Any = module
-    for depth, name in enumerate(rest):
-        if not hasattr(found, name):
-            where = ".".join([module.__name__, *rest[:depth]])
-            raise ConfigError(
-                f"{path}._target_={dotted} does not import: {where} has no {name!r}."
-                f"{nearest(name, [n for n in dir(found) if not n.startswith('_')])}"
-            )
-        found = getattr(found, name)
-    return found
+
+def _as_container(value: Any) -> Any:
+    """What ``_convert_: none`` asks for: mappings and lists as OmegaConf's own."""
+    if not isinstance(value, dict | list):
+        return value
+    from omegaconf import OmegaConf
+
+    return OmegaConf.create(value, flags={"allow_objects": True})
+
+
+def _flag(path: str, node: dict[str, Any], name: str, default: bool) -> bool:
+    value = node.get(name, default)
+    if not isinstance(value, bool):
+        raise ConfigError(f"{path}.{name}={value!r} is not true or false.")
+    return value
 
 
 def _check_own_nodes(config: RunConfig) -> None:
@@ -197,7 +216,7 @@ def _check_own_nodes(config: RunConfig) -> None:
         ConfigError: one is missing, or given to a task that does not take it.
     """
     dotted = config.task["_target_"]
-    parameters = certain_parameters(locate("task", dotted))
+    parameters = certain_parameters(targets.locate("task", dotted))
     if parameters is None:
         return
     is_open = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
@@ -215,17 +234,6 @@ def _check_own_nodes(config: RunConfig) -> None:
             )
 
 
-def _target_nodes(path: str, node: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    if isinstance(node, dict):
-        if "_target_" in node:
-            yield path, node
-        for key, value in node.items():
-            yield from _target_nodes(f"{path}.{key}", value)
-    elif isinstance(node, list):
-        for index, value in enumerate(node):
-            yield from _target_nodes(f"{path}[{index}]", value)
-
-
 def _check_keywords(
     path: str, node: dict[str, Any], target: Callable[..., Any], given: set[str], extra: set[str]
 ) -> None:
@@ -240,20 +248,20 @@ def _check_keywords(
         raise ConfigError(text)
 
 
-def _explain_keywords(path: str, node: dict[str, Any], extra: set[str]) -> None:
+def _explain_keywords(path: str, node: dict[str, Any], target: Callable[..., Any], extra: set[str]) -> None:
     """After a call failed with a TypeError: say it better where the target's own words show a wrong keyword.
 
     Raises:
         ConfigError: they do.
     """
-    for key, inner in _target_nodes(path, node):
-        target = locate(key, inner["_target_"])
-        parameters = believed_parameters(target)
-        if parameters is not None and not inner.get("_args_") and not inner.get("_partial_"):
-            more = extra if key == path else set()
-            if text := mistake(key, inner["_target_"], parameters, _keywords(inner), more):
-                raise ConfigError(text)
+    parameters = believed_parameters(target)
+    if parameters is None or node.get("_args_") or node.get("_partial_"):
+        return
+    if text := mistake(path, node["_target_"], parameters, set(_keywords(node)), extra):
+        raise ConfigError(text)
 
 
-def _keywords(node: dict[str, Any]) -> set[str]:
-    return set(node) - {"_target_", "_args_", "_partial_", "_recursive_", "_convert_"}
+def _keywords(node: dict[str, Any]) -> list[str]:
+    return [
+        name for name in node if name not in ("_target_", "_args_", "_partial_", "_recursive_", "_convert_")
+    ]

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from gatrain import trust
 from gatrain.errors import RunFolderError
 from gatrain.rundir import RunDir, read_json
 from gatrain.secrets import REDACTED
@@ -39,7 +40,7 @@ def typed(*words: str | os.PathLike[str]) -> str:
 
 def resume(run_dir: RunDir, *words: str) -> str:
     """The command that goes on with a run."""
-    return typed("resume", run_dir.path, *words)
+    return typed("resume", run_dir.path, *words, *trust.options())
 
 
 def setting(key: str, text: str) -> str:
@@ -80,7 +81,7 @@ class Again:
         words = [word for word in self.words if word.partition("=")[0] not in dropped and word != OVERWRITE]
         words += [f"{key}={value}" for key, value in changes.items()]
         words += [setting("run.dir", str(folder))] if folder is not None else []
-        command = typed(*words, *([OVERWRITE] if overwrite else []))
+        command = typed(*words, *([OVERWRITE] if overwrite else []), *trust.options())
         return command if _is_here(self.cwd) else f"cd {quoted(str(self.cwd))} && {command}"
 
 
@@ -93,7 +94,7 @@ def again(run_dir: RunDir) -> Again | None:
     words, cwd = env.get("command"), env.get("working_dir")
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words) or not words:
         return None
-    return Again(tuple(words), Path(cwd)) if isinstance(cwd, str) else None
+    return Again(tuple(trust.without_options(words)), Path(cwd)) if isinstance(cwd, str) else None
 
 
 def start_over(run_dir: RunDir, changes: Mapping[str, str] | None = None) -> str:

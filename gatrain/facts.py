@@ -30,7 +30,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from gatrain import __version__
+from gatrain import __version__, trust
 from gatrain.assets import cache_dir
 from gatrain.config import RunConfig
 from gatrain.data.report import DataRecord
@@ -125,6 +125,7 @@ def facts_key(config: RunConfig, cwd: Path) -> str | None:
         parts = {
             "version": VERSION,
             "nodes": nodes,
+            "trust": trust.names(),
             "cwd": str(cwd),
             "gatrain": [
                 __version__,

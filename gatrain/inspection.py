@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from gatrain import offspring, scratch
+from gatrain import offspring, scratch, targets
 from gatrain.assets import cache_dir
 from gatrain.causes import told
 from gatrain.config import RunConfig
@@ -41,8 +41,10 @@ def check_modules(config: RunConfig, cwd: Path) -> None:
     Raises:
         ConfigError: a module that is neither installed nor in ``cwd``.
     """
-    for key in ("model", "data", "loss", "task"):
+    for key in NODES:
         node = getattr(config, key)
+        for path, each in targets.nodes(key, node):
+            targets.check_name(path, str(each["_target_"]))
         target = node.get("_target_") if isinstance(node, dict) else None
         if not isinstance(target, str) or "." not in target:
             continue

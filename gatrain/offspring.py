@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-from gatrain import guardian
+from gatrain import guardian, trust
 
 PARENT_PID = "GATRAIN_LAUNCHER_PID"
 """In the environment of each child."""
@@ -48,7 +48,7 @@ def start(
     process = subprocess.Popen(
         [sys.executable, *arguments],
         cwd=cwd,
-        env={**os.environ, **(env or {}), PARENT_PID: str(os.getpid())},
+        env={**os.environ, **(env or {}), PARENT_PID: str(os.getpid()), **trust.environment()},
         stdin=subprocess.DEVNULL,
         stdout=stdout,
         stderr=said,
@@ -118,7 +118,10 @@ def _to_all(signum: int) -> None:
 
 
 def die_with_parent() -> None:
-    """Let the kernel kill this process when the one that started it is gone, even by SIGKILL (Linux)."""
+    """Let the kernel kill this process when the one that started it is gone, even by SIGKILL (Linux).
+
+    From that one it also takes over what ``--trust`` has named.
+    """
     parent = os.environ.get(PARENT_PID)
     if parent is None:
         return
@@ -131,6 +134,7 @@ def die_with_parent() -> None:
         follow_parent()
     if os.getppid() != int(parent):  # it died before the call above
         os._exit(128 + signal.SIGKILL)
+    trust.inherit()
 
 
 def follow_parent(*_: object) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from gatrain import __version__, offspring, secrets
+from gatrain import __version__, offspring, secrets, trust
 from gatrain.cli import terminal
 from gatrain.errors import ConfigError, GatrainError, Interrupted, VerifyError
 
@@ -44,6 +44,16 @@ _Nnodes = Annotated[int, typer.Option("--nnodes", help="Nodes of the run.")]
 _NodeRank = Annotated[int, typer.Option("--node-rank", help="This node's number, from 0.")]
 _Endpoint = Annotated[
     str | None, typer.Option("--rdzv-endpoint", help="HOST:PORT of node 0, the same on every node.")
+]
+_Trust = Annotated[
+    list[str] | None,
+    typer.Option(
+        trust.OPTION,
+        metavar="NAME",
+        callback=lambda names: trust.accept(names or ()),
+        help="Let _target_ name this one thing that is refused otherwise; may be repeated.",
+        show_default=False,
+    ),
 ]
 _MaxRestarts = Annotated[int, typer.Option("--max-restarts", help="Restarts after a failed rank.")]
 
@@ -101,6 +111,7 @@ def fit(
     overrides: _Overrides = None,
     retune: _Retune = False,
     overwrite: _Overwrite = False,
+    trusted: _Trust = None,
 ) -> None:
     """Train: find the fastest exact split for this hardware, then run it to the end."""
     from gatrain import fit as work
@@ -120,6 +131,7 @@ def autotune(
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Also draw speed and memory into this PNG file.")
     ] = None,
+    trusted: _Trust = None,
 ) -> None:
     """Measure real optimizer steps and print the plan, without training."""
     from gatrain import fit as work
@@ -154,6 +166,7 @@ def plan(
     ] = False,
     nproc: Annotated[int, typer.Option("--nproc", help="Processes, one for each GPU, in one node.")] = 1,
     as_json: _Json = False,
+    trusted: _Trust = None,
 ) -> None:
     """Predict memory and time on a GPU that is not here: will it fit, and on what."""
     from gatrain.compose import compose
@@ -196,6 +209,7 @@ def launch(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="With --slurm: print the script only.")] = False,
     retune: _Retune = False,
     overwrite: _Overwrite = False,
+    trusted: _Trust = None,
 ) -> None:
     """Train on a stated number of processes, on several nodes, or through Slurm."""
     from gatrain import fit as work
@@ -257,6 +271,7 @@ def resume(
             "--from-start", help="Begin at step 0 again; states and metrics are kept under other names."
         ),
     ] = False,
+    trusted: _Trust = None,
 ) -> None:
     """Go on with a run at the exact window, on any number of processes."""
     from gatrain import fit as work
@@ -269,7 +284,7 @@ def resume(
 
 
 @app.command()
-def verify(overrides: _Overrides = None, as_json: _Json = False) -> None:
+def verify(overrides: _Overrides = None, as_json: _Json = False, trusted: _Trust = None) -> None:
     """Prove on this recipe that split gradients equal the gradient of the whole batch."""
     from gatrain.compose import compose
 
@@ -296,7 +311,7 @@ def recipes() -> None:
 
 
 @app.command()
-def show(overrides: _Overrides = None, as_json: _Json = False) -> None:
+def show(overrides: _Overrides = None, as_json: _Json = False, trusted: _Trust = None) -> None:
     """Print the composed configuration, with where each value came from."""
     from gatrain.cli import views
     from gatrain.compose import compose
@@ -309,7 +324,7 @@ def show(overrides: _Overrides = None, as_json: _Json = False) -> None:
 
 
 @app.command()
-def doctor(overrides: _Overrides = None, as_json: _Json = False) -> None:
+def doctor(overrides: _Overrides = None, as_json: _Json = False, trusted: _Trust = None) -> None:
     """Report hardware and versions, what would be chosen and why, and any problem found."""
     from gatrain.cli.examine import examine
 
@@ -439,6 +454,7 @@ def _plain_autotune(arguments: list[str]) -> list[str] | None:
 
 def _run(arguments: list[str]) -> int:
     stop, returned = terminal.Terminable(), None
+    trust.accept(())  # of this command alone
     try:
         with offspring.stopping_together(), stop:
             if (words := _plain_autotune(arguments)) is not None:

@@ -269,6 +269,7 @@ def resume(
     if is_complete and not overrides and not from_start:
         return Outcome(run_dir.path, summary, already_complete=True)
     cwd = _working_dir(run_dir)
+    check_modules(config, cwd)
     request = _as_many_as_before(run_dir, config, request)
     hardware, nodes = find_world(config, request)
     _check_port(nodes)

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gatrain import batch, commands
+from gatrain import batch, commands, trust
 from gatrain.commands import OVERWRITE, Again
 from gatrain.compose import compose
-from gatrain.errors import RunFolderError
+from gatrain.errors import ConfigError, RunFolderError
 from gatrain.fit.claim import check_free
 from gatrain.launch import slurm
 from gatrain.rundir import RunDir, write_text
@@ -53,6 +53,12 @@ def submit(
         RunFolderError: the run folder holds a run or cannot be written.
     """
     composed = compose(overrides)
+    for word in overrides:
+        if redact(word) != word:
+            raise ConfigError(
+                f"'{redact(word)}' would stand in the batch file, for everybody to read. Export the secret as a "
+                f"variable, such as MY_SECRET, and refer to it: {word.partition('=')[0]}='${{oc.env:MY_SECRET}}'."
+            )
     config, cwd = composed.config, Path.cwd().resolve()
     # relative to the working folder, so that odd characters in its name stay out of the command
     folder = (
@@ -86,7 +92,9 @@ def submit(
     again = Again(("launch", "--slurm", *given, *options, *map(redact, overrides)), cwd)
     check_free(run_dir, again, overwrite)
     options += [OVERWRITE] if overwrite else []
-    script = slurm.sbatch_script(job, [sys.executable, "-m", "gatrain", "launch", *options, *words], cwd=cwd)
+    script = slurm.sbatch_script(
+        job, [sys.executable, "-m", "gatrain", "launch", *options, *trust.options(), *words], cwd=cwd
+    )
     if dry_run:
         return Submission(script, run_dir.path)
     return Submission(script, run_dir.path, _submit(script, run_dir))

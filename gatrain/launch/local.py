@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gatrain import offspring, scratch
+from gatrain import offspring, scratch, trust
 from gatrain.errors import GatrainError, LaunchError, RunFolderError, WorkerError
 from gatrain.launch import protocol
 from gatrain.launch.failure import Exit, first_cause, is_only_consequence
@@ -213,7 +213,7 @@ def _rank_environment(
     """Environment for the ranks; torchrun hands them this process's own."""
     if device not in (None, "cpu", "cuda"):
         raise LaunchError(f"device={device!r} is not one of cpu, cuda.")
-    fixed = {
+    fixed = trust.environment() | {
         protocol.NODE_RANK: str(nodes.node_rank),
         protocol.LAUNCHER_PID: str(os.getpid()),
         # with the shared store a restart can hang: new ranks read a dead rank's address (pytorch #135712)
