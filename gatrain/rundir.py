@@ -115,18 +115,7 @@ class RunDir:
         Raises:
             RunFolderError: they cannot be listed.
         """
-        try:
-            names = os.listdir(self.saved)
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise RunFolderError(
-                f"cannot list the saved states in {self.saved}: {error.strerror}."
-            ) from error
-        found = [
-            (int(match[1]), self.saved / name) for name in names if (match := STATE_NAME.fullmatch(name))
-        ]
-        return sorted(found)
+        return list_states(self.saved)
 
     def has_run(self) -> bool:
         """Whether a run was started here."""
@@ -165,6 +154,17 @@ class RunDir:
                     f"{path} is a link to {os.readlink(path)}, outside of the run folder. Put there what it points "
                     "to, or remove it. For another disk let the run folder itself be the link: run.dir=FOLDER."
                 )
+
+
+def list_states(folder: Path) -> list[tuple[int, Path]]:
+    """See `RunDir.saved_entries`."""
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise RunFolderError(f"cannot list the saved states in {folder}: {error.strerror}.") from error
+    return sorted((int(match[1]), folder / name) for name in names if (match := STATE_NAME.fullmatch(name)))
 
 
 def open_run_dir(path: str | os.PathLike[str]) -> RunDir:

@@ -83,7 +83,7 @@ def _value(kind: Any, data: Any, place: str, unknown_keys: bool) -> Any:
             for name, each in data.items()
         }
     if kind is float and type(data) in (int, float):
-        return float(_finite(data, place))
+        return _finite(data, place)
     if kind is int and type(data) is int:
         return _finite(data, place)
     if kind is type(None) and data is None:

@@ -11,6 +11,7 @@ from gatrain.rundir import RunDir, write_json
 
 if TYPE_CHECKING:
     from gatrain.config import RunConfig
+    from gatrain.train.engine import Engine
     from gatrain.train.saved_state import Progress
 
 
@@ -22,7 +23,7 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
     from gatrain.report import make_sinks, save_plots
     from gatrain.report.data_lines import left_out
     from gatrain.report.jsonl import read_lines
-    from gatrain.train import out_of_memory, samples, saved_state
+    from gatrain.train import out_of_memory, samples
     from gatrain.train.aftermath import Aftermath
     from gatrain.train.check import check_before_first_step
     from gatrain.train.checkpointing import available_modes
@@ -54,13 +55,7 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
     )
     # what draws outside a seeded step repeats as well
     seed_everything(config.train.seed, PROCESS, rank.rank)
-    # rank 0 chooses, so that all ranks resume from the same state
-    found = saved_state.newest_valid(run_dir.saved) if engine.ranks.rank == 0 else (None, [])
-    path, problems = engine.ranks.share_object(found)
-    progress = saved_state.load(path, engine.model, engine.optimizer, engine.masters) if path else fresh
-    saved_state.check_same_run(progress, fresh)
-    if engine.scaler and progress.scaler:
-        engine.scaler.load_state_dict(progress.scaler)
+    progress, problems = _go_on(engine, run_dir, fresh, total_steps)
     problems = [f"skipped a damaged saved state, {problem}" for problem in problems]
     if progress.step < total_steps:
         with (
@@ -139,8 +134,9 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
             sinks=sinks,
             stop_requested=lambda: rank.stop_requested,
             aftermath=aftermath,
-            evaluation_is_missing=engine.ranks.share_object(
-                _evaluation_is_missing(run_dir, config, progress)
+            # rank 0 comes here after the baseline and after whatever loggers do to start
+            evaluation_is_missing=engine.ranks.alone(
+                lambda: _evaluation_is_missing(run_dir, config, progress)
             ),
         )
         with out_of_memory.told(config, plan, run_dir, rank.device.type, available_modes(engine.model)):
@@ -172,6 +168,39 @@ def _stop_if_asked(rank: rank_process.Rank) -> None:
     """
     if rank.stop_anywhere():
         raise Interrupted("stopped before the first step")
+
+
+def _go_on(engine: Engine, run_dir: RunDir, fresh: Progress, total_steps: int) -> tuple[Progress, list[str]]:
+    """Fill model and optimizer from the newest state that can be used; also tell what is wrong with newer ones.
+
+    Where there never was a state the run begins. Collective.
+
+    Raises:
+        SavedStateError: there are states, and none can be used.
+    """
+    from gatrain import states
+    from gatrain.train import saved_state
+
+    parts = engine.model, engine.optimizer, engine.masters
+
+    mine: list[saved_state.Loaded] = []
+
+    def choose() -> tuple[Path | None, list[str]]:
+        found, problems = saved_state.newest_usable(run_dir.saved, *parts, fresh, total_steps, engine.scaler)
+        mine.extend([found] if found is not None else [])
+        return found.path if found is not None else None, problems
+
+    # rank 0 chooses, so that all ranks go on from the same one; reading may take long
+    path, problems = engine.ranks.alone(choose)
+    if path is None:
+        if problems:
+            raise states.none_usable(run_dir.saved, problems)
+        return fresh, []
+    loaded = mine.pop() if mine else saved_state.read(path, *parts)
+    progress = loaded.fill(*parts)
+    if engine.scaler and progress.scaler:
+        engine.scaler.load_state_dict(progress.scaler)
+    return progress, problems
 
 
 def _evaluation_is_missing(run_dir: RunDir, config: RunConfig, progress: Progress) -> bool:

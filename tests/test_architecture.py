@@ -37,6 +37,7 @@ ROOMS: dict[str, set[str]] = {
     "schema": set(),
     "plan": {"batch", "config", "schema"},
     "rundir": {"plan"},
+    "states": {"rundir", "schema"},
     "commands": {"rundir"},
     "compose": {"config", "assets", "dependencies", "rundir"},
     "train": {
@@ -49,6 +50,7 @@ ROOMS: dict[str, set[str]] = {
         "offspring",
         "plan",
         "rundir",
+        "states",
         "tasks",
     },
     "launch": {"causes", "offspring", "rundir", "plan", "scratch"},
@@ -72,7 +74,7 @@ ROOMS: dict[str, set[str]] = {
     "predict": {"batch", "build", "compose", "config", "plan", "rundir", "scratch", "tasks", "train"},
     "worker": {"build", "compose", "rank", "report", "train"},
     "verify": {"batch", "build", "compose", "inspection", "launch", "rank", "train", "tune"},
-    "fit": {"commands", "compose", "inspection", "launch", "predict", "tune"},
+    "fit": {"commands", "compose", "inspection", "launch", "predict", "states", "tune"},
     "cli": {"fit", "report", "verify"},
 }
 THIRD_PARTY = {

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gatrain import batch, commands, guardian, schema, scratch
+from gatrain import batch, commands, guardian, schema, scratch, states
 from gatrain.commands import OVERWRITE, Again
 from gatrain.compose import Composed, compose, reload
 from gatrain.compose.memory import compose_remembered
@@ -264,6 +264,8 @@ def resume(
             with locked(run_dir):  # a run that is under way has another story to tell
                 pass
         raise SavedStateError(_nothing_saved(run_dir))
+    if not from_start:
+        _refuse_if_all_are_damaged(run_dir)
     summary = _summary_of(run_dir)
     is_complete = summary.get("status") == "completed" and not summary.get("failed")
     if is_complete and not overrides and not from_start:
@@ -548,6 +550,22 @@ def _as_many_as_before(run_dir: RunDir, config: RunConfig, request: WorldRequest
 
 def _covers(known: str, key: str) -> bool:
     return key == known or key.startswith(f"{known}.")
+
+
+def _refuse_if_all_are_damaged(run_dir: RunDir) -> None:
+    """Before anything slow; the ranks look closer.
+
+    Raises:
+        SavedStateError: it is seen at a glance that no state can be gone on from.
+    """
+    problems = []
+    for _, path in reversed(run_dir.saved_entries()):
+        problem = states.damage_at_a_glance(path)
+        if problem is None:
+            return
+        problems.append(f"{path.name}: {problem}")
+    if not any(run_dir.saved.glob(f"{states.TEMPORARY}*")):  # one of these may be whole
+        raise states.none_usable(run_dir.saved, problems)
 
 
 def _nothing_saved(run_dir: RunDir) -> str:

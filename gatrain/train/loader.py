@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -45,10 +46,14 @@ class LoadedWindow:
     dropped: int
     """Samples of this rank's part that are in no batch: left out by the collate function, or skipped."""
     digest: int
-    """This rank's part of the window's fingerprint; the ranks' parts add up."""
+    """Fingerprint of the samples that were read for its micro-batches; the ranks' parts add up."""
     tokens: int | None
     """Input tokens of this rank's part."""
     micro_batches: list[MicroBatch]
+    window_samples: int
+    """Samples of the whole window, by the schedule."""
+    window_digest: int
+    """What the ranks' digests must add up to."""
     skipped: list[str] = field(default_factory=list)
     """Those of them that could not be read, each with the reason."""
     notices: list[str] = field(default_factory=list)
@@ -180,7 +185,7 @@ class WindowLoader:
         source = self._micro_batches()
         for index in self._range:
             window = self._schedule.window(index)
-            first, ids, sizes = self._mine(window)
+            first, _, sizes = self._mine(window)
             starts = itertools.accumulate(sizes, initial=first)
             loaded = [
                 dataclasses.replace(micro, position=position)
@@ -188,12 +193,15 @@ class WindowLoader:
             ]
             counted = [micro.tokens for micro in loaded if micro.tokens is not None]
             full = [micro for micro in loaded if not micro.is_empty]
+            read = np.array([sample for micro in loaded for _, sample in micro.keys], dtype=np.int64)
             yield LoadedWindow(
                 index=index,
                 epoch=window.epoch,
                 samples=sum(micro.samples or 0 for micro in loaded),
                 dropped=sum(micro.dropped for micro in loaded),
-                digest=digest(first, ids),
+                digest=digest(first, read),
+                window_samples=len(window.ids),
+                window_digest=digest(0, window.ids),
                 tokens=sum(counted) if len(counted) == len(full) else None,
                 micro_batches=[self._settled(micro) for micro in full],
                 skipped=[reason for micro in loaded for reason in micro.skipped],

@@ -28,7 +28,7 @@ from gatrain.train.meter import Mark, Meter
 from gatrain.train.save_clock import SaveClock
 from gatrain.train.saved_state import Progress
 from gatrain.train.seeding import MICRO_STEP
-from gatrain.train.windows import WindowSchedule
+from gatrain.train.windows import MOST_EXACT_PAIRS, WindowSchedule
 
 MOST_PENDING = 256
 """Steps whose metrics may wait on the device: each keeps some ten kB, whatever train.log_every says."""
@@ -134,8 +134,9 @@ class Trainer:
             end = self._meter.mark()
             scale = self.engine.scaler.now() if self.engine.scaler else None
             self._pending.append(_Pending(loaded.index, result, norm, previous, end, before, lr, scale))
-            del loaded  # its memory may be wanted for the next one
             previous = end
+            self._check_window(loaded, result)
+            del loaded  # its memory may be wanted for the next one
             self._advance(result)
             step = self.progress.step
             stop = result.counts["stop"] > 0
@@ -146,7 +147,9 @@ class Trainer:
                 self._flush()
             if save_due:
                 self._save()
-            if eval_due:
+                # a signal that came while the state was written: it is saved already
+                stop = stop or self.engine.ranks.sum([float(self.stop_requested())])[0] > 0
+            if eval_due and not stop:
                 stop = not self._evaluate()
             if save_due or eval_due:
                 previous = self._meter.mark()  # pauses are not part of the next step
@@ -186,6 +189,23 @@ class Trainer:
             seed=(self.schedule.seed, MICRO_STEP, loaded.index),
             counts=counts,
         )
+
+    def _check_window(self, loaded: LoadedWindow, result: WindowResult) -> None:
+        """Compare what the micro-batches of all ranks held with the window that the step is for.
+
+        Raises:
+            ExactnessError: samples are missing, are there twice, or are others.
+        """
+        held = int(result.counts["samples"] + result.counts["dropped"])
+        is_other = int(result.counts["digest"]) != loaded.window_digest and held <= MOST_EXACT_PAIRS
+        if held != loaded.window_samples or is_other:
+            what = "other samples" if held == loaded.window_samples else f"{held} samples"
+            raise ExactnessError(
+                f"step {loaded.index + 1} computed {what} instead of the {loaded.window_samples} of its window "
+                f"(micro_batch={self.plan.micro_batch} over {self.engine.ranks.world_size} ranks). Its update is "
+                "not saved. A data set or a collate function that gives more or fewer samples than it was asked "
+                "for does this."
+            )
 
     def _advance(self, result: WindowResult) -> None:
         before = self.progress
@@ -418,33 +438,37 @@ class Trainer:
                 "an update made it so. For a lower rate: "
                 f"{self._remedies(self.progress.updates).lower_rate()}"
             )
-        problem = ""
-        if self.engine.ranks.rank == 0:
-            scaler = self.engine.scaler.state_dict() if self.engine.scaler else None
-            progress = Progress(**{**vars(self.progress), "scaler": scaler})
-            try:
-                path = saved_state.save(
-                    self.run_dir.saved,
-                    progress,
-                    self.engine.model,
-                    self.engine.optimizer,
-                    self.config.save.keep,
-                    self.engine.masters,
-                )
-                self._clock.saved(began)
-                self.sinks.saved(self.progress.step, path)
-                self._tell_of_slow_saves()
-            except OSError as error:
-                problem = error.strerror or str(error)
-                self._clock.failed()
-                self.sinks.notice(
-                    f"could not save the state of step {self.progress.step}: {problem}. "
-                    "Training goes on; earlier saved states are kept."
-                )
-        problem = self.engine.ranks.share_object(problem)
-        if not problem:
+        # the others wait for the disk outside of any collective, which would fail after its timeout
+        is_written = self.engine.ranks.alone(lambda: self._write(began))
+        if is_written:
             self._saved_step = self.progress.step
-        return not problem
+        return is_written
+
+    def _write(self, began: float) -> bool:
+        """Rank 0's part of a save; False where the state could not be written."""
+        scaler = self.engine.scaler.state_dict() if self.engine.scaler else None
+        progress = dataclasses.replace(self.progress, scaler=scaler)
+        try:
+            path = saved_state.save(
+                self.run_dir.saved,
+                progress,
+                self.engine.model,
+                self.engine.optimizer,
+                self.config.save.keep,
+                self.engine.masters,
+                self.sinks.notice,
+            )
+        except OSError as error:
+            self._clock.failed()
+            self.sinks.notice(
+                f"could not save the state of step {self.progress.step}: {error.strerror or error}. "
+                "Training goes on; earlier saved states are kept."
+            )
+            return False
+        self._clock.saved(began)
+        self.sinks.saved(self.progress.step, path)
+        self._tell_of_slow_saves()
+        return True
 
     def _tell_of_slow_saves(self) -> None:
         if self._clock.is_too_slow() and not self._told_of_slow_saves:

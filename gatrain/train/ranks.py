@@ -6,15 +6,24 @@ All of them are called by every rank, in the same order; a rank that leaves one 
 from __future__ import annotations
 
 import atexit
+import itertools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from gatrain.errors import PeerFailed
+
 T = TypeVar("T")
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.001, 0.2
+"""Between two looks at what rank 0 does alone."""
+_FAILED = "failed"
+_alone = itertools.count()
+"""All ranks call `Ranks.alone` in the same order, so they agree on the number."""
 
 BUCKET_BYTES = 64 * 2**20
 """Gradient bytes per all-reduce: large enough for full bandwidth, small enough to bound the extra copy."""
@@ -55,6 +64,36 @@ class Ranks:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self._host_group, device=torch.device("cpu"))
         return box[0]
+
+    def alone(self, work: Callable[[], T]) -> T:
+        """What ``work`` gives on rank 0, on every rank, however long it takes there: a small Python value.
+
+        The others look again and again whether it is done. In a collective they would wait until its timeout and
+        take the run down, for a disk or a file system that is slow.
+
+        Raises:
+            PeerFailed: on the other ranks, when ``work`` has failed.
+        """
+        if self.world_size == 1:
+            return work()
+        store = dist.distributed_c10d._get_default_store()
+        key = f"gatrain/alone/{next(_alone)}"
+        if self.rank == 0:
+            try:
+                value = work()
+            except BaseException:
+                store.set(key, _FAILED)
+                raise
+            store.set(key, "done")
+            return self.share_object(value)
+        pause_s = FIRST_PAUSE_S
+        while not store.check([key]):
+            time.sleep(pause_s)
+            pause_s = min(LONGEST_PAUSE_S, 1.5 * pause_s)
+        if store.get(key).decode() == _FAILED:
+            raise PeerFailed("rank 0 failed in what it does alone; its own error says why.")
+        # and nobody ends, with the store, before all have read it
+        return self.share_object(None)  # type: ignore[return-value]
 
     def gather(self, value: T) -> list[T]:
         """Every rank's small Python value, in the order of the ranks, on every rank."""

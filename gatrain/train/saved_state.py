@@ -1,65 +1,54 @@
-"""Saved states: model, optimizer and progress on disk, complete or absent, and never a pickle.
+"""The tensors of a saved state: model, optimizer and progress, complete or absent, and never a pickle.
 
-A state is a folder ``step_00000100`` with safetensors and JSON and a manifest of sizes and SHA-256 sums. It is
-written under a temporary name, flushed, and renamed; older states are removed only after that. Reading checks
-every sum and falls back to the newest state that is whole.
+A state is written under a temporary name, flushed, and renamed; older states are removed only after that. What is
+read is compared with the model and the optimizer before any of it reaches them. `gatrain.states` has the folders.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import contextlib
 import os
-import re
 import shutil
+import stat
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gatrain.errors import SavedStateError
-from gatrain.rundir import fsync, read_json, write_json
-from gatrain.train.main_gradients import MasterWeights
-
-MODEL, OPTIMIZER, PROGRESS, MANIFEST = (
-    "model.safetensors",
-    "optimizer.safetensors",
-    "progress.json",
-    "manifest.json",
+from gatrain import schema
+from gatrain.errors import RunFolderError, SavedStateError
+from gatrain.rundir import fsync, list_states, write_json
+from gatrain.states import (
+    FILES,
+    MANIFEST,
+    MODEL,
+    OPTIMIZER,
+    PROGRESS,
+    TEMPORARY,
+    Contents,
+    check_same_run,
+    fingerprint,
+    finish_interrupted,
+    put_in_place,
+    read_contents,
+    remember_whole,
+    remove_old,
 )
-_NAME = re.compile(r"step_(\d{8,})")
-_TEMPORARY = ".writing-"
+from gatrain.states import Progress as Progress
+from gatrain.states import find_damage as find_damage
+from gatrain.states import newest_valid as newest_valid
+from gatrain.train.main_gradients import MasterWeights
+from gatrain.train.seeding import kept_random_state
+
 _MASTER = "master"
 """Key of a 16-bit parameter's fp32 master weight, beside the optimizer's own."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run has come. ``step`` (consumed windows) is the only position in the data."""
-
-    step: int
-    samples: int
-    tokens: int
-    effective_batch: int
-    seed: int
-    data_samples: int
-    """Size of the training data: the permutation depends on it."""
-    scaler: dict[str, float] | None = None
-    drop_last: bool = False
-    """Whether epochs end with their last full window: the windows depend on it."""
-    updates: int = 0
-    """Updates of the parameters: the position in the learning-rate schedule."""
-    skipped: int = 0
-    """Windows that made no update: not finite, or without any label."""
-    skipped_in_row: int = 0
-    """Those of them at the end."""
-    nonfinite_in_row: int = 0
-    """Windows at the end that were not finite."""
-    moved: bool = False
-    """Some gradient was not zero."""
+_DIFFERENCES = 5
+"""Of a model or an optimizer that a message lists."""
 
 
 def save(
@@ -69,19 +58,21 @@ def save(
     optimizer: torch.optim.Optimizer,
     keep: int,
     masters: MasterWeights | None = None,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> Path:
-    """Write one saved state under ``folder`` and remove those beyond the newest ``keep`` (0 keeps all).
+    """Write one saved state under ``folder`` and remove those beyond the newest ``keep`` whole ones (0 keeps all).
 
     Called by rank 0 only. Waits for the device. ``masters`` are what the optimizer steps in place of 16-bit
-    parameters.
+    parameters. ``tell`` hears of what was in the way.
 
     Raises:
         OSError: it could not be written (disk full); earlier states are untouched and nothing is left over.
     """
     final = folder / f"step_{progress.step:08d}"
-    temporary = folder / f"{_TEMPORARY}{final.name}-{os.getpid()}"
+    temporary = folder / f"{TEMPORARY}{final.name}-{os.getpid()}"
     folder.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(folder)
+    for path in folder.glob(f"{TEMPORARY}*"):  # left by a process that was killed; only one run writes here
+        shutil.rmtree(path, ignore_errors=True)
     try:
         temporary.mkdir()
         tensors, aliases = _unique_tensors(model)
@@ -89,23 +80,22 @@ def save(
         state, scalars = _optimizer_state(model, optimizer, masters)
         save_file(state, temporary / OPTIMIZER)
         write_json(temporary / PROGRESS, {**vars(progress), "aliases": aliases, "optimizer": scalars})
-        manifest = {name: _fingerprint(temporary / name) for name in (MODEL, OPTIMIZER, PROGRESS)}
+        _follow_umask(temporary)
+        manifest = {name: fingerprint(temporary / name) for name in FILES}
         for name in manifest:
             fsync(temporary / name)
         write_json(temporary / MANIFEST, manifest)
         fsync(temporary)
-        if final.exists():  # a state of the same step from before a fallback: replaced whole
-            shutil.rmtree(final)
-        os.replace(temporary, final)
-        fsync(folder)
+        put_in_place(temporary, final, tell)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if type(error).__module__.startswith("safetensors"):  # it wraps the system's error
+        if isinstance(error, SafetensorError):  # it wraps the system's error
             raise OSError(str(error)) from error
         raise
+    remember_whole(final)
     if keep:
-        for _, old in _numbered(folder)[keep:]:
-            shutil.rmtree(old, ignore_errors=True)
+        with contextlib.suppress(RunFolderError, OSError):  # the state is there all the same
+            remove_old(folder, progress.step, keep)
     return final
 
 
@@ -115,33 +105,37 @@ def weights_path(folder: Path, step: int) -> Path:
     return folder / f"step_{step:08d}" / MODEL
 
 
-def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest saved state whose files are all whole, and what is wrong with each newer one."""
-    problems: list[str] = []
-    for _, path in _numbered(folder):
-        problem = find_damage(path)
-        if problem is None:
-            return path, problems
-        problems.append(f"{path.name}: {problem}")
-    return None, problems
+# --- reading --------------------------------------------------------------------------------------------
 
 
-def find_damage(path: Path) -> str | None:
-    """Compare a saved state with its manifest; None if it is whole."""
-    if path.is_symlink():
-        return "is a symbolic link"
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        for name in (MODEL, OPTIMIZER, PROGRESS):
-            if (path / name).is_symlink():
-                return f"{name} is a symbolic link"
-            if manifest[name] != _fingerprint(path / name):
-                return f"{name} does not match its checksum"
-    except FileNotFoundError as error:
-        return f"{Path(str(error.filename)).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"cannot be read ({error})"
-    return None
+@dataclass(frozen=True)
+class Loaded:
+    """A state on the host that fits a model and an optimizer; nothing of it has reached them yet."""
+
+    path: Path
+    progress: Progress
+    tensors: dict[str, Tensor]
+    optimizer: list[tuple[Tensor, str, Any]]
+    """(parameter that is stepped, key, value)."""
+    masters: dict[Tensor, Tensor]
+    """16-bit parameter of the model -> fp32 weight."""
+
+    def fill(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, masters: MasterWeights | None
+    ) -> Progress:
+        """Put everything into the model and the optimizer that it was read for, in place."""
+        model.load_state_dict(self.tensors)
+        if masters is not None:
+            masters.load(self.masters)
+        fused = any(group.get("fused") for group in optimizer.param_groups)
+        for parameter, key, value in self.optimizer:
+            if isinstance(value, Tensor):
+                # fused optimizers keep the step count on the device, the others on the host
+                value = value if key == "step" and not fused else value.to(parameter.device)
+                if key != "step" and value.shape == parameter.shape:
+                    value = torch.empty_like(parameter).copy_(value)  # the parameter's memory layout
+            optimizer.state[parameter][key] = value
+        return self.progress
 
 
 def load(
@@ -150,40 +144,259 @@ def load(
     """Fill model and optimizer from a saved state, in place, and return its progress.
 
     Raises:
-        SavedStateError: the state belongs to another model or optimizer; the differences are listed.
+        SavedStateError: the state belongs to another model or optimizer, or is odd; nothing was changed.
     """
-    data = read_json(path / PROGRESS)
-    aliases, scalars = data.pop("aliases"), data.pop("optimizer")
-    tensors = load_file(path / MODEL)
-    tensors.update({alias: tensors[name] for alias, name in aliases.items()})
+    return read(path, model, optimizer, masters).fill(model, optimizer, masters)
+
+
+def newest_usable(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    masters: MasterWeights | None,
+    expected: Progress,
+    total_steps: int,
+    scaler: torch.amp.GradScaler | None = None,
+) -> tuple[Loaded | None, list[str]]:
+    """The newest state that is whole and fits, and what is wrong with each newer one.
+
+    Raises:
+        SavedStateError: it is of a later step than the run has.
+        RunFolderError: the folder cannot be listed.
+    """
+    finish_interrupted(folder)
+    problems: list[str] = []
+    for _, path in reversed(list_states(folder)):
+        problem = find_damage(path)
+        if problem is None:
+            try:
+                check_same_run(read_contents(path).progress, expected)
+                loaded = read(path, model, optimizer, masters)
+                progress = loaded.progress
+                _check_scaler(path, progress, scaler)
+            except SavedStateError as error:
+                problem = str(error).removeprefix(f"{path} ")
+            else:
+                if progress.step > total_steps:
+                    raise SavedStateError(
+                        f"{path} is of step {progress.step}, and this run has {total_steps} steps. To go on from "
+                        f"it give train.steps={progress.step} or more; if it is not of this run, remove it."
+                    )
+                return loaded, problems
+        problems.append(f"{path.name}: {problem}")
+    return None, problems
+
+
+def read(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, masters: MasterWeights | None = None
+) -> Loaded:
+    """Read a saved state and compare it with the model and the optimizer, which are left alone.
+
+    Raises:
+        SavedStateError: it belongs to another model or optimizer, or something in it is not possible.
+    """
+    try:
+        contents = read_contents(path)
+    except (RunFolderError, ValueError) as error:
+        raise SavedStateError(f"{path} cannot be read ({error})") from error
+    tensors = _with_aliases(path, model, _tensors_of(path / MODEL), contents.aliases)
     _check_same_tensors(path, model.state_dict(), tensors)
-    model.load_state_dict(tensors)
-    state = load_file(path / OPTIMIZER)
-    if masters is not None:
-        owners = {name: parameter for parameter, name in _names(model, None).items()}
-        saved = {f"{name}/{_MASTER}": parameter for name, parameter in owners.items()}
-        masters.load({saved[place]: state.pop(place) for place in [*state] if place in saved})
-    _load_optimizer(path, model, optimizer, state, scalars, masters)
-    return Progress(**{"updates": data["step"], "moved": True, **data})
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not torch.isfinite(tensors[name]).all():
+            raise SavedStateError(f"{path} has the parameter {name} with a value that is not finite.")
+    state = _tensors_of(path / OPTIMIZER)
+    if contents.tensors is not None and contents.tensors != len(state):
+        raise SavedStateError(f"{path} has {len(state)} tensors of the optimizer, not {contents.tensors}.")
+    weights = _take_masters(path, model, masters, state, contents.progress)
+    return Loaded(
+        path,
+        contents.progress,
+        tensors,
+        _optimizer_values(path, model, optimizer, masters, state, contents),
+        weights,
+    )
 
 
-def _numbered(folder: Path) -> list[tuple[int, Path]]:
-    """Saved states, newest first."""
-    if not folder.is_dir():
-        return []
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return sorted(found, reverse=True)
+def _tensors_of(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise SavedStateError(f"{path} cannot be read ({type(error).__name__}: {error}).") from error
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """A process that was killed while writing leaves a temporary folder; only one run writes here."""
-    for path in folder.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(path, ignore_errors=True)
+def _with_aliases(
+    path: Path, model: nn.Module, tensors: dict[str, Tensor], aliases: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """All names of the model's state: tied weights are in the file once."""
+    owners: dict[int, str] = {}
+    tied = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in owners:
+            tied[name] = owners[id(parameter)]
+        owners.setdefault(id(parameter), name)
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name, target in aliases.items():
+        if target not in tensors or name in tensors:
+            raise SavedStateError(f"{path} gives {name} as a second name of {target}, which it is not.")
+        if name in parameters and tied.get(name, name) != tied.get(target, target):
+            raise SavedStateError(
+                f"{path} belongs to another model: {name} and {target} are one tensor there, and two in the model."
+            )
+    whole = tensors | {name: tensors[target] for name, target in aliases.items()}
+    for name, target in tied.items():
+        if name in whole and target in whole and not torch.equal(whole[name], whole[target]):
+            raise SavedStateError(
+                f"{path} belongs to another model: {name} and {target} are two tensors there, and one in the model."
+            )
+    return whole
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+def _check_same_tensors(path: Path, wanted: dict[str, Tensor], given: dict[str, Tensor]) -> None:
+    differences = [f"{name} is missing" for name in wanted if name not in given]
+    differences += [f"{name} is not in the model" for name in given if name not in wanted]
+    for name in wanted.keys() & given.keys():
+        ours, theirs = wanted[name], given[name]
+        if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+            differences.append(
+                f"{name} is {theirs.dtype} {list(theirs.shape)}, the model has {ours.dtype} {list(ours.shape)}"
+            )
+    if differences:
+        raise SavedStateError(f"{path} belongs to another model: {_listed(differences)}.")
+
+
+def _check_scaler(path: Path, progress: Progress, scaler: torch.amp.GradScaler | None) -> None:
+    if scaler is None or progress.scaler is None:
+        return
+    usual, given = scaler.state_dict(), progress.scaler
+    if usual.keys() != given.keys() or not all(
+        type(given[key]) is type(usual[key]) and (given[key] > 0 or key.startswith("_")) for key in usual
+    ):
+        raise SavedStateError(f"{path} has a loss scale that cannot be.")
+
+
+def _take_masters(
+    path: Path,
+    model: nn.Module,
+    masters: MasterWeights | None,
+    state: dict[str, Tensor],
+    progress: Progress,
+) -> dict[Tensor, Tensor]:
+    """Take the fp32 weights of 16-bit parameters out of the optimizer's state."""
+    if masters is None:
+        return {}
+    found: dict[Tensor, Tensor] = {}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for parameter, master in masters.weights():
+        value = state.pop(f"{names[parameter]}/{_MASTER}", None)
+        if value is None:
+            if progress.updates:
+                raise SavedStateError(f"{path} has no fp32 weights of the 16-bit {names[parameter]}.")
+        elif value.shape != master.shape or value.dtype != master.dtype or not torch.isfinite(value).all():
+            raise SavedStateError(f"{path} has other fp32 weights than {names[parameter]} can have.")
+        else:
+            found[parameter] = value
+    return found
+
+
+def _optimizer_values(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    masters: MasterWeights | None,
+    tensors: Mapping[str, Tensor],
+    contents: Contents,
+) -> list[tuple[Tensor, str, Any]]:
+    if contents.optimizer != type(optimizer).__name__:
+        raise SavedStateError(
+            f"{path} was saved with the optimizer {schema.shown(contents.optimizer)[1:-1]}, "
+            f"but this run uses {type(optimizer).__name__}."
+        )
+    parameters = {name: parameter for parameter, name in _names(model, masters).items()}
+    found: dict[str, dict[str, Any]] = {}
+    for place, value in {**tensors, **contents.values}.items():
+        name, _, key = place.rpartition("/")
+        if name not in parameters:
+            raise SavedStateError(f"{path} has optimizer state for {name!r}, which the model does not have.")
+        found.setdefault(name, {})[key] = value
+    wanted = _usual_state(optimizer)
+    if contents.progress.updates and not found and any(wanted.values()):
+        raise SavedStateError(f"{path} has no optimizer state after {contents.progress.updates} updates.")
+    differences = []
+    for name, values in found.items():
+        parameter = parameters[name]
+        usual = wanted.get(id(parameter)) or {}
+        differences += [f"{name} has no {key}" for key in usual if key not in values]
+        differences += [
+            f"{key} of {name} {problem}"
+            for key, value in values.items()
+            if (problem := _oddity(key, value, usual.get(key), parameter, contents.progress.step))
+        ]
+    if differences:
+        raise SavedStateError(f"{path} has a state that the optimizer cannot have: {_listed(differences)}.")
+    return [(parameters[name], key, value) for name, values in found.items() for key, value in values.items()]
+
+
+_PROBE = (3, 5)
+
+
+def _usual_state(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
+    """What one step leaves behind for each parameter, by its id; for optimizers of PyTorch's own."""
+    if not type(optimizer).__module__.startswith("torch.optim"):
+        return {}
+    found: dict[int, dict[str, Any]] = {}
+    for group in optimizer.param_groups:
+        options = {key: group[key] for key in optimizer.defaults if key in group}
+        probe = nn.Parameter(torch.zeros(_PROBE))
+        probe.grad = torch.ones(_PROBE)
+        try:
+            with kept_random_state():
+                other = type(optimizer)([probe], **options)
+                other.step()
+        except Exception:  # an option for a GPU alone: nothing is known
+            continue
+        found |= {id(parameter): dict(other.state[probe]) for parameter in group["params"]}
+    return found
+
+
+def _oddity(key: str, value: Any, usual: Any, parameter: Tensor, steps: int) -> str | None:
+    """What is wrong with one value of an optimizer's state; ``usual`` is what a tensor of `_PROBE` has there."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            return "is not finite"
+        if usual is None:
+            return None
+        if not isinstance(usual, Tensor):
+            return "is a tensor"
+        if usual.shape == _PROBE and value.shape != parameter.shape:
+            return f"has the shape {list(value.shape)}"
+        if usual.dim() == 0 and value.dim():
+            return f"has the shape {list(value.shape)}"
+        if value.is_floating_point() != usual.is_floating_point():
+            return f"is {value.dtype}"
+        if key == "step" and not 0 <= float(value) <= steps:
+            return f"is {float(value):g} after {steps} steps"
+        return None
+    if isinstance(usual, Tensor) or not isinstance(value, bool | int | float | str | list | dict | None):
+        return f"is {schema.shown(value)}"
+    if isinstance(usual, int | float) and type(value) not in (int, float, bool):
+        return f"is {schema.shown(value)}"
+    return None
+
+
+def _listed(differences: list[str]) -> str:
+    return "; ".join(sorted(differences)[:_DIFFERENCES]) + (
+        "; ..." if len(differences) > _DIFFERENCES else ""
+    )
+
+
+# --- writing --------------------------------------------------------------------------------------------
+
+
+def _follow_umask(temporary: Path) -> None:
+    """safetensors makes its files private; these get the permissions of any other file here."""
+    mode = stat.S_IMODE((temporary / PROGRESS).stat().st_mode)
+    for name in (MODEL, OPTIMIZER):
+        (temporary / name).chmod(mode)
 
 
 def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -227,70 +440,5 @@ def _optimizer_state(
                 scalars["values"][place] = value
     for _, master in masters.weights() if masters is not None else ():
         tensors[f"{names[master]}/{_MASTER}"] = master.detach().cpu().contiguous()
+    scalars["tensors"] = len(tensors)
     return tensors, scalars
-
-
-def _load_optimizer(
-    path: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    tensors: dict[str, Tensor],
-    scalars: dict[str, Any],
-    masters: MasterWeights | None,
-) -> None:
-    if scalars["class"] != type(optimizer).__name__:
-        raise SavedStateError(
-            f"{path} was saved with the optimizer {scalars['class']}, "
-            f"but this run uses {type(optimizer).__name__}."
-        )
-    parameters = {name: parameter for parameter, name in _names(model, masters).items()}
-    for place, value in {**tensors, **scalars["values"]}.items():
-        name, _, key = place.rpartition("/")
-        if name not in parameters:
-            raise SavedStateError(f"{path} has optimizer state for {name!r}, which the model does not have.")
-        parameter = parameters[name]
-        if isinstance(value, Tensor):
-            # fused optimizers keep the step count on the device, the others on the host
-            stays = key == "step" and not any(group.get("fused") for group in optimizer.param_groups)
-            value = value if stays else value.to(parameter.device)
-            if key != "step" and value.shape == parameter.shape:
-                value = torch.empty_like(parameter).copy_(value)  # the parameter's memory layout
-        optimizer.state[parameter][key] = value
-
-
-def _check_same_tensors(path: Path, wanted: dict[str, Tensor], given: dict[str, Tensor]) -> None:
-    differences = [f"{name} is missing" for name in wanted if name not in given]
-    differences += [f"{name} is not in the model" for name in given if name not in wanted]
-    for name in wanted.keys() & given.keys():
-        ours, theirs = wanted[name], given[name]
-        if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
-            differences.append(
-                f"{name} is {theirs.dtype} {list(theirs.shape)}, the model has {ours.dtype} {list(ours.shape)}"
-            )
-    if differences:
-        shown = "; ".join(sorted(differences)[:5]) + ("; ..." if len(differences) > 5 else "")
-        raise SavedStateError(f"{path} belongs to another model: {shown}.")
-
-
-def check_same_run(progress: Progress, expected: Progress) -> None:
-    """Refuse to go on from a state whose windows are not this run's windows.
-
-    Raises:
-        SavedStateError: names each number that differs.
-    """
-    names = {
-        "effective_batch": "batch.effective",
-        "seed": "train.seed",
-        "data_samples": "the number of training samples",
-        "drop_last": "train.drop_last",
-    }
-    differences = [
-        f"{label} was {getattr(progress, name)} and is {getattr(expected, name)}"
-        for name, label in names.items()
-        if getattr(progress, name) != getattr(expected, name)
-    ]
-    if differences:
-        raise SavedStateError(
-            f"the saved state of step {progress.step} belongs to other windows: {'; '.join(differences)}. "
-            "Restore those values, or start a new run."
-        )

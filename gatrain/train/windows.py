@@ -22,6 +22,8 @@ from gatrain.train.seeding import derive_seed, mix64
 
 Ids = npt.NDArray[np.int64]
 _ROUNDS = 8
+MOST_EXACT_PAIRS = 2**20
+"""Samples whose `digest` is the same whichever ranks' parts are added as float64."""
 
 
 def permutation(samples: int, seed: int, epoch: int, positions: Ids) -> Ids:
@@ -58,7 +60,7 @@ def permutation(samples: int, seed: int, epoch: int, positions: Ids) -> Ids:
 def digest(first_position: int, ids: Ids) -> int:
     """Order-dependent fingerprint of part of a window; parts of several ranks add up to the whole's.
 
-    Each (position, id) pair gives 32 bits, so sums of up to 2**20 pairs stay exact in float64.
+    Each (position, id) pair gives 32 bits, so sums of up to `MOST_EXACT_PAIRS` stay exact in float64.
     """
     positions = np.arange(first_position, first_position + len(ids), dtype=np.uint64)
     words = mix64(mix64(ids.astype(np.uint64)) + positions * np.uint64(0x9E3779B97F4A7C15))
