@@ -22,6 +22,7 @@ from typing import Any
 
 from gatrain import schema
 from gatrain.errors import RunFolderError, SavedStateError
+from gatrain.rundir import STATE_NAME as STATE_NAME
 from gatrain.rundir import fsync, list_states, open_to_read, read_json
 
 MODEL, OPTIMIZER, PROGRESS, MANIFEST = (

@@ -7,6 +7,7 @@ read is compared with the model and the optimizer before any of it reaches them.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import shutil
 import stat
@@ -312,6 +313,8 @@ def _optimizer_values(
             f"but this run uses {type(optimizer).__name__}."
         )
     parameters = {name: parameter for parameter, name in _names(model, masters).items()}
+    if twice := tensors.keys() & contents.values.keys():
+        raise SavedStateError(f"{path} has two values of {min(twice)} in the optimizer's state.")
     found: dict[str, dict[str, Any]] = {}
     for place, value in {**tensors, **contents.values}.items():
         name, _, key = place.rpartition("/")
@@ -344,8 +347,9 @@ def _usual_state(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
     if not type(optimizer).__module__.startswith("torch.optim"):
         return {}
     found: dict[int, dict[str, Any]] = {}
+    takes = inspect.signature(type(optimizer)).parameters
     for group in optimizer.param_groups:
-        options = {key: group[key] for key in optimizer.defaults if key in group}
+        options = {key: group[key] for key in optimizer.defaults if key in group and key in takes}
         probe = nn.Parameter(torch.zeros(_PROBE))
         probe.grad = torch.ones(_PROBE)
         try:
