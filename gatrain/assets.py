@@ -88,6 +88,14 @@ def find_recipe(given: str, cwd: Path) -> Recipe:
     Raises:
         ConfigError: nothing there; lists the known names with the nearest one.
     """
+    try:
+        return _find_recipe(given, cwd)
+    except (OSError, RuntimeError, ValueError) as error:  # too long, no such user, not allowed
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"recipe={given[:80]}: {reason}. Give a YAML file or a recipe's name.") from error
+
+
+def _find_recipe(given: str, cwd: Path) -> Recipe:
     looks_like_path = given.endswith((".yaml", ".yml")) or given.startswith((".", "~", "/"))
     if not looks_like_path:
         for folder in search_folders("recipes", cwd):

@@ -173,9 +173,14 @@ def open_run_dir(path: str | os.PathLike[str]) -> RunDir:
     Raises:
         RunFolderError: the folder does not exist, holds no config.yaml, or links that lead out of it.
     """
-    run_dir = RunDir(Path(path).expanduser().resolve())
-    run_dir.refuse_links()
-    if not run_dir.config.is_file():
+    try:
+        run_dir = RunDir(Path(path).expanduser().resolve())
+        run_dir.refuse_links()
+        is_run = run_dir.config.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, no such user, not allowed
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise RunFolderError(f"{str(path)[:80]} is not a run folder: {reason}.") from error
+    if not is_run:
         state = "has no config.yaml" if run_dir.path.is_dir() else "does not exist"
         raise RunFolderError(
             f"{path} is not a run folder: it {state}. "

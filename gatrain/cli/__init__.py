@@ -387,12 +387,18 @@ def _reach_all_nodes(context: typer.Context, request: WorldRequest, overrides: l
     job = needs_srun(request)
     if job is None:
         return
+    from gatrain.commands import OVERWRITE, setting
     from gatrain.compose import compose
+    from gatrain.fit.claim import folder_for_job
     from gatrain.launch.slurm import relaunch_under_srun
 
+    words = []
     if overrides is not None:
-        compose(overrides)  # a mistake is told once here, not once by each node
-    relaunch_under_srun(context.obj, job)
+        composed = compose(overrides)  # a mistake is told once here, not once by each node
+        folder = folder_for_job(composed, job, Path.cwd().resolve())
+        if folder is not None and OVERWRITE not in context.obj:
+            words = [setting("run.dir", str(folder))]
+    relaunch_under_srun([*context.obj, *words], job)
 
 
 def _print_outcome(outcome: Outcome) -> None:

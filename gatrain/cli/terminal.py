@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -199,9 +200,20 @@ def _options(command: Any) -> list[str]:
     return [name for p in getattr(command, "params", []) for name in p.opts if name.startswith("--")]
 
 
+_OF_THE_MACHINE = {
+    errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EMFILE,
+    errno.ENFILE, errno.ESTALE, errno.EIO, errno.ELOOP, errno.ENOTDIR, errno.EISDIR,
+}  # fmt: skip
+"""What a system answers that no program can help: its own words say what is wrong."""
+
+
 def unexpected(error: Exception) -> int:
     """Report a mistake of gatrain's own in short, with the traceback in a file; return the exit code."""
     debug_traceback()
+    if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
+        where = f" ({str(error.filename)[:200]})" if error.filename else ""
+        print_error(f"{error.strerror}{where}.")
+        return GatrainError.exit_code
     stamp = time.strftime("%Y%m%d-%H%M%S")
     try:
         handle, name = tempfile.mkstemp(prefix=f"gatrain-error-{stamp}-", suffix=".txt")

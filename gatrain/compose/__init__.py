@@ -36,6 +36,8 @@ class Composed:
     """A shipped recipe of the same name that the user's own one hides."""
     remarks: list[str] = field(default_factory=list)
     """What a person should know of the files: keys without effect, and files that replace gatrain's own."""
+    timed: tuple[str, ...] = ()
+    """Keys whose value was made of the moment: ``${now:...}``."""
 
 
 def compose(overrides: Sequence[str], cwd: Path | None = None) -> Composed:

@@ -70,7 +70,8 @@ def compose(overrides: Sequence[str], cwd: Path) -> Composed:
     _settle_keys(composed, setters, parsed)
     leaves = dict(sources.leaves_of(OmegaConf.to_container(composed)))
     leaves |= sources.keep_text(composed, leaves, setters, parts, parsed, cwd)
-    leaves |= moment.settle(composed, leaves)
+    timed = moment.settle(composed, leaves)
+    leaves |= timed
     config = _to_config(composed, leaves)
     validate(config)
     return Composed(
@@ -83,6 +84,7 @@ def compose(overrides: Sequence[str], cwd: Path) -> Composed:
         sources={key: setters[key] for key in leaves},
         shadows=recipe.shadows,
         remarks=sources.remarks(parts, setters, folders),
+        timed=tuple(timed),
     )
 
 

@@ -32,7 +32,7 @@ from gatrain.errors import (
     nearest,
 )
 from gatrain.facts import RunFacts
-from gatrain.fit import record
+from gatrain.fit import record, requeue
 from gatrain.fit.claim import choose_folder, claimed, set_aside
 from gatrain.fit.heartbeat import Heartbeat, beating, wait_for_node_0
 from gatrain.inspection import begin_inspection, check_modules
@@ -208,10 +208,15 @@ def fit(
     _check_port(nodes)
     if nodes.node_rank > 0:
         return _follow(RunDir(path), nodes, hardware, request, listener, cwd)
-    if _is_started_again(request) and RunDir(path).has_run() and not (overwrite and _is_older(path, request)):
+    is_again, is_there = _is_started_again(request), named and RunDir(path).has_run()
+    if is_again and is_there and not (overwrite and _is_older(path, request)):
+        requeue.check_same(RunDir(path), composed)
         if RunDir(path).saved_entries():
+            requeue.mark(RunDir(path), slurm.detect(os.environ))
             return resume(path, (), request, listener)
         overwrite = True  # the first attempt ended before it had saved anything
+    elif is_again:
+        listener.progress("No earlier attempt of this job ran these settings: this run begins at step 0")
     options = [*request.words(), *(["--retune"] if retune else [])]
     again = Again((*options, *map(redact, overrides)), cwd)
     with (
@@ -225,7 +230,8 @@ def fit(
         if replaced := claim.clear():
             listener.said(f"Replaced in {run_dir.path}: {replaced}.")
         lines = [f"recipe={composed.recipe}", *map(redact, composed.overrides)]
-        write_json(run_dir.env, record.environment(composed.recipe, composed.recipe_file, lines, again))
+        env = record.environment(composed.recipe, composed.recipe_file, lines, again)
+        write_json(run_dir.env, env | {"settings": requeue.digest(composed.config)})
         write_text(run_dir.overrides, "\n".join(lines) + "\n")
         _write_plan(run_dir, plan, hardware)
         if facts.data is not None:
@@ -451,7 +457,7 @@ def _is_started_again(request: WorldRequest) -> bool:
 def _is_older(path: Path, request: WorldRequest) -> bool:
     """Whether the run that lies there is not of the job that was started again."""
     if request.given is not None and request.given.attempt:
-        return request.given.earlier_run() is None
+        return not request.given.earlier_runs()
     job, env = slurm.detect(os.environ), RunDir(path).env
     return job is None or not env.is_file() or read_json(env).get("slurm_job") != job.job_id
 

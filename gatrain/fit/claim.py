@@ -14,11 +14,15 @@ from gatrain import commands, guardian
 from gatrain.commands import OVERWRITE, Again
 from gatrain.compose import Composed
 from gatrain.errors import ConfigError, ExactnessError, GatrainError, RunFolderError, WorkerError
+from gatrain.fit import requeue
 from gatrain.fit.overwrite import completed_at, described, is_ours, remove
 from gatrain.launch import slurm
 from gatrain.launch.nodes import Nodes
 from gatrain.launch.torchrun import GivenWorld
 from gatrain.rundir import RunDir, locked
+
+LONGEST_INSIDE_BYTES = 200
+"""Of what is written below a run folder: TensorBoard's files bear the host's name."""
 
 
 def choose_folder(
@@ -31,23 +35,55 @@ def choose_folder(
 
     Raises:
         ConfigError: a name that is none, or several nodes without a folder that they share.
+        RunFolderError: the path is longer than a file system takes.
     """
+    path, named = _choose(composed, nodes, cwd, given)
+    check_length(path)
+    return path, named
+
+
+def check_length(path: Path) -> None:
+    """Tell before anything is read that the files of a run could not be written.
+
+    Raises:
+        RunFolderError: a part of the path is too long, or the whole with the files that come below it.
+    """
+    name_max, path_max = 255, 4096
+    with contextlib.suppress(OSError, ValueError):
+        name_max, path_max = os.pathconf("/", "PC_NAME_MAX"), os.pathconf("/", "PC_PATH_MAX")
+    for part in path.parts:
+        if (size := len(os.fsencode(part))) > name_max:
+            raise RunFolderError(
+                f"the run folder's name {part[:40]}... has {size} bytes, and a file system takes {name_max}. "
+                "Choose a shorter one with run.name=NAME or run.dir=FOLDER."
+            )
+    if (size := len(os.fsencode(path))) + LONGEST_INSIDE_BYTES > path_max:
+        raise RunFolderError(
+            f"the run folder's path has {size} bytes, and with the names of the files in it this is more than the "
+            f"{path_max} that the system takes. Choose one of at most {path_max - LONGEST_INSIDE_BYTES} bytes with "
+            "run.dir=FOLDER."
+        )
+
+
+def _choose(composed: Composed, nodes: Nodes, cwd: Path, given: GivenWorld | None) -> tuple[Path, bool]:
     run = composed.config.run
     if run.dir is not None:
         if not str(run.dir).strip():
             raise ConfigError("run.dir= is empty. Give a folder, or leave it out.")
-        return cwd / Path(run.dir).expanduser(), True
-    if given is not None and (earlier := given.earlier_run()) is not None:
+        return _again_at(cwd / _home(run.dir), composed, nodes), True
+    if given is not None and (earlier := requeue.first_of(given.earlier_runs(), composed.config)) is not None:
         return earlier, True
     parent = cwd / "outputs" / composed.recipe
     if run.name is not None:
         if not re.fullmatch(r"[^/\\\0]+", run.name) or run.name in (".", ".."):
             raise ConfigError(f"run.name={run.name!r} must be a plain name. Use run.dir=FOLDER for a path.")
-        return parent / run.name, True
+        return _again_at(parent / run.name, composed, nodes), True
     job = slurm.detect(os.environ)
     if job is not None:
         # a requeued job keeps its number, and every node of a job must come to the same name
-        return parent / f"job-{job.job_id}", nodes.nnodes > 1 or job.restarts > 0
+        if job.restarts and (own := requeue.own_run(parent, job, composed.config)) is not None:
+            return own, True
+        return parent / f"job-{job.job_id}", nodes.nnodes > 1
     if nodes.nnodes > 1 and given is not None and re.fullmatch(r"[\w.-]+", given.run_id) and given.is_named:
         return parent / f"torchrun-{given.run_id}", True
     if nodes.nnodes > 1:
@@ -56,6 +92,37 @@ def choose_folder(
             "Add run.dir=FOLDER, on a file system that they share, to the command of every node."
         )
     return parent / time.strftime("%Y-%m-%d_%H-%M-%S"), False
+
+
+def folder_for_job(composed: Composed, job: slurm.SlurmJob, cwd: Path) -> Path | None:
+    """The folder for a run on all nodes of a job, chosen once before it starts there; None where it is named."""
+    if composed.config.run.dir is not None or composed.config.run.name is not None:
+        return None
+    path, named = choose_folder(composed, Nodes(1), cwd)
+    return path if named else _free(path)
+
+
+def _home(folder: str) -> Path:
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"run.dir={folder}: nobody here has that home folder. Write the path in full."
+        ) from error
+
+
+def _again_at(path: Path, composed: Composed, nodes: Nodes) -> Path:
+    """A folder that is named by the clock has another name at each start, and on each node."""
+    if not {"run.dir", "run.name"} & set(composed.timed):
+        return path
+    if nodes.nnodes > 1:
+        raise ConfigError(
+            f"{nodes.nnodes} nodes need a run folder that all of them name alike, and ${{now:...}} differs between "
+            "them. Give run.dir=FOLDER without it."
+        )
+    job = slurm.detect(os.environ)
+    own = requeue.own_run(path.parent, job, composed.config) if job is not None and job.restarts else None
+    return own or path
 
 
 @contextlib.contextmanager
@@ -157,14 +224,20 @@ def _holds_a_run(run_dir: RunDir, again: Again) -> RunFolderError:
 
 def _create(path: Path, named: bool) -> tuple[RunDir, list[Path]]:
     """Make the folder and its parents; return those that were made, deepest first."""
+    wanted = path
     if not named:
-        stem, number = path.name, 1
-        while path.exists():
-            number += 1
-            path = path.with_name(f"{stem}-{number}")
+        path = _free(wanted)
     created = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                path.mkdir(exist_ok=named)
+                break
+            except FileExistsError:
+                if named:
+                    raise
+                created[0] = path = _free(wanted)  # another run took the name just now
         if not os.access(path, os.W_OK | os.X_OK):
             raise PermissionError(13, "Permission denied")
     except OSError as error:
@@ -175,6 +248,15 @@ def _create(path: Path, named: bool) -> tuple[RunDir, list[Path]]:
             f"the run folder {path} cannot be written: {error.strerror}. Choose another with run.dir=FOLDER."
         ) from error
     return RunDir(path.resolve()), created
+
+
+def _free(path: Path) -> Path:
+    """The path, or the first with a number that nobody has."""
+    stem, number = path.name, 1
+    while os.path.lexists(path):
+        number += 1
+        path = path.with_name(f"{stem}-{number}")
+    return path
 
 
 def _names(folder: Path) -> set[str]:

@@ -45,6 +45,7 @@ def environment(recipe: str, recipe_file: Path, overrides: Sequence[str], again:
         "working_dir": str(again.cwd),
         "command": [redact(word) for word in again.words],
         "slurm_job": job.job_id if job is not None else None,
+        "slurm_restarts": job.restarts if job is not None else None,
         "argv": [redact(word) for word in sys.argv],
         "versions": versions(),
         "platform": platform.platform(),

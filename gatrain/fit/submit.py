@@ -15,7 +15,7 @@ from gatrain import batch, commands, trust
 from gatrain.commands import OVERWRITE, Again
 from gatrain.compose import compose
 from gatrain.errors import ConfigError, RunFolderError
-from gatrain.fit.claim import check_free
+from gatrain.fit.claim import check_free, check_length
 from gatrain.launch import slurm
 from gatrain.rundir import RunDir, write_text
 from gatrain.secrets import redact
@@ -65,6 +65,7 @@ def submit(
         config.run.dir or f"outputs/{composed.recipe}/{config.run.name or time.strftime('%Y-%m-%d_%H-%M-%S')}"
     )
     run_dir = RunDir(cwd / Path(folder).expanduser())
+    check_length(run_dir.path)
     name = re.sub(r"[^A-Za-z0-9_.-]", "_", f"gatrain-{composed.recipe}")
     job = slurm.BatchJob(
         name=name,

@@ -7,7 +7,7 @@ with its exit code, so that torchrun sees one outcome. They meet in a folder of 
     leader.json   the first process's pid; trusted only while that process lives
     exit_PID      its exit code
     heard_PID_N   local rank N has read it
-    run_dir       the run folder: what a restart by torchrun goes on with
+    run_dir       the run folders, one a line: what a restart by torchrun goes on with
 """
 
 from __future__ import annotations
@@ -80,16 +80,21 @@ class GivenWorld:
         name = f"gatrain-torchrun-{os.getuid()}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         return Path(tempfile.gettempdir()) / name
 
-    def earlier_run(self) -> Path | None:
-        """The run folder of the attempt before this one, which torchrun has restarted."""
+    def earlier_runs(self) -> list[Path]:
+        """The run folders of the attempts before this one, which torchrun has restarted, the newest first."""
+        if not self.attempt:
+            return []
         with contextlib.suppress(OSError):
-            return Path((self.folder / "run_dir").read_text(encoding="utf-8")) if self.attempt else None
-        return None
+            lines = (
+                (self.folder / "run_dir").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+            )
+            return [Path(line) for line in reversed(lines)]
+        return []
 
     def note_run(self, run_dir: Path) -> None:
         """Remember the run folder for a restart by torchrun."""
-        with contextlib.suppress(OSError):
-            (self.folder / "run_dir").write_text(str(run_dir), encoding="utf-8")
+        with contextlib.suppress(OSError), (self.folder / "run_dir").open("ab") as file:
+            file.write(os.fsencode(run_dir) + b"\n")
 
     def endpoint(self) -> str | None:
         """Where this world's nodes meet, the same on each of them; None for one node. Node 0 chooses.
