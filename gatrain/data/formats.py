@@ -239,7 +239,7 @@ def table_delimiter(lines: Sequence[str], fields: set[str]) -> str | None:
     """
     first = lines[0].rstrip("\r")
     for delimiter in ("\t", ",", ";", "|"):
-        names = [name.strip().strip('"') for name in first.split(delimiter)]
+        names = [name.strip('"') for name in first.split(delimiter)]
         if (
             len(names) < 2
             or not all(_COLUMN.fullmatch(name) for name in names)

@@ -249,9 +249,8 @@ def tokenised_samples(
         np.save(folder / "prompts.npy", np.asarray(prompts, dtype=np.int64))
         np.save(folder / "held_out.npy", np.int64(counts[1]))
         name = "pairs" if parts[0].pairs.files and not parts[0].plain.files else "samples"
-        write_report(
-            folder, [corpus for part in parts for corpus in (part.pairs, part.plain)], len(prompts), name
-        )
+        corpora = [corpus for part in parts for corpus in (part.pairs, part.plain)]
+        write_report(folder, corpora, tokenizer.met, len(prompts), name)
 
     options = {"vocab_size": vocab_size, "context": context, "pairs": [fields.prompt, fields.completion]}
     return build_once("padded", {**key, **options, "tokenizer": tokenizer_key(kind)}, build, cache_dir)

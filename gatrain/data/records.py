@@ -74,7 +74,7 @@ def text_of(record: Record, field: str, file: Path, place: str, option: str) -> 
                 "that record; an emoji needs both halves."
             ) from None
         return value
-    there = ", ".join(map(repr, list(record)[:20])) or "no fields"
+    there = ", ".join(map(repr, _names(record)[:20])) or "no fields"
     similar = "" if found else nearest(field, _names(record))
     what = f"has no field '{field}'" if not found else f"field '{field}' is not a string"
     if found:
@@ -110,8 +110,11 @@ def has_field(record: Record, field: str) -> bool:
 
 
 def _names(record: Record) -> list[str]:
-    nested = [f"{key}.{inner}" for key, value in record.items() if isinstance(value, dict) for inner in value]
-    return [*map(str, record), *nested]
+    """Names of fields, dotted where they are in a field."""
+    found: list[str] = []
+    for key, value in record.items():
+        found += [f"{key}.{inner}" for inner in value] if isinstance(value, dict) and value else [str(key)]
+    return found
 
 
 def _json_type(value: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from gatrain.data.cache import build_once
 from gatrain.data.documents import Corpus, files_state
 from gatrain.data.formats import Reading
-from gatrain.data.report import DataReport
+from gatrain.data.report import DataReport, Omissions
 from gatrain.data.stdlib import stdlib_files, stdlib_fingerprint
 from gatrain.data.text_files import Files
 from gatrain.data.token_file import TokenWriter, smallest_dtype
@@ -44,7 +45,8 @@ def tokenised(
         for part, name in ((corpus, "tokens.npy"), (tested, "held_out.npy")):
             if part.files and _write(folder / name, part, tokenizer) == 0:
                 raise no_text(part.files)
-        write_report(folder, [corpus, tested], corpus.documents + tested.documents, "documents")
+        documents = corpus.documents + tested.documents
+        write_report(folder, [corpus, tested], tokenizer.met, documents, "documents")
 
     key = {**key, "vocab_size": vocab_size, "tokenizer": tokenizer_key(kind)}
     return build_once("text", key, build, cache_dir)
@@ -83,13 +85,14 @@ def no_text(files: list[Path]) -> DataError:
     )
 
 
-def write_report(folder: Path, parts: list[Corpus], items: int, item_name: str) -> None:
-    """Keep what was met while ``parts`` were read."""
-    for part in parts[1:]:
-        for each in part.omissions.found():
-            parts[0].omissions.add(each.what, None, each.count, each.of)
-            for example in each.examples:
-                parts[0].omissions.add(each.what, example, 0)
+def write_report(folder: Path, parts: list[Corpus], further: Omissions, items: int, item_name: str) -> None:
+    """Keep what was met while ``parts`` were read, and ``further`` things."""
+    omissions, totals = Omissions(), Counter[str]()
+    for each in (each for met in (*(part.omissions for part in parts), further) for each in met.found()):
+        totals[each.what] += each.of or 0
+        omissions.add(each.what, None, each.count, totals[each.what] or None)
+        for example in each.examples:
+            omissions.add(each.what, example, 0)
     files = [file for part in parts for file in part.files]
     kinds = dict.fromkeys(part.kind for part in parts if part.files)
     report = DataReport(
@@ -99,7 +102,7 @@ def write_report(folder: Path, parts: list[Corpus], items: int, item_name: str) 
         items=items,
         item_name=item_name,
         encoding=parts[0].reading.encoding,
-        omissions=parts[0].omissions.found(),
+        omissions=omissions.found(),
     )
     write_json(folder / REPORT, report.to_dict())
 
