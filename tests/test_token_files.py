@@ -1,4 +1,4 @@
-"""Laws of token files: every id is looked at once, wrong widths and cut files are noticed, shards are one sequence."""
+"""Laws of token files: every id is looked at once, wrong widths are noticed, shards are one sequence."""
 
 from __future__ import annotations
 
