@@ -9,6 +9,8 @@ plain folders of YAML on a real file system: running gatrain out of a zip file i
 from __future__ import annotations
 
 import os
+import shlex
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +31,43 @@ class Recipe:
 
 
 def cache_dir() -> Path:
-    """``$GATRAIN_CACHE``, else ``$XDG_CACHE_HOME/gatrain``, else ``~/.cache/gatrain``."""
+    """The folder of what is remembered, as `cache_place` names it.
+
+    Raises:
+        ConfigError: others may write there.
+    """
+    return safe_cache(cache_place())
+
+
+def safe_cache(folder: Path) -> Path:
+    """``folder``, unless every user of this machine may put something there that would then be believed.
+
+    One that belongs to somebody else may be read, and its group may share it: that is done on purpose.
+
+    Raises:
+        ConfigError: says what to type.
+    """
+    for place in (folder.parent, folder, *(folder / name for name in _REMEMBERED)):
+        try:
+            mode = place.stat().st_mode
+        except OSError:  # not there yet, or not for us to see
+            continue
+        shared = mode & stat.S_IWOTH
+        # a parent like /tmp, where nobody may rename what is another's, is as safe as the folder itself
+        if shared and not (place == folder.parent and mode & stat.S_ISVTX):
+            raise ConfigError(
+                f"the cache folder {folder} is not safe: everybody may write in {place}, and what is found there "
+                f"is used. Forbid it: chmod o-w {shlex.quote(str(place))}. Or set GATRAIN_CACHE to a folder of "
+                "your own."
+            )
+    return folder
+
+
+_REMEMBERED = ("plans", "facts", "composed", "fingerprints")
+
+
+def cache_place() -> Path:
+    """``$GATRAIN_CACHE``, else ``$XDG_CACHE_HOME/gatrain``, else ``~/.cache/gatrain``; not looked at."""
     if own := os.environ.get("GATRAIN_CACHE"):
         return Path(own).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")

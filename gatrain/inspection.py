@@ -30,7 +30,7 @@ from gatrain.dependencies import State, Watch, named_paths
 from gatrain.errors import EXIT_CODES, ConfigError, DataError, GatrainError, WorkerError, nearest
 from gatrain.facts import NODES, facts_key, is_known_code, keep, recall
 from gatrain.facts import RunFacts as RunFacts
-from gatrain.rundir import write_json
+from gatrain.rundir import write_json, write_text
 
 _CONFIG, _RESULT, _STDERR = "config.yaml", "result.json", "stderr.txt"
 
@@ -93,7 +93,7 @@ def begin_inspection(
         return Inspection(known)
     folder = scratch.make("gatrain-inspect-")
     try:
-        (folder / _CONFIG).write_text(config_yaml, encoding="utf-8")
+        write_text(folder / _CONFIG, config_yaml, mode=0o600)
         return Inspection(None, folder, key, _start(folder, where))
     except BaseException:
         scratch.remove(folder)

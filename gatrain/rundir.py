@@ -310,7 +310,7 @@ def write_text(path: Path, text: str, mode: int = 0o666) -> None:
 @contextlib.contextmanager
 def atomic_file(path: Path, mode: int = 0o666) -> Iterator[Path]:
     """Give a temporary path beside ``path``; on success it is flushed and renamed over ``path``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folders(path.parent)
     temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}.tmp")
     # like any other program's: the system takes the umask, or the folder's default permissions, off
     os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode))
@@ -321,6 +321,14 @@ def atomic_file(path: Path, mode: int = 0o666) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
     fsync(path.parent)
+
+
+def make_folders(path: Path) -> None:
+    """Make a folder and those above it; even under a umask of 0 not everybody may write there."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    for folder in reversed(missing):
+        folder.mkdir(mode=0o775, exist_ok=True)
+    path.mkdir(exist_ok=True)  # a file in its place is said to be one
 
 
 def fsync(path: Path) -> None:

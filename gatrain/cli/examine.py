@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gatrain import units
-from gatrain.assets import cache_dir
+from gatrain.assets import cache_place, safe_cache
 from gatrain.config import RunConfig
 from gatrain.errors import GatrainError
 from gatrain.fit.record import versions
@@ -58,6 +58,10 @@ class Report:
             ("processes", f"{self.nproc} {plural} with gatrain fit"),
             ("free memory", units.size(self.free_memory_bytes)),
             ("cache", f"{self.cache} ({units.size(self.cache_bytes)})"),
+            (
+                "sockets",
+                "a run's take no password, PyTorch's have none: every user of this machine is trusted",
+            ),
             ("free disk", f"{units.size(self.disk_free_bytes)} in the current folder"),
         ]
         for gpu in self.hardware["gpus"]:
@@ -103,8 +107,8 @@ def examine(overrides: Sequence[str] = ()) -> Report:
         precision_reason=precision_reason,
         nproc=max(1, len(hardware.gpus)),
         free_memory_bytes=free,
-        cache=str(cache_dir()),
-        cache_bytes=_size(cache_dir()),
+        cache=str(cache_place()),
+        cache_bytes=_size(cache_place()),
         disk_free_bytes=disk,
         slurm_job=os.environ.get("SLURM_JOB_ID"),
         problems=problems + _problems(hardware, found, disk),
@@ -136,10 +140,14 @@ def _problems(hardware: Hardware, found: dict[str, str | None], disk: int) -> li
             )
     if disk < LOW_DISK_BYTES:
         problems.append(f"only {units.size(disk)} of disk are free here; saved states may not fit.")
-    folder = cache_dir()
+    folder = cache_place()
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not os.access(existing, os.W_OK):
         problems.append(f"the cache folder {folder} cannot be written. Set GATRAIN_CACHE to one that can.")
+    try:
+        safe_cache(folder)
+    except GatrainError as error:
+        problems.append(str(error))
     if sys.platform == "win32":
         problems.append("gatrain trains on Linux and macOS; on Windows use WSL.")
     return problems

@@ -22,7 +22,7 @@ from filelock import FileLock
 
 from gatrain import assets
 from gatrain.errors import DataError, RunFolderError
-from gatrain.rundir import fsync, read_json, write_json
+from gatrain.rundir import fsync, make_folders, read_json, write_json
 
 FORMAT_VERSION = 2
 """Raise it when the same inputs give different files, so that old folders are not read."""
@@ -36,8 +36,12 @@ log = logging.getLogger(__name__)
 
 
 def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """The folder of all caches: ``cache_dir``, else `gatrain.assets.cache_dir`."""
-    return Path(cache_dir).expanduser() if cache_dir is not None else assets.cache_dir()
+    """The folder of all caches: ``cache_dir``, else `gatrain.assets.cache_dir`.
+
+    Raises:
+        ConfigError: others may write there.
+    """
+    return assets.cache_dir() if cache_dir is None else assets.safe_cache(Path(cache_dir).expanduser())
 
 
 def build_once(
@@ -67,15 +71,15 @@ def build_once(
     if is_complete(folder):
         return folder
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        make_folders(root)
         with FileLock(root / f"{name}.lock"):
             if not is_complete(folder):  # another process may have built it while this one waited
                 log.info("preparing data in %s (once)", folder)
                 _build(folder, build)
     except OSError as error:
         raise DataError(
-            f"cannot write the data cache {folder}: {error}. "
-            "Name a folder with free space that you may write, for example GATRAIN_CACHE=/tmp/gatrain."
+            f"cannot write the data cache {folder}: {error}. Set GATRAIN_CACHE to a folder of your own with free "
+            "space, for example GATRAIN_CACHE=$HOME/gatrain-cache."
         ) from error
     return folder
 

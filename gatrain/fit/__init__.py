@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
+import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -387,7 +389,15 @@ def _plan(
         if facts.data is not None:
             listener.read(facts.data)
         plan = make_plan_for(
-            config, facts, hardware, nodes, progress=listener.progress, retune=retune, cwd=cwd, run=host
+            config,
+            facts,
+            hardware,
+            nodes,
+            progress=listener.progress,
+            retune=retune,
+            cwd=cwd,
+            run=host,
+            config_yaml=config_yaml,
         )
         return plan, facts
 
@@ -584,6 +594,21 @@ def _nothing_saved(run_dir: RunDir) -> str:
 def _working_dir(run_dir: RunDir) -> Path:
     """Folder where the run was started, whose modules its `_target_`s may name."""
     stored = read_json(run_dir.env).get("working_dir") if run_dir.env.is_file() else None
-    if isinstance(stored, str) and Path(stored).is_dir():
-        return Path(stored)
-    return Path.cwd().resolve()
+    here = Path.cwd().resolve()
+    if not isinstance(stored, str) or not Path(stored).is_dir() or Path(stored).resolve() == here:
+        return here
+    folder = Path(stored).resolve()
+    found = folder.stat()
+    why = None
+    if folder.is_relative_to(run_dir.path):
+        why = "which lies in the run folder itself"
+    elif found.st_mode & stat.S_IWOTH:
+        why = "where everybody may write"
+    elif os.getuid() not in (0, found.st_uid) and found.st_uid != 0:
+        why = "which belongs to somebody else"
+    if why is not None:
+        raise RunFolderError(
+            f"{run_dir.env} says that the run was started in {folder}, {why}, and modules there would be imported. "
+            f"If they are yours: cd {shlex.quote(str(folder))} && {commands.resume(run_dir)}"
+        )
+    return folder

@@ -55,7 +55,7 @@ def start(
         folder: for what it is asked and what it finds.
         niceness: by how much others go before it.
     """
-    write_text(folder / request.CONFIG, config_yaml)
+    write_text(folder / request.CONFIG, config_yaml, mode=0o600)
     write_json(folder / request.REQUEST, {"requests": [asdict(each) for each in requests]})
     with (folder / _ERRORS).open("w") as errors:
         process = offspring.start(

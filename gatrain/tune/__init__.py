@@ -49,6 +49,7 @@ def make_plan_for(
     retune: bool = False,
     cwd: Path | None = None,
     run: Callable[[Path], None] | None = None,
+    config_yaml: str | None = None,
 ) -> Plan:
     """Find the split of ``config.batch.effective`` over ``nodes`` with the fastest optimizer step.
 
@@ -64,6 +65,8 @@ def make_plan_for(
         retune: measure again, whatever the cache holds.
         cwd: folder of the user's own modules and data; None is the current one.
         run: lets trial processes answer, such as a `TrialHost`; None starts one and ends it.
+        config_yaml: what the trial processes read, with its references unresolved, so that no secret is written
+            for them; None writes ``config``.
 
     Raises:
         PlanError: a fixed micro-batch exceeds a rank's share.
@@ -93,7 +96,16 @@ def make_plan_for(
         )
     else:
         planner = Planner(
-            config, data_info, hardware, nodes, question, progress=progress, retune=retune, cwd=cwd, run=run
+            config,
+            data_info,
+            hardware,
+            nodes,
+            question,
+            progress=progress,
+            retune=retune,
+            cwd=cwd,
+            run=run,
+            config_yaml=config_yaml,
         )
         plan = planner.plan()
     if (note := settings.norm_note(data_info.batch_norms, plan, data_info.synchronises)) is not None:

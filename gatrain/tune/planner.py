@@ -71,6 +71,7 @@ class Planner:
         retune: bool = False,
         cwd: Path | None = None,
         run: Run | None = None,
+        config_yaml: str | None = None,
     ) -> None:
         self._config = config
         self._hardware = hardware
@@ -99,7 +100,7 @@ class Planner:
                 TrialHost(nodes, hardware.device, cwd, compiles=question.may_compile)
             )
         shared = run.shared if isinstance(run, TrialHost) else None
-        self._runner = TrialRunner(config, run, limit, self._keep, progress, shared)
+        self._runner = TrialRunner(config, run, limit, self._keep, progress, shared, config_yaml)
 
     def plan(self) -> Plan:
         """Measure what is missing and choose.

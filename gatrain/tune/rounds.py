@@ -14,6 +14,7 @@ from gatrain import scratch, units
 from gatrain.config import RunConfig
 from gatrain.errors import DoesNotFitError, GatrainError, Interrupted, WorkerError
 from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, StepSettings
+from gatrain.rundir import write_text
 from gatrain.tune import curve, settings, spec
 from gatrain.tune.confirm import Confirmation
 from gatrain.tune.curve import Curve, Measurement
@@ -35,6 +36,7 @@ class TrialRunner:
         keep: called with every curve, complete or not, also when a person interrupts.
         progress: told one sentence per trial.
         shared: a folder that the ranks of all nodes can read, where there are several.
+        config_yaml: the file, with references to secrets unresolved; None writes ``config`` as it is.
     """
 
     def __init__(
@@ -45,8 +47,11 @@ class TrialRunner:
         keep: Callable[[Curve], None],
         progress: Progress,
         shared: Path | None = None,
+        config_yaml: str | None = None,
     ) -> None:
         self._config = config
+        # JSON is YAML as well
+        self._written = config_yaml or json.dumps(dataclasses.asdict(config))
         self._shared = shared
         self._run = run
         self._spent_s = 0.0
@@ -93,11 +98,10 @@ class TrialRunner:
             check=self._checks,
         )
         answers, error = Answers(), None
-        # private to this user: the config in it may hold resolved secrets
+        # private to this user: the config in it may hold secrets that were given literally
         with scratch.folder("gatrain_tune_", self._shared) as folder:
             asked.write(folder)
-            # JSON is YAML as well
-            (folder / spec.CONFIG).write_text(json.dumps(dataclasses.asdict(self._config)), encoding="utf-8")
+            write_text(folder / spec.CONFIG, self._written, mode=0o600)
             self._progress(_announcement(way, sizes, rises))
             began = time.time()
             try:

@@ -59,7 +59,7 @@ def run_verify(
     if micro_batch is not None:
         planned, planned_by = micro_batch, "asked for"
     with scratch.folder("gatrain-verify-") as folder:
-        write_text(folder / "config.yaml", composed.yaml)
+        write_text(folder / "config.yaml", composed.yaml, mode=0o600)
         spec: dict[str, Any] = {"planned": planned, "seconds": seconds, "processes": 1, **settings}
         progress("Comparing splits in one process")
         found = _run(folder, spec, hardware.device, 1, cwd)
