@@ -82,7 +82,7 @@ class Again:
         words += [f"{key}={value}" for key, value in changes.items()]
         words += [setting("run.dir", str(folder))] if folder is not None else []
         command = typed(*words, *([OVERWRITE] if overwrite else []), *trust.options())
-        return command if _is_here(self.cwd) else f"cd {quoted(str(self.cwd))} && {command}"
+        return command if is_here(self.cwd) else f"cd {quoted(str(self.cwd))} && {command}"
 
 
 def again(run_dir: RunDir) -> Again | None:
@@ -105,7 +105,7 @@ def start_over(run_dir: RunDir, changes: Mapping[str, str] | None = None) -> str
     return known.text(run_dir.path, changes)
 
 
-def _is_here(folder: Path) -> bool:
+def is_here(folder: Path) -> bool:
     """Whether the reader stands in ``folder``: a rank's own folder alone says nothing of the shell's."""
     try:
         shell = os.environ.get("PWD")

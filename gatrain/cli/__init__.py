@@ -17,6 +17,7 @@ import typer
 
 from gatrain import __version__, offspring, secrets, trust
 from gatrain.cli import terminal
+from gatrain.commands import typed
 from gatrain.errors import ConfigError, GatrainError, Interrupted, VerifyError
 
 if TYPE_CHECKING:
@@ -403,10 +404,10 @@ def _reach_all_nodes(context: typer.Context, request: WorldRequest, overrides: l
 
 def _print_outcome(outcome: Outcome) -> None:
     if outcome.already_complete:
-        step = outcome.summary.get("step")
+        step = int(outcome.summary["step"])
+        more = typed("resume", outcome.run_dir, f"train.steps={2 * step}")
         print(
-            f"The run in {outcome.run_dir} is complete at step {step}; nothing is left to do. "
-            f"To train on: gatrain resume {outcome.run_dir} train.steps=NUMBER"
+            f"The run in {outcome.run_dir} is complete at step {step}; nothing is left to do. To train on: {more}"
         )
 
 

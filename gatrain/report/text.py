@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gatrain import units
+from gatrain import commands, units
 from gatrain.train.events import RunInfo
 
 # Whatever could move the cursor, colour, retitle or reorder a terminal: C0 and C1 controls (escape sequences
@@ -74,7 +73,8 @@ def shown_path(path: Path, base: Path | None = None) -> str:
 
 def resume_command(run_dir: Path) -> str:
     """The command that continues a run, quoted for a shell."""
-    return clean(f"gatrain resume {shlex.quote(shown_path(run_dir))}")
+    shown = shown_path(run_dir) if commands.is_here(Path.cwd()) else str(run_dir)
+    return commands.typed("resume", shown if not shown.startswith("-") else str(run_dir))
 
 
 def baseline_phrase(name: str | None, loss: float | None) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gatrain import commands
 from gatrain.config import RunConfig
 from gatrain.errors import ExactnessError, SavedStateError
 from gatrain.plan import Plan
@@ -97,7 +97,7 @@ class Trainer:
         if self._saved_step != self.progress.step and not self._save():
             raise SavedStateError(
                 f"the final state could not be written to {self.run_dir.saved}. "
-                f"Free some space, then: gatrain resume {self.run_dir.path}"
+                f"Free some space, then: {commands.resume(self.run_dir)}"
             )
         if self.progress.step >= self.total_steps:
             self._refuse_what_learnt_nothing()
@@ -351,7 +351,7 @@ class Trainer:
     def _remedies(self, updates: int) -> nonfinite.Remedies:
         train, optimizer = self.config.train, self.config.optimizer
         return nonfinite.Remedies(
-            command=f"gatrain resume {shlex.quote(str(self.run_dir.path))}",
+            run_dir=self.run_dir,
             lr=optimizer.lr,
             clip_norm=optimizer.clip_norm,
             skips=train.nonfinite == "skip",

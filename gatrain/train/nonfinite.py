@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gatrain import commands
+from gatrain.rundir import RunDir
 from gatrain.tasks.base import Batch, Samples
 from gatrain.train.accumulate import MicroBatch, RankWindow
 from gatrain.train.batches import tensors_of
@@ -298,8 +300,7 @@ def _sentence(bad: BadMicroBatch, data: Samples) -> str:
 class Remedies:
     """What a person can do, by what was found. Commands work as they are typed."""
 
-    command: str
-    """``gatrain resume DIR``."""
+    run_dir: RunDir
     lr: float
     clip_norm: float | None
     skips: bool
@@ -326,13 +327,16 @@ class Remedies:
                 "add a small number first"
             )
         if any(each.finite_in_fp32 for each in bad):
-            other = "bf16 or precision=fp32" if self.precision == "fp16" else "fp32"
-            lines.append(f"in fp32 it is finite: start a new run with precision={other}")
+            other = "bf16" if self.precision == "fp16" else "fp32"
+            lines.append(
+                f"in fp32 it is finite. A new run in its place, with {other}: "
+                f"{commands.start_over(self.run_dir, {'precision': other})}"
+            )
         if self.can_resume and findings.parameter is None and (findings.some_are_finite or not bad):
             lines.append(
-                f"to allow more of them in a row: {self.command} train.nonfinite_limit={10 * self.limit}"
+                f"to allow more of them in a row: {self._command({'train.nonfinite_limit': f'{10 * self.limit}'})}"
                 if self.skips
-                else f"to leave such windows out: {self.command} train.nonfinite=skip"
+                else f"to leave such windows out: {self._command({'train.nonfinite': 'skip'})}"
             )
         if self.updates and not any(each.holds or each.has_no_label for each in bad):
             lines.append(f"if the training diverged, a lower rate: {self.lower_rate()}")
@@ -340,5 +344,10 @@ class Remedies:
 
     def lower_rate(self) -> str:
         """What to type for a lower rate."""
-        words = f"optimizer.lr={self.lr / 10:g}" + ("" if self.clip_norm else " optimizer.clip_norm=1.0")
-        return f"{self.command} {words}" if self.can_resume else f"start again with {words}"
+        clip = {} if self.clip_norm else {"optimizer.clip_norm": "1.0"}
+        return self._command({"optimizer.lr": f"{self.lr / 10:g}"} | clip)
+
+    def _command(self, changes: Mapping[str, str]) -> str:
+        if not self.can_resume:
+            return commands.start_over(self.run_dir, changes)
+        return commands.resume(self.run_dir, *(f"{key}={value}" for key, value in changes.items()))

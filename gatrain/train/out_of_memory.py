@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import re
-import shlex
 from collections.abc import Iterator, Sequence
 
+from gatrain import commands
 from gatrain.config import RunConfig
 from gatrain.errors import DoesNotFitError, chain, is_out_of_memory
 from gatrain.plan import Plan
@@ -60,7 +60,7 @@ def _advice(
     if "full" in modes and plan.checkpointing != "full" and smaller != "checkpointing=full":
         further.append("checkpointing=full")
     if device == "cuda" and plan.precision == "fp32":
-        further.append("precision=bf16 (in a new run)")
+        further.append("a new run with precision=bf16")
     if config.train.data_workers:
         further.append(f"fewer than train.data_workers={config.train.data_workers}")
     further.append("a GPU with more memory" if device == "cuda" else "a machine with more memory")
@@ -68,15 +68,8 @@ def _advice(
 
 
 def _command(run_dir: RunDir, setting: str) -> str:
-    """Go on where there is a state to go on from, else begin again, in a folder that is free."""
+    """Go on where there is a state to go on from, else begin again in the place of what is there."""
     if run_dir.saved_steps():
-        return f"gatrain resume {shlex.quote(str(run_dir.path))} {setting}"
-    words: list[str] = []
-    with contextlib.suppress(OSError):
-        lines = run_dir.overrides.read_text(encoding="utf-8").splitlines()
-        words = [line for line in lines if line and not line.startswith("#")]
-    key = setting.partition("=")[0]
-    words = [word for word in words if word.partition("=")[0] != key]
-    if run_dir.metrics.is_file() and run_dir.metrics.stat().st_size:  # then the folder stays, and is taken
-        words = [w + "-again" if w.startswith(("run.dir=", "run.name=")) else w for w in words]
-    return shlex.join(["gatrain", "fit", *words, setting])
+        return commands.resume(run_dir, setting)
+    key, _, value = setting.partition("=")
+    return commands.start_over(run_dir, {key: value})
