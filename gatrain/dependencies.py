@@ -320,3 +320,19 @@ def _module_files() -> Iterator[str]:
             continue  # of Python itself
         if "." not in name if _is_installed(Path(path)) else not path.startswith(_UNCHANGING):
             yield path
+
+
+def own_modules() -> list[str]:
+    """The files of the modules that this process has imported and that are no installed package's, nor Python's."""
+    found = set()
+    for name, module in list(sys.modules.items()):
+        try:
+            path = vars(module).get("__file__")
+        except TypeError:
+            continue
+        if not isinstance(path, str) or name in ("sitecustomize", "usercustomize"):
+            continue
+        path = os.path.abspath(path)
+        if not path.startswith(_UNCHANGING) and not _is_installed(Path(path)):
+            found.add(path)
+    return sorted(found)

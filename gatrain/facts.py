@@ -83,6 +83,8 @@ class RunFacts:
     """Sentences on the data and the model for the plan."""
     data: DataRecord | None = None
     """What the data source has read, and a few of its samples."""
+    code: tuple[str, ...] = ()
+    """Files of the user's own modules that were imported."""
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> RunFacts:
@@ -92,12 +94,12 @@ class RunFacts:
             KeyError, TypeError, ValueError: it is something else.
         """
         values = {i.name: data[i.name] for i in fields(cls) if i.default is MISSING or i.name in data}
-        for name in ("checkpointing_modes", "batch_norms", "remarks"):
+        for name in ("checkpointing_modes", "batch_norms", "remarks", "code"):
             values[name] = tuple(values.get(name, ()))
         counts = [values[name] for name in ("samples", "eval_samples", "parameters", "parameter_bytes")]
         counts.append(values.get("half_parameters", 0))
         texts = [values["fingerprint"], values.get("half_dtypes", ""), *values["checkpointing_modes"]]
-        texts += [*values["batch_norms"], *values["remarks"]]
+        texts += [*values["batch_norms"], *values["remarks"], *values["code"]]
         if not all(type(count) is int and count >= 0 for count in counts):
             raise ValueError("not a count")
         if not all(isinstance(text, str) for text in texts):

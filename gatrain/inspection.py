@@ -26,7 +26,7 @@ from gatrain import offspring, scratch, targets
 from gatrain.assets import cache_dir
 from gatrain.causes import told
 from gatrain.config import RunConfig
-from gatrain.dependencies import State, Watch, named_paths
+from gatrain.dependencies import State, Watch, named_paths, own_modules
 from gatrain.errors import EXIT_CODES, ConfigError, DataError, GatrainError, WorkerError, nearest
 from gatrain.facts import NODES, facts_key, is_known_code, keep, recall
 from gatrain.facts import RunFacts as RunFacts
@@ -240,6 +240,7 @@ def _look(config: RunConfig, really: bool = False) -> RunFacts:
         synchronises=any(isinstance(module, torch.nn.SyncBatchNorm) for module in model.modules()),
         remarks=(*remarks, *mode_remarks(model)),
         data=data,
+        code=tuple(own_modules()),
     )
 
 

@@ -61,6 +61,11 @@ class RunDir:
         return self.path / "data.json"
 
     @property
+    def recorded(self) -> Path:
+        """What the run trains with (JSON): a `gatrain.recorded.Recorded`, to compare with when it goes on."""
+        return self.path / "recorded.json"
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 

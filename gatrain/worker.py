@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gatrain import rank as rank_process
 from gatrain.errors import Interrupted
@@ -11,6 +12,7 @@ from gatrain.rundir import RunDir, write_json
 
 if TYPE_CHECKING:
     from gatrain.config import RunConfig
+    from gatrain.tasks.base import Task
     from gatrain.train.engine import Engine
     from gatrain.train.saved_state import Progress
 
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 def work(folder: Path, rank: rank_process.Rank) -> None:
     """Build, resume from the newest saved state if there is one, train, and write the summary."""
     from gatrain import build
-    from gatrain.compose import load_config
+    from gatrain.compose import reload
     from gatrain.launch.reasons import describe
     from gatrain.report import make_sinks, save_plots
     from gatrain.report.data_lines import left_out
@@ -37,9 +39,10 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
     from gatrain.train.windows import WindowSchedule
 
     run_dir = RunDir(folder)
-    config = load_config(run_dir.config)
-    plan = run_dir.load_plan()
-    task = build.build_task(config)
+    stored = reload(run_dir.config, ())
+    config, plan = stored.config, run_dir.load_plan()
+    told = _compare(run_dir, stored.leaves, plan.precision) if rank.rank == 0 else []
+    task, source = build.build_task_and_source(config)
     schedule = WindowSchedule(
         len(task.train_data), config.batch.effective, config.train.seed, config.train.drop_last
     )
@@ -56,7 +59,10 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
     # what draws outside a seeded step repeats as well
     seed_everything(config.train.seed, PROCESS, rank.rank)
     progress, problems = _go_on(engine, run_dir, fresh, total_steps)
-    problems = [f"skipped a damaged saved state, {problem}" for problem in problems]
+    if progress.step and rank.rank == 0:
+        with samples.read_in_a_process(config.train.data_workers > 0):
+            _compare_data(run_dir, task, source, config)
+    problems = [*told, *(f"skipped a damaged saved state, {problem}" for problem in problems)]
     if progress.step < total_steps:
         with (
             out_of_memory.told(config, plan, run_dir, rank.device.type, modes=available_modes(engine.model)),
@@ -201,6 +207,39 @@ def _go_on(engine: Engine, run_dir: RunDir, fresh: Progress, total_steps: int) -
     if engine.scaler and progress.scaler:
         engine.scaler.load_state_dict(progress.scaler)
     return progress, problems
+
+
+def _compare(run_dir: RunDir, leaves: Mapping[str, Any], precision: str) -> list[str]:
+    """Settings, plan and code as the run was started with, or as they were accepted since: also after a restart
+    that no command has looked at. Returns what there is to say about versions.
+
+    Raises:
+        SavedStateError: they are not; lists the differences.
+    """
+    from gatrain import recorded as records
+
+    before = records.read_recorded(run_dir)
+    if before is None:
+        return []
+    differences = records.setting_differences(before, leaves)
+    if precision != before.precision:
+        differences.append(records.Difference("precision", before.precision, precision, run_dir.plan.name))
+    records.refuse(run_dir, differences + records.code_differences(before, Path.cwd()))
+    return records.version_notes(before, records.versions())
+
+
+def _compare_data(run_dir: RunDir, task: Task, source: Any, config: RunConfig) -> None:
+    """As `_compare`, for the data that a saved state goes on with.
+
+    Raises:
+        SavedStateError: it is other data.
+    """
+    from gatrain import recorded as records
+    from gatrain.train.data_look import same_data
+
+    if (before := records.read_data(run_dir)) is not None:
+        now = same_data(task, source, config.train.seed, before)
+        records.refuse(run_dir, records.differences_of_data(before, now))
 
 
 def _evaluation_is_missing(run_dir: RunDir, config: RunConfig, progress: Progress) -> bool:

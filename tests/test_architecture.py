@@ -39,12 +39,14 @@ ROOMS: dict[str, set[str]] = {
     "rundir": {"plan"},
     "states": {"rundir", "schema"},
     "commands": {"rundir"},
+    "recorded": {"commands", "data.compare", "data.report", "rundir"},
     "compose": {"config", "assets", "dependencies", "rundir"},
     "train": {
         "commands",
         "causes",
         "config",
         "batch",
+        "data.compare",
         "data.report",
         "main_memory",
         "offspring",
@@ -72,9 +74,9 @@ ROOMS: dict[str, set[str]] = {
         "units",
     },
     "predict": {"batch", "build", "compose", "config", "plan", "rundir", "scratch", "tasks", "train"},
-    "worker": {"build", "compose", "rank", "report", "train"},
+    "worker": {"build", "compose", "rank", "recorded", "report", "train"},
     "verify": {"batch", "build", "compose", "inspection", "launch", "rank", "train", "tune"},
-    "fit": {"commands", "compose", "inspection", "launch", "predict", "states", "tune"},
+    "fit": {"commands", "compose", "inspection", "launch", "predict", "recorded", "states", "tune"},
     "cli": {"fit", "report", "verify"},
 }
 THIRD_PARTY = {

@@ -161,10 +161,10 @@ def test_a_stored_configuration_reads_back_equal(recipe: str, name: str, cwd: Pa
 
 def test_a_stored_configuration_can_be_changed(cwd: Path) -> None:
     path = write(cwd / "config.yaml", compose(["recipe=llm"]).yaml)
-    config, text = reload(path, ["train.steps=7", "save={every:2}"])
-    assert (config.train.steps, config.save.every) == (7, 2)
-    path.write_text(text)
-    assert load_config(path) == config
+    reloaded = reload(path, ["train.steps=7", "save={every:2}"])
+    assert (reloaded.config.train.steps, reloaded.config.save.every) == (7, 2)
+    path.write_text(reloaded.yaml)
+    assert load_config(path) == reloaded.config
     with pytest.raises(ConfigError, match=r"Did you mean 'train\.steps'"):
         reload(path, ["train.stepz=7"])
 

@@ -273,6 +273,15 @@ def resume(
         ),
     ] = False,
     trusted: _Trust = None,
+    accept_changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--accept-changes",
+            metavar="KEY",
+            help="Go on although this is not what the run was started with: data.contents, code or a setting's "
+            "name, as the refusal lists them. Once for each.",
+        ),
+    ] = None,
 ) -> None:
     """Go on with a run at the exact window, on any number of processes."""
     from gatrain import fit as work
@@ -280,7 +289,9 @@ def resume(
     request = _world_request(nproc, nnodes, node_rank, endpoint, max_restarts)
     _reach_all_nodes(context, request, None)
     with terminal.Progress() as progress:
-        outcome = work.resume(run_dir, overrides or [], request, progress.listener(), from_start)
+        outcome = work.resume(
+            run_dir, overrides or [], request, progress.listener(), from_start, accept_changes or []
+        )
     _print_outcome(outcome)
 
 

@@ -16,7 +16,7 @@ from gatrain import units
 from gatrain.assets import cache_place, safe_cache
 from gatrain.config import RunConfig
 from gatrain.errors import GatrainError
-from gatrain.fit.record import versions
+from gatrain.recorded import versions
 from gatrain.tune import Hardware, choose_precision, detect_hardware
 
 LOW_DISK_BYTES = 5 * 2**30

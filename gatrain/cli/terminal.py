@@ -66,19 +66,16 @@ class Progress:
         from gatrain.fit import Listener
         from gatrain.plan import Plan
 
-        def read(data: DataRecord) -> None:
-            self.stop()
-            if print_plan:
-                from gatrain.report.data_lines import data_lines
-
-                print_lines(data_lines(data))
-                sys.stdout.flush()
+        seen: list[DataRecord] = []
 
         def planned(plan: Plan, run_dir: Path | None) -> None:
             self.stop()
             if print_plan:
                 from gatrain.report import print_plan as print_it
+                from gatrain.report.data_lines import data_lines
 
+                for data in seen:
+                    print_lines([*data_lines(data), ""])
                 print_it(plan)
                 if run_dir is not None:
                     print(f"Run folder: {run_dir}", flush=True)
@@ -87,7 +84,7 @@ class Progress:
             self.stop()
             print(text, file=sys.stderr, flush=True)
 
-        return Listener(progress=self.tell, read=read, planned=planned, said=said)
+        return Listener(progress=self.tell, read=seen.append, planned=planned, said=said)
 
 
 def print_json(data: Any) -> None:

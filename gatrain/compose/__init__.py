@@ -6,7 +6,7 @@ work, and `memory` answers where it was done before.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,9 @@ class Composed:
     overrides: list[str]
     """The words of the command line, without ``recipe=``."""
     yaml: str
-    """The configuration with interpolations unresolved, so that no secret is written down."""
+    """What is written down: what asks the environment or the clock as it was answered, secrets as references."""
     leaves: dict[str, Any]
-    """Dotted key -> unresolved value."""
+    """Dotted key -> value as it was written, references included."""
     sources: dict[str, str] = field(default_factory=dict)
     """Dotted key -> ``command line``, ``default``, or the path of a file."""
     shadows: Path | None = None
@@ -38,6 +38,21 @@ class Composed:
     """What a person should know of the files: keys without effect, and files that replace gatrain's own."""
     timed: tuple[str, ...] = ()
     """Keys whose value was made of the moment: ``${now:...}``."""
+    references: dict[str, str] = field(default_factory=dict)
+    """Dotted key -> what ``yaml`` holds the answer of, such as ``${oc.env:LR}``."""
+
+
+@dataclass(frozen=True)
+class Reloaded:
+    """A stored configuration, read back."""
+
+    config: RunConfig
+    yaml: str
+    """As `Composed.yaml`."""
+    leaves: dict[str, Any]
+    """Dotted key -> value in ``yaml``."""
+    references: dict[str, str]
+    """As `Composed.references`, of what was not answered before."""
 
 
 def compose(overrides: Sequence[str], cwd: Path | None = None) -> Composed:
@@ -61,18 +76,29 @@ def load_config(path: Path) -> RunConfig:
     Raises:
         ConfigError: the file cannot be read or no longer holds a valid configuration.
     """
-    return reload(path, ())[0]
+    return reload(path, ()).config
 
 
-def reload(path: Path, overrides: Sequence[str]) -> tuple[RunConfig, str]:
-    """Read a stored configuration, with some values changed; return it with its unresolved YAML.
+def reload(path: Path, overrides: Sequence[str], values: Mapping[str, Any] | None = None) -> Reloaded:
+    """Read a stored configuration, with some values changed.
+
+    Args:
+        values: dotted key -> value, beside the override words.
 
     Raises:
         ConfigError: the file or an override is not right.
     """
     from gatrain.compose import composer
 
-    return composer.reload(path, overrides)
+    return composer.reload(path, overrides, values or {})
+
+
+def resolve_again(yaml: str, references: Mapping[str, str]) -> dict[str, Any]:
+    """What references, by dotted key, come to now; those are left out that cannot be resolved, or that come to
+    something else each time (``${now:...}``)."""
+    from gatrain.compose import composer
+
+    return composer.resolve_again(yaml, references)
 
 
 def split_recipe(overrides: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -31,6 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 from gatrain import assets, secrets
 from gatrain.compose import (
     Composed,
+    Reloaded,
     folders_of,
     messages,
     moment,
@@ -39,6 +40,8 @@ from gatrain.compose import (
     split_recipe,
     words,
 )
+from gatrain.compose.settle import resolve_again as settle_again
+from gatrain.compose.settle import settle
 from gatrain.config import RunConfig, validate
 from gatrain.errors import ConfigError
 
@@ -74,21 +77,23 @@ def compose(overrides: Sequence[str], cwd: Path) -> Composed:
     leaves |= timed
     config = _to_config(composed, leaves)
     validate(config)
+    settled, references = settle(composed)
     return Composed(
         config=config,
         recipe=recipe.name,
         recipe_file=recipe.path,
         overrides=typed,
-        yaml=OmegaConf.to_yaml(composed),
+        yaml=OmegaConf.to_yaml(settled),
         leaves=leaves,
         sources={key: setters[key] for key in leaves},
         shadows=recipe.shadows,
         remarks=sources.remarks(parts, setters, folders),
         timed=tuple(timed),
+        references=references,
     )
 
 
-def reload(path: Path, overrides: Sequence[str]) -> tuple[RunConfig, str]:
+def reload(path: Path, overrides: Sequence[str], values: Mapping[str, Any]) -> Reloaded:
     """See `gatrain.compose.reload`."""
     parsed = _displacing(messages.parse_overrides(overrides))
     stored = read_yaml(path)
@@ -108,9 +113,28 @@ def reload(path: Path, overrides: Sequence[str]) -> tuple[RunConfig, str]:
             OmegaConf.update(merged, override.key_or_group, override.value(), merge=True)
         except messages.FOREIGN as error:
             raise ConfigError(messages.explain_override(override, error, context)) from error
+    for key, value in values.items():
+        OmegaConf.update(merged, key, value, merge=False)
     config = _to_config(merged, dict(sources.leaves_of(OmegaConf.to_container(merged))))
     validate(config)
-    return config, OmegaConf.to_yaml(merged)
+    settled, references = settle(merged)
+    return Reloaded(
+        config=config,
+        yaml=OmegaConf.to_yaml(settled),
+        leaves=dict(sources.leaves_of(OmegaConf.to_container(settled))),
+        references=references,
+    )
+
+
+def resolve_again(yaml: str, references: Mapping[str, str]) -> dict[str, Any]:
+    """See `gatrain.compose.resolve_again`."""
+    stored = OmegaConf.create(yaml)
+    assert isinstance(stored, DictConfig)
+    section = stored.get("optimizer")
+    name = section.get("name", "adamw") if isinstance(section, DictConfig) else "adamw"
+    typed = OmegaConf.merge(schema.thawed(RunConfig(optimizer=schema.OPTIMIZERS[name]())), stored)
+    assert isinstance(typed, DictConfig)
+    return settle_again(typed, references)
 
 
 def take_recipe(overrides: Sequence[str], cwd: Path) -> tuple[str, list[str]]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from gatrain import batch, commands, guardian, schema, scratch, states
 from gatrain.commands import OVERWRITE, Again
-from gatrain.compose import Composed, compose, reload
+from gatrain.compose import Composed, compose
 from gatrain.compose.memory import compose_remembered
 from gatrain.config import RunConfig
 from gatrain.data.report import DataRecord
@@ -35,6 +35,7 @@ from gatrain.errors import (
 )
 from gatrain.facts import RunFacts
 from gatrain.fit import record, requeue
+from gatrain.fit.changes import Changes, write_record
 from gatrain.fit.claim import choose_folder, claimed, set_aside
 from gatrain.fit.heartbeat import Heartbeat, beating, wait_for_node_0
 from gatrain.inspection import begin_inspection, check_modules
@@ -236,9 +237,7 @@ def fit(
         write_json(run_dir.env, env | {"settings": requeue.digest(composed.config)})
         write_text(run_dir.overrides, "\n".join(lines) + "\n")
         _write_plan(run_dir, plan, hardware)
-        if facts.data is not None:
-            write_json(run_dir.data, facts.data.to_dict())
-        write_text(run_dir.config, composed.yaml, mode=0o600)  # a value given literally may be a secret
+        write_record(run_dir, composed, plan, facts, cwd)
         listener.planned(plan, run_dir.path)
         if request.given is not None:
             request.given.note_run(run_dir.path)
@@ -253,20 +252,25 @@ def resume(
     request: WorldRequest | None = None,
     listener: Listener | None = None,
     from_start: bool = False,
+    accepted: Sequence[str] = (),
 ) -> Outcome:
     """Go on with a run at the window after its newest valid saved state, on this world size or another.
 
     Args:
         from_start: begin at step 0 instead; the states and metrics that there are get other names.
+        accepted: keys of what may be another than when the run was started, such as ``data.contents``.
 
     Raises:
+        SavedStateError: data, code, settings or plan are not what they were, and that was not accepted.
         GatrainError: a leaf that names what is wrong; `Interrupted` when stopped by a signal.
     """
     request, listener = request or WorldRequest(), listener or Listener()
     scratch.sweep()
     run_dir = open_run_dir(path)
-    changed = _check_resume_keys(overrides)
-    config, config_yaml = reload(run_dir.config, overrides)
+    changed = _check_resume_keys(overrides, accepted)
+    options = [*request.words()[1:], *(["--from-start"] if from_start else [])]
+    changes = Changes(run_dir, overrides, accepted, RESUME_KEYS, options)
+    config, config_yaml = changes.reloaded.config, changes.reloaded.yaml
     if not run_dir.saved_entries() and not from_start:
         if run_dir.lock.exists():
             with locked(run_dir):  # a run that is under way has another story to tell
@@ -276,7 +280,7 @@ def resume(
         _refuse_if_all_are_damaged(run_dir)
     summary = _summary_of(run_dir)
     is_complete = summary.get("status") == "completed" and not summary.get("failed")
-    if is_complete and not overrides and not from_start:
+    if is_complete and not overrides and not from_start and not changes.differences:
         return Outcome(run_dir.path, summary, already_complete=True)
     cwd = _working_dir(run_dir)
     check_modules(config, cwd)
@@ -286,18 +290,23 @@ def resume(
     if nodes.node_rank > 0:
         return _follow(run_dir, nodes, hardware, request, listener, cwd)
     with locked(run_dir), beating(run_dir, nodes) as heart:
+        asks_again = changes.replans or any(_covers(known, key) for known in _REPLAN_KEYS for key in changed)
+        plan = None if asks_again else _plan_of(run_dir, config)
+        facts = changes.look(cwd, plan, listener.progress)
         if from_start and (kept := set_aside(run_dir)) is not None:
             listener.progress(f"Starting from step 0; what there was is kept in {kept}")
-        asks_again = any(_covers(known, key) for known in _REPLAN_KEYS for key in changed)
-        plan = None if asks_again else _plan_of(run_dir, config)
+        if facts.data is not None:
+            listener.read(facts.data)
         if plan is None or _moved(run_dir, plan, hardware, nodes):
             hardware = weakest(hardware, heart.hardware_of_others())
-            plan, _ = _plan(config, config_yaml, hardware, nodes, listener, cwd, run_dir=run_dir, heart=heart)
+            heard = replace(listener, read=lambda data: None)
+            plan, _ = _plan(config, config_yaml, hardware, nodes, heard, cwd, run_dir=run_dir, heart=heart)
             _write_plan(run_dir, plan, hardware)
-        if overrides:
-            write_text(run_dir.config, config_yaml, mode=0o600)
+        changes.write(plan, facts, cwd)
+        if overrides or accepted:
             at = max(run_dir.saved_steps(), default=0)
-            note = f"# resumed at step {at}: {' '.join(map(redact, overrides))}\n"
+            words = [*map(redact, overrides), *(f"--accept-changes {key}" for key in accepted)]
+            note = f"# resumed at step {at}: {' '.join(words)}\n"
             with contextlib.suppress(OSError):
                 write_text(run_dir.overrides, run_dir.overrides.read_text(encoding="utf-8") + note)
         listener.planned(plan, run_dir.path)
@@ -527,11 +536,11 @@ def _follow(
 # --- resume ---------------------------------------------------------------------------------------------
 
 
-def _check_resume_keys(overrides: Sequence[str]) -> list[str]:
+def _check_resume_keys(overrides: Sequence[str], accepted: Sequence[str] = ()) -> list[str]:
     keys = []
     for word in overrides:
         key = word.partition("=")[0].strip()
-        if not any(_covers(known, key) for known in RESUME_KEYS):
+        if not any(_covers(known, key) for known in (*RESUME_KEYS, *accepted)):
             why = (
                 "the effective batch size belongs to the run"
                 if key == "batch.effective"

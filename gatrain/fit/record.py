@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import socket
@@ -12,23 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gatrain import __version__
 from gatrain.commands import Again
 from gatrain.launch import slurm
+from gatrain.recorded import versions
 from gatrain.secrets import redact
-
-_PACKAGES = ("torch", "torchvision", "numpy", "hydra-core", "omegaconf", "safetensors", "tokenizers")
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of what a result depends on, read without importing anything."""
-    found: dict[str, str | None] = {"gatrain": __version__, "python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
 
 
 def environment(recipe: str, recipe_file: Path, overrides: Sequence[str], again: Again) -> dict[str, Any]:

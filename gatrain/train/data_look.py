@@ -7,11 +7,14 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from gatrain.data.compare import class_names
 from gatrain.data.report import DataRecord, DataReport, Omission
 from gatrain.errors import ConfigError, GatrainError
 from gatrain.tasks.base import Task
-from gatrain.train.sample_prints import Prints, same_print, take_prints
+from gatrain.train.sample_prints import Prints, spread, take_prints
 
+SOME = 3
+"""Samples that rank 0 reads to see that the data is still the same; the command that resumed has read more."""
 CLASS_KEYS = ("classes", "num_classes", "n_classes", "num_labels")
 """Names under which models are told how many classes there are."""
 
@@ -54,45 +57,15 @@ def same_data(task: Task, source: Any, seed: int, before: DataRecord) -> DataRec
     """As `look_at_data` for data that was looked at before: only what is compared is read."""
     report = _own_report(task, source)
     fingerprint = report.fingerprint if report is not None else _own_fingerprint(task)
-    numbers = [int(number) for number in before.samples if int(number) < len(task.train_data)]
     prints = Prints()
-    if not (fingerprint and before.report.fingerprint):
-        prints = take_prints(task, task.train_data, seed, numbers, again=False)
+    if not (fingerprint and before.report.fingerprint) and before.train_samples == len(task.train_data):
+        numbers = [int(number) for number in before.samples]
+        some = [numbers[nth] for nth in spread(len(numbers), SOME)]
+        prints = take_prints(task, task.train_data, seed, some, again=False)
     report = report or dataclasses.replace(before.report, fingerprint=fingerprint)
     return DataRecord(
         report, len(task.train_data), _length(task.eval_data), prints.shapes, samples=prints.samples
     )
-
-
-def data_differences(before: DataRecord, now: DataRecord) -> list[tuple[str, str, str]]:
-    """What tells two looks apart, as (key, old, new); held-out data counts where its number of samples differs."""
-    found = []
-    if before.train_samples != now.train_samples:
-        found.append(("data.samples", f"{before.train_samples:,} samples", f"{now.train_samples:,} samples"))
-    old, new = before.report, now.report
-    if old.fingerprint and new.fingerprint:
-        if old.fingerprint != new.fingerprint:
-            found.append(("data.contents", _contents(old), _contents(new)))
-    else:
-        both = [number for number in before.samples if number in now.samples]
-        other = [n for n in both if not same_print(before.samples[n], now.samples[n])]
-        if other:
-            hashes = [str(each.samples[other[0]].get("hash", "?"))[:8] for each in (before, now)]
-            which = f"sample {other[0]}" + (f" and {len(other) - 1} more of {len(both)}" if other[1:] else "")
-            same_hash = hashes[0] == hashes[1]
-            found.append(
-                (
-                    "data.contents",
-                    f"{which} as recorded" if same_hash else f"{which} with the hash {hashes[0]}",
-                    "other numbers" if same_hash else f"the hash {hashes[1]}",
-                )
-            )
-    if before.eval_samples != now.eval_samples:
-        found.append(("data.eval_samples", f"{before.eval_samples:,} held out", f"{now.eval_samples:,}"))
-    names = [list(each.classes) if each.classes is not None else None for each in (old, new)]
-    if names[0] is not None and names[1] is not None and names[0] != names[1]:
-        found.append(("data.classes", _named(names[0]), _named(names[1])))
-    return found
 
 
 def compare_classes(report: DataReport, model: Any) -> list[str]:
@@ -111,7 +84,7 @@ def compare_classes(report: DataReport, model: Any) -> list[str]:
         told = model.get(key)
         if type(told) is not int:
             continue
-        names = _named(list(report.classes))
+        names = class_names(report)
         if told < found:
             raise ConfigError(
                 f"model.{key}={told}, but the data has {found} classes: {names}. Use model.{key}={found}, or leave "
@@ -164,13 +137,3 @@ def _not_compared(prints: Prints) -> str:
             return "its samples differ each time they are read"
         return "no sample could be read" if prints.unread else ""
     return f"{', '.join(prints.left_out)} in its samples cannot be compared" if prints.left_out else ""
-
-
-def _contents(report: DataReport) -> str:
-    size = f" ({report.files:,} files, {report.size_bytes:,} bytes)" if report.files else ""
-    return f"fingerprint {report.fingerprint[:12]}{size}"
-
-
-def _named(names: list[str]) -> str:
-    shown = ", ".join(names[:5])
-    return f"{shown}, ... ({len(names)})" if len(names) > 5 else shown

@@ -22,6 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from gatrain.data.compare import same_print
 from gatrain.errors import DataError
 from gatrain.tasks.base import Samples, Task
 from gatrain.train import samples
@@ -32,7 +33,6 @@ LIMIT_S = 4.0
 SUMS = 4
 MOST_ARRAYS = 64
 """Arrays of floating numbers in one sample that are compared each by itself."""
-TOLERANCE = 1e-3
 CHUNK = 1 << 20
 _PLAIN = (str, bytes, int, bool, type(None), np.integer, np.bool_, np.str_, np.bytes_)
 
@@ -121,20 +121,6 @@ def take_print(sample: Any, left_out: set[str]) -> dict[str, Any]:
         else:
             sums[-1] += found
     return {"hash": digest.hexdigest()[:32], "sums": [[float(f"{x:.9g}") for x in each] for each in sums]}
-
-
-def same_print(one: Any, other: Any) -> bool:
-    """Whether two prints are of the same sample."""
-    try:
-        if one["hash"] != other["hash"]:
-            return False
-        for ours, theirs in zip(one["sums"], other["sums"], strict=True):
-            size = max(ours[0], theirs[0])
-            if not all(abs(a - b) <= TOLERANCE * size for a, b in zip(ours, theirs, strict=True)):
-                return False
-        return True
-    except (KeyError, TypeError, IndexError, ValueError):
-        return False
 
 
 def _sums(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:

@@ -299,7 +299,7 @@ def complete(rows: list[dict[str, Any]]) -> bool:
 
 def header(arguments: argparse.Namespace) -> dict[str, Any]:
     """Where and how was measured."""
-    from gatrain.fit.record import versions
+    from gatrain.recorded import versions
     from gatrain.tune import detect_hardware
 
     hardware = detect_hardware("cpu" if arguments.smoke else "auto")
@@ -330,8 +330,8 @@ def command() -> str:
 
 def compare(folder: Path, measured: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
     """Predict every row that was measured."""
-    from gatrain.fit.record import versions
     from gatrain.predict import find_gpu
+    from gatrain.recorded import versions
 
     gpu = find_gpu(arguments.gpu or measured["gpu"] or "H100 80GB")
     rows = []
