@@ -60,6 +60,8 @@ class Progress:
     """Windows at the end that were not finite."""
     moved: bool = False
     """Some gradient was not zero."""
+    unreadable: int = 0
+    """Samples that could not be read and were skipped, counted in every epoch."""
 
 
 @dataclass(frozen=True)
@@ -174,10 +176,10 @@ def _check(progress: Progress) -> None:
     counts = {"step": progress.step, "samples": progress.samples, "tokens": progress.tokens}
     counts |= {"seed": progress.seed, "updates": progress.updates, "skipped": progress.skipped}
     counts |= {"skipped_in_row": progress.skipped_in_row, "nonfinite_in_row": progress.nonfinite_in_row}
-    schema.at_least(0, **counts)
-    if progress.samples > progress.step * progress.effective_batch:
+    schema.at_least(0, **counts, unreadable=progress.unreadable)
+    if progress.samples + progress.unreadable > progress.step * progress.effective_batch:
         raise ValueError(
-            f"it counts {progress.samples} samples in {progress.step} steps of {progress.effective_batch}"
+            f"it counts {progress.samples + progress.unreadable} samples in {progress.step} steps of {progress.effective_batch}"
         )
     if progress.updates + progress.skipped > progress.step:
         raise ValueError(

@@ -24,7 +24,7 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
     from gatrain.launch.reasons import describe
     from gatrain.report import make_sinks, save_plots
     from gatrain.report.data_lines import left_out
-    from gatrain.report.jsonl import read_lines
+    from gatrain.report.jsonl import read_lines, unreadable
     from gatrain.train import out_of_memory, samples
     from gatrain.train.aftermath import Aftermath
     from gatrain.train.check import check_before_first_step
@@ -156,6 +156,7 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
                     (line.get("loss") for line in reversed(read_lines(run_dir.metrics))), None
                 )
             summary["left_out"] = left_out(run_dir)
+            summary["unreadable"] = unreadable(run_dir.metrics)
             summary["weights"] = _weights_of(run_dir, summary["step"])
             write_json(run_dir.summary, summary)  # the plots read it
             with aftermath.guard("the plots"):

@@ -108,6 +108,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return [record for record in map(_parse, file) if record is not None]
 
 
+def unreadable(metrics: Path) -> list[str]:
+    """Every sample that was skipped as unreadable in any part of the run, each once, with the reason."""
+    found = (line.get("unreadable") for line in read_lines(metrics))
+    return list(dict.fromkeys(str(text) for texts in found if isinstance(texts, list) for text in texts))
+
+
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)

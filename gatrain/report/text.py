@@ -143,6 +143,7 @@ def evaluation_text(metrics: Mapping[str, Any], info: RunInfo) -> str:
 
 
 HELD_OUT_LOSS = "held-out loss"
+UNREADABLE_NAMED = 3
 
 
 def _evaluation_rows(metrics: Mapping[str, Any], info: RunInfo) -> list[tuple[str, str]]:
@@ -152,7 +153,12 @@ def _evaluation_rows(metrics: Mapping[str, Any], info: RunInfo) -> list[tuple[st
         compared = against_baseline(metrics["loss"], info)
         rows.append((HELD_OUT_LOSS, decimal(metrics["loss"]) + (f", {compared}" if compared else "")))
     rows += [(f"held-out {clean(name)}", decimal(value)) for name, value in loss_terms(metrics).items()]
-    further = {name: value for name, value in metrics.items() if name not in ("loss", "loss_terms")}
+    if metrics.get("unreadable_samples"):
+        rows.append(
+            ("held out", f"{metrics['unreadable_samples']:,} samples could not be read, and were skipped")
+        )
+    known = ("loss", "loss_terms", "unreadable_samples", "unreadable")
+    further = {name: value for name, value in metrics.items() if name not in known}
     return rows + [(f"held-out {clean(name)}", decimal(value)) for name, value in further.items()]
 
 
@@ -169,6 +175,8 @@ def summary_rows(summary: Mapping[str, Any], info: RunInfo) -> list[tuple[str, s
     if summary.get("skipped_steps"):
         rows.append(("skipped", f"{units.plural(summary['skipped_steps'], 'step')} made no update"))
     rows += _evaluation_rows({"loss": summary.get("eval_loss")} | (summary.get("evaluation") or {}), info)
+    if summary.get("unreadable_samples"):
+        rows.append(("not read", clean(unreadable_text(summary))))
     if summary.get("left_out"):
         rows.append(("left out", clean(summary["left_out"])))
     rows += [("failed", clean(line)) for line in summary.get("failed") or ()]
@@ -178,6 +186,15 @@ def summary_rows(summary: Mapping[str, Any], info: RunInfo) -> list[tuple[str, s
     if summary.get("status") == "stopped":
         rows.append(("to go on", resume_command(info.run_dir)))
     return rows
+
+
+def unreadable_text(summary: Mapping[str, Any]) -> str:
+    """How many samples were skipped, and of which files."""
+    count, listed = summary["unreadable_samples"], list(summary.get("unreadable") or ())
+    more = "; ..." if len(listed) > UNREADABLE_NAMED else ""
+    named = f": {'; '.join(listed[:UNREADABLE_NAMED])}{more}" if listed else ""
+    which = f" ({len(listed):,} different ones)" if len(listed) != count else ""
+    return f"{units.plural(count, 'sample')}{which} skipped with weight zero{named}"
 
 
 def showcase_lines(summary: Mapping[str, Any], limit: int = 40) -> list[str]:

@@ -42,7 +42,7 @@ class MicroBatch:
     """Each sample that could not be read and was left out, with the reason."""
     tokens: int | None = None
     keys: tuple[tuple[int, int], ...] = ()
-    """(epoch, sample id) of every sample that was read for it, without skipped ones unless nothing else is left."""
+    """(epoch, sample id) of every sample that was read for it, skipped ones included."""
     position: int | None = None
     """Place of its first sample in the window, over all ranks."""
     undeclared_draws: bool = False

@@ -16,7 +16,7 @@ from gatrain.train.ranks import Ranks
 from gatrain.train.samples import Key
 from gatrain.train.seeding import EVALUATION, seeded
 
-RESERVED = ("step", "loss", "loss_terms")
+RESERVED = ("step", "loss", "loss_terms", "unreadable_samples", "unreadable")
 """Names in a line of evaluations.jsonl that are not those of metrics."""
 
 _Sums = dict[tuple[str, str], list[float]]
@@ -45,7 +45,8 @@ def evaluate(
 
     Waits for the device once, at the end. What no held-out sample has any weight for is left out: without a
     held-out split, or where all its weights are zero, the result is empty. Several loss terms, each with its own
-    mean, stand in ``loss_terms``.
+    mean, stand in ``loss_terms``. Samples that could not be read and were skipped are counted in
+    ``unreadable_samples`` and named in ``unreadable``, where there are any; the means are over the others.
 
     Args:
         describe: an error in words, for the ranks that did not raise it.
@@ -59,7 +60,8 @@ def evaluate(
     engine.share_buffers()
     count = min(len(engine.task.eval_data), samples or len(engine.task.eval_data))
     on_device: _DeviceSums = {}
-    batches = _batches_into(on_device, engine, count, micro_batch, workers)
+    skipped: list[str] = []
+    batches = _batches_into(on_device, skipped, engine, count, micro_batch, workers)
     sums, problem, stopped = _Sums(), "", False
     # the user's code runs in here, and no collective: whatever happens on one rank, all meet after each batch
     for _ in evaluation_keys(
@@ -79,13 +81,15 @@ def evaluate(
     except (Exception, SystemExit) as error:  # a device tells of its errors late
         problem = problem or explain(error, describe)
     # names may differ from rank to rank: one may have no sample, or a metric only with some batches
-    found = engine.ranks.gather((problem, stopped, list(sums)))
-    for rank, (text, _, _) in enumerate(found):
+    found = engine.ranks.gather((problem, stopped, list(sums), skipped))
+    for rank, (text, _, _, _) in enumerate(found):
         if text:
             raise EvaluationError(f"rank {rank}: {text}" if len(found) > 1 else text)
-    if any(stop for _, stop, _ in found):
+    if any(stop for _, stop, _, _ in found):
         raise EvaluationStopped
-    return _means(engine, list(dict.fromkeys(name for _, _, names in found for name in names)), sums)
+    means = _means(engine, list(dict.fromkeys(name for _, _, names, _ in found for name in names)), sums)
+    unreadable = [reason for _, _, _, reasons in found for reason in reasons]
+    return means | ({"unreadable_samples": len(unreadable), "unreadable": unreadable} if unreadable else {})
 
 
 def evaluation_keys(task: Task, ranks: Ranks, count: int, micro_batch: int) -> list[list[Key]]:
@@ -100,13 +104,18 @@ def evaluation_keys(task: Task, ranks: Ranks, count: int, micro_batch: int) -> l
 
 
 def _batches_into(
-    sums: _DeviceSums, engine: Engine, count: int, micro_batch: int, workers: int
+    sums: _DeviceSums, skipped: list[str], engine: Engine, count: int, micro_batch: int, workers: int
 ) -> Generator[None, None, None]:
-    """Add this rank's batches to ``sums``, one for each `next`. Not collective."""
+    """Add this rank's batches to ``sums``, and samples that were skipped to ``skipped``; one batch for each `next`.
+    Not collective."""
     data = engine.task.eval_data
     assert data is not None
     keys = evaluation_keys(engine.task, engine.ranks, count, micro_batch)
     for micro in load_batches(engine.task, data, keys, workers):
+        skipped += micro.skipped
+        if micro.is_empty:
+            yield
+            continue
         with seeded(0, EVALUATION, *micro.keys[0]):
             losses, metrics = engine.evaluate(engine.to_device(micro.batch))
         _check_names(metrics)

@@ -46,7 +46,8 @@ class Sink(Protocol):
         (where it applies), ``samples_per_s``, ``step_s``, ``peak_memory_bytes``, ``window``; with several loss
         terms also ``loss_terms``, the mean of each by name, whose sum is ``loss``. ``skipped`` says why the step
         made no update (else None), ``skipped_steps`` how many have been, ``loss_scale`` is fp16's. ``lr`` is the
-        rate used, None for a step that was skipped.
+        rate used, None for a step that was skipped. ``dropped_samples`` of the window are in no batch;
+        ``unreadable_samples`` of them could not be read, and ``unreadable`` names each of those with the reason.
 
         Records arrive in order, several at once when the metrics leave the device.
         """

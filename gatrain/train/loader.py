@@ -229,18 +229,14 @@ class WindowLoader:
 def load_batches(
     task: Task, data: Samples, keys: Sequence[list[Key]], workers: int = 0
 ) -> Iterator[MicroBatch]:
-    """Read the given lists of samples in order, for evaluation. Micro-batches of which nothing is left are not
-    given.
+    """Read the given lists of samples in order, for evaluation. A micro-batch may be empty (`MicroBatch.is_empty`).
 
     Raises:
         GatrainError: samples cannot be read or weighed.
     """
-    source: Iterator[MicroBatch]
     if workers:
-        source = _bounded_processes(task, data, iter(keys), workers)
-    else:
-        source = (samples.load(task, data, each, seed=0) for each in keys)
-    return (micro for micro in source if not micro.is_empty)
+        return _bounded_processes(task, data, iter(keys), workers)
+    return (samples.load(task, data, each, seed=0) for each in keys)
 
 
 def _bounded_processes(

@@ -48,6 +48,8 @@ class _Pending:
     before: Progress
     lr: float
     loss_scale: Tensor | None
+    unreadable: list[str]
+    """Samples of this rank's part that were skipped, each with the reason."""
 
 
 @dataclass
@@ -78,6 +80,7 @@ class Trainer:
     _told_of_short_window: bool = False
     _dropped: int = 0
     _told_of_dropped: int = 0
+    _told_of_unreadable: int = 0
     _told_of_slow_saves: bool = False
 
     def run(self) -> dict[str, Any]:
@@ -113,6 +116,7 @@ class Trainer:
             "evaluation": self._evaluation,
             "updates": self.progress.updates,
             "skipped_steps": self.progress.skipped,
+            "unreadable_samples": self.progress.unreadable,
             "showcase": showcase,
             "elapsed_s": time.perf_counter() - began,
         }
@@ -133,7 +137,9 @@ class Trainer:
             result, norm = self.engine.step(self._rank_window(loaded), before.updates)
             end = self._meter.mark()
             scale = self.engine.scaler.now() if self.engine.scaler else None
-            self._pending.append(_Pending(loaded.index, result, norm, previous, end, before, lr, scale))
+            self._pending.append(
+                _Pending(loaded.index, result, norm, previous, end, before, lr, scale, loaded.skipped)
+            )
             previous = end
             self._check_window(loaded, result)
             del loaded  # its memory may be wanted for the next one
@@ -177,6 +183,7 @@ class Trainer:
         counts = {
             "samples": loaded.samples,
             "dropped": loaded.dropped,
+            "unreadable": len(loaded.skipped),
             "digest": loaded.digest,
             "tokens": loaded.tokens or 0,
             "has_tokens": loaded.tokens is not None and bool(loaded.micro_batches),
@@ -216,6 +223,7 @@ class Trainer:
             step=before.step + 1,
             samples=before.samples + int(result.counts["samples"]),
             tokens=before.tokens + int(result.counts["tokens"]),
+            unreadable=before.unreadable + int(result.counts["unreadable"]),
             updates=before.updates + (not none_made),
             skipped=before.skipped + none_made,
             skipped_in_row=before.skipped_in_row + 1 if none_made else 0,
@@ -238,6 +246,7 @@ class Trainer:
         memory = self._peak_memory_of_ranks()
         sums = self.engine.ranks.sum(device_values[: len(local)])
         samples, tokens = self._counts_before(pending)
+        unreadable = self._unreadable_of_ranks(pending)
         for nth, item in enumerate(pending):
             totals = item.result.weight_totals
             terms = {
@@ -247,7 +256,7 @@ class Trainer:
             }
             samples += int(item.result.counts["samples"])
             tokens += int(item.result.counts["tokens"])
-            self._record(item, terms, norms[nth], loss_scales[nth], samples, tokens, memory)
+            self._record(item, terms, norms[nth], loss_scales[nth], samples, tokens, memory, unreadable[nth])
         self._tell_of_thawed()
         for text in self.engine.new_notices():
             self.sinks.notice(f"step {self.progress.step}: {text}")
@@ -276,19 +285,23 @@ class Trainer:
         samples: int,
         tokens: int,
         memory: int,
+        unreadable: list[str],
     ) -> None:
         loss = sum(terms.values())
+        empty = item.result.is_empty
         step_s = self._meter.seconds(item.start, item.end)
         counts = item.result.counts
         finite = math.isfinite(loss) and math.isfinite(norm)
-        skipped = "no label" if item.result.is_empty else None if finite else "not finite"
+        nothing = "no label" if counts["samples"] else "no sample that can be read"
+        skipped = nothing if empty else None if finite else "not finite"
         record: dict[str, Any] = {
             "step": item.index + 1,
-            "loss": loss,
+            "loss": None if empty else loss,
             "grad_norm": norm,
             "lr": item.lr if skipped is None else None,
             "samples": samples,
             "dropped_samples": int(counts["dropped"]),
+            "unreadable_samples": int(counts["unreadable"]),
             "tokens": tokens if counts["has_tokens"] else None,
             "samples_per_s": counts["samples"] / step_s,
             "tokens_per_s": counts["tokens"] / step_s if counts["has_tokens"] else None,
@@ -301,19 +314,24 @@ class Trainer:
         }
         if len(item.result.weight_totals) > 1:
             record["loss_terms"] = terms
+        if unreadable:
+            record["unreadable"] = unreadable
         self.sinks.step(record)
         self._last_skipped = skipped or self._last_skipped
+        self._tell_of_unreadable(item, unreadable)
         if not finite:
             self._not_finite(item, loss, norm)
             return
-        self._last_loss = loss
+        self._last_loss = self._last_loss if empty else loss
         if norm and not self.progress.moved:
             self.progress = dataclasses.replace(self.progress, moved=True)
-        self._tell_of_dropped(item.index + 1, int(counts["dropped"]))
+        self._tell_of_dropped(item.index + 1, int(counts["dropped"] - counts["unreadable"]))
         given = counts["samples"] + counts["dropped"]
-        if item.result.is_empty:
+        if empty:
             self.sinks.notice(
                 f"step {item.index + 1}: every label of the window is masked; no update was made."
+                if counts["samples"] or not counts["unreadable"]
+                else f"step {item.index + 1}: no sample of the window can be read; no update was made."
             )
         elif given < self.schedule.effective_batch and not self._told_of_short_window:
             self._told_of_short_window = True
@@ -397,6 +415,25 @@ class Trainer:
             self.sinks.notice(
                 f"collate dropped {self._dropped} samples up to step {step}: losses and gradients are the exact "
                 "means over the others, and the count of samples leaves them out."
+            )
+
+    def _unreadable_of_ranks(self, pending: list[_Pending]) -> list[list[str]]:
+        """What was skipped on any rank, for each pending step; the ranks talk only where there is something."""
+        if not any(item.result.counts["unreadable"] for item in pending):
+            return [[] for _ in pending]
+        parts = self.engine.ranks.gather([item.unreadable for item in pending])
+        return [[text for rank in parts for text in rank[nth]] for nth in range(len(pending))]
+
+    def _tell_of_unreadable(self, item: _Pending, unreadable: list[str]) -> None:
+        """Say it at the first sample, and again when there are ten times as many since the run began."""
+        count = item.before.unreadable + len(unreadable)
+        if unreadable and count >= 10 * self._told_of_unreadable:
+            self._told_of_unreadable = count
+            more = f"; and {len(unreadable) - 3} more" if len(unreadable) > 3 else ""
+            self.sinks.notice(
+                f"{count} samples up to step {item.index + 1} could not be read and have weight zero: losses and "
+                f"gradients are the exact means over the others. {'; '.join(unreadable[:3])}{more}. All are listed "
+                f"in {self.run_dir.metrics.name}."
             )
 
     def _peak_memory_of_ranks(self) -> int:

@@ -178,7 +178,8 @@ class Search:
 
     def _is_finite(self, keys: list[Key]) -> bool:
         try:
-            finite = self._outcome(self._read(keys).batch).is_finite
+            read = self._read(keys)
+            finite = read.is_empty or self._outcome(read.batch).is_finite
         except (_OutOfTimeError, _CommunicatesError):
             raise
         except Exception:

@@ -157,11 +157,12 @@ def make(
     skipped = tuple(sample.reason for sample in samples if isinstance(sample, Skipped))
     if skipped:
         left = [each for each in zip(keys, samples, strict=True) if not isinstance(each[1], Skipped)]
-        found = MicroBatch(None, {}, samples=0, keys=tuple(keys))
+        found = MicroBatch(None, {}, samples=0)
         if left:
             kept_keys, kept = [key for key, _ in left], [sample for _, sample in left]
             found = make(task, kept, kept_keys, seed, data=data, trusted=trusted)
-        return dataclasses.replace(found, dropped=found.dropped + len(skipped), skipped=skipped)
+        dropped = found.dropped + len(skipped)
+        return dataclasses.replace(found, dropped=dropped, skipped=skipped, keys=tuple(keys))
     broken = sum(sample is None for sample in samples)
     try:
         batch = collated(task, samples, keys, seed, trusted=trusted)

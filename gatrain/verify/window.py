@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gatrain import build
 from gatrain.config import RunConfig
-from gatrain.errors import GatrainError
+from gatrain.errors import DataError, GatrainError
 from gatrain.tasks.base import Batch, LossSum, Task, named_loss_sums, named_weights
 from gatrain.train import samples, seeding
 from gatrain.train.accumulate import MicroBatch, PlainAccumulation, RankWindow
@@ -38,6 +38,8 @@ PASSES = 9
 REPEATS = 3
 """Forwards that must agree, for the model to be called free of random numbers of its own."""
 LEAST_SAMPLES, SLOW_SAMPLE_S = 8, 1.0
+LOOKED_AT = 4
+"""Samples at the start of the window that the first looks need."""
 FIRST_SCALE = 2.0**16
 """Loss scale of fp16, halved until the gradient is finite."""
 
@@ -93,6 +95,8 @@ class Verification:
             Exception: the user's code fails in every precision.
         """
         model = self.model(Path("", None))
+        while (found := self._readable(self.ids, LOOKED_AT)) != self.ids:
+            self.ids = found
         self.trained = trained_path(model, self._precision)
         self._look_at_collate()
         # as it trains, or in fp32 where that does not compute here
@@ -282,8 +286,26 @@ class Verification:
         self.keep(self.ids[: min(len(self.ids), max(LEAST_SAMPLES, affordable - affordable % 2))])
 
     def keep(self, ids: list[int]) -> None:
-        """Compute with these samples from now on."""
-        self.ids, self._whole = ids, None
+        """Compute with these samples from now on, but for those that are skipped as unreadable."""
+        self.ids, self._whole = self._readable(ids, len(ids)), None
+
+    def _readable(self, ids: Sequence[int], count: int) -> list[int]:
+        """Without those of the first ``count`` that are skipped, and with all others.
+
+        Raises:
+            DataError: none is left.
+        """
+        skipped = {sample for sample in ids[:count] if isinstance(self._read(sample), samples.Skipped)}
+        found = [sample for sample in ids if sample not in skipped]
+        if not found:
+            raise DataError("no sample of the first window can be read.")
+        return found
+
+    def _read(self, sample: int) -> Any:
+        if sample not in self._samples:
+            seed = self.config.train.seed
+            (self._samples[sample],) = samples.read(self.task, self.task.train_data, [(0, sample)], seed)
+        return self._samples[sample]
 
     def _seconds_of_one_sample(self, path: Path) -> float:
         model, probe = self.model(path), self.ids[:2]  # not one: BatchNorm may refuse a single sample
@@ -302,12 +324,9 @@ class Verification:
         return self.task.shortened(batch) if self.shorten else batch
 
     def _collated(self, ids: Sequence[int]) -> Batch:
-        seed = self.config.train.seed
-        for sample in ids:
-            if sample not in self._samples:
-                (self._samples[sample],) = samples.read(self.task, self.task.train_data, [(0, sample)], seed)
         keys = [(0, sample) for sample in ids]
-        return samples.make(self.task, [self._samples[sample] for sample in ids], keys, seed).batch
+        read = [self._read(sample) for sample in ids]
+        return samples.make(self.task, read, keys, self.config.train.seed).batch
 
     def whole(self) -> Batch:
         """The whole window in one batch on the host."""
