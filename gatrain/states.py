@@ -177,10 +177,9 @@ def _check(progress: Progress) -> None:
     counts |= {"seed": progress.seed, "updates": progress.updates, "skipped": progress.skipped}
     counts |= {"skipped_in_row": progress.skipped_in_row, "nonfinite_in_row": progress.nonfinite_in_row}
     schema.at_least(0, **counts, unreadable=progress.unreadable)
-    if progress.samples + progress.unreadable > progress.step * progress.effective_batch:
-        raise ValueError(
-            f"it counts {progress.samples + progress.unreadable} samples in {progress.step} steps of {progress.effective_batch}"
-        )
+    given = progress.samples + progress.unreadable
+    if given > progress.step * progress.effective_batch:
+        raise ValueError(f"it counts {given} samples in {progress.step} steps of {progress.effective_batch}")
     if progress.updates + progress.skipped > progress.step:
         raise ValueError(
             f"it counts {progress.updates} updates and {progress.skipped} skipped in {progress.step} steps"
