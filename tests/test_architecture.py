@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "gatrain"
 
 # a room may import the rooms named here and what they may import; errors, units, secrets and trust are open to all
 ROOMS: dict[str, set[str]] = {
+    "disk": set(),
     "errors": set(),
     "batch": set(),
     "units": set(),
@@ -42,7 +43,9 @@ ROOMS: dict[str, set[str]] = {
     "recorded": {"commands", "data.compare", "data.report", "rundir"},
     "compose": {"config", "assets", "dependencies", "rundir"},
     "train": {
+        "assets",
         "commands",
+        "disk",
         "causes",
         "config",
         "batch",
@@ -57,7 +60,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "launch": {"causes", "offspring", "rundir", "plan", "scratch"},
     "rank": {"launch"},
-    "report": {"commands", "rundir", "plan", "batch", "data.report", "train.events"},
+    "report": {"commands", "disk", "rundir", "plan", "batch", "data.report", "train.events"},
     "build": {"causes", "config", "construction", "plan", "signatures", "targets", "tasks", "train"},
     "facts": {"assets", "config", "data.report", "dependencies", "rundir"},
     "inspection": {"build", "causes", "compose", "facts", "offspring", "scratch"},
@@ -76,7 +79,7 @@ ROOMS: dict[str, set[str]] = {
     "predict": {"batch", "build", "compose", "config", "plan", "rundir", "scratch", "tasks", "train"},
     "worker": {"build", "compose", "rank", "recorded", "report", "train"},
     "verify": {"batch", "build", "compose", "inspection", "launch", "rank", "train", "tune"},
-    "fit": {"commands", "compose", "inspection", "launch", "predict", "recorded", "states", "tune"},
+    "fit": {"commands", "disk", "compose", "inspection", "launch", "predict", "recorded", "states", "tune"},
     "cli": {"fit", "report", "verify"},
 }
 THIRD_PARTY = {

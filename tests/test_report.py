@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import json
 import math
@@ -493,37 +494,102 @@ class Hearing(QuietSink):
         self.notices.append(text)
 
 
-def test_a_sink_that_fails_is_told_of_once_and_dropped(capsys: pytest.CaptureFixture[str]) -> None:
-    hearing = Hearing()
-    sinks = Fanout([Breaking(), hearing])
+def test_a_sink_that_cannot_write_is_told_of_once_and_tried_again(capsys: pytest.CaptureFixture[str]) -> None:
+    hearing, breaking = Hearing(), Breaking()
+    sinks = Fanout([breaking, hearing])
     for step in (1, 2, 3):
         sinks.step(record(step))
     assert hearing.steps == [1, 2, 3]
-    assert len(hearing.notices) == 1
-    assert "Breaking is off" in hearing.notices[0]
-    assert "No space left on device" in hearing.notices[0]
+    (told,) = hearing.notices
+    assert "Breaking cannot write (step): the disk is full" in told
+    breaking.step = lambda record: None  # type: ignore[method-assign]
+    sinks.step(record(4))
+    assert hearing.notices[1:] == ["Breaking writes again; 3 lines missing."]
     assert capsys.readouterr().err == ""
+
+
+def test_a_sink_with_another_error_is_told_of_once_and_dropped() -> None:
+    class Wrong(QuietSink):
+        def step(self, record: Mapping[str, Any]) -> None:
+            raise ValueError("no such thing")
+
+    sinks = Fanout([Wrong(), hearing := Hearing()])
+    for step in (1, 2):
+        sinks.step(record(step))
+    (told,) = hearing.notices
+    assert "Wrong is off after an error in step: no such thing" in told
 
 
 def test_the_last_resort_is_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
     sinks = Fanout([Breaking()])
     sinks.step(record(1))
     sinks.step(record(2))
-    assert capsys.readouterr().err.count("Breaking is off") == 1
+    assert capsys.readouterr().err.count("Breaking cannot write") == 1
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
-def test_a_full_disk_costs_the_metrics_only(tmp_path: Path) -> None:
-    hearing = Hearing()
-    sink = JsonlSink(tmp_path / "metrics.jsonl", 0)
-    sinks = Fanout([sink, hearing])
+@pytest.mark.parametrize("taken", [0, 7])  # bytes of a line that a disk takes before it is full
+def test_after_a_full_disk_no_line_is_missing_and_none_is_torn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: int
+) -> None:
+    sinks = Fanout([JsonlSink(tmp_path / "metrics.jsonl", 0), hearing := Hearing()])
     sinks.start(run_info(tmp_path))
-    assert sink._steps
-    os.dup2(os.open("/dev/full", os.O_WRONLY), sink._steps._handle)
-    for step in (1, 2):
+    real, full = os.write, False
+
+    def write(handle: int, line: bytes) -> int:
+        if not full:
+            return real(handle, line)
+        if taken:
+            return real(handle, line[:taken])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", write)
+    for step in range(1, 7):
+        full = step in (3, 4)
         sinks.step(record(step))
-    assert hearing.steps == [1, 2]
-    assert len(hearing.notices) == 1
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == list(range(1, 3 if full else step + 1))
+    assert ["the disk is full" in hearing.notices[0], "no line is missing" in hearing.notices[1]] == [
+        True,
+        True,
+    ]
+    sinks.end({})
+    assert sinks.failures == []
+
+
+def test_a_disk_that_stays_full_is_among_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sinks = Fanout([JsonlSink(tmp_path / "metrics.jsonl", 0), Hearing()])
+    sinks.start(run_info(tmp_path))
+
+    def write(handle: int, line: bytes) -> int:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(os, "write", write)
+    sinks.step(record(1))
+    sinks.end({})
+    (failure,) = sinks.failures
+    assert "the disk quota is used up, 1 line missing" in failure
+
+
+def test_tensorboard_gets_every_point_after_a_full_disk(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from gatrain.report import TensorBoardSink
+
+    sink = TensorBoardSink(tmp_path)
+    sinks = Fanout([sink, hearing := Hearing()])
+    sinks.start(run_info(tmp_path))
+    for step in range(1, 6):
+        if step == 3:  # the writer's thread has died
+            sink._writer.file_writer.event_writer._async_writer._worker.exception = OSError(
+                errno.ENOSPC, "full"
+            )
+        sinks.step(record(step))
+    sinks.end({})
+    assert ["the disk is full" in hearing.notices[0], "writes again" in hearing.notices[1]] == [True, True]
+    read = EventAccumulator(str(tmp_path))
+    read.Reload()
+    assert [point.step for point in read.Scalars("train/loss")] == [1, 2, 3, 4, 5]
 
 
 def test_make_sinks(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ NaN and infinity, which JSON has no words for, are written as ``null``: every re
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
 import os
@@ -16,12 +18,16 @@ from gatrain.report.sink import QuietSink
 from gatrain.rundir import atomic_file
 from gatrain.train.events import RunInfo
 
+MOST_WAITING_BYTES = 64 * 2**20
+"""Lines that wait in memory for a disk that takes none; some 200,000 steps."""
+
 
 class JsonlSink(QuietSink):
     """Appends a line for each step to ``path``, and one for each evaluation to evaluations.jsonl beside it.
 
     At ``first_step`` 0 both files start empty. Otherwise the run goes on: both are first cut, atomically, to
-    the lines up to ``first_step``, so that steps which are trained again are not counted twice.
+    the lines up to ``first_step``, so that steps which are trained again are not counted twice. Lines that a full
+    disk did not take wait in memory, and are written with the next ones.
     """
 
     def __init__(self, path: Path, first_step: int) -> None:
@@ -31,11 +37,21 @@ class JsonlSink(QuietSink):
         self._steps: _LineFile | None = None
         self._evaluations: _LineFile | None = None
 
+    @property
+    def missing(self) -> int:
+        """Lines that are not in the files, and will not be."""
+        return sum(file.lost for file in self._files())
+
+    @property
+    def waiting(self) -> int:
+        """Lines that are not in the files yet."""
+        return sum(len(file.waiting) for file in self._files())
+
     def start(self, info: RunInfo) -> None:
-        for path in (self.path, self.evaluations_path):
-            keep_until(path, self.first_step)
-        self._steps = _LineFile(self.path)
-        self._evaluations = _LineFile(self.evaluations_path)
+        self._steps = _LineFile(self.path, self.first_step)
+        self._evaluations = _LineFile(self.evaluations_path, self.first_step)
+        for file in self._files():
+            file.open()
 
     def step(self, record: Mapping[str, Any]) -> None:
         if self._steps is not None:
@@ -47,37 +63,132 @@ class JsonlSink(QuietSink):
         if (
             step == self.first_step
         ):  # evaluated again, after a resume that trained nothing: one line for a step
-            self._evaluations.close()
-            keep_until(self.evaluations_path, step - 1)
-            self._evaluations = _LineFile(self.evaluations_path)
+            self._evaluations.keep = step - 1
         self._evaluations.append({"step": step, **metrics})
 
+    def moved(self, path: Path) -> None:
+        """Go on in another file, to which all lines so far are copied where they are not there.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        self.path, self.evaluations_path = path, evaluations_path(path)
+        for file, target in ((self._steps, self.path), (self._evaluations, self.evaluations_path)):
+            if file is not None:
+                file.moved(target)
+
     def end(self, summary: Mapping[str, Any]) -> None:
-        self.close()
+        for file in self._files():
+            file.write()
 
     def close(self) -> None:
-        for file in (self._steps, self._evaluations):
-            if file is not None:
-                file.close()
-        self._steps = self._evaluations = None
+        for file in self._files():
+            file.close()
+
+    def _files(self) -> list[_LineFile]:
+        return [file for file in (self._steps, self._evaluations) if file is not None]
 
 
 class _LineFile:
-    """A file that grows by whole lines: each goes out in one write, and a partial one is taken back."""
+    """A file that grows by whole lines: each goes out in one write, and a partial one is taken back.
 
-    def __init__(self, path: Path) -> None:
-        self._handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    It is first cut to the lines up to step ``keep``; None leaves it as it is.
+    """
+
+    def __init__(self, path: Path, keep: int | None) -> None:
+        self.path = path
+        self.keep = keep
+        self.waiting: list[bytes] = []
+        self.lost = 0
+        self._handle: int | None = None
+        self._waiting_bytes = 0
 
     def append(self, record: Mapping[str, Any]) -> None:
+        """Write a line, after those that wait.
+
+        Raises:
+            OSError: it could not be written, and waits.
+        """
         line = (json.dumps(_plain(record), allow_nan=False) + "\n").encode()
-        before = os.fstat(self._handle).st_size
-        written = os.write(self._handle, line)
-        if written != len(line):  # a full disk takes a part first and raises only on the next write
-            os.ftruncate(self._handle, before)
-            raise OSError(f"wrote {written} of {len(line)} bytes: is the disk full?")
+        self.waiting.append(line)
+        self._waiting_bytes += len(line)
+        while self._waiting_bytes > MOST_WAITING_BYTES:
+            self._waiting_bytes -= len(self.waiting.pop(0))
+            self.lost += 1
+        self.write()
+
+    def write(self) -> None:
+        """Write the lines that wait.
+
+        Raises:
+            OSError: some of them still wait.
+        """
+        if not self.waiting:
+            return
+        handle = self.open()
+        while self.waiting:
+            line = self.waiting[0]
+            before = os.fstat(handle).st_size
+            try:
+                written = os.write(handle, line)
+                if written != len(line):  # a full disk takes a part first and raises only on the next write
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                self._take_back(before)
+                raise
+            self._waiting_bytes -= len(self.waiting.pop(0))
+
+    def moved(self, path: Path) -> None:
+        """See `JsonlSink.moved`."""
+        if self._handle is not None and not path.exists():
+            with open(path, "wb") as new:
+                for place in range(0, os.fstat(self._handle).st_size, 2**20):
+                    new.write(os.pread(self._handle, 2**20, place))
+        self.path = path
+        self.close()
 
     def close(self) -> None:
-        os.close(self._handle)
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            os.close(handle)
+
+    def open(self) -> int:
+        """The file's descriptor.
+
+        Raises:
+            OSError: it cannot be opened or cut.
+        """
+        if self.keep is not None:
+            self.close()
+            keep_until(self.path, self.keep)
+            self.keep = None
+        if self._handle is None:
+            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+            self._handle = os.open(self.path, flags, 0o666)
+            cut_torn_end(self._handle)
+        return self._handle
+
+    def _take_back(self, size: int) -> None:
+        """Leave whole lines only. The file is opened anew next time: a network file system may have lost it."""
+        with contextlib.suppress(OSError):
+            if self._handle is not None and os.fstat(self._handle).st_size != size:
+                os.ftruncate(self._handle, size)
+        with contextlib.suppress(OSError):
+            self.close()
+
+
+def cut_torn_end(handle: int) -> None:
+    """Cut a file behind its last line break."""
+    size = end = os.fstat(handle).st_size
+    while end:
+        start = max(0, end - 4096)
+        place = os.pread(handle, end - start, start).rfind(b"\n")
+        if place >= 0:
+            end = start + place + 1
+            break
+        end = start
+    if end != size:
+        os.ftruncate(handle, end)
 
 
 def evaluations_path(metrics: Path) -> Path:

@@ -6,10 +6,12 @@ import contextlib
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from gatrain import disk, units
 from gatrain.report.text import clean
 from gatrain.train.events import RunInfo, Sink
 
@@ -43,16 +45,20 @@ class QuietSink:
 
 
 class Fanout:
-    """Passes every event on to all sinks; a sink that raises is dropped, told of once, and training goes on.
+    """Passes every event on to all sinks, and training goes on whatever they raise.
 
-    A full disk or a closed pipe costs its own report, never the run. `close` (or leaving the ``with`` block)
-    gives the terminal back even where training raised before `end`.
+    An `OSError` may pass: the disk was full, and has space again. The sink is told of once and tried again at each
+    event; one with ``waiting`` and ``missing`` (numbers of lines) says itself what it still has to write. After any
+    other error, or where its reader is gone, a sink is dropped. `close` (or leaving the ``with`` block) gives the
+    terminal back even where training raised before `end`.
     """
 
     def __init__(self, sinks: Iterable[Sink]) -> None:
         self.sinks = list(sinks)
         self.failures: list[str] = []
-        """A line for each sink that was dropped, unless nobody reads what it would have written."""
+        """A line for each sink that lost something, unless nobody reads what it would have written."""
+        self._stuck: dict[int, _Stuck] = {}
+        """By the identity of a sink."""
 
     def __iter__(self) -> Iterator[Sink]:
         return iter(self.sinks)
@@ -74,6 +80,17 @@ class Fanout:
 
     def end(self, summary: Mapping[str, Any]) -> None:
         self._tell("end", summary)
+        for sink in self.sinks:
+            stuck = self._stuck.pop(id(sink), None)
+            lost = getattr(sink, "waiting", 0) + getattr(sink, "missing", 0)
+            if (stuck is not None or lost) and not _is_for_people(sink):
+                lines = f", {units.plural(lost, 'line')} missing" if lost else ""
+                why = (
+                    f"{stuck.event} failed to the end: {stuck.cause}"
+                    if stuck is not None
+                    else "the disk was full"
+                )
+                self.failures.append(f"the logger {type(sink).__name__}: {why}{lines}")
 
     def close(self) -> None:
         """Close every sink that can be closed; what fails here is of no more use to anybody."""
@@ -95,7 +112,33 @@ class Fanout:
             try:
                 getattr(sink, event)(*arguments)
             except Exception as error:
-                self._drop(sink, event, error)
+                if isinstance(error, OSError) and disk.known(error).errno in disk.PASSING:
+                    self._is_stuck(sink, event, error)
+                else:
+                    self._drop(sink, event, error)
+            else:
+                self._may_be_free(sink, event)
+
+    def _is_stuck(self, sink: Sink, event: str, error: OSError) -> None:
+        known = self._stuck.get(id(sink))
+        if known is not None:
+            known.missed += 1
+            return
+        self._stuck[id(sink)] = _Stuck(event, disk.reason(error), 1)
+        waits = "What it has to write waits in memory" if hasattr(sink, "waiting") else "It is tried again"
+        self._say(
+            f"{type(sink).__name__} cannot write ({event}): {disk.reason(error)}{_place(error)}. {waits}; "
+            "training goes on."
+        )
+
+    def _may_be_free(self, sink: Sink, event: str) -> None:
+        stuck = self._stuck.get(id(sink))
+        if stuck is None or getattr(sink, "waiting", event != stuck.event):
+            return
+        del self._stuck[id(sink)]
+        missing = getattr(sink, "missing", stuck.missed)
+        lines = units.plural(missing, "line") if missing else "no line is"
+        self._say(f"{type(sink).__name__} writes again; {lines} missing.")
 
     def _drop(self, sink: Sink, event: str, error: Exception) -> None:
         self.sinks.remove(sink)
@@ -104,13 +147,29 @@ class Fanout:
         where = _place(error)
         text = f"{type(sink).__name__} is off after an error in {event}: {cause}{where}"
         # a terminal or a pipe whose reader is gone takes nothing with it: the files have it all
-        if not (getattr(sink, "for_people", False) and isinstance(error, OSError)):
+        if not (_is_for_people(sink) and isinstance(error, OSError)):
             self.failures.append(f"the logger {text}")
-        text = f"{text}. Training goes on without it."
+        self._say(f"{text}. Training goes on without it.")
+
+    def _say(self, text: str) -> None:
         self._tell("notice", text)
-        if not any(getattr(other, "for_people", False) for other in self.sinks):
+        if not any(map(_is_for_people, self.sinks)):
             with contextlib.suppress(OSError, ValueError):
                 print(f"gatrain: {text}", file=sys.stderr, flush=True)
+
+
+@dataclass
+class _Stuck:
+    """A sink that could not write."""
+
+    event: str
+    cause: str
+    missed: int
+    """Events that it has not written."""
+
+
+def _is_for_people(sink: Sink) -> bool:
+    return bool(getattr(sink, "for_people", False))
 
 
 def _place(error: Exception) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,39 +31,61 @@ def has_tensorboard() -> bool:
     return importlib.util.find_spec("tensorboard") is not None
 
 
+FLUSH_S = 30.0
+MOST_WAITING = 200_000
+"""Points that wait in memory for a disk that takes none."""
+
+
 class TensorBoardSink(QuietSink):
-    """Writes scalars of steps (train/, speed/, memory/) and evaluations (eval/) to ``folder``."""
+    """Writes scalars of steps (train/, speed/, memory/) and evaluations (eval/) to ``folder``.
+
+    The writer's thread ends for good at the first error of the disk. So points are kept until a flush has
+    succeeded, and after an error a new writer gets them all.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.missing = 0
+        self._info: RunInfo | None = None
         self._writer: Any = None
+        self._kept: list[tuple[str, float, int]] = []
+        self._flushed_at = time.monotonic()
+        self._failed = False
+
+    @property
+    def waiting(self) -> int:
+        """Points that no file holds, after an error."""
+        return len(self._kept) if self._failed else 0
 
     def start(self, info: RunInfo) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # late: it takes a second, and only rank 0 wants it
-
-        # Points after the step that the run goes on from belong to steps that will be trained again.
-        writer: Any = SummaryWriter  # untyped in torch
-        self._writer = writer(log_dir=str(self.folder), purge_step=info.first_step + 1, flush_secs=30)
+        self._info = info
+        _keep_writers_quiet()
+        with self._told():
+            self._open()
 
     def step(self, record: Mapping[str, Any]) -> None:
         values = dict(record)
         memory = text.number(record.get("peak_memory_bytes"))
         if memory:
             values["peak_memory_gib"] = memory / 2**30
-        for key, tag in _TAGS.items():
-            self._scalar(tag, values.get(key), int(record["step"]))
-        for name, value in text.loss_terms(record).items():
-            self._scalar(f"train/loss_terms/{name}", value, int(record["step"]))
+        step = int(record["step"])
+        points = [(tag, values.get(key), step) for key, tag in _TAGS.items()]
+        points += [
+            (f"train/loss_terms/{name}", value, step) for name, value in text.loss_terms(record).items()
+        ]
+        self._add(points)
 
     def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
-        for name, value in metrics.items():
-            self._scalar(f"eval/{name}", value, step)  # loss_terms, a mapping, is no scalar
-        for name, value in text.loss_terms(metrics).items():
-            self._scalar(f"eval/loss_terms/{name}", value, step)
-        if self._writer is not None:
-            self._writer.flush()
+        points = [(f"eval/{name}", value, step) for name, value in metrics.items()]  # loss_terms is no scalar
+        points += [
+            (f"eval/loss_terms/{name}", value, step) for name, value in text.loss_terms(metrics).items()
+        ]
+        self._add(points)
+        self._flush()
 
     def end(self, summary: Mapping[str, Any]) -> None:
+        if self._info is not None:
+            self._flush()
         self.close()
 
     def close(self) -> None:
@@ -68,6 +93,59 @@ class TensorBoardSink(QuietSink):
         if writer is not None:
             writer.close()
 
-    def _scalar(self, tag: str, value: Any, step: int) -> None:
-        if self._writer is not None and isinstance(value, int | float):
-            self._writer.add_scalar(tag, value, step)
+    def _add(self, points: list[tuple[str, Any, int]]) -> None:
+        found = [point for point in points if isinstance(point[1], int | float)]
+        if self._info is None:
+            return
+        self._kept += found
+        if (surplus := len(self._kept) - MOST_WAITING) > 0:
+            del self._kept[:surplus]
+            self.missing += surplus
+        if self._writer is not None:
+            with self._told():
+                for point in found:
+                    self._writer.add_scalar(*point)
+        if self._writer is None or time.monotonic() > self._flushed_at + FLUSH_S:
+            self._flush()
+
+    def _flush(self) -> None:
+        with self._told():
+            writer = self._writer
+            if writer is None:
+                writer = self._open()
+                for point in self._kept:
+                    writer.add_scalar(*point)
+            writer.flush()
+        self._kept, self._failed, self._flushed_at = [], False, time.monotonic()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """After an error the writer is of no more use."""
+        try:
+            yield
+        except Exception:
+            self._failed = True
+            with contextlib.suppress(Exception):
+                self.close()
+            raise
+
+    def _open(self) -> Any:
+        from torch.utils.tensorboard import SummaryWriter  # late: it takes a second, and only rank 0 wants it
+
+        assert self._info is not None
+        first = self._kept[0][2] if self._failed and self._kept else self._info.first_step + 1
+        # Points after the step that the run goes on from belong to steps that will be trained again.
+        writer: Any = SummaryWriter  # untyped in torch
+        self._writer = writer(log_dir=str(self.folder), purge_step=first, flush_secs=int(FLUSH_S))
+        return self._writer
+
+
+def _keep_writers_quiet() -> None:
+    """An error of a writer's thread is raised at the next event; it need not be printed as a traceback too."""
+    before = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if type(args.thread).__name__ != "_AsyncWriterThread" or not isinstance(args.exc_value, OSError):
+            before(args)
+
+    threading.excepthook = hook
