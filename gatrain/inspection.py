@@ -182,7 +182,8 @@ def _read(config_yaml: str) -> RunConfig | None:
 
 def _start(folder: Path, cwd: Path) -> subprocess.Popen[bytes]:
     with (folder / _STDERR).open("wb") as said:  # a file never fills up, as a pipe that nobody reads does
-        return offspring.start(["-m", "gatrain.inspection", str(folder)], cwd=cwd, said=said)
+        env = {offspring.SOCKETS: str(scratch.sockets_of(folder))}
+        return offspring.start(["-m", "gatrain.inspection", str(folder)], cwd=cwd, env=env, said=said)
 
 
 # --- the child ------------------------------------------------------------------------------------------

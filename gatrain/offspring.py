@@ -23,6 +23,8 @@ from gatrain import guardian, trust
 
 PARENT_PID = "GATRAIN_LAUNCHER_PID"
 """In the environment of each child."""
+SOCKETS = "GATRAIN_SOCKETS"
+"""In a child's environment: where its sockets get their names, a folder that is removed with what it was given."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """What asks a command to end. Ignored where it was ignored at the start, as nohup and a shell's `&` do it."""
 
@@ -135,6 +137,12 @@ def die_with_parent() -> None:
     if os.getppid() != int(parent):  # it died before the call above
         os._exit(128 + signal.SIGKILL)
     trust.inherit()
+    if sockets := os.environ.get(
+        SOCKETS
+    ):  # else what loader processes are reached by stays behind after a kill
+        from multiprocessing import process
+
+        process.current_process()._config["tempdir"] = sockets  # type: ignore[attr-defined]
 
 
 def follow_parent(*_: object) -> None:

@@ -20,9 +20,15 @@ from gatrain import guardian
 PREFIXES = ("gatrain_", "gatrain-")
 OWNER = ".owner"
 
+SHORT = tuple(map(Path, ("/tmp", "/dev/shm", "/var/tmp")))
+LONGEST_BYTES = 70
+"""Of a folder in which sockets have names: the system takes 107 bytes with a name of multiprocessing's."""
+
 _held: dict[Path, int] = {}
 """The locked file of each folder of this process."""
 _swept: set[Path] = set()
+_beside: dict[Path, Path] = {}
+"""Folders for sockets of folders whose own names are too long."""
 
 
 def make(prefix: str, parent: Path | None = None) -> Path:
@@ -51,10 +57,24 @@ def make(prefix: str, parent: Path | None = None) -> Path:
 
 def remove(folder: Path) -> None:
     """Remove a folder that `make` has made, as far as that is possible."""
+    if (sockets := _beside.pop(folder, None)) is not None:
+        remove(sockets)
     shutil.rmtree(folder, ignore_errors=True)
     guardian.forget_folder(folder)
     if (handle := _held.pop(folder, None)) is not None:
         os.close(handle)
+
+
+def sockets_of(folder: Path) -> Path:
+    """A folder that goes with one of `make`, for the sockets of its processes; its name is short if possible."""
+    own = folder / "s"
+    if len(os.fsencode(own)) > LONGEST_BYTES:
+        for parent in SHORT:
+            with contextlib.suppress(OSError):
+                _beside[folder] = make("gatrain_", parent)
+                return _beside[folder]
+    own.mkdir(exist_ok=True)
+    return own
 
 
 @contextlib.contextmanager

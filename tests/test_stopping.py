@@ -492,3 +492,22 @@ def test_children_of_a_thread_that_has_ended_live_on_and_die_with_the_process() 
     parent.wait()
     parent.stdout.close()
     wait_until(lambda: state_of(child) in "ZX", 2)
+
+
+def test_sockets_have_short_names_and_go_with_their_folder(tmp: Path) -> None:
+    short = Path("/tmp") / f"g{os.getpid()}"
+    short.mkdir()
+    try:
+        near = scratch.make("gatrain_", short)
+        assert scratch.sockets_of(near).parent == near
+        scratch.remove(near)
+    finally:
+        short.rmdir()
+    deep = tmp / ("d" * 90)
+    deep.mkdir()
+    folder = scratch.make("gatrain_", deep)
+    sockets = scratch.sockets_of(folder)
+    assert len(str(sockets)) < scratch.LONGEST_BYTES
+    assert sockets.stat().st_mode & 0o077 == 0
+    scratch.remove(folder)
+    assert not sockets.exists()

@@ -70,7 +70,8 @@ def run_workers(
         Watch(private, meeting, grace_s) as watch,
         _working_directory(cwd),
         _environment(
-            _rank_environment(nodes, meeting, device, env or {}) | {protocol.RANK_STATE: str(private)}
+            _rank_environment(nodes, meeting, device, env or {})
+            | {protocol.RANK_STATE: str(private), offspring.SOCKETS: str(scratch.sockets_of(private))}
         ),
         _agent_log(run_dir.logs / f"launcher_{nodes.node_rank}.log"),
     ):

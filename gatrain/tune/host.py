@@ -188,7 +188,7 @@ class Follower:
         if self._process is not None and self._folder is not None:
             offspring.end(self._process)
             # node 0 has removed it, but this node's ranks may have written their last words since
-            shutil.rmtree(self._folder, ignore_errors=True)
+            scratch.remove(Path(self._folder))
         self._folder = folder
         self._process = join(Path(folder), self._node_rank, self._cwd) if folder is not None else None
 
@@ -200,7 +200,8 @@ def join(folder: Path, node_rank: int, cwd: Path | None) -> subprocess.Popen[byt
     """
     with open(_log(folder, node_rank), "ab") as log:
         arguments = ["-m", "gatrain.tune.host", str(folder), str(node_rank)]
-        return offspring.start(arguments, cwd=cwd, stdout=log, said=log)
+        env = {offspring.SOCKETS: str(scratch.sockets_of(folder))}
+        return offspring.start(arguments, cwd=cwd, env=env, stdout=log, said=log)
 
 
 def _log(folder: Path, node_rank: int) -> Path:
