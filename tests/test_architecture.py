@@ -64,6 +64,7 @@ ROOMS: dict[str, set[str]] = {
     "build": {"causes", "config", "construction", "plan", "signatures", "targets", "tasks", "train"},
     "facts": {"assets", "config", "data.report", "dependencies", "rundir"},
     "inspection": {"build", "causes", "compose", "facts", "offspring", "scratch"},
+    "data_view": {"build", "causes", "compose", "data.report", "offspring", "rundir", "scratch", "train"},
     "tune": {
         "batch",
         "build",
@@ -80,7 +81,7 @@ ROOMS: dict[str, set[str]] = {
     "worker": {"build", "compose", "rank", "recorded", "report", "train"},
     "verify": {"batch", "build", "compose", "inspection", "launch", "rank", "train", "tune"},
     "fit": {"commands", "disk", "compose", "inspection", "launch", "predict", "recorded", "states", "tune"},
-    "cli": {"fit", "report", "verify"},
+    "cli": {"data_view", "fit", "report", "verify"},
 }
 THIRD_PARTY = {
     "typer": {"cli"},

@@ -18,9 +18,10 @@ import typer
 from gatrain import __version__, offspring, secrets, trust
 from gatrain.cli import terminal
 from gatrain.commands import typed
-from gatrain.errors import ConfigError, GatrainError, Interrupted, VerifyError
+from gatrain.errors import ConfigError, DataError, GatrainError, Interrupted, VerifyError
 
 if TYPE_CHECKING:
+    from gatrain.compose import Composed
     from gatrain.fit import Outcome, WorldRequest
     from gatrain.fit.submit import Submission
     from gatrain.launch.torchrun import GivenWorld
@@ -323,16 +324,48 @@ def recipes() -> None:
 
 
 @app.command()
-def show(overrides: _Overrides = None, as_json: _Json = False, trusted: _Trust = None) -> None:
-    """Print the composed configuration, with where each value came from."""
+def show(
+    overrides: _Overrides = None,
+    as_json: _Json = False,
+    data: Annotated[
+        bool, typer.Option("--data", help="Read the data instead, and print what it is and what is left out.")
+    ] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="With --data: read every sample once, and list what is broken.")
+    ] = False,
+    trusted: _Trust = None,
+) -> None:
+    """Print the composed configuration, with where each value came from; or what its data is."""
     from gatrain.cli import views
     from gatrain.compose import compose
 
+    if check and not data:
+        raise ConfigError("--check belongs to --data: gatrain show --data --check recipe=NAME.")
     composed = compose(overrides or [])
+    if data:
+        _show_data(composed, as_json, check)
+        return
     if as_json:
         terminal.print_json(views.config_dict(composed))
     else:
         terminal.print_lines(views.config_lines(composed))
+
+
+def _show_data(composed: Composed, as_json: bool, check: bool) -> None:
+    from gatrain.data_view import view
+    from gatrain.inspection import check_modules
+    from gatrain.report.data_lines import checked_lines, whole_data_lines
+
+    check_modules(composed.config, Path.cwd())
+    with terminal.Progress() as progress:
+        found = view(composed.yaml, Path.cwd(), check, progress.tell)
+    if as_json:
+        terminal.print_json(found.to_dict())
+    else:
+        terminal.print_lines([*whole_data_lines(found.record), *(f"Note: {text}" for text in found.remarks)])
+        terminal.print_lines(checked_lines(found.checked, found.broken) if found.checked is not None else [])
+    if found.broken:
+        raise typer.Exit(DataError.exit_code)
 
 
 @app.command()

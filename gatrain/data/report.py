@@ -1,9 +1,9 @@
 """What a data source has read, and what it has not: counted, named, and compared when a run goes on.
 
 A source offers it as ``report``: an attribute, or better a property (only one process of a run asks for it, and a
-fingerprint of large data takes a while). A source may also have ``check(progress)``, which reads every file or
-sample once and returns the `Omission`s that it finds, broken ones with their names;
-``progress(done, total)`` is called now and then. `gatrain show --data --check` prints them.
+fingerprint of large data takes a while). A source may also have ``check()``, which reads every file or sample once
+and returns a `DataReport` (or the `Omission`s) with what it found broken, each with its name; where it takes
+``progress``, that is called now and then with what is done and the total. `gatrain show --data --check` prints it.
 """
 
 from __future__ import annotations

@@ -60,6 +60,13 @@ def whole_data_lines(record: DataRecord) -> list[str]:
     return lines
 
 
+def checked_lines(checked: int, broken: list[str]) -> list[str]:
+    """What reading everything once has shown."""
+    if not broken:
+        return ["", f"Read {checked:,}, one by one: all can be read."]
+    return ["", f"Read {checked:,}, one by one. Cannot be read:", *(f"  {clean(line)}" for line in broken)]
+
+
 def left_out(run_dir: RunDir) -> str:
     """For the end of a run: what was left out, cut or unreadable in a few words; empty where nothing was."""
     try:

@@ -101,11 +101,11 @@ def _own_report(task: Task, source: Any) -> DataReport | None:
     for each in (source, task, task.train_data):
         report = getattr(each, "report", None)
         if isinstance(report, DataReport):
-            return _plain(report)
+            return plain_report(report)
     return None
 
 
-def _plain(report: DataReport) -> DataReport:
+def plain_report(report: DataReport) -> DataReport:
     """As it comes back from JSON; a user's own report may hold numbers of numpy and names that are no text.
 
     Raises:

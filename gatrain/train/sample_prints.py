@@ -74,15 +74,11 @@ def take_prints(
         if (shapes or found.unread) and time.monotonic() > until:
             break
         try:
-            (sample,) = samples.read(task, data, [(0, number)], seed)
-            if isinstance(sample, samples.Skipped):
-                found.unread.append(f"sample {number}: {sample.reason}")
-                continue
+            sample = read_whole(task, data, number, seed)
             found.samples[str(number)] = take_print(sample, left_out)
             shapes.append(describe(sample))
         except Exception as error:
-            text = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
-            found.unread.append(f"sample {number}: {text.splitlines()[0] if text else text}")
+            found.unread.append(why_unread(number, error))
     if again:
         for name in list(found.samples):
             if time.monotonic() > until:
@@ -95,9 +91,28 @@ def take_prints(
     return found
 
 
+def read_whole(task: Task, data: Samples, number: int, seed: int) -> Any:
+    """One sample, read as in the first epoch.
+
+    Raises:
+        DataError: it is left out of training.
+        Exception: whatever reading it raises.
+    """
+    (sample,) = samples.read(task, data, [(0, number)], seed)
+    if not samples.is_read(sample):
+        raise DataError(getattr(sample, "reason", "the data gives None"))
+    return sample
+
+
+def why_unread(number: int, error: Exception) -> str:
+    """One line for a sample that could not be read."""
+    text = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
+    return f"sample {number}: {text.strip().splitlines()[0] if text.strip() else type(error).__name__}"
+
+
 def _same_again(task: Task, data: Samples, seed: int, number: int, before: Any) -> bool:
     try:
-        (sample,) = samples.read(task, data, [(0, number)], seed)
+        sample = read_whole(task, data, number, seed)
     except Exception:
         return False
     return same_print(before, take_print(sample, set()))
