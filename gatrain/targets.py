@@ -281,23 +281,7 @@ def _refused_name(name: str, *, is_module: bool = False) -> str | None:
         return why
     if top in ("keras", "tf_keras", "tensorflow") and name.endswith(".from_config"):
         return target_rules.RUNS
-    if top != "torch" or is_module:
-        return None
-    known = target_rules.TORCH.fullmatch(name) and not target_rules.NOT_OF_TORCH.fullmatch(name)
-    return None if known else _torch_reason(name)
-
-
-def _torch_reason(name: str) -> str:
-    if (
-        name.endswith(("load", "package", "serialization"))
-        or ".serialization." in name
-        or ".package." in name
-    ):
-        return target_rules.READS
-    return (
-        "of PyTorch a configuration may name tensors' functions, torch.nn, torch.optim, torch.utils.data, "
-        "torch.distributions and the like, not what loads, saves, compiles or launches"
-    )
+    return None if is_module else target_rules.foreign(name)
 
 
 def _loads_weights_only(node: dict[str, Any]) -> bool:
