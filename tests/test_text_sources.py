@@ -27,6 +27,7 @@ from gatrain.data import PaddedText, TextWindows, encoding, records
 from gatrain.data.compressed import open_bytes
 from gatrain.data.encoding import decoded
 from gatrain.data.report import DataReport
+from gatrain.data.text import GO_ON, LEFT_OVER
 from gatrain.errors import ConfigError, DataError, GatrainError
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "rain", "fell", "over", "grey", "hills"]
@@ -54,10 +55,8 @@ def pairs(path: Any, **options: Any) -> PaddedText:
 
 
 def counts(report: DataReport) -> dict[str, int]:
-    """What was left out, without the few tokens at the end."""
-    return {
-        each.what: each.count for each in report.omissions if not each.what.startswith("tokens at the end")
-    }
+    """What was left out, without what the cut into windows says."""
+    return {each.what: each.count for each in report.omissions if each.what not in (GO_ON, LEFT_OVER)}
 
 
 def documents(data: TextWindows) -> list[str]:
@@ -144,6 +143,10 @@ HOSTILE = [
     Hostile("null.txt", TEXT.encode() * 12 + b"\0" * 64, "holds a null character, line 961"),
     Hostile("control.txt", bytes(range(1, 32)) * 40, "control characters"),
     Hostile("bytes.jsonl", b'{"text": "a"}\n{"text": "\xff"}', r"byte 24 \(line 2\): 0xff"),
+    Hostile("jis.txt", ("これは。\n" * 60).encode("iso2022_jp"), r"escape sequences of ISO-2022.*line 1"),
+    Hostile("utf8.txt", LATIN.encode(), "is UTF-8, but is to be read as cp1252", {"encoding": "cp1252"}),
+    Hostile("utf8_cjk.txt", CHINESE.encode(), "It looks like UTF-8: data.encoding=utf-8", {"encoding": "gbk"}),
+    Hostile("late8.txt", TEXT.encode() * 300 + LATIN.encode(), "is UTF-8, but", {"encoding": "latin-1"}),
     # JSON
     Hostile("surrogate.jsonl", (LINES + HALF).encode(), r"line 41: .*surrogate \\ud83d, character 8"),
     Hostile("surrogate.json", b'[{"text": "\\udc00"}]', r"record 1: .*lone surrogate"),
@@ -195,7 +198,13 @@ HOSTILE = [
     Hostile("up.tar", tar_of("../../evil.txt", TEXT.encode()), "a tar archive"),
     Hostile("up.tar.gz", gzip.compress(tar_of("../evil.txt", TEXT.encode())), "a tar archive"),
     Hostile("objects.txt", pickle.dumps(Payload()), "a pickle"),
-    Hostile("objects.pkl", pickle.dumps(Payload(), protocol=0), "a .pkl file by its name"),
+    Hostile("objects.pkl", pickle.dumps(Payload(), protocol=0), "a pickle"),
+    Hostile("old.txt", b"cposix\nsystem\np0\n(S'touch executed'\np1\ntp2\nRp3\n.", "a pickle"),
+    Hostile("scan.txt", b"P3\n# made\n2 2\n255\n1 2 3 4 5 6 7 8 9 10 11 12", "a netpbm image"),
+    Hostile("drawing.txt", b"<svg width='3'></svg>", "HTML or XML"),
+    Hostile("notes.ipynb", b'{"cells": []}', "jupyter nbconvert"),
+    Hostile("shard.train", b'{"body": "x"}', "has no field 'text'"),
+    Hostile("rows.parquet.gz", lambda: gzip.compress(parquet_of({"text": ["a"]})), "a compressed parquet file"),
     Hostile("objects.jsonl", pickle.dumps(Payload()), "a pickle"),
     Hostile("weights.txt", (60).to_bytes(8, "little") + b'{"a":{"dtype":"F32"}}' + b" " * 60, "a safetensors file"),
     Hostile("array.txt", b"\x93NUMPY\x01\0" + bytes(64), "a NumPy array"),
@@ -278,6 +287,8 @@ WRAPPINGS: dict[str, bytes | Callable[[], bytes]] = {
     "lines.jsonl": LINES.encode(),
     "lines.json": LINES.encode(),
     "lines.txt": LINES.encode(),
+    "lines.shard": LINES.encode(),
+    "part-00000": LINES.encode(),
     "crlf.ndjson": LINES.replace("\n", "\r\n").encode(),
     "array.json": json.dumps(RECORDS).encode(),
     "array.txt": json.dumps(RECORDS, indent=1).encode(),
@@ -312,7 +323,43 @@ def test_the_same_records_in_every_wrapping_are_the_same_documents(name: str, tm
 def test_quoted_fields_hold_line_ends_delimiters_and_quotes(tmp_path: Path) -> None:
     (tmp_path / "table.csv").write_text(TABLE)
     assert documents(windows("table.csv"))[7] == 'the cat, on\na "mat" 7'
-    assert len(documents(windows("table.csv", text_field="label"))) == 40
+    labels = windows("table.csv", text_field="label")
+    assert len(documents(labels)) == 40
+    assert counts(labels.report) == {"rows of several lines, by quoted line ends": 40}
+
+
+def test_documents_that_go_on_in_the_next_sample_are_counted_for_every_context(tmp_path: Path) -> None:
+    sizes = [1, 2, 3, 40, 50, 60]
+    (tmp_path / "a.json").write_text(
+        json.dumps(["".join(chr(97 + i % 23) for i in range(size)) for size in sizes])
+    )
+    data = windows("a.json", vocab_size=257)  # bytes
+    assert {each.what: each.count for each in data.report.omissions}[GO_ON] == 3
+    for context in (2, 3, 4, 40, 41, 59, 60):
+        found = windows("a.json", vocab_size=257, context=context).report.omissions
+        assert {each.what: each.count for each in found}[GO_ON] == sum(size >= context for size in sizes)
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gatrain.data import tokenised
+
+    path = tmp_path / "growing.txt"
+    path.write_text(TEXT)
+    original = tokenised.write_report
+    write = tokenised._write
+
+    def writing(*args: Any) -> int:
+        path.write_text(TEXT + "more")
+        return write(*args)
+
+    monkeypatch.setattr(tokenised, "_write", writing)
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"growing\.txt changed while it was read"):
+            windows("growing.txt")
+        path.write_text(TEXT)
+    assert original is tokenised.write_report
 
 
 def test_dotted_names_reach_into_records(tmp_path: Path) -> None:
@@ -406,7 +453,7 @@ def test_everything_that_was_not_read_is_in_the_report_also_the_second_time(tmp_
     (corpus / "again.txt").symlink_to(corpus / "a.txt")
     (corpus / "shards").symlink_to(store)
     (corpus / "loop").symlink_to(corpus)
-    (store / "s.jsonl").write_text(LINES + '\n\n{"text": ""}\n')
+    (store / "s.jsonl").write_text(LINES + '\n\n{"text": ""}\n{"text": "a\\u0000b\\u0093"}\n')
     expected = {
         "hidden files left out": 1,
         "links to a folder above them, not followed": 1,
@@ -417,11 +464,13 @@ def test_everything_that_was_not_read_is_in_the_report_also_the_second_time(tmp_
         "replacement characters (U+FFFD) that the texts hold already, kept": 1,
         "blank lines left out": 1,
         "empty documents": 1,
+        "null characters within texts, kept": 1,
+        "control characters U+0080 to U+009F, kept (cp1252 gives them where it is read as latin-1)": 1,
     }
     for _ in range(2):
         report = windows("corpus").report
         assert counts(report) == expected
-        assert (report.kind, report.files, report.items) == ("2 text files, 1 JSON Lines", 3, 41)
+        assert (report.kind, report.files, report.items) == ("2 text files, 1 JSON Lines", 3, 42)
         assert len(report.fingerprint) >= 32
 
 
@@ -607,12 +656,12 @@ def test_the_cache_is_hashed_once_for_each_state_of_its_files(
     assert hashed == []
     os.utime(folder / "tokens.npy")
     windows("text.txt")
-    assert len(hashed) == 3
+    assert len(hashed) == 4
     windows("text.txt")
-    assert len(hashed) == 3
+    assert len(hashed) == 4
     monkeypatch.setattr(cache, "VERIFIED_FOR_S", 0.0)  # a day later
     windows("text.txt")
-    assert len(hashed) == 6
+    assert len(hashed) == 8
 
 
 # Through the command line: the documented exit code, one sentence, and no run folder

@@ -43,7 +43,7 @@ def npy(array: Any, **options: Any) -> bytes:
 
 def llm_c(ids: np.ndarray[Any, Any], magic: int = 20240520, count: int | None = None) -> bytes:
     header = np.zeros(256, dtype="<i4")
-    header[:3] = magic, 1, len(ids) if count is None else count
+    header[:3] = magic, 7 if magic == 20240801 else 1, len(ids) if count is None else count
     return header.tobytes() + ids.tobytes()
 
 
@@ -95,6 +95,9 @@ HOSTILE = [
     Hostile("as16.bin", IDS.tobytes(), "fit as uint16: data.token_dtype=uint16", {"token_dtype": "uint32"}),
     Hostile("as16_as64.bin", IDS.tobytes(), "fit as uint16", {"token_dtype": "int64"}),
     Hostile("big.bin", IDS.astype(">u2").tobytes(), r"fit as uint16 big-endian: convert.*'>u2'.*'<u2'"),
+    Hostile("big32.bin", IDS.astype(">u4").tobytes(), r"every second id is 0.*big-endian uint32: convert.*'>u4'"),
+    Hostile("big64.bin", IDS.astype(">i8").tobytes(), r"three of four ids are 0.*big-endian int64"),
+    Hostile("version.bin", np.array([20240520, 2, *[0] * 254], "<i4").tobytes() + IDS.tobytes(), "of version 2"),
     Hostile("big_header.bin", np.full(256, 20240520, ">i4").tobytes() + IDS.tobytes(), "big-endian"),
     Hostile("odd.bin", IDS.tobytes()[:-1], "odd.bin as a sequence of uint16.*no multiple of 2.*data.token_dtype"),
     Hostile("empty.bin", b"", "is empty"),

@@ -6,6 +6,7 @@ come in pieces, cut at a line's end, so that a file larger than memory is read l
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -26,6 +27,9 @@ EMPTY_FILES = "empty files"
 EMPTY_DOCUMENTS = "empty documents"
 MARKS_KEPT = "zero-width no-break spaces (U+FEFF) within texts, kept"
 REPLACED_BEFORE = "replacement characters (U+FFFD) that the texts hold already, kept"
+NULLS_KEPT = "null characters within texts, kept"
+C1_KEPT = "control characters U+0080 to U+009F, kept (cp1252 gives them where it is read as latin-1)"
+_C1 = re.compile("[\x80-\x84\x86-\x9f]")
 
 
 def files_state(files: Sequence[Path]) -> list[list[Any]]:
@@ -137,11 +141,15 @@ def short_name(file: Path) -> str:
 
 
 def _count_oddities(text: str, place: str, omissions: Omissions) -> None:
+    if "\0" in text:
+        omissions.add(NULLS_KEPT, place, text.count("\0"))
     if text.isascii():
         return
     for character, what in ((MARK, MARKS_KEPT), ("\ufffd", REPLACED_BEFORE)):
         if count := text.count(character):
             omissions.add(what, place, count)
+    if count := len(_C1.findall(text)):
+        omissions.add(C1_KEPT, place, count)
 
 
 def _cut_lines(blocks: Iterator[str]) -> Iterator[tuple[str, bool]]:

@@ -76,6 +76,7 @@ def decoded(file: Path, encoding: str, omissions: Omissions | None = None) -> It
 
 def _decoded(file: Path, stream: BinaryIO, encoding: str, omissions: Omissions | None) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder(encoding)("strict")
+    as_utf8 = None if encoding.startswith(("utf", "ascii")) else _AsUtf8()
     position, lines, is_first = 0, 0, True
     while True:
         block = stream.read(BLOCK_BYTES)
@@ -97,11 +98,14 @@ def _decoded(file: Path, stream: BinaryIO, encoding: str, omissions: Omissions |
                 else "Name its encoding with data.encoding=..."
             )
             raise DataError(f"{file} is not text in {encoding}: {error}. {remedy}") from None
-        if "\0" in text:
-            line = lines + text[: text.index("\0")].count("\n") + 1
-            raise DataError(_not_text(file, f"holds a null character, line {line}", encoding))
+        for sign, shows in _NO_TEXT.items():
+            if sign in text:
+                line = lines + text[: text.index(sign)].count("\n") + 1
+                raise DataError(_not_text(file, f"{shows}, line {line}", encoding))
         position += len(block)
         lines += text.count("\n")
+        if as_utf8 is not None and as_utf8.is_it_all(block):
+            raise DataError(_other_encoding(file, "is UTF-8", "utf-8", encoding))
         if text and is_first:
             is_first = False
             if text.startswith(MARK):
@@ -112,6 +116,34 @@ def _decoded(file: Path, stream: BinaryIO, encoding: str, omissions: Omissions |
             yield text
         if not block:
             return
+
+
+_NO_TEXT = {
+    "\0": "holds a null character",
+    "\x1b$": "holds the escape sequences of ISO-2022 (data.encoding=iso2022_jp or iso2022_kr)",
+}
+_FEWEST_UTF8 = 4
+"""Characters beyond ASCII that are needed to believe that a text is UTF-8: chance does not make so many."""
+
+
+class _AsUtf8:
+    """Watches whether a file in another encoding is UTF-8 to its end, which would be read wrongly and not fail."""
+
+    def __init__(self) -> None:
+        self._decoder: codecs.IncrementalDecoder | None = codecs.getincrementaldecoder("utf-8")("strict")
+        self._beyond_ascii = 0
+
+    def is_it_all(self, block: bytes) -> bool:
+        """Take the next block; an empty one ends the file. True at the end, if all of it was UTF-8."""
+        if self._decoder is None:
+            return False
+        try:
+            text = self._decoder.decode(block, final=not block)
+        except UnicodeDecodeError:
+            self._decoder = None
+            return False
+        self._beyond_ascii += 0 if text.isascii() else sum(not c.isascii() for c in text)
+        return not block and self._beyond_ascii >= _FEWEST_UTF8
 
 
 def check_head(file: Path, head: bytes, encoding: str) -> None:
@@ -141,7 +173,7 @@ def check_head(file: Path, head: bytes, encoding: str) -> None:
             + " (If it is ASCII all the same: data.encoding=ascii.)"
         )
     control = sum(head.count(bytes([code])) for code in _CONTROL)
-    if control > max(8, len(head) // 50) and encoding != "iso2022_jp":
+    if control > max(8, len(head) // 50) and not encoding.startswith(("iso2022", "cp")):
         raise DataError(
             _not_text(file, f"holds {control} control characters in its first {len(head)} bytes", encoding)
         )
@@ -204,10 +236,12 @@ def _undecodable(file: Path, encoding: str, start: int, line: int, error: Unicod
     what = f"0x{byte[0]:02x} is not {encoding}" if byte else f"not {encoding}"
     if error.reason.startswith(("unexpected end", "truncated", "incomplete")):
         what = "it ends in the middle of a character"
-    wide = _hidden_utf16(error.object[:HEAD_BYTES]) if encoding == "utf-8" else None
+    likely = _hidden_utf16(error.object[:HEAD_BYTES]) if encoding == "utf-8" else None
+    if encoding != "utf-8" and _decodes(error.object[:HEAD_BYTES], "utf-8"):
+        likely = "utf-8"
     guess = (
-        f"It looks like {wide.upper()} without a byte-order mark: data.encoding={wide}."
-        if wide is not None
+        f"It looks like {likely.upper()}: data.encoding={likely}."
+        if likely is not None
         else "Say which encoding it has, such as data.encoding=cp1252 (Western Windows), cp1251 (Cyrillic), "
         "gb18030 (Chinese) or shift_jis (Japanese), or correct the file; nothing is replaced in silence."
     )

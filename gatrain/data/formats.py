@@ -31,10 +31,18 @@ _BY_NAME = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".parquet": "parquet",
     ".pq": "parquet",
 }  # fmt: skip
-_PROSE = frozenset(
-    {"", ".txt", ".text", ".json", ".dat", ".data", ".log", ".out", ".part", ".raw", ".corpus"}
-)
-"""Names that say nothing of what is inside; others, such as those of source code, are believed to be text."""
+_SOURCES = frozenset((
+    ".md", ".markdown", ".rst", ".org", ".adoc", ".tex", ".bib", ".texi", ".srt", ".vtt", ".po", ".diff",
+    ".patch", ".py", ".pyi", ".pyx", ".js", ".jsx", ".mjs", ".ts", ".tsx", ".c", ".h", ".cc", ".cpp",
+    ".cxx", ".hpp", ".cu", ".cuh", ".java", ".go", ".rs", ".rb", ".php", ".pl", ".pm", ".sh", ".bash",
+    ".zsh", ".fish", ".ps1", ".sql", ".r", ".jl", ".m", ".scala", ".kt", ".kts", ".swift", ".cs", ".fs",
+    ".vb", ".lua", ".hs", ".ml", ".mli", ".ex", ".exs", ".erl", ".clj", ".lisp", ".el", ".scm", ".vim",
+    ".asm", ".s", ".f", ".f90", ".f95", ".for", ".pas", ".d", ".nim", ".zig", ".dart", ".groovy",
+    ".gradle", ".cmake", ".mk", ".mak", ".in", ".am", ".ac", ".yaml", ".yml", ".toml", ".ini", ".cfg",
+    ".conf", ".properties", ".env", ".css", ".scss", ".sass", ".less", ".vue", ".svelte", ".v", ".sv",
+    ".vhd", ".vhdl", ".proto", ".thrift", ".graphql", ".tf",
+))  # fmt: skip
+"""Names that say that a file is prose or source code. What any other holds, its content decides."""
 
 _UNPACK = "Unpack it and name what was in it."
 _EXPORT = "Export its text to .txt, .jsonl or .parquet first."
@@ -85,6 +93,7 @@ _MAGIC: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"GGUF", "a GGUF model", _WEIGHTS),
 )
 _REFUSED_NAMES = {
+    ".ipynb": "Convert it first: jupyter nbconvert --to script FILE, or --to markdown.",
     **dict.fromkeys((".pkl", ".pickle", ".pt", ".pth", ".ckpt", ".joblib", ".safetensors", ".npz"), _WEIGHTS),
     **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar", ".tbz", ".txz", ".jar", ".whl"), _UNPACK),
     **dict.fromkeys(
@@ -96,8 +105,10 @@ _REFUSED_NAMES = {
 }
 _MARKUP_NAMES = (".html", ".htm", ".xhtml", ".xml")
 _MARKUP = re.compile(
-    rb"\s*(?:<!--.*?-->\s*)*<(?:!doctype html|html[\s>]|\?xml[\s?])", re.IGNORECASE | re.DOTALL
+    rb"\s*(?:<!--.*?-->\s*)*<(?:!doctype html|html[\s>]|\?xml[\s?]|svg[\s>])", re.IGNORECASE | re.DOTALL
 )
+_NETPBM = re.compile(rb"P[1-6]\s+(?:#[^\n]*\n\s*)*\d+\s+\d+\s")
+_OLD_PICKLE = re.compile(rb"c[A-Za-z_][\w.]*\n[A-Za-z_]\w*\n(?:p\d+\n|\()|\([ld]p\d+\n|\(i[A-Za-z_][\w.]*\n")
 _JSON_OBJECT = re.compile(r"\s*\{\s*\"(?:[^\"\\]|\\.)*\"\s*:")
 _JSON_ARRAY = re.compile(r"\s*\[\s*(?:\{\s*\"|\{\s*\}|\[|\"(?:[^\"\\]|\\.)*\"\s*[,\]])")
 _COLUMN = re.compile(r"[^\W\d][\w.:-]{0,40}")
@@ -107,24 +118,9 @@ UNREAD_SUFFIXES = frozenset(
     for name in (
         *("png", "jpg", "jpeg", "jfif", "gif", "bmp", "tif", "tiff", "webp", "ico", "heic", "psd"),
         *("mp3", "wav", "flac", "ogg", "m4a", "mp4", "avi", "mov", "mkv", "webm"),
-        *(
-            "ttf",
-            "otf",
-            "woff",
-            "woff2",
-            "pyc",
-            "pyo",
-            "so",
-            "o",
-            "a",
-            "class",
-            "exe",
-            "dll",
-            "dylib",
-            "lock",
-        ),
+        *("ttf", "otf", "woff", "woff2", "pyc", "pyo", "so", "o", "a", "class", "exe", "dll", "dylib", "lock"),
     )
-)
+)  # fmt: skip
 """Of a folder these are left out and counted: images, recordings, fonts and compiled code, which nobody means to
 read as text. Named one by one they are refused."""
 
@@ -171,23 +167,22 @@ def format_of(file: Path, reading: Reading, fields: Sequence[str] = ()) -> str:
         head = stream.read(HEAD_BYTES)
     name = plain_name(file)
     suffix = name.suffix.lower()
-    is_parquet = head.startswith(b"PAR1")
-    if is_parquet != (suffix in (".parquet", ".pq")) and head and (is_parquet or reading.format == "auto"):
-        if not is_parquet:
-            raise DataError(f"{file} is not a parquet file, as its name says. Rename it, or write it again.")
+    if head.startswith(b"PAR1"):
+        if file != name:
+            raise DataError(f"{file} is a compressed parquet file. Unpack it: parquet compresses by itself.")
         return "parquet"
-    if is_parquet:
-        return "parquet"
+    if suffix in (".parquet", ".pq") and head and reading.format == "auto":
+        raise DataError(f"{file} is not a parquet file, as its name says. Rename it, or write it again.")
     _check_no_binary(file, suffix, head)
     if reading.format != "auto":
         return reading.format
-    if suffix in _MARKUP_NAMES or (suffix in (*_PROSE, ".md") and _MARKUP.match(head)):
+    if suffix in _MARKUP_NAMES or ((suffix not in _SOURCES or suffix == ".md") and _MARKUP.match(head)):
         raise DataError(
             f"{file} is HTML or XML. Extract its text first (for example with trafilatura or BeautifulSoup), or "
             "say data.format=text to train on the markup itself."
         )
     named = _BY_NAME.get(suffix)
-    if named in ("csv", "tsv") or (named is None and suffix not in _PROSE):
+    if named in ("csv", "tsv") or (named is None and suffix in _SOURCES):
         return named or "text"
     check_head(file, head, reading.encoding)
     text = head.decode(reading.encoding, errors="ignore").removeprefix(MARK)
@@ -200,7 +195,9 @@ def _check_no_binary(file: Path, suffix: str, head: bytes) -> None:
             if place == 8 and not head.startswith(b"RIFF"):
                 continue
             raise DataError(f"{file} is {what}, not text. {remedy}")
-    if head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5"):
+    if _NETPBM.match(head):
+        raise DataError(f"{file} is a netpbm image, not text. {_NO_TEXT}")
+    if (head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5")) or _OLD_PICKLE.match(head):
         raise DataError(f"{file} is a pickle, not text. {_WEIGHTS}")
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 27 and head[:8].count(0) >= 4:
         raise DataError(f"{file} is a safetensors file, not text. {_WEIGHTS}")

@@ -28,7 +28,7 @@ from gatrain.data.text import check_lengths, finished, left_out, source_files
 from gatrain.data.text_files import Files, Given
 from gatrain.data.token_file import TokenFile, TokenWriter, smallest_dtype, unigram_loss
 from gatrain.data.token_layout import Array
-from gatrain.data.tokenised import no_text, read_report, text_sources, write_report
+from gatrain.data.tokenised import check_unchanged, no_text, read_report, text_sources, write_report
 from gatrain.data.tokenizer import Tokenizer, check_tokenizer, make_tokenizer, tokenizer_key
 from gatrain.errors import DataError
 
@@ -245,6 +245,7 @@ def tokenised_samples(
                 counts.append(len(prompts) - before)
                 if part.files and not counts[-1]:
                     raise DataError(f"{no_text(part.files)} A sample has at least {SHORTEST - 2} tokens.")
+        check_unchanged(files, key)
         np.save(folder / "offsets.npy", np.asarray(offsets, dtype=np.int64))
         np.save(folder / "prompts.npy", np.asarray(prompts, dtype=np.int64))
         np.save(folder / "held_out.npy", np.int64(counts[1]))
@@ -264,8 +265,8 @@ class _Part:
         self._fields = fields
         names = (fields.prompt.split(".")[0], fields.completion.split(".")[0])
         every = Corpus(files, reading, names)
-        pairs = [file for file in files if self._holds_pairs(every, file)]
-        self.pairs = Corpus(pairs, reading, names)
+        pairs = {file for file in files if self._holds_pairs(every, file)}
+        self.pairs = Corpus([file for file in files if file in pairs], reading, names)
         self.plain = Corpus([file for file in files if file not in pairs], reading, names)
 
     def _holds_pairs(self, corpus: Corpus, file: Path) -> bool:

@@ -22,6 +22,7 @@ MAX_RECORD_CHARS = 1 << 28
 """A longer line or record is refused: it would have to be held in memory, several times over."""
 PARQUET_ROWS = 256
 BLANK_LINES = "blank lines left out"
+LONG_ROWS = "rows of several lines, by quoted line ends"
 CHAT_FIELDS = ("messages", "conversations", "conversation", "dialog", "dialogue", "turns")
 
 Record = dict[str, Any]
@@ -318,6 +319,8 @@ def _table(
                 f"({', '.join(names[:10])}). Correct that "
                 "row: a field with a delimiter or a line end stands in double quotes."
             )
+        if rows.line_num > number and omissions is not None:
+            omissions.add(LONG_ROWS, f"{file.name}, {place}")
         yield place, dict(zip(names, row, strict=True))
 
 

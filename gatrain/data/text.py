@@ -17,14 +17,17 @@ from gatrain.data.compressed import plain_name
 from gatrain.data.fingerprint import content_fingerprint
 from gatrain.data.formats import Reading
 from gatrain.data.report import DataReport, Omission
+from gatrain.data.stdlib import stdlib_files, stdlib_fingerprint
 from gatrain.data.text_files import Files, Given, find_files
 from gatrain.data.token_file import TokenFile, Tokens, open_tokens, unigram_loss
 from gatrain.data.token_layout import beside
-from gatrain.data.tokenised import read_report, tokenised
+from gatrain.data.tokenised import longer_documents, read_report, tokenised
 from gatrain.data.tokenizer import Tokenizer, check_tokenizer, make_tokenizer, own_file
 from gatrain.errors import DataError
 
 TOKEN_SUFFIXES = (".bin", ".npy")
+GO_ON = "documents longer than data.context, which go on in the next samples"
+LEFT_OVER = "tokens at the end, too few for one sample more"
 
 
 class TokenWindows:
@@ -119,6 +122,7 @@ class TextWindows:
         self.tokenizer: Tokenizer | None
         self._files = source_files(path, eval_path)
         self._name = "the standard library" if path is None else str(path)
+        self._folder: Path | None = None
         held_out: Tokens | None = None
         if self._files is not None and _are_tokens(self._files, str(path)):
             self.tokens, held_out = _open_token_files(self._files, token_dtype, vocab_size, cache_dir)
@@ -133,18 +137,21 @@ class TextWindows:
                 held_out = TokenFile(folder / "held_out.npy")
             self.tokenizer = Tokenizer.load(folder / "tokenizer.json")
             self._read = read_report(folder)
+            self._folder = folder
         self.train, self.eval = self._split(eval_fraction, held_out)
 
     @cached_property
     def report(self) -> DataReport:
         """What was read, and what was left out of it."""
         omissions = [*left_out(self._files), *self._read.omissions]
+        if self._folder is not None and (longer := longer_documents(self._folder, self.context)):
+            omissions.append(Omission(GO_ON, longer))  # nothing of them is lost, so it has no share
         over = self.train.left_over + (self.eval.left_over if self.eval is not None else 0)
         if over:
             total = (
                 self.train.stop - self.train.start + (self.eval.stop - self.eval.start if self.eval else 0)
             )
-            omissions.append(Omission("tokens at the end, too few for one sample more", over, of=total))
+            omissions.append(Omission(LEFT_OVER, over, of=total))
         return finished(self._read, omissions, self._files)
 
     def _split(
@@ -212,8 +219,10 @@ def left_out(files: Files | None) -> list[Omission]:
 def finished(read: DataReport, omissions: list[Omission], files: Files | None) -> DataReport:
     """The report with everything that was left out, and the fingerprint of the files."""
     if files is None:
-        return replace(read, omissions=tuple(omissions))
-    return replace(read, omissions=tuple(omissions), fingerprint=content_fingerprint(list(files), files.root))
+        fingerprint = stdlib_fingerprint(stdlib_files())[:32]
+    else:
+        fingerprint = content_fingerprint(list(files), files.root)
+    return replace(read, omissions=tuple(omissions), fingerprint=fingerprint)
 
 
 def _are_tokens(files: Files, path: str) -> bool:

@@ -138,7 +138,9 @@ def _split(
     """The files to train on and those held out, by the names of folders or files in ``root``."""
     tops = {file: file.relative_to(root).parts[0] for file in files if len(file.relative_to(root).parts) > 1}
     kinds = {split_kind(top) for top in tops.values()}
-    if {"train", "held-out"} <= kinds:
+    by_folder = {"train", "held-out"} <= kinds
+    words: dict[Path, str | None]
+    if by_folder:
         words = {file: top.lower() if split_kind(top) else None for file, top in tops.items()}
     else:
         words = {file: _split_word(file) for file in files}
@@ -146,12 +148,12 @@ def _split(
     held_out = [file for file in files if (word := words.get(file)) and split_kind(word) == "held-out"]
     if not held_out or (held_out_is_given and not train):
         return files, []
-    others = [file for file in files if file not in train and file not in held_out]
-    if not train or (
-        others and not tops and {file.suffix for file in others} & {file.suffix for file in train}
-    ):
-        if not train and not others:
-            return files, []  # nothing but held-out files: they were named on purpose
+    known = {*train, *held_out}
+    others = [file for file in files if file not in known]
+    if not train and not others:
+        return files, []  # nothing but held-out files: they were named on purpose
+    alike = {plain_name(file).suffix for file in train or held_out}
+    if not by_folder and (not train or any(plain_name(file).suffix in alike for file in others)):
         raise DataError(
             f"data.path={shown(root)} holds {_names(root, [*train, *held_out, *others])}: these look "
             "like splits, and "
@@ -163,9 +165,10 @@ def _split(
         )
     first = min((words[file] or "" for file in held_out), key=_ORDER.index)
     chosen = [file for file in held_out if words[file] == first]
-    for file in [*held_out, *others]:
-        if file not in chosen:
-            omissions.add(BESIDE, shown(file.relative_to(root)))
+    read = {*train, *chosen}
+    for file in files:
+        if file not in read:
+            omissions.add(BESIDE, shown(file.relative_to(root)), of=len(files))
     return train, chosen
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gatrain.data.token_layout import Array, layout
-from gatrain.data.token_scan import Scan, first_outside, fitting_dtypes, scan, too_narrow
+from gatrain.data.token_scan import Scan, converted, first_outside, fitting_dtypes, scan, too_narrow
 from gatrain.errors import DataError
 
 
@@ -71,13 +71,14 @@ class TokenFile:
         found = scan(self.path, self.array, self.layout, cache_dir)
         given = f" read as {self.layout.dtype.name}" if self.layout.kind == "raw" else ""
         if self.layout.kind == "raw" and (wide := too_narrow(found, self.array)) is not None:
-            share = {2: "every second id is", 4: "three of four ids are"}[
-                wide.itemsize // self.layout.dtype.itemsize
-            ]
-            raise DataError(
-                f"{self.path}{given}: {share} 0 or nearly, so its numbers are wider. Use "
-                f"data.token_dtype={wide.name}."
+            times = wide.itemsize // self.layout.dtype.itemsize
+            share = "every second id is" if times == 2 else "three of four ids are"
+            advice = (
+                f"Use data.token_dtype={wide.name}"
+                if wide.isnative
+                else f"They are big-endian {wide.name}: convert them with {converted(wide)}"
             )
+            raise DataError(f"{self.path}{given}: {share} 0 or nearly, so its numbers are wider. {advice}.")
         if found.low < 0 or found.high >= vocab_size:
             place, token = first_outside(self.array, vocab_size)
             where = self.layout.offset + place * self.layout.dtype.itemsize
@@ -85,12 +86,9 @@ class TokenFile:
             advice = f"Use data.vocab_size={max(found.high + 1, 1)} or more"
             if fitting:
                 advice = f"Its numbers fit as {' or '.join(fitting)}"
-                big = fitting[0].endswith("big-endian")
-                stored = np.dtype(fitting[0].split()[0])
                 advice += (
-                    f": convert them with numpy.fromfile(path, '>{stored.str[1:]}').astype('<{stored.str[1:]}')"
-                    ".tofile(new)"
-                    if big
+                    f": convert them with {converted(np.dtype(fitting[0].split()[0]))}"
+                    if fitting[0].endswith("big-endian")
                     else f": data.token_dtype={fitting[0]}"
                 )
             elif self.layout.kind == "raw":

@@ -24,8 +24,8 @@ TOKEN_DTYPES = ("uint16", "uint32", "int32", "int64", "uint8")
 Array = npt.NDArray[Any]
 
 _HEADER_BYTES = 1024
-_LLM_C = {20240520: "uint16", 20240801: "uint32"}
-"""Magic number -> type of the numbers, of llm.c's and modded-nanogpt's shards."""
+_LLM_C = {20240520: (1, "uint16"), 20240801: (7, "uint32")}
+"""Magic number -> version and type of the numbers, of llm.c's and modded-nanogpt's shards."""
 _MEGATRON_MAGIC = b"MMIDIDX\0\0"
 _MEGATRON_DTYPES = {
     1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16", 9: "uint32",
@@ -124,7 +124,7 @@ def _is_lit_data(path: Path) -> bool:
 def _llm_c(path: Path, head: bytes, size: int) -> Layout | None:
     if len(head) < _HEADER_BYTES:
         return None
-    magic, _, count = struct.unpack("<3i", head[:12])
+    magic, version, count = struct.unpack("<3i", head[:12])
     big_magic, *_ = struct.unpack(">i", head[:4])
     if big_magic in _LLM_C:
         raise DataError(
@@ -137,7 +137,14 @@ def _llm_c(path: Path, head: bytes, size: int) -> Layout | None:
         )
     if magic not in _LLM_C:
         return None
-    dtype = np.dtype(_LLM_C[magic])
+    known, name = _LLM_C[magic]
+    if version != known:
+        raise DataError(
+            f"{path} has a header of llm.c (magic {magic}) of version {version}; version {known} is "
+            "known. Write the "
+            "tokens with numpy.save instead."
+        )
+    dtype = np.dtype(name)
     held = size - _HEADER_BYTES
     if count < 0 or held != count * dtype.itemsize:
         raise DataError(

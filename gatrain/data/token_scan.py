@@ -21,7 +21,7 @@ KEPT_BYTES = 1 << 25
 """Smaller files are looked at each time: that takes some milliseconds."""
 MAX_KEPT = 2000
 SETTLED_NS = 2_000_000_000
-LARGEST_ODD = 16
+LARGEST_HALF = 16
 """In 16 bits, the upper halves of wider ids stay below it, for vocabularies of up to a million."""
 FEWEST = 16
 """Ids that are needed to tell a width."""
@@ -64,17 +64,21 @@ def scan(path: Path, array: Array, layout: Layout, cache_dir: Path | None = None
 def too_narrow(found: Scan, array: Array) -> np.dtype[Any] | None:
     """The type that the numbers have, where every second one is the empty upper half of a wider one."""
     width = array.dtype.itemsize
-    if (
-        found.size < FEWEST
-        or width >= 8
-        or found.odd_high >= LARGEST_ODD
-        or found.even_high <= found.odd_high
-    ):
+    small, large = sorted((found.even_high, found.odd_high))
+    if found.size < FEWEST or width >= 8 or small >= LARGEST_HALF or small == large:
         return None
-    if found.odd_high and found.even_high < 256:  # small numbers everywhere show nothing
+    if small and large < 256:  # small numbers everywhere show nothing
         return None
-    is_quarter = width == 2 and array.size % 4 == 0 and not array[2 : 1 << 20 : 4].any()
-    return np.dtype("int64" if is_quarter else {1: "uint16", 2: "uint32", 4: "int64"}[width])
+    order, upper = ("<", 2) if found.odd_high == small else (">", 1)
+    is_quarter = width == 2 and array.size % 4 == 0 and not array[upper : 1 << 20 : 4].any()
+    name = "int64" if is_quarter else {1: "uint16", 2: "uint32", 4: "int64"}[width]
+    return np.dtype(f"{order}{np.dtype(name).str[1:]}")
+
+
+def converted(dtype: np.dtype[Any]) -> str:
+    """The Python that turns a file of big-endian numbers into one that can be read."""
+    code = dtype.str[1:]
+    return f"numpy.fromfile(path, '>{code}').astype('<{code}').tofile(new)"
 
 
 def first_outside(array: Array, vocab_size: int) -> tuple[int, int]:
@@ -100,7 +104,7 @@ def fitting_dtypes(path: Path, layout: Layout, vocab_size: int) -> list[str]:
         ids = np.frombuffer(head[: len(head) // dtype.itemsize * dtype.itemsize], dtype=dtype)
         if ids.size < FEWEST or int(ids.min()) < 0 or int(ids.max()) >= vocab_size or not ids.any():
             continue
-        if int(ids[1::2].max()) < LARGEST_ODD <= int(ids[::2].max()):
+        if int(ids[1::2].max()) < LARGEST_HALF <= int(ids[::2].max()):
             continue
         fitting.append(name if order == "<" else f"{name} big-endian")
     return fitting

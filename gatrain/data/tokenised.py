@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,15 @@ from gatrain.data.formats import Reading
 from gatrain.data.report import DataReport, Omissions
 from gatrain.data.stdlib import stdlib_files, stdlib_fingerprint
 from gatrain.data.text_files import Files
-from gatrain.data.token_file import TokenWriter, smallest_dtype
+from gatrain.data.token_file import TokenFile, TokenWriter, smallest_dtype
 from gatrain.data.tokenizer import Tokenizer, check_tokenizer, make_tokenizer, tokenizer_key
 from gatrain.errors import DataError, RunFolderError
 from gatrain.rundir import read_json, write_json
 
 REPORT = "report.json"
+LENGTHS = "lengths.npy"
+"""Tokens of each document, those of held-out files last, without the end-of-text token."""
+MOST_LENGTH = 2**32 - 1
 
 
 def tokenised(
@@ -42,18 +45,21 @@ def tokenised(
         corpus, tested = Corpus(train, reading), Corpus(held_out, reading)
         tokenizer = make_tokenizer(kind, corpus.training_texts(), vocab_size)
         tokenizer.save(folder / "tokenizer.json")
-        for part, name in ((corpus, "tokens.npy"), (tested, "held_out.npy")):
-            if part.files and _write(folder / name, part, tokenizer) == 0:
-                raise no_text(part.files)
+        with TokenWriter(folder / LENGTHS, "uint32") as lengths:
+            for part, name in ((corpus, "tokens.npy"), (tested, "held_out.npy")):
+                if part.files and _write(folder / name, part, tokenizer, lengths) == 0:
+                    raise no_text(part.files)
+        check_unchanged(files, key)
         documents = corpus.documents + tested.documents
         write_report(folder, [corpus, tested], tokenizer.met, documents, "documents")
 
-    key = {**key, "vocab_size": vocab_size, "tokenizer": tokenizer_key(kind)}
-    return build_once("text", key, build, cache_dir)
+    whole_key = {**key, "vocab_size": vocab_size, "tokenizer": tokenizer_key(kind)}
+    return build_once("text", whole_key, build, cache_dir)
 
 
-def _write(path: Path, corpus: Corpus, tokenizer: Tokenizer) -> int:
+def _write(path: Path, corpus: Corpus, tokenizer: Tokenizer, lengths: TokenWriter) -> int:
     ends: list[bool] = []
+    length = 0
 
     def texts() -> Iterator[str]:
         for text, is_end in corpus.pieces():
@@ -63,9 +69,19 @@ def _write(path: Path, corpus: Corpus, tokenizer: Tokenizer) -> int:
     with TokenWriter(path, smallest_dtype(tokenizer.size)) as writer:
         for ids in tokenizer.encode_all(texts()):
             writer.write(ids)
+            length += len(ids)
             if ends.pop(0):
                 writer.write([tokenizer.end_of_text])
+                lengths.write([min(length, MOST_LENGTH)])
+                length = 0
     return writer.size
+
+
+def longer_documents(folder: Path, context: int) -> int:
+    """How many documents have more tokens than a sample predicts."""
+    lengths = TokenFile(folder / LENGTHS)
+    blocks = range(0, lengths.size, 1 << 22)
+    return sum(int((lengths.read(start, start + (1 << 22)) >= context).sum()) for start in blocks)
 
 
 def text_sources(files: Files | None, reading: Reading) -> tuple[list[Path], list[Path], dict[str, Any]]:
@@ -76,6 +92,20 @@ def text_sources(files: Files | None, reading: Reading) -> tuple[list[Path], lis
         return sources, [], {"stdlib": stdlib_fingerprint(sources), **options}
     states = {"files": files_state(files.train), "held_out": files_state(files.held_out)}
     return files.train, files.held_out, {**states, **options}
+
+
+def check_unchanged(files: Files | None, key: Mapping[str, Any]) -> None:
+    """Refuse files that are others than when their ``key`` was made, before they were read.
+
+    Raises:
+        DataError: names one.
+    """
+    if files is None:
+        return
+    for name, part in (("files", files.train), ("held_out", files.held_out)):
+        for before, now in zip(key[name], files_state(part), strict=True):
+            if before != now:
+                raise DataError(f"{now[0]} changed while it was read. Start again when it is whole.")
 
 
 def no_text(files: list[Path]) -> DataError:
