@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gatrain.data.compare import class_names
-from gatrain.data.report import DataRecord, DataReport, Omission
+from gatrain.data.report import EXAMPLES, DataRecord, DataReport, Omission
 from gatrain.errors import ConfigError, GatrainError
 from gatrain.tasks.base import Task
 from gatrain.train.sample_prints import Prints, spread, take_prints
@@ -40,7 +40,7 @@ def look_at_data(task: Task, source: Any, seed: int) -> DataRecord:
     if prints.unread:
         read = len(prints.unread) + len(prints.samples) + prints.unstable
         unread = Omission(
-            f"of {read} samples that were tried could not be read", len(prints.unread), tuple(prints.unread)
+            "tried samples could not be read", len(prints.unread), tuple(prints.unread[:EXAMPLES]), of=read
         )
         report = dataclasses.replace(report, omissions=(*report.omissions, unread))
     return DataRecord(
