@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,6 +52,15 @@ class StepSettings:
     checkpointing: str
     compile: bool
     sync: str
+
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: names the value that is none of those allowed.
+        """
+        schema.one_of(PRECISIONS[1:], precision=self.precision)
+        schema.one_of(CHECKPOINTING[1:], checkpointing=self.checkpointing)
+        schema.one_of(SYNCS[1:], sync=self.sync)
 
 
 @dataclass(frozen=True)
@@ -113,16 +121,9 @@ class Plan:
         Raises:
             ValueError: a type, a range, or a sum that no plan has; says which.
         """
-        trials = data.get("trials")
-        if isinstance(trials, list):  # a trial's loss may be infinite or no number: nothing depends on it
-            trials = [
-                {**trial, "loss": None} if _is_not_finite(trial.get("loss")) else trial
-                for trial in trials
-                if isinstance(trial, dict)
-            ]
-            data = {**data, "trials": trials}
         try:
-            found = schema.parse(cls, data)
+            # a trial's loss may be infinite or no number: nothing depends on it
+            found = schema.parse(cls, data, finite=False)
         except AssertionError as error:
             raise ValueError(str(error)) from error
         found._check_ranges()
@@ -142,18 +143,14 @@ class Plan:
         sizes = [size for rank in self.micro_batches for size in rank]
         if not all(1 <= size <= self.micro_batch for size in sizes):
             raise ValueError(f"micro_batches has sizes outside of 1 to {self.micro_batch}")
-        ways: list[Plan | Trial] = [self, *self.trials]
-        for each in ways:
-            schema.one_of(PRECISIONS[1:], precision=each.precision)
-            schema.one_of(CHECKPOINTING[1:], checkpointing=each.checkpointing)
-        schema.one_of(SYNCS[1:], sync=self.sync)
+        self.settings.check()
         for trial in self.trials:
+            StepSettings(trial.precision, trial.checkpointing, trial.compile, self.sync).check()
             schema.one_of((FITS, DOES_NOT_FIT, FAILED, SKIPPED), outcome=trial.outcome)
             schema.at_least(1, micro_batch=trial.micro_batch)
-
-
-def _is_not_finite(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
+            times = ("micro_step_s", "reduce_s", "optimizer_s", "samples_per_s", "step_s", "confirmed_step_s")
+            counts = ("peak_memory_bytes", "confirmed_steps")
+            schema.at_least(0, **{name: getattr(trial, name) for name in (*times, *counts)})
 
 
 def make_plan(

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gatrain import batch
+from gatrain import batch, schema
 from gatrain.plan import StepSettings
 from gatrain.tune.search import Candidate, name, simplicity
 
@@ -42,8 +42,24 @@ class Finalist:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Finalist:
-        """Inverse of `dataclasses.asdict`."""
-        return cls(StepSettings(**data["settings"]), int(data["micro_batch"]), tuple(data["shares"]))
+        """Inverse of `dataclasses.asdict`.
+
+        Raises:
+            ValueError: not a finalist.
+        """
+        found = schema.parse(cls, data)
+        found.check()
+        return found
+
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: a value that no candidate has.
+        """
+        self.settings.check()
+        schema.at_least(1, micro_batch=self.micro_batch)
+        for share in self.shares:
+            schema.at_least(0, share=share)
 
 
 @dataclass(frozen=True)
@@ -77,13 +93,15 @@ class Confirmation:
         """Inverse of `dataclasses.asdict`.
 
         Raises:
-            KeyError, TypeError, ValueError: not a confirmation.
+            ValueError: not a confirmation.
         """
-        entries = tuple(
-            WholeSteps(Finalist.from_dict(e["finalist"]), tuple(map(float, e["seconds"])), e["error"])
-            for e in data["entries"]
-        )
-        return cls(int(data["effective_batch"]), int(data["world_size"]), entries)
+        found = schema.parse(cls, data)
+        schema.at_least(1, effective_batch=found.effective_batch, world_size=found.world_size)
+        for entry in found.entries:
+            entry.finalist.check()
+            for seconds in entry.seconds:
+                schema.at_least(0, seconds=seconds)
+        return found
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gatrain.plan import DOES_NOT_FIT, FITS, StepSettings
+from gatrain import schema
+from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, SKIPPED, StepSettings
 
 SHARE, MEMORY, TIME, SLOWER, LEVEL, BROKEN, INTERRUPTED = (
     "share",
@@ -92,18 +93,21 @@ class Measurement:
         """Inverse of `dataclasses.asdict`; unknown keys are ignored.
 
         Raises:
-            TypeError: a required key is missing.
+            ValueError: it is something else, or a number that was never measured.
         """
-        known = {f.name for f in dataclasses.fields(cls)}
-        values = {key: value for key, value in data.items() if key in known}
-        found = values.get("range_s")
-        return cls(
-            **{
-                **values,
-                "rank_s": tuple(values.get("rank_s", ())),
-                "range_s": tuple(found) if found is not None else None,
-            }
-        )
+        return schema.parse(cls, data, finite=False)._checked()
+
+    def _checked(self) -> Measurement:
+        schema.one_of((FITS, DOES_NOT_FIT, FAILED, SKIPPED), outcome=self.outcome)
+        schema.at_least(1, micro_batch=self.micro_batch)
+        names = (
+            "peak_memory_bytes", "micro_step_s", "reduce_s", "optimizer_s", "fragmentation_bytes", "compile_s",
+            "host_bytes", "again",
+        )  # fmt: skip
+        schema.at_least(0, **{name: getattr(self, name) for name in names})
+        for seconds in (*self.rank_s, *(self.range_s or ())):
+            schema.at_least(0, seconds=seconds)
+        return self
 
 
 def doubtful(measurements: Iterable[Measurement], far: float = FAR) -> list[int]:
@@ -267,13 +271,11 @@ class Curve:
         """Inverse of `to_dict`.
 
         Raises:
-            KeyError, TypeError: not a curve.
+            ValueError: not a curve.
         """
-        return cls(
-            settings=StepSettings(**data["settings"]),
-            measurements=tuple(Measurement.from_dict(m) for m in data["measurements"]),
-            stopped=str(data["stopped"]),
-            max_seconds=float(data["max_seconds"]),
-            modes=tuple(data["modes"]),
-            budget_bytes=data.get("budget_bytes"),
-        )
+        found = schema.parse(cls, data, finite=False)
+        found.settings.check()
+        schema.at_least(0, max_seconds=found.max_seconds, budget_bytes=found.budget_bytes)
+        for measurement in found.measurements:
+            measurement._checked()
+        return found
