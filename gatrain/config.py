@@ -18,6 +18,7 @@ CHECKPOINTING = ("auto", "none", "selective", "full")
 SYNCS = ("auto", "overlap", "window")
 DEVICES = ("auto", "cpu", "cuda")
 SCHEDULES = ("constant", "warmup_cosine")
+LARGEST = 2**63
 NONFINITE = ("stop", "skip")
 CHECKS = ("error", "warn", "off")
 
@@ -278,6 +279,8 @@ def _one_of(key: str, value: Any, allowed: tuple[str, ...]) -> None:
 def _at_least(key: str, value: float, lowest: int) -> None:
     if not value >= lowest:  # written so that nan is refused too
         raise ConfigError(f"{key}={value} is below {lowest}, the smallest value allowed.")
+    if isinstance(value, int) and value >= LARGEST:
+        raise ConfigError(f"{key}={value} is not below 2**63, the largest value that files and tensors hold.")
 
 
 def _above_zero(key: str, value: float) -> None:

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-MOST_COUNT = 2**53
-"""Counts are below this: they are summed as float64."""
+LARGEST = 2**63
+"""Whole numbers are below this."""
 LONGEST = 60
 """Characters of a wrong value that a message shows."""
 
@@ -23,7 +23,7 @@ def parse(kind: type[T], data: Any, *, unknown_keys: bool = True, finite: bool =
     """Build ``kind`` from what `json.loads` gave; its annotations are the schema.
 
     Known are dataclasses, int, float, str, bool, None, Any, unions, lists, tuples and dicts with text as keys. A
-    bool is no number and a float no int; ints are below 2**53 in size.
+    bool is no number and a float no int; ints are at most 2**63 in size.
 
     Args:
         unknown_keys: whether a dataclass's keys of a newer version are passed over.
@@ -60,8 +60,8 @@ def one_of(allowed: typing.Collection[str], **values: str) -> None:
 
 def shown(value: Any) -> str:
     """A value as it may stand in a message: short, and without control characters."""
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > MOST_COUNT:
-        return "a number of 2**53 or more" if value > 0 else "a number of -2**53 or less"
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > LARGEST:
+        return "a number above 2**63" if value > 0 else "a number below -2**63"
     if isinstance(value, dict | list):
         return f"a {type(value).__name__} of {len(value)}"
     text = ascii(value)
@@ -95,7 +95,7 @@ class _Parser:
 
     def number(self, number: float, place: str) -> float:
         if isinstance(number, int):
-            if abs(number) > MOST_COUNT:
+            if abs(number) > LARGEST:
                 raise ValueError(f"{_named(place)} is {shown(number)}")
         elif self.finite and not math.isfinite(number):
             raise ValueError(f"{_named(place)} is {number}, not a finite number")

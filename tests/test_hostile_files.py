@@ -168,7 +168,7 @@ def test_whatever_has_the_name_of_a_state_counts_as_something_to_lose(tmp_path: 
 @pytest.mark.parametrize(
     ("kind", "value"),
     [
-        (int, True), (int, 1.0), (int, "1"), (int, 2**53 + 1), (int, -(10**30)), (float, float("nan")),
+        (int, True), (int, 1.0), (int, "1"), (int, 2**63 + 1), (int, -(10**30)), (float, float("nan")),
         (float, float("inf")), (float, "1"), (str, 1), (str, None), (bool, 1), (list[int], (1,)),
         (list[int], ["1"]),
         (tuple[int, int], [1]), (dict[str, int], {"a": None}), (int | None, "none"),

@@ -32,6 +32,7 @@ from gatrain import assets, secrets
 from gatrain.compose import (
     Composed,
     Reloaded,
+    bounds,
     folders_of,
     messages,
     moment,
@@ -116,7 +117,10 @@ def reload(path: Path, overrides: Sequence[str], values: Mapping[str, Any]) -> R
     for key, value in values.items():
         OmegaConf.update(merged, key, value, merge=False)
     config = _to_config(merged, dict(sources.leaves_of(OmegaConf.to_container(merged))))
-    validate(config)
+    try:
+        validate(config)
+    except ConfigError as error:
+        raise ConfigError(str(error) if parsed or values else f"{path}: {error}") from None
     settled, references = settle(merged)
     return Reloaded(
         config=config,
@@ -195,6 +199,7 @@ def read_yaml(path: Path) -> DictConfig:
         ConfigError: names the file and the line.
     """
     try:
+        bounds.check(path)
         loaded = OmegaConf.load(path)
     except (messages.YAMLError, OSError, UnicodeDecodeError) as error:
         raise ConfigError(messages.unreadable(path, error)) from error
