@@ -22,7 +22,7 @@ from typing import Any
 
 from gatrain.errors import DamagedFileError, RunFolderError
 from gatrain.plan import Plan
-from gatrain.secrets import hide_known
+from gatrain.secrets import hide_in
 
 MOST_JSON_BYTES = 2**28
 """Larger files are nothing that gatrain has written: a plan has kilobytes, a large model's progress megabytes."""
@@ -301,9 +301,13 @@ def read_json(path: Path, most_bytes: int = MOST_JSON_BYTES) -> dict[str, Any]:
     return data
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Write ``data`` as indented JSON, atomically, without the secrets that this process has met."""
-    write_text(path, hide_known(json.dumps(data, indent=2, allow_nan=True)) + "\n")
+def write_json(path: Path, data: Any, *, exact: bool = False) -> None:
+    """Write ``data`` as indented JSON, atomically, without the secrets that this process has met.
+
+    Args:
+        exact: no text in it is for people, and each is kept as it is.
+    """
+    write_text(path, json.dumps(data if exact else hide_in(data), indent=2, allow_nan=True) + "\n")
 
 
 def write_text(path: Path, text: str, mode: int = 0o666) -> None:

@@ -221,8 +221,8 @@ def _without_value(found: re.Match[str]) -> str:
 # --- what this process has met --------------------------------------------------------------------------
 
 _known: set[str] = set()
-_SHORTEST = 6
-"""Characters of a secret that is looked for in every text: shorter ones would be found everywhere."""
+_SHORTEST, _ORDINARY = 6, re.compile(r"[a-z_]{1,15}|[A-Z]?[a-z]{1,12}")
+"""Shorter secrets, and those that are words, would be found everywhere; where they are named they are hidden."""
 
 
 def note(key: str, value: Any) -> None:
@@ -254,7 +254,7 @@ def _remember(value: str, shown: str) -> None:
     found = {part for part in parts if part not in shown}
     if shown.endswith(REDACTED) and not re.search(r"[{\[:=]", whole):
         found.add(whole)
-    _known.update(part for part in found if len(part) >= _SHORTEST and _grade_of_name(part) < _Grade.TOKEN)
+    _known.update(part for part in found if len(part) >= _SHORTEST and not _ORDINARY.fullmatch(part))
 
 
 def hide(text: str) -> str:
@@ -262,11 +262,33 @@ def hide(text: str) -> str:
     return hide_known(redact_text(text))
 
 
+_DIGITS = re.compile(r"[0-9a-fA-F]+")
+
+
 def hide_known(text: str) -> str:
     """The text without the secrets that this process has met."""
     for secret in sorted(_known, key=len, reverse=True):
-        text = text.replace(secret, REDACTED)
+        if secret in text:
+            whole = _DIGITS.fullmatch(secret)  # no part of a hash or of another number
+            pattern = rf"(?<![0-9A-Za-z]){re.escape(secret)}(?![0-9A-Za-z])" if whole else re.escape(secret)
+            text = re.sub(pattern, REDACTED, text)
     return text
+
+
+def hide_in(data: Any) -> Any:
+    """Nested data with `hide_known` in its texts; numbers stay, and the folders that a run needs to find again."""
+    if not _known:
+        return data
+    if isinstance(data, str):
+        return hide_known(data)
+    if isinstance(data, dict):
+        return {name: each if name in _PLACES else hide_in(each) for name, each in data.items()}
+    if isinstance(data, list | tuple):
+        return [hide_in(each) for each in data]
+    return data
+
+
+_PLACES = ("working_dir", "recipe_file", "weights")
 
 
 # --- the command line that others see -------------------------------------------------------------------

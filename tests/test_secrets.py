@@ -91,13 +91,30 @@ def test_nested_values_are_hidden_one_by_one() -> None:
 def test_what_was_met_as_a_secret_is_hidden_in_any_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(secrets, "_known", set())
     secrets.note("data", {"token": "wildly-unlike", "opts": {"password": 123456789}, "path": "folder/file"})
-    secrets.note_words(["data.api_key=S3CRETfff", "recipe=llm", "data.url=https://me:unguessable@host/place"])
+    secrets.note_words(
+        ["data.api_key=S3CRETfff", "recipe=llm", "data.url=https://me:unguessable9@host/place"]
+    )
     text = (
-        "cannot open wildly-unlike with 123456789 or S3CRETfff at unguessable in folder/file of llm at host"
+        "cannot open wildly-unlike with 123456789 or S3CRETfff at unguessable9 in folder/file of llm at host"
     )
     assert hide(text) == (
         "cannot open <redacted> with <redacted> or <redacted> at <redacted> in folder/file of llm at host"
     )
+
+
+def test_numbers_hashes_words_and_places_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(secrets, "_known", set())
+    secrets.note("data", {"token": 841444, "password": "training", "pat": "S3CRETfff"})
+    data = {
+        "a": 841444,
+        "hash": "ab841444cd",
+        "said": ["in training with 841444", "S3CRETfff"],
+        "working_dir": "/S3CRETfff",
+    }
+    assert secrets.hide_in(data) == {
+        "a": 841444, "hash": "ab841444cd", "said": ["in training with <redacted>", "<redacted>"],
+        "working_dir": "/S3CRETfff",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from gatrain import __version__, offspring
 from gatrain.cli import options_elsewhere
 from gatrain.commands import typed
 from gatrain.errors import GatrainError, nearest
-from gatrain.secrets import hide
+from gatrain.secrets import hide, hide_in, hide_known
 
 if TYPE_CHECKING:
     from gatrain.fit import Listener
@@ -45,6 +45,7 @@ class Progress:
         self.stop()
 
     def tell(self, text: str) -> None:
+        text = hide_known(text)
         if not sys.stderr.isatty():
             print(text, file=sys.stderr, flush=True)
             return
@@ -82,14 +83,14 @@ class Progress:
 
         def said(text: str) -> None:
             self.stop()
-            print(text, file=sys.stderr, flush=True)
+            print(hide_known(text), file=sys.stderr, flush=True)
 
         return Listener(progress=self.tell, read=seen.append, planned=planned, said=said)
 
 
 def print_json(data: Any) -> None:
     """Print one JSON object on standard output."""
-    print(json.dumps(data, indent=2, default=str))
+    print(json.dumps(hide_in(data), indent=2, default=str))
 
 
 def width() -> int:
@@ -101,7 +102,7 @@ def print_lines(lines: Sequence[str]) -> None:
     """Print lines, with a stand-in for what the terminal cannot show."""
     encoding = sys.stdout.encoding or "utf-8"
     for line in lines:
-        print(line.encode(encoding, "replace").decode(encoding))
+        print(hide_known(line).encode(encoding, "replace").decode(encoding))
 
 
 # typer 0.26 and newer carries its own copy of click, older ones import it: so the class is looked up

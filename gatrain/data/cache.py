@@ -118,7 +118,7 @@ def _build(folder: Path, build: Callable[[Path], None]) -> None:
         for path in files:
             fsync(path)
         manifest = {path.name: {"size": path.stat().st_size, "sha256": _hash(path)} for path in files}
-        write_json(temporary / MANIFEST, {"files": manifest})
+        write_json(temporary / MANIFEST, {"files": manifest}, exact=True)
         _note_verified(temporary, {path.name: _state(path) for path in files})
         temporary.chmod(0o755)  # a shared cache is readable by all, unlike a private temporary folder
         os.rename(temporary, folder)
@@ -149,4 +149,4 @@ def _is_verified(folder: Path, states: Mapping[str, list[int]]) -> bool:
 def _note_verified(folder: Path, states: Mapping[str, list[int]]) -> None:
     """Where that fails, as in a cache of somebody else, the contents are read again next time."""
     with contextlib.suppress(OSError):
-        write_json(folder / VERIFIED, {"at": time.time(), "files": states})
+        write_json(folder / VERIFIED, {"at": time.time(), "files": states}, exact=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 from gatrain import disk, units
 from gatrain.report.text import clean
+from gatrain.secrets import hide_known
 from gatrain.train.events import RunInfo, Sink
 
 
@@ -76,7 +77,7 @@ class Fanout:
         self._tell("saved", step, path)
 
     def notice(self, text: str) -> None:
-        self._tell("notice", text)
+        self._tell("notice", hide_known(text))
 
     def end(self, summary: Mapping[str, Any]) -> None:
         self._tell("end", summary)
@@ -152,6 +153,7 @@ class Fanout:
         self._say(f"{text}. Training goes on without it.")
 
     def _say(self, text: str) -> None:
+        text = hide_known(text)
         self._tell("notice", text)
         if not any(map(_is_for_people, self.sinks)):
             with contextlib.suppress(OSError, ValueError):

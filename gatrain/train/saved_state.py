@@ -80,12 +80,14 @@ def save(
         save_file(tensors, temporary / MODEL, metadata={"format": "pt"})
         state, scalars = _optimizer_state(model, optimizer, masters)
         save_file(state, temporary / OPTIMIZER)
-        write_json(temporary / PROGRESS, {**vars(progress), "aliases": aliases, "optimizer": scalars})
+        write_json(
+            temporary / PROGRESS, {**vars(progress), "aliases": aliases, "optimizer": scalars}, exact=True
+        )
         _follow_umask(temporary)
         manifest = {name: fingerprint(temporary / name) for name in FILES}
         for name in manifest:
             fsync(temporary / name)
-        write_json(temporary / MANIFEST, manifest)
+        write_json(temporary / MANIFEST, manifest, exact=True)
         fsync(temporary)
         put_in_place(temporary, final, tell)
     except BaseException as error:
