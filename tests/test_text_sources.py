@@ -465,13 +465,45 @@ def test_everything_that_was_not_read_is_in_the_report_also_the_second_time(tmp_
         "blank lines left out": 1,
         "empty documents": 1,
         "null characters within texts, kept": 1,
-        "control characters U+0080 to U+009F, kept (cp1252 gives them where it is read as latin-1)": 1,
     }
     for _ in range(2):
         report = windows("corpus").report
         assert counts(report) == expected
         assert (report.kind, report.files, report.items) == ("2 text files, 1 JSON Lines", 3, 42)
         assert len(report.fingerprint) >= 32
+
+
+def test_windows_text_read_as_latin1_is_noticed(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(("he said \u201cyes\u201d, señor\n" * 20).encode("cp1252"))
+    assert counts(windows("a.txt", encoding="cp1252").report) == {}
+    found = counts(windows("a.txt", encoding="latin-1").report)
+    assert found == {
+        "control characters U+0080 to U+009F, kept (cp1252 gives them where it is read as latin-1)": 40
+    }
+
+
+def test_all_files_that_are_no_text_are_named_at_once(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    for name in ("a.txt", "b.txt", "c.txt"):
+        (tmp_path / "set" / name).write_bytes(PNG)
+    with pytest.raises(
+        DataError, match=r"a\.txt is a PNG.*Nor can 2 further files be read: set/b\.txt, set/c\.txt"
+    ):
+        windows("set")
+
+
+def test_names_that_are_not_utf8_and_hold_escape_sequences_are_read_and_told(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for name, content in (
+        (b"\xff\x1b[31m.jsonl", (LINES + "\n\n").encode()),
+        (b"\xfe.parquet", parquet_of({"text": ["hello there"] * 9})),
+    ):
+        Path(os.fsdecode(os.path.join(os.fsencode(folder), name))).write_bytes(content)
+    report = windows("set").report
+    assert report.items == 49
+    for each in report.omissions:
+        assert all(example.isprintable() and example.encode() for example in each.examples)
 
 
 def test_pairs_and_paragraphs_that_the_context_cuts_are_counted(tmp_path: Path) -> None:

@@ -18,10 +18,14 @@ from gatrain.data.folders import shown, unreadable
 from gatrain.data.formats import KIND_NAMES, Reading, format_of
 from gatrain.data.records import records, text_of
 from gatrain.data.report import Omissions
+from gatrain.errors import DataError
 
 PIECE_CHARS = 1 << 18
 TRAINING_CHARS = 200_000_000
 """Text that a tokenizer is trained on, at most, taken evenly from the whole."""
+
+MOST_REFUSED = 20
+"""Files that are no text and that are looked for, to name more than the first."""
 
 EMPTY_FILES = "empty files"
 EMPTY_DOCUMENTS = "empty documents"
@@ -68,9 +72,26 @@ class Corpus:
     def __init__(self, files: Sequence[Path], reading: Reading, fields: Sequence[str] = ()) -> None:
         self.files = list(files)
         self.reading = reading
-        self.formats = {file: format_of(file, reading, fields) for file in self.files}
+        self.formats = self._formats(fields)
         self.documents = 0
         self.omissions = Omissions()
+
+    def _formats(self, fields: Sequence[str]) -> dict[Path, str]:
+        found: dict[Path, str] = {}
+        refused: list[tuple[Path, DataError]] = []
+        for file in self.files:
+            try:
+                found[file] = format_of(file, self.reading, fields)
+            except DataError as error:
+                refused.append((file, error))
+                if len(refused) > MOST_REFUSED:
+                    break
+        if refused:
+            others = ", ".join(short_name(file) for file, _ in refused[1:4])
+            more = f"{len(refused) - 1}{' or more' if len(refused) > MOST_REFUSED else ''}"
+            few = f" Nor can {more} further files be read: {others}." if others else ""
+            raise DataError(f"{refused[0][1]}{few}")
+        return found
 
     @property
     def kind(self) -> str:
@@ -110,29 +131,25 @@ def pieces(
     reading = reading or Reading()
     omissions = omissions if omissions is not None else Omissions()
     format = format or format_of(file, reading)
+    name, any_text = short_name(file), False
     if format == "text":
-        found = _cut_lines(decoded(file, reading.encoding, omissions))
-        any_text = False
-        for piece, is_end in found:
+        for piece, is_end in _cut_lines(decoded(file, reading.encoding, omissions)):
             any_text = True
-            _count_oddities(piece, file.name, omissions)
+            _count_oddities(piece, name, reading.encoding, omissions)
             yield piece, is_end
-        if not any_text:
-            omissions.add(EMPTY_FILES, short_name(file))
-        return
-    any_record = False
-    for place, record in records(file, format, reading, omissions, (reading.text_field,)):
-        any_record = True
-        text = text_of(record, reading.text_field, file, place, "data.text_field")
-        if text.startswith(MARK):
-            text = text[1:]
-            omissions.add(MARKS_DROPPED, f"{file.name}, {place}")
-        if not text:
-            omissions.add(EMPTY_DOCUMENTS, f"{file.name}, {place}")
-        _count_oddities(text, f"{file.name}, {place}", omissions)
-        yield from _cut(text)
-    if not any_record:
-        omissions.add(EMPTY_FILES, short_name(file))
+    else:
+        for place, record in records(file, format, reading, omissions, (reading.text_field,)):
+            any_text = True
+            text = text_of(record, reading.text_field, file, place, "data.text_field")
+            if text.startswith(MARK):
+                text = text[1:]
+                omissions.add(MARKS_DROPPED, f"{name}, {place}")
+            if not text:
+                omissions.add(EMPTY_DOCUMENTS, f"{name}, {place}")
+            _count_oddities(text, f"{name}, {place}", reading.encoding, omissions)
+            yield from _cut(text)
+    if not any_text:
+        omissions.add(EMPTY_FILES, name)
 
 
 def short_name(file: Path) -> str:
@@ -140,7 +157,7 @@ def short_name(file: Path) -> str:
     return shown("/".join(file.parts[-2:]))
 
 
-def _count_oddities(text: str, place: str, omissions: Omissions) -> None:
+def _count_oddities(text: str, place: str, encoding: str, omissions: Omissions) -> None:
     if "\0" in text:
         omissions.add(NULLS_KEPT, place, text.count("\0"))
     if text.isascii():
@@ -148,7 +165,7 @@ def _count_oddities(text: str, place: str, omissions: Omissions) -> None:
     for character, what in ((MARK, MARKS_KEPT), ("\ufffd", REPLACED_BEFORE)):
         if count := text.count(character):
             omissions.add(what, place, count)
-    if count := len(_C1.findall(text)):
+    if encoding.startswith("iso8859") and (count := len(_C1.findall(text))):  # a slow search, so only here
         omissions.add(C1_KEPT, place, count)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from gatrain.data.compressed import open_bytes
+from gatrain.data.folders import shown
 from gatrain.data.report import Omissions
 from gatrain.errors import DataError, nearest
 
@@ -111,7 +112,7 @@ def _decoded(file: Path, stream: BinaryIO, encoding: str, omissions: Omissions |
             if text.startswith(MARK):
                 text = text[1:]
                 if omissions is not None:
-                    omissions.add(MARKS_DROPPED, file.name)
+                    omissions.add(MARKS_DROPPED, shown(file.name))
         if text:
             yield text
         if not block:

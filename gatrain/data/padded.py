@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gatrain.data.cache import build_once
 from gatrain.data.documents import Corpus
+from gatrain.data.folders import shown
 from gatrain.data.formats import Reading
 from gatrain.data.records import has_field, records, text_of
 from gatrain.data.report import DataReport
@@ -364,6 +365,6 @@ class _Part:
                 if omissions is not None:
                     for text, name in ((prompt, "prompts"), (completion, "completions")):
                         if not text:
-                            omissions.add(f"empty {name}, kept", f"{file.name}, {place}")
+                            omissions.add(f"empty {name}, kept", f"{shown(file.name)}, {place}")
                 self.pairs.documents += counted
-                yield f"{file.name}, {place}", prompt, completion
+                yield f"{shown(file.name)}, {place}", prompt, completion

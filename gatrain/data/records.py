@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gatrain.data.encoding import decoded
+from gatrain.data.folders import shown, unreadable
 from gatrain.data.formats import Reading, table_delimiter
 from gatrain.data.report import Omissions
 from gatrain.errors import DataError, nearest
@@ -88,7 +89,7 @@ def text_of(record: Record, field: str, file: Path, place: str, option: str) -> 
             f'record[\'{chat}\'], tokenize=False), or {{"prompt": ..., "completion": ...}} for recipe=padded.'
         )
     raise DataError(
-        f"{file}, {place}: {what}; it has {there}.{similar} Name the field with "
+        f"{file}, {place}: {what}; it has {there}.{shown(similar)} Name the field with "
         f"{option}=... "
         f"({option}=a.b for a field b in a), or correct that record."
     )
@@ -154,7 +155,7 @@ def _json_lines(
     for number, line in enumerate(_lines(file, blocks), 1):
         if not line.strip():
             if omissions is not None:
-                omissions.add(BLANK_LINES, f"{file.name}, line {number}")
+                omissions.add(BLANK_LINES, f"{shown(file.name)}, line {number}")
             continue
         place = f"line {number}"
         try:
@@ -307,7 +308,7 @@ def _table(
             ) from None
         if not row:
             if omissions is not None:
-                omissions.add(BLANK_LINES, f"{file.name}, {place}")
+                omissions.add(BLANK_LINES, f"{shown(file.name)}, {place}")
             continue
         if names is None:
             names = [name.strip() for name in row]
@@ -316,11 +317,11 @@ def _table(
         if len(row) != len(names):
             raise DataError(
                 f"{file}, {place}: {len(row)} columns under {len(names)} names "
-                f"({', '.join(names[:10])}). Correct that "
+                f"({shown(', '.join(names[:10]))}). Correct that "
                 "row: a field with a delimiter or a line end stands in double quotes."
             )
         if rows.line_num > number and omissions is not None:
-            omissions.add(LONG_ROWS, f"{file.name}, {place}")
+            omissions.add(LONG_ROWS, f"{shown(file.name)}, {place}")
         yield place, dict(zip(names, row, strict=True))
 
 
@@ -355,10 +356,14 @@ def _parquet(file: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, Record
         )
 
     try:
-        table = parquet.ParquetFile(str(file))
-    except Exception as error:  # pyarrow's are ValueErrors, OSErrors and others
-        raise failed(error) from None
-    with table:
+        stream = file.open("rb")  # not its name, which pyarrow wants to be UTF-8
+    except OSError as error:
+        raise unreadable(file, error) from error
+    with stream:
+        try:
+            table = parquet.ParquetFile(stream)
+        except Exception as error:  # pyarrow's are ValueErrors, OSErrors and others
+            raise failed(error) from None
         there = table.schema_arrow.names
         wanted = [
             name for name in there if name in columns or name in {each.split(".")[0] for each in columns}
