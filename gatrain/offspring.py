@@ -28,7 +28,15 @@ SOCKETS = "GATRAIN_SOCKETS"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """What asks a command to end. Ignored where it was ignored at the start, as nohup and a shell's `&` do it."""
 
+AGENT_THREAD = "gatrain-agent"
+"""Name of the thread in which torchrun's agent runs."""
+PATIENCE_S = 5.0
+"""Seconds that ranks have to stop between two steps. One that waits for another for longer than a collective may
+take, because both were stopped in the middle of a step, ends with an error when it goes on."""
+
 _groups: set[int] = set()
+_pausing: dict[int, Path] = {}
+_is_stopping = False
 
 
 def start(
@@ -70,17 +78,24 @@ def end(process: subprocess.Popen[Any]) -> None:
     dismiss(process.pid)
 
 
-def adopt(pid: int) -> None:
-    """This process leads a group that shall end, stop and go on with this process."""
+def adopt(pid: int, pause_file: Path | None = None) -> None:
+    """This process leads a group that shall end, stop and go on with this process.
+
+    Args:
+        pause_file: the process takes SIGTSTP for a wish to stop where it is safe, as long as there is this file.
+    """
     if pid not in _groups:
         _groups.add(pid)
         guardian.guard_group(pid)
+        if pause_file is not None:
+            _pausing[pid] = pause_file
 
 
 def dismiss(pid: int) -> None:
     """The group has ended."""
     if pid in _groups:
         _groups.discard(pid)
+        _pausing.pop(pid, None)
         guardian.forget_group(pid)
 
 
@@ -104,10 +119,34 @@ def stopping_together() -> Iterator[None]:
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
+    global _is_stopping
+    if _is_stopping:  # again: without patience
+        _is_stopping = False
+        return
+    _is_stopping = True
+    for pid, file in _pausing.items():
+        with contextlib.suppress(OSError):
+            file.touch()
+            os.kill(pid, signal.SIGTSTP)
+    until = time.monotonic() + PATIENCE_S
+    while _is_stopping and time.monotonic() < until and not all(map(_is_stopped, _pausing)):
+        time.sleep(0.01)
     _to_all(signal.SIGSTOP)
     # not SIGTSTP, which the kernel drops where no shell would continue the process: a batch system suspends so
     os.kill(os.getpid(), signal.SIGSTOP)
-    _to_all(signal.SIGCONT)
+    _is_stopping = False
+    for file in set(_pausing.values()):
+        file.unlink(missing_ok=True)
+    for _ in range(3):  # one may have been about to stop itself
+        _to_all(signal.SIGCONT)
+        time.sleep(0.01)
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "TtZX"
+    except OSError:
+        return True
 
 
 def _to_all(signum: int) -> None:

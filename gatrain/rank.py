@@ -57,10 +57,18 @@ class StopFlag:
     has_launcher: bool = False
     """The launcher counts signals and ends what must end at once. Here a second one says nothing: a scheduler
     signals the ranks too, and the launcher passes its own on much later, perhaps."""
+    pause_file: Path | None = None
+    wants_pause: bool = False
+    """The launcher is about to stop, as at Ctrl-Z."""
 
     def install(self) -> None:
         for signum in offspring.handled():
             signal.signal(signum, self.handle)
+        if self.pause_file is not None and offspring.handled([signal.SIGTSTP]):
+            signal.signal(signal.SIGTSTP, self.handle_pause)
+
+    def handle_pause(self, signum: int, frame: FrameType | None) -> None:
+        self.wants_pause = True
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
         if signum == signal.SIGHUP and self.on_hangup is not None:
@@ -98,22 +106,42 @@ class Rank:
         if self.stop.signum is None:
             self.stop.signum, self.stop.since = signum, time.monotonic()
 
+    @property
+    def pause_requested(self) -> bool:
+        """Whether the launcher is about to stop: let all ranks `pause` together, where none waits for another."""
+        return self.stop.wants_pause
+
+    def pause(self) -> None:
+        """Stop here until the launcher lets this rank go on, which is at once where it did not ask."""
+        if self.stop.pause_file is not None and self.stop.pause_file.exists():
+            if self.device.type == "cuda":
+                import torch
+
+                torch.cuda.synchronize(self.device)
+            os.kill(os.getpid(), signal.SIGSTOP)
+        self.stop.wants_pause = False
+
     def stop_anywhere(self) -> bool:
         """Whether any rank was told to stop; then every rank's flag is set.
 
         A collective on host memory (gloo): every rank must call it, at the same point of its work.
         """
         if self.world_size == 1:
+            if self.pause_requested:
+                self.pause()
             return self.stop_requested
         import torch
         import torch.distributed as dist
 
-        signum = torch.tensor([self.stop.signum or 0])
-        dist.all_reduce(signum, op=dist.ReduceOp.MAX)
-        if signum.item():
-            self.request_stop(int(signum.item()))
+        flags = torch.tensor([self.stop.signum or 0, self.pause_requested])
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        signum, pauses = flags.tolist()
+        if pauses:
+            self.pause()
+        if signum:
+            self.request_stop(signum)
         # a signal that came meanwhile waits for the next call: the others have not heard of it
-        return bool(signum.item())
+        return bool(signum)
 
 
 @dataclass(frozen=True)
@@ -159,6 +187,8 @@ def main(work: Callable[[Path, Rank], None]) -> NoReturn:
     offspring.die_with_parent()
     place, run_dir = _Place.from_environ(), RunDir(Path(sys.argv[1]))
     stop = StopFlag(has_launcher=offspring.PARENT_PID in os.environ)
+    if place.state_folder is not None:
+        stop.pause_file = place.state_folder / protocol.PAUSE
     if place.state_folder is not None and not place.state_folder.is_dir():
         os._exit(0)  # the launcher gave up before this process was ready
     stop.install()

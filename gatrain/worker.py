@@ -139,6 +139,8 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
             run_dir=run_dir,
             sinks=sinks,
             stop_requested=lambda: rank.stop_requested,
+            pause_requested=lambda: rank.pause_requested,
+            pause=rank.pause,
             aftermath=aftermath,
             # rank 0 comes here after the baseline and after whatever loggers do to start
             evaluation_is_missing=engine.ranks.alone(

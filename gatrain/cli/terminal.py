@@ -153,8 +153,7 @@ def leave_closed_terminal() -> None:
 
 def leave(code: int) -> NoReturn:
     """End the process. A thread that is still inside of a library would abort it while Python ends."""
-    others = [thread for thread in threading.enumerate() if thread is not threading.current_thread()]
-    if not any(thread.daemon and thread.is_alive() for thread in others):
+    if not any(thread.name == offspring.AGENT_THREAD for thread in threading.enumerate()):
         sys.exit(code)
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

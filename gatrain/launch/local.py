@@ -76,7 +76,7 @@ def run_workers(
         _agent_log(run_dir.logs / f"launcher_{nodes.node_rank}.log"),
     ):
         agent = _Agent(module, run_dir, nodes, max_restarts, meeting, watch, private)
-        thread = threading.Thread(target=agent.run, name="gatrain-agent", daemon=True)
+        thread = threading.Thread(target=agent.run, name=offspring.AGENT_THREAD, daemon=True)
         thread.start()
         watch.follow(thread)
         failure = agent.outcome()

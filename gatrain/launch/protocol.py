@@ -25,6 +25,8 @@ LAUNCHER_PID = PARENT_PID
 NODE_RANK = "GATRAIN_NODE_RANK"
 RANK_STATE = "GATRAIN_RANK_STATE"
 """Folder of the files described above."""
+PAUSE = "pause"
+"""A file in that folder: the launcher is about to stop, as at Ctrl-Z, and the ranks with it."""
 DEVICE = "GATRAIN_DEVICE"
 """``cpu`` or ``cuda``; unset means CUDA where it is visible."""
 TIMEOUT_S = "GATRAIN_TIMEOUT_S"

@@ -141,7 +141,7 @@ class Watch:
         gone = {pid for pid in self._alive() if not process_exists(pid)}
         self.states = protocol.read_rank_states(self.state_folder)
         for pid in self.states.keys() - self._gone - gone:
-            offspring.adopt(pid)
+            offspring.adopt(pid, self.state_folder / protocol.PAUSE)
         for pid in gone:
             offspring.dismiss(pid)
         self._gone |= gone

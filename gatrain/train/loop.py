@@ -70,6 +70,9 @@ class Trainer:
     sinks: Sink
     stop_requested: Callable[[], bool]
     aftermath: Aftermath
+    pause_requested: Callable[[], bool] = lambda: False
+    """May turn true on any rank; then all `pause` after the window in hand."""
+    pause: Callable[[], None] = lambda: None
     evaluation_is_missing: bool = False
     """The run goes on at a step whose evaluation was cut short, or never begun."""
     _pending: list[_Pending] = field(default_factory=list)
@@ -157,7 +160,9 @@ class Trainer:
                 stop = stop or self.engine.ranks.sum([float(self.stop_requested())])[0] > 0
             if eval_due and not stop:
                 stop = not self._evaluate()
-            if save_due or eval_due:
+            if pauses := result.counts["pause"] > 0 and not stop:
+                self.pause()
+            if save_due or eval_due or pauses:
                 previous = self._meter.mark()  # pauses are not part of the next step
             if stop:
                 return True
@@ -188,6 +193,7 @@ class Trainer:
             "tokens": loaded.tokens or 0,
             "has_tokens": loaded.tokens is not None and bool(loaded.micro_batches),
             "stop": self.stop_requested(),
+            "pause": self.pause_requested(),
             "save": self.engine.ranks.rank == 0
             and self._clock.is_due(before_evaluation=self._evaluates_after(self.progress.step + 1)),
         }
