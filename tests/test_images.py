@@ -101,6 +101,12 @@ def test_palettes_alpha_cmyk_and_one_bit_are_read_as_they_are_seen(tmp_path: Pat
     rgb16 = np.full((1, 2, 3), 0x8000, dtype=">u2")
     (tmp_path / "rgb16.png").write_bytes(png(2, 1, 16, 2, rgb16.tobytes()))
     np.testing.assert_allclose(seen(tmp_path / "rgb16.png"), 0.5, atol=0.003)
+    remarks: list[str] = []
+    read_image(tmp_path / "rgb16.png", remarks=remarks)
+    assert remarks == pixels.look_at(tmp_path / "rgb16.png") == [pixels.CUT]
+    clear_7 = struct.pack(">I", 2) + b"tRNS\0\x07" + struct.pack(">I", zlib.crc32(b"tRNS\0\x07"))
+    (tmp_path / "t.png").write_bytes(png(2, 1, 16, 0, struct.pack(">HH", 7, 0), clear_7))
+    assert seen(tmp_path / "t.png")[0].tolist() == [[1, 0]]
 
 
 def png(width: int, height: int, bits: int, kind: int, rows: bytes, extra: bytes = b"") -> bytes:
@@ -228,6 +234,20 @@ def test_the_report_tells_of_splits_that_share_images_and_of_classes_that_are_no
         (lambda root: None, {"broken": "skp"}, DataError, "Did you mean 'skip'"),
         (lambda root: classes(root, "train_set,test_set"), {}, DataError, "look like splits"),
         (
+            lambda root: picture(root / "val" / "x.png"),
+            {"splits": "none", "eval_path": "root/val"},
+            DataError,
+            "no class",
+        ),
+        (
+            lambda root: picture(root / "e\u0301" / "1.png") and picture(root / "\u00e9" / "1.png"),
+            {},
+            DataError,
+            "NFD",
+        ),
+        (lambda root: None, {"path": "."}, DataError, "only, root, .* folders cat, dog.*data.path=.*root"),
+        (lambda root: None, {"path": "s3://bucket/images"}, ConfigError, "is an address"),
+        (
             lambda root: (root / "x.zip").touch(),
             {"path": "x.zip"},
             DataError,
@@ -297,13 +317,13 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "cut.bmp": (encoded("BMP")[:500], "truncated"),
     "head.jpg": (b"\xff\xd8\xff", ""),
     "zeros.png": (bytes(5000), "none of the image formats"),
-    "bomb.png": (BOMB, "far larger than any image"),
+    "bomb.png": (BOMB, "its 4,225,000,000 pixels are more than"),
     "bomb.gif": (b"GIF89a" + struct.pack("<HH", 65535, 65535) + bytes(20), ""),
     "bomb.bmp": (
         b"BM" + struct.pack("<IIIIiiHHI", 100, 0, 54, 40, 60000, 60000, 1, 24, 0) + bytes(24),
-        "far larger",
+        "pixels are more than",
     ),
-    "bomb.ppm": (b"P6 60000 60000 255\n", "far larger"),
+    "bomb.ppm": (b"P6 60000 60000 255\n", "pixels are more than"),
     "crc.png": (encoded("PNG").replace(b"IDAT", b"IDAX", 1), ""),
     "flipped.png": (encoded("PNG")[:200] + bytes(100) + encoded("PNG")[300:], ""),
     "none.png": (png(0, 0, 8, 2, b""), ""),

@@ -75,6 +75,11 @@ def require_path(value: Any, option: str = "data.path") -> Path:
                 f"not set. {write}."
             )
         return Path(path)
+    if re.match(r"[a-zA-Z][\w+.-]*://", text):
+        raise ConfigError(
+            f"{option}={shown(text)} is an address, and gatrain reads files. Download or mount what is there, and "
+            f"write {option}=FOLDER."
+        )
     if path.startswith("~"):
         user = re.split(r"[/\\]", path)[0]
         known = "its home folder is not known" if user == "~" else "there is no such user"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ OTHER_ENDINGS = "files that are not read as images, by other endings"
 MOST_ENDINGS = 8
 NO_ENDING = "files without the ending of an image's name"
 NO_CLASS = "images that lie in no class folder"
+ONE_CLASS = "class only: all images have the same label"
 BOTH = "held-out images that are also trained on, by a link"
 NOT_HELD_OUT = "classes of which no image is held out"
 UNREADABLE = "images that cannot be read"
@@ -118,12 +121,17 @@ class ImageFolderData:
         found = find_splits(self._root, self._omissions) if splits == "auto" else None
         train_folder = found.train if found else self._root
         held_out_folder = found.held_out if found else None
+        held_out_name = f"the split {shown(held_out_folder)}" if held_out_folder else ""
         if eval_path is not None:
             held_out_folder = _folder(eval_path, "data.eval_path")
-        train = find_images(train_folder, "data.path", self._omissions)
+            held_out_name = f"data.eval_path={shown(held_out_folder)}"
+        where = "data.path=" if found is None else "the split "
+        train = find_images(train_folder, f"{where}{shown(train_folder)}", self._omissions)
+        if splits == "auto":
+            _refuse_one_level_too_high(train_folder, train, self._omissions)
         self.classes, samples = train.classes, train.samples
         if held_out_folder is not None:
-            held_out = self._other_split(held_out_folder, train_folder, train)
+            held_out = self._other_split(held_out_folder, held_out_name, train_folder, train)
         else:
             order = np.random.default_rng(SPLIT_SEED).permutation(len(samples))
             cut = round(len(samples) * (1 - eval_fraction))
@@ -138,8 +146,10 @@ class ImageFolderData:
         self.train = Images(samples, train_transform, False, broken)
         self.eval = Images(held_out, eval_transform, True, broken) if held_out else None
 
-    def _other_split(self, folder: Path, train_folder: Path, train: Found) -> list[tuple[str, int]]:
-        found = find_images(folder, "data.eval_path", self._omissions)
+    def _other_split(
+        self, folder: Path, name: str, train_folder: Path, train: Found
+    ) -> list[tuple[str, int]]:
+        found = find_images(folder, name, self._omissions)
         if unknown := sorted(set(found.classes) - set(self.classes)):
             raise DataError(
                 f"{shown(folder)} has classes that {shown(train_folder)} lacks: "
@@ -223,11 +233,14 @@ class Found:
     """Each file under what the file system knows it by."""
 
 
-def find_images(folder: Path, option: str, omissions: Omissions) -> Found:
+def find_images(folder: Path, name: str, omissions: Omissions) -> Found:
     """The images of each class, a class being a folder in ``folder``, all that lies below it included.
 
+    Args:
+        name: what the folder is called in errors.
+
     Raises:
-        DataError: no class folders, or a class without images.
+        DataError: no class folders, a class without images, or two classes of one name.
     """
     identities: dict[Any, Path] = {}
     files = folders.walk(folder, omissions, identities)
@@ -236,28 +249,52 @@ def find_images(folder: Path, option: str, omissions: Omissions) -> Found:
     }
     unread: dict[str, list[Path]] = {}
     for file in files:
-        name, *below = file.relative_to(folder).parts
+        first, *below = file.relative_to(folder).parts
         if not has_image_name(file):
-            unread.setdefault(name if below else "", []).append(file)
+            unread.setdefault(first if below else "", []).append(file)
         elif below:
-            images.setdefault(name, []).append(file)
+            images.setdefault(first, []).append(file)
         else:
-            omissions.add(NO_CLASS, shown(name))
+            omissions.add(NO_CLASS, shown(first))
     _count_unread([file for inside in unread.values() for file in inside], folder, omissions)
     layout = f"Expected one folder a class: {shown(folder)}/cat/1.jpg, {shown(folder)}/dog/2.jpg"
     if not any(images.values()):
         what = "has no images in class folders" if images else "has no class folders"
-        raise DataError(f"{option}={shown(folder)} {what}{omissions.told()}. {layout}.")
+        raise DataError(f"{name} {what}{omissions.told()}. {layout}.")
     classes = sorted(images, key=folders.by_name)
-    for name in classes:
-        if not images[name]:
-            left_out = f": none of its {len(unread[name])} files is read as one" if name in unread else ""
+    for each in classes:
+        if not images[each]:
+            left_out = f": none of its {len(unread[each])} files is read as one" if each in unread else ""
             raise DataError(
-                f"{option}={shown(folder)}: the class folder {shown(name)} holds no images{left_out}. Move it "
-                f"away, or put images in it (all that is left out:{omissions.told() or ' nothing'})."
+                f"{name}: the class folder {shown(each)} holds no images{left_out}. Move it away, or put images "
+                f"in it (all that is left out:{omissions.told() or ' nothing'})."
+            )
+    for one, other in pairwise(classes):
+        if folders.by_name(one)[0] == folders.by_name(other)[0]:
+            raise DataError(
+                f"{name} has two class folders called {shown(one)}, whose accents are written differently (Unicode "
+                "NFC and NFD, as a copy from a Mac gives). Put their images into one folder."
             )
     samples = [(str(file), place) for place, name in enumerate(classes) for file in images[name]]
     return Found(classes, samples, identities)
+
+
+def _refuse_one_level_too_high(folder: Path, found: Found, omissions: Omissions) -> None:
+    """
+    Raises:
+        DataError: there is one class only, and in it lie folders as classes do.
+    """
+    if len(found.classes) == 1:
+        omissions.add(ONE_CLASS)
+        only = folder / found.classes[0]
+        inner = folders.subfolders(only)
+        if len(inner) > 1:
+            names = ", ".join(shown(each.name) for each in inner[:4])
+            raise DataError(
+                f"{shown(folder)} has one class folder only, {shown(only.name)}, and in it lie the folders "
+                f"{names}: are these the classes? Then write {shlex.quote(f'data.path={only}')}. If all images are of one "
+                "class, write data.splits=none."
+            )
 
 
 def _count_unread(files: Sequence[Path], folder: Path, omissions: Omissions) -> None:

@@ -33,6 +33,7 @@ FORMATS_BY_NAME = {".dib": "DIB", ".tga": "TGA", ".pcx": "PCX", ".ico": "ICO", "
 
 ALPHA = "images with transparency, laid on white"
 DEEP = "images of more than 8 bits a channel, read as floating point"
+CUT = "colour images of 16 bits a channel, read at 8"
 FRAMES = "images of several frames, of which the first is read"
 ROTATED = "images turned upright, as their EXIF orientation says"
 ODD_EXIF = "images with damaged EXIF data, taken to be upright"
@@ -103,16 +104,17 @@ def look_at(path: str | Path) -> list[str]:
     _silence_pillow()
     try:
         with Path(path).open("rb") as file, _opened(file, Path(path)) as image:
-            return _remarks(image)
+            return [*_cut(image), *_remarks(image)]
     except Exception:  # told of by `read_image`
         return []
 
 
 def _read(path: Path, remarks: list[str] | None) -> Image | Tensor:
     with path.open("rb") as file, _opened(file, path) as image:
+        found = _cut(image)  # told by how it will be decoded
         image.load()  # first: what asks for EXIF data may load as well, and hide that it failed
         if remarks is not None:
-            remarks += _remarks(image)
+            remarks += [*found, *_remarks(image)]
             image.load()  # looking for further frames leaves the first
         _turn_upright(image)
         if image.mode in (*_GREY_16, "I", "F"):
@@ -175,6 +177,9 @@ def _deep(image: Image) -> Tensor:
         scaled = (numbers.astype(np.float64) / (2**bits - 1)).astype(np.float32)
     if _tag(image, _PHOTOMETRIC) == _WHITE_IS_ZERO:
         scaled = 1 - scaled
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        scaled[numbers == clear] = 1  # laid on white
     return torch.from_numpy(np.ascontiguousarray(scaled)).expand(3, -1, -1).contiguous()
 
 
@@ -200,6 +205,11 @@ def _on_white(image: Image) -> Image:
     seen = image.convert("RGBA")
     white = pillow.new("RGBA", seen.size, (255, 255, 255, 255))
     return pillow.alpha_composite(white, seen).convert("RGB")
+
+
+def _cut(image: Image) -> list[str]:
+    is_deep = any(";16" in str(getattr(tile, "args", tile)) for tile in image.tile)
+    return [CUT] if is_deep and image.mode not in (*_GREY_16, "I", "F") else []
 
 
 def _remarks(image: Image) -> list[str]:
@@ -234,8 +244,9 @@ def _reason(path: Path, error: Exception) -> str:
     if isinstance(error, _RangeError):
         return str(error)
     if isinstance(error, pillow.DecompressionBombError):
-        return f"it claims to be far larger than any image ({error})".replace(
-            "could be decompression bomb DOS attack", ""
+        counts = [f"{int(number):,}" for number in re.findall(r"\d+", str(error))]
+        return (
+            f"its {counts[0]} pixels are more than the {counts[-1]} that are decoded (a decompression bomb?)"
         )
     try:
         with path.open("rb") as file:

@@ -20,7 +20,9 @@ _TRAIN = ("train", "training")
 _HELD_OUT = ("val", "valid", "validation", "eval", "evaluation", "dev", "test", "testing")
 """In the order in which they are taken where there are several."""
 
-_SPLIT_WORDS = {*_TRAIN, *_HELD_OUT, "trainval", "holdout", "heldout", "fold", "folds"}
+_SPLIT_WORDS = {
+    *_TRAIN, *_HELD_OUT, "trainval", "trn", "tst", "validate", "development", "holdout", "heldout", "fold", "folds",
+}  # fmt: skip
 _COMPOUNDS = r"(train|training|val|valid|validation|eval|dev|test|testing)(set|data|split|dir|images|imgs)"
 _FILLERS = {
     "set", "sets", "data", "dataset", "split", "part", "folder", "dir", "images", "image", "imgs", "img", "pics",
