@@ -292,8 +292,8 @@ def _refuse_one_level_too_high(folder: Path, found: Found, omissions: Omissions)
             names = ", ".join(shown(each.name) for each in inner[:4])
             raise DataError(
                 f"{shown(folder)} has one class folder only, {shown(only.name)}, and in it lie the folders "
-                f"{names}: are these the classes? Then write {shlex.quote(f'data.path={only}')}. If all images are of one "
-                "class, write data.splits=none."
+                f"{names}: are these the classes? Then write {shlex.quote(f'data.path={only}')}. If all images are "
+                "of one class, write data.splits=none."
             )
 
 
