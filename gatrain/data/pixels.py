@@ -208,7 +208,7 @@ def _on_white(image: Image) -> Image:
 
 
 def _cut(image: Image) -> list[str]:
-    is_deep = any(";16" in str(getattr(tile, "args", tile)) for tile in image.tile)
+    is_deep = any(";16" in str(getattr(tile, "args", tile)) for tile in getattr(image, "tile", ()))
     return [CUT] if is_deep and image.mode not in (*_GREY_16, "I", "F") else []
 
 
