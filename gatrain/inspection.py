@@ -44,7 +44,7 @@ def check_modules(config: RunConfig, cwd: Path) -> None:
     for key in NODES:
         node = getattr(config, key)
         for path, each in targets.nodes(key, node):
-            targets.check_name(path, str(each["_target_"]))
+            targets.check_name(path, str(each["_target_"]), cwd)
         target = node.get("_target_") if isinstance(node, dict) else None
         if not isinstance(target, str) or "." not in target:
             continue

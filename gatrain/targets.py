@@ -16,6 +16,7 @@ import contextlib
 import functools
 import importlib
 import importlib.machinery
+import importlib.metadata
 import importlib.util
 import inspect
 import re
@@ -80,8 +81,13 @@ def nodes(path: str, node: Any) -> Iterator[tuple[str, dict[str, Any]]]:
             yield from nodes(f"{path}[{index}]", value)
 
 
-def check_name(path: str, dotted: str) -> None:
+def check_name(path: str, dotted: str, cwd: Path | None = None) -> None:
     """Refuse what the name alone tells; imports nothing.
+
+    Args:
+        path: the key that names it.
+        dotted: the name.
+        cwd: folder whose modules will be importable where it is called, if they are not here.
 
     Raises:
         ConfigError: it is no dotted name, or one of those that are refused.
@@ -96,7 +102,9 @@ def check_name(path: str, dotted: str) -> None:
     for part in parts:
         if part.startswith("_"):
             _refuse(path, dotted, [], f"{part!r} is a private name")
-    if (why_not := target_rules.refusal(dotted)) is not None:
+    if cwd is not None and ((cwd / parts[0]).is_dir() or (cwd / f"{parts[0]}.py").is_file()):
+        return  # the user's, most likely: where it is imported, it is known
+    if not _is_users(parts[0]) and (why_not := target_rules.refusal(dotted)) is not None:
         _refuse(path, dotted, [], why_not)
     if _is_stdlib(parts[0]):
         why = f"{parts[0]} belongs to Python's standard library"
@@ -247,6 +255,11 @@ def _of_builtin(target: types.BuiltinFunctionType) -> Iterator[str]:
             yield f"{owner.__name__}.{name}"
     elif owner is not None:
         cls = owner if isinstance(owner, type) else type(owner)
+        if cls.__qualname__.startswith(
+            "_VariableFunctions"
+        ):  # of torch, which has named their home in many ways
+            yield f"torch._VariableFunctionsClass.{name}"
+            return
         yield f"{cls.__module__}.{cls.__qualname__}.{name}"
     else:
         yield f"{target.__module__}.{target.__qualname__}"
@@ -277,6 +290,8 @@ def _refused_name(name: str, *, is_module: bool = False) -> str | None:
         return "of gatrain itself recipes may name its models, data sources and tasks: " + ", ".join(
             sorted(public.rpartition(".")[2] for public in target_rules.PUBLIC)
         )
+    if _is_users(top):
+        return None
     if (why := target_rules.refusal(name)) is not None:
         return why
     if top in ("keras", "tf_keras", "tensorflow") and name.endswith(".from_config"):
@@ -359,6 +374,26 @@ def _is_stdlib(top: str) -> bool:
 def _is_installed(top: str) -> bool:
     origin = _origin(top)
     return origin is not None and any(part in Path(origin).parts for part in _INSTALLED) and top != "torch"
+
+
+@functools.cache
+def _is_users(top: str) -> bool:
+    """Whether a top-level module is the user's own work, although a package may have the same name."""
+    origin = _origin(top)
+    if (
+        origin is None
+        or top == "gatrain"
+        or _is_stdlib(top)
+        or any(p in Path(origin).parts for p in _INSTALLED)
+    ):
+        return False
+    if Path(origin).is_relative_to(Path.cwd()):
+        return True
+    try:
+        importlib.metadata.distribution(top)
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        return True
+    return False  # a package that is installed from its sources
 
 
 def _origin(top: str) -> str | None:

@@ -102,6 +102,11 @@ def config_of(path):
 """
 
 
+def forget_modules() -> None:
+    for known in (targets._is_stdlib, targets._is_installed, targets._is_users):
+        known.cache_clear()
+
+
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "mine.py").write_text(MODULE)
@@ -112,8 +117,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "mine", raising=False)
-    targets._is_stdlib.cache_clear()
-    targets._is_installed.cache_clear()
+    forget_modules()
     yield tmp_path
     sys.modules.pop("mine", None)
 
@@ -428,6 +432,31 @@ def test_a_harmless_target_works(here: Path, name: str) -> None:
         transformers.GPT2LMHeadModel(config).save_pretrained("local")
     pytest.importorskip(HARMLESS[name]["_target_"].partition(".")[0])
     assert build.instantiate("data", HARMLESS[name]) is not None
+
+
+@pytest.mark.parametrize("name", ["build", "ray", "wheel", "redis", "py", "kaggle"])
+def test_ones_own_module_may_be_called_like_a_package(here: Path, name: str) -> None:
+    (here / f"{name}.py").write_text("def load_it(width=1):\n    return width\n")
+    sys.modules.pop(name, None)
+    forget_modules()
+    try:
+        targets.check_name("data", f"{name}.load_it", here)
+        assert build.instantiate("data", T(f"{name}.load_it")) == 1
+    finally:
+        sys.modules.pop(name, None)
+
+
+def test_a_module_of_ones_own_that_python_hides_is_named(here: Path) -> None:
+    (here / "test.py").write_text("def net():\n    return 1\n")
+    targets.check_name("model", "test.net", here)  # where it is called, the folder may come first
+    sys.modules.pop("test", None)
+    path, sys.path = sys.path, [folder for folder in sys.path if folder not in ("", str(here))]
+    try:
+        forget_modules()
+        with pytest.raises(ConfigError, match=r"hides your test\.py"):
+            targets.locate("model", "test.net")
+    finally:
+        sys.path = path
 
 
 def test_every_shipped_target_is_public() -> None:
