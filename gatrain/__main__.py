@@ -1,5 +1,5 @@
 """`python -m gatrain` is the same as `gatrain`."""
 
-from gatrain.cli import main
+from gatrain.start import main
 
 main()

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from gatrain import offspring, scratch, targets
+from gatrain import imports, offspring, scratch, targets
 from gatrain.assets import cache_dir
 from gatrain.causes import told
 from gatrain.config import RunConfig
@@ -266,7 +266,7 @@ def _main(folder: Path, really: bool) -> None:
     except GatrainError as error:
         result = {"error": str(error), "exit_code": error.exit_code}
     except _Again:
-        command = [sys.executable, "-m", "gatrain.inspection", str(folder), "--really"]
+        command = [sys.executable, imports.SAFE_PATH, "-m", "gatrain.inspection", str(folder), "--really"]
         os.execv(sys.executable, command)
     except (Exception, SystemExit, KeyboardInterrupt) as error:
         text = told(error, "looking at the model and data failed: ")
@@ -276,6 +276,7 @@ def _main(folder: Path, really: bool) -> None:
 
 if __name__ == "__main__":
     offspring.die_with_parent()
+    imports.use_working_folder()
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # nothing here may take GPU memory
     _main(Path(sys.argv[1]), "--really" in sys.argv)
     atexit._run_exitfuncs()

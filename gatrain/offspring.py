@@ -20,6 +20,7 @@ from types import FrameType
 from typing import IO, Any
 
 from gatrain import guardian, trust
+from gatrain.imports import SAFE_PATH
 
 PARENT_PID = "GATRAIN_LAUNCHER_PID"
 """In the environment of each child."""
@@ -56,7 +57,7 @@ def start(
         said: where its standard error goes.
     """
     process = subprocess.Popen(
-        [sys.executable, *arguments],
+        [sys.executable, SAFE_PATH, *arguments],
         cwd=cwd,
         env={**os.environ, **(env or {}), PARENT_PID: str(os.getpid()), **trust.environment()},
         stdin=subprocess.DEVNULL,

@@ -29,7 +29,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from gatrain import offspring
+from gatrain import imports, offspring
 from gatrain.errors import GatrainError, Interrupted, LaunchError, WorkerError
 from gatrain.launch import protocol
 from gatrain.launch.net import listen
@@ -185,6 +185,7 @@ def main(work: Callable[[Path, Rank], None]) -> NoReturn:
             "usage: python -m MODULE FOLDER (gatrain starts this; use `gatrain fit` or `gatrain launch`)"
         )
     offspring.die_with_parent()
+    imports.use_working_folder()
     place, run_dir = _Place.from_environ(), RunDir(Path(sys.argv[1]))
     stop = StopFlag(has_launcher=offspring.PARENT_PID in os.environ)
     if place.state_folder is not None:

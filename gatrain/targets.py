@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gatrain import target_rules, trust
+from gatrain import imports, target_rules, trust
 from gatrain.errors import ConfigError, nearest
 
 BY_NAME = frozenset(
@@ -161,7 +161,7 @@ def _attribute(path: str, dotted: str, owner: Any, name: str, where: str) -> Any
         return getattr(owner, name)
     except AttributeError:
         raise ConfigError(
-            f"{path}._target_={dotted} does not import: {where} has no {name!r}."
+            f"{path}._target_={dotted} does not import: {where}{imports.hiding(owner)} has no {name!r}."
             f"{nearest(name, [n for n in dir(owner) if not n.startswith('_')])}"
         ) from None
     except Exception as error:  # a package that imports its parts when they are asked for

@@ -137,7 +137,7 @@ def test_an_allocation_shell_becomes_srun(tmp_path: Path) -> None:
     environ = os.environ | BATCH_SHELL | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run([sys.executable, "-c", code], env=environ, cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 42
-    assert done.stdout.splitlines()[-5:] == [sys.executable, "-m", "gatrain", "launch", "a b"]
+    assert done.stdout.splitlines()[-6:] == [sys.executable, "-P", "-m", "gatrain", "launch", "a b"]
     assert "--nodes=2" in done.stdout
 
 

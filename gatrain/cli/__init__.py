@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from gatrain import __version__, offspring, secrets, trust
-from gatrain.cli import terminal
+from gatrain.cli import machine, streams, terminal
 from gatrain.commands import typed
 from gatrain.errors import ConfigError, DataError, GatrainError, Interrupted, VerifyError
 
@@ -443,6 +443,7 @@ def _reach_all_nodes(context: typer.Context, request: WorldRequest, overrides: l
         folder = folder_for_job(composed, job, Path.cwd().resolve())
         if folder is not None and OVERWRITE not in context.obj:
             words = [setting("run.dir", str(folder))]
+    machine.restore_temporary_folder()
     relaunch_under_srun([*context.obj, *words], job)
 
 
@@ -470,7 +471,20 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     secrets.note_words(arguments)
     secrets.mask_command_line(arguments)
-    terminal.leave(_run_within_torchrun(arguments) if "RANK" in os.environ else _run(arguments))
+    with streams.forgiving():
+        code = streams.exit_code(_run_settled(arguments), arguments[0])
+    terminal.leave(code)
+
+
+def _run_settled(arguments: list[str]) -> int:
+    if arguments[0].startswith("-"):
+        return _run(arguments)
+    try:
+        with machine.settled():
+            return _run_within_torchrun(arguments) if "RANK" in os.environ else _run(arguments)
+    except GatrainError as error:
+        terminal.print_error(str(error))
+        return int(error.exit_code)
 
 
 def _run_within_torchrun(arguments: list[str]) -> int:

@@ -7,6 +7,7 @@ is complete, or it is built again. Ranks, trials and runs that start together wa
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -14,7 +15,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,21 +68,30 @@ def build_once(
     text = json.dumps({"format": FORMAT_VERSION, **key}, sort_keys=True)
     name = f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:20]}"
     root = cache_root(cache_dir)
-    folder = root / name
-    if is_complete(folder):
-        return folder
+    # what others of a shared cache have built may be theirs alone, by their umask: then this user has one beside
+    places = [root / name, root / f"{name}-u{os.geteuid()}"]
+    if found := _complete(places):
+        return found
     try:
         make_folders(root)
-        with FileLock(root / f"{name}.lock"):
-            if not is_complete(folder):  # another process may have built it while this one waited
-                log.info("preparing data in %s (once)", folder)
-                _build(folder, build)
+        with FileLock(root / f"{name}-u{os.geteuid()}.lock"):  # nobody can open another's
+            # another process may have built it while this one waited
+            return _complete(places) or _build(places, build)
     except OSError as error:
-        raise DataError(
-            f"cannot write the data cache {folder}: {error}. Set GATRAIN_CACHE to a folder of your own with free "
-            "space, for example GATRAIN_CACHE=$HOME/gatrain-cache."
-        ) from error
-    return folder
+        raise DataError(_unwritable(root, error)) from error
+
+
+def _unwritable(root: Path, error: OSError) -> str:
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    state, room = ("has no space left", " with free space") if is_full else ("cannot be written", "")
+    return (
+        f"the data cache {root} {state}: {error}. Set GATRAIN_CACHE to a folder of your own{room}, for example "
+        "GATRAIN_CACHE=$HOME/gatrain-cache."
+    )
+
+
+def _complete(places: Sequence[Path]) -> Path | None:
+    return next((folder for folder in places if is_complete(folder)), None)
 
 
 def is_complete(folder: Path) -> bool:
@@ -106,12 +116,19 @@ def is_complete(folder: Path) -> bool:
     return True
 
 
-def _build(folder: Path, build: Callable[[Path], None]) -> None:
-    """Build in a temporary folder beside the final one, under the caller's lock."""
-    for stale in folder.parent.glob(f".{folder.name}.*"):  # left by a builder that was killed
-        shutil.rmtree(stale, ignore_errors=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+def _build(places: Sequence[Path], build: Callable[[Path], None]) -> Path:
+    """Build in a temporary folder and rename it to the first place that this user may have; return that.
+
+    Raises:
+        OSError: nothing can be written.
+    """
+    root, name = places[0].parent, places[0].name
+    log.info("preparing data in %s (once)", places[0])
+    for stale in root.glob(f".{name}.*"):  # left by a builder of this user that was killed
+        with contextlib.suppress(OSError):
+            if stale.lstat().st_uid == os.geteuid():
+                shutil.rmtree(stale, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(dir=root, prefix=f".{name}."))
     try:
         build(temporary)
         files = sorted(path for path in temporary.iterdir() if path.is_file())
@@ -120,9 +137,22 @@ def _build(folder: Path, build: Callable[[Path], None]) -> None:
         manifest = {path.name: {"size": path.stat().st_size, "sha256": _hash(path)} for path in files}
         write_json(temporary / MANIFEST, {"files": manifest}, exact=True)
         _note_verified(temporary, {path.name: _state(path) for path in files})
-        temporary.chmod(0o755)  # a shared cache is readable by all, unlike a private temporary folder
-        os.rename(temporary, folder)
-        fsync(folder.parent)
+        # a shared cache is readable as its files are by the umask, unlike a private temporary folder
+        readable = (temporary / MANIFEST).stat().st_mode & 0o044
+        temporary.chmod(0o700 | readable | readable >> 2)
+        for place in places:
+            shutil.rmtree(place, ignore_errors=True)
+            try:
+                os.rename(temporary, place)
+            except OSError:  # somebody else's, who may be done by now
+                if is_complete(place):
+                    return place
+                if place == places[-1]:
+                    raise
+                continue
+            fsync(root)
+            return place
+        raise AssertionError("there is a place at least")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

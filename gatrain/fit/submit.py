@@ -16,6 +16,7 @@ from gatrain.commands import OVERWRITE, Again
 from gatrain.compose import compose
 from gatrain.errors import ConfigError, RunFolderError
 from gatrain.fit.claim import check_free, check_length
+from gatrain.imports import SAFE_PATH
 from gatrain.launch import slurm
 from gatrain.rundir import RunDir, write_text
 from gatrain.secrets import redact
@@ -94,7 +95,9 @@ def submit(
     check_free(run_dir, again, overwrite)
     options += [OVERWRITE] if overwrite else []
     script = slurm.sbatch_script(
-        job, [sys.executable, "-m", "gatrain", "launch", *options, *trust.options(), *words], cwd=cwd
+        job,
+        [sys.executable, SAFE_PATH, "-m", "gatrain", "launch", *options, *trust.options(), *words],
+        cwd=cwd,
     )
     if dry_run:
         return Submission(script, run_dir.path)

@@ -16,6 +16,7 @@ from typing import Any
 
 from gatrain import offspring, scratch, trust
 from gatrain.errors import GatrainError, LaunchError, RunFolderError, WorkerError
+from gatrain.imports import SAFE_PATH
 from gatrain.launch import protocol
 from gatrain.launch.failure import Exit, first_cause, is_only_consequence
 from gatrain.launch.join import MeetingPoint
@@ -114,7 +115,7 @@ class _Agent:
         from torch.distributed.launcher.api import elastic_launch
 
         # torchrun fills in $ templates in the arguments: a dollar in a path must be doubled
-        arguments = ["-m", self.module, str(self.run_dir.path).replace("$", "$$")]
+        arguments = [SAFE_PATH, "-m", self.module, str(self.run_dir.path).replace("$", "$$")]
         try:
             elastic_launch(self._config(), sys.executable)(*arguments)
         except ChildFailedError as error:

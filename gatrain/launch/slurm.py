@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from gatrain.errors import LaunchError
+from gatrain.imports import SAFE_PATH
 from gatrain.launch.nodes import Nodes
 
 FIRST_SPECIAL_STEP = 0xFFFFFF00
@@ -124,7 +125,7 @@ def relaunch_under_srun(argv: Sequence[str], job: SlurmJob) -> NoReturn:
         raise LaunchError("srun is not on the PATH here. Load your site's Slurm module, then start again.")
     sys.stdout.flush()
     sys.stderr.flush()
-    command = [*srun_command(job.nnodes), sys.executable, "-m", "gatrain", *argv]
+    command = [*srun_command(job.nnodes), sys.executable, SAFE_PATH, "-m", "gatrain", *argv]
     os.execvp(command[0], command)
 
 

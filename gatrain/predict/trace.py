@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gatrain import build, offspring
+from gatrain import build, imports, offspring
 from gatrain.compose import load_config
 from gatrain.config import RunConfig
 from gatrain.errors import ConfigError, GatrainError
@@ -201,5 +201,6 @@ def _main(folder: Path) -> None:
 
 if __name__ == "__main__":
     offspring.die_with_parent()
+    imports.use_working_folder()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing here may touch a GPU
     _main(Path(sys.argv[1]))
