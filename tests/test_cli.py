@@ -20,19 +20,22 @@ from gatrain.launch.nodes import Nodes
 from gatrain.rundir import RunDir, write_json
 
 SURFACE = {
-    "fit": {"--retune", "--overwrite"},
-    "autotune": {"--json", "--retune", "--plot"},
-    "plan": {"--gpu", "--gpus", "--nproc", "--json"},
+    "fit": {"--retune", "--overwrite", "--trust"},
+    "autotune": {"--json", "--retune", "--plot", "--trust"},
+    "plan": {"--gpu", "--gpus", "--nproc", "--json", "--trust"},
     "launch": {
         "--nproc", "--nnodes", "--node-rank", "--rdzv-endpoint", "--max-restarts",
         "--slurm", "--partition", "--time", "--nodes", "--gpus-per-node", "--dry-run",
-        "--retune", "--overwrite",
+        "--retune", "--overwrite", "--trust",
     },
-    "resume": {"--nproc", "--nnodes", "--node-rank", "--rdzv-endpoint", "--max-restarts", "--from-start"},
-    "verify": {"--json"},
+    "resume": {
+        "--nproc", "--nnodes", "--node-rank", "--rdzv-endpoint", "--max-restarts", "--from-start",
+        "--accept-changes", "--trust",
+    },
+    "verify": {"--json", "--trust"},
     "recipes": set(),
-    "show": {"--json"},
-    "doctor": {"--json"},
+    "show": {"--json", "--data", "--check", "--trust"},
+    "doctor": {"--json", "--trust"},
 }  # fmt: skip
 """Scripts rely on these names: adding one is a decision, renaming one breaks somebody."""
 
