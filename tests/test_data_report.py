@@ -70,6 +70,7 @@ def test_of_data_beyond_the_limit_every_file_counts_with_blocks_spread_over_it(
 ) -> None:
     monkeypatch.setattr(fingerprint, "WHOLE_BYTES", 4096)
     monkeypatch.setattr(fingerprint, "BLOCK_BYTES", 256)
+    monkeypatch.setattr(fingerprint, "MIN_BLOCK_BYTES", 64)
     paths = [tmp_path / f"{nth}.bin" for nth in range(3)]
     for path in paths:
         path.write_bytes(bytes(8192))

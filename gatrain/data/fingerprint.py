@@ -10,6 +10,7 @@ import stat
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ from gatrain.assets import cache_dir
 from gatrain.errors import DataError, RunFolderError
 from gatrain.rundir import drop_oldest, read_json, write_text
 
-VERSION = 1
+VERSION = 2
 """Of the way of hashing: raise it when the same contents give another hash."""
 WHOLE_BYTES = 1 << 30
 """A data set up to this size counts with every byte. Of a larger one, blocks spread evenly over every file count,
 about as many bytes in all: an exchange of its contents shows, a few changed bytes between two blocks do not."""
 BLOCK_BYTES = 1 << 16
-MIN_BLOCKS = 2
+MIN_BLOCK_BYTES = 1 << 11
+"""Of a million files two such blocks each count: more would mean reading all of them."""
 MAX_CACHES = 5000
 KEPT_BYTES, KEPT_FILES = 1 << 22, 200
 """Fewer bytes and files of a folder are hashed anew each time: that is as quick as asking the cache."""
@@ -52,19 +54,33 @@ def content_fingerprint(files: Sequence[Path], root: Path | None = None) -> str:
     paths = [os.path.abspath(file) for file in files]
     states = [_state(path) for path in paths]
     total = sum(state[0] for state in states)
-    blocks = 0 if total <= WHOLE_BYTES else _blocks_of_each(len(paths))
+    blocks = Blocks() if total <= WHOLE_BYTES else _blocks_of_each(len(paths))
     digests = _digests(paths, states, blocks)
-    digest = hashlib.sha256(f"{VERSION} {len(paths)} {blocks}\n".encode())
+    digest = hashlib.sha256(f"{VERSION} {len(paths)} {blocks.count} {blocks.size_bytes}\n".encode())
     names = _names(paths, root)
     for name, state, content in zip(names, states, digests, strict=True):
         digest.update(f"{len(name)} {name} {state[0]} {content}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:32]
 
 
-def _blocks_of_each(files: int) -> int:
-    """A power of two, so that one file more seldom makes all others count anew."""
-    wanted = WHOLE_BYTES // BLOCK_BYTES // max(1, files)
-    return max(MIN_BLOCKS, 1 << (wanted.bit_length() - 1) if wanted else 0)
+@dataclass(frozen=True)
+class Blocks:
+    """How much of a file counts: that many blocks of that size, or all of it (0 of them)."""
+
+    count: int = 0
+    size_bytes: int = 0
+
+
+def _blocks_of_each(files: int) -> Blocks:
+    """Powers of two, so that one file more seldom makes all others count anew."""
+    budget = WHOLE_BYTES // max(1, files)
+    size = min(BLOCK_BYTES, max(MIN_BLOCK_BYTES, _power_of_two(budget // 2)))
+    return Blocks(max(2, _power_of_two(budget // size)), size)
+
+
+def _power_of_two(limit: int) -> int:
+    """The largest one within the limit; 0 below 1."""
+    return 1 << (limit.bit_length() - 1) if limit > 0 else 0
 
 
 def _names(paths: Sequence[str], root: Path | None) -> list[str]:
@@ -94,7 +110,7 @@ def _unreadable(path: str, error: Exception) -> DataError:
     return DataError(f"cannot read {path}: {reason}. Check the file and its permissions.")
 
 
-def _digests(paths: Sequence[str], states: Sequence[State], blocks: int) -> list[str]:
+def _digests(paths: Sequence[str], states: Sequence[State], blocks: Blocks) -> list[str]:
     """Hash of each file, from the cache where it has not changed; one small cache file for each folder."""
     found: dict[str, str] = {}
     places = dict(zip(paths, states, strict=True))
@@ -119,7 +135,7 @@ def _digests(paths: Sequence[str], states: Sequence[State], blocks: int) -> list
     return [found[path] for path in paths]
 
 
-def _hash_all(paths: Sequence[str], states: dict[str, State], blocks: int) -> Iterable[str]:
+def _hash_all(paths: Sequence[str], states: dict[str, State], blocks: Blocks) -> Iterable[str]:
     def one(path: str) -> str:
         return _hash_file(path, states[path][0], blocks)
 
@@ -129,27 +145,28 @@ def _hash_all(paths: Sequence[str], states: dict[str, State], blocks: int) -> It
         return list(pool.map(one, paths))
 
 
-def _hash_file(path: str, size: int, blocks: int) -> str:
-    """Hash a whole file (``blocks`` 0), or that many blocks of it, the first and the last among them."""
+def _hash_file(path: str, size: int, blocks: Blocks) -> str:
+    """Hash a whole file, or blocks of it, the first and the last among them."""
     try:
         with open(path, "rb", buffering=0) as file:
-            if not blocks or size <= blocks * BLOCK_BYTES:
+            if not blocks.count or size <= blocks.count * blocks.size_bytes:
                 return hashlib.file_digest(file, "sha256").hexdigest()[:32]
             digest = hashlib.sha256()
-            for nth in range(blocks):
-                file.seek((size - BLOCK_BYTES) * nth // (blocks - 1))
-                digest.update(file.read(BLOCK_BYTES))
+            for nth in range(blocks.count):
+                file.seek((size - blocks.size_bytes) * nth // (blocks.count - 1))
+                digest.update(file.read(blocks.size_bytes))
             return digest.hexdigest()[:32]
     except OSError as error:
         raise _unreadable(path, error) from error
 
 
-def _cache_file(folder: str, blocks: int) -> Path:
-    name = hashlib.sha256(f"{VERSION} {blocks} {folder}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
+def _cache_file(folder: str, blocks: Blocks) -> Path:
+    kind = f"{VERSION} {blocks.count} {blocks.size_bytes}"
+    name = hashlib.sha256(f"{kind} {folder}".encode("utf-8", "surrogateescape")).hexdigest()[:32]
     return cache_dir() / "fingerprints" / f"{name}.json"
 
 
-def _recall(folder: str, blocks: int) -> dict[str, Any]:
+def _recall(folder: str, blocks: Blocks) -> dict[str, Any]:
     """Name -> [state, hash]; what is damaged counts as missing."""
     with contextlib.suppress(RunFolderError, OSError, RuntimeError):
         stored = read_json(_cache_file(folder, blocks))
@@ -161,7 +178,7 @@ def _is_entry(entry: Any) -> bool:
     return isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], str)
 
 
-def _keep(folder: str, blocks: int, entries: dict[str, Any]) -> None:
+def _keep(folder: str, blocks: Blocks, entries: dict[str, Any]) -> None:
     """Where that fails, the files are read again next time."""
     with contextlib.suppress(OSError, ValueError, RuntimeError):
         path = _cache_file(folder, blocks)
