@@ -696,6 +696,15 @@ def test_the_cache_is_hashed_once_for_each_state_of_its_files(
     assert len(hashed) == 8
 
 
+def test_paths_fields_and_encodings_stay_text_on_the_command_line(tmp_path: Path) -> None:
+    from gatrain.compose.declared import text_arguments
+
+    for source in ("TextWindows", "PaddedText"):
+        taken = text_arguments(f"gatrain.data.{source}", tmp_path)
+        assert all(taken[name].itself for name in ("path", "eval_path", "text_field", "encoding", "format"))
+        assert all(taken[name].items for name in ("path", "eval_path"))
+
+
 # Through the command line: the documented exit code, one sentence, and no run folder
 
 

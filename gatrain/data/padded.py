@@ -26,7 +26,7 @@ from gatrain.data.formats import Reading
 from gatrain.data.records import has_field, records, text_of
 from gatrain.data.report import DataReport
 from gatrain.data.text import check_lengths, finished, left_out, source_files
-from gatrain.data.text_files import Files, Given
+from gatrain.data.text_files import Files
 from gatrain.data.token_file import TokenFile, TokenWriter, smallest_dtype, unigram_loss
 from gatrain.data.token_layout import Array
 from gatrain.data.tokenised import check_unchanged, no_text, read_report, text_sources, write_report
@@ -123,7 +123,7 @@ class PaddedText:
 
     def __init__(
         self,
-        path: Given | None = None,
+        path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
         vocab_size: int = 4096,
         context: int = 128,
         prompt_fraction: float = 0.7,
@@ -131,7 +131,7 @@ class PaddedText:
         cache_dir: str | os.PathLike[str] | None = None,
         tokenizer: str = "bpe",
         text_field: str = "text",
-        eval_path: Given | None = None,
+        eval_path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
         encoding: str = "utf-8",
         format: str = "auto",
         prompt_field: str = "prompt",

@@ -103,7 +103,7 @@ class TextWindows:
 
     def __init__(
         self,
-        path: Given | None = None,
+        path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
         vocab_size: int = 4096,
         context: int = 128,
         eval_fraction: float = 0.05,
@@ -111,7 +111,7 @@ class TextWindows:
         tokenizer: str = "bpe",
         text_field: str = "text",
         token_dtype: str = "uint16",
-        eval_path: Given | None = None,
+        eval_path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
         encoding: str = "utf-8",
         format: str = "auto",
     ) -> None:

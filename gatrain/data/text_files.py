@@ -35,6 +35,7 @@ _GIVE = (
 )
 
 Given = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+"""Sources spell it out in their signature, where composition reads that digits and underscores are a name."""
 
 
 @dataclass(frozen=True)
