@@ -18,6 +18,7 @@ _REASONS = {
     errno.ESTALE: "the network file system has lost the file (stale handle)",
     errno.ENOENT: "the folder is gone",
     errno.ENOTDIR: "a file stands where a folder belongs",
+    errno.EEXIST: "something else stands in its place",
     errno.ELOOP: "a link stands in the way",
     errno.EMFILE: "too many files are open (ulimit -n)",
     errno.ENODEV: "the device is gone",
@@ -31,10 +32,12 @@ _REMEDIES = {
     errno.EIO: "Look at dmesg and at the disk",
     errno.EFBIG: "Raise the limit (ulimit -f unlimited)",
 }
-PASSING = (
+FAULTS = (
     errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ESTALE, errno.EMFILE,
-    errno.ENOENT, errno.ENODEV, errno.ETIMEDOUT, errno.EAGAIN, errno.EFBIG,
+    errno.EFBIG, errno.ENODEV,
 )  # fmt: skip
+"""Causes that lie with the machine, never with the program."""
+PASSING = (*FAULTS, errno.ENOENT, errno.ETIMEDOUT, errno.EAGAIN)
 """Causes that may be gone at the next try."""
 
 

@@ -15,6 +15,7 @@ import secrets
 import shlex
 import socket
 import stat
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,7 +166,7 @@ def list_states(folder: Path) -> list[tuple[int, Path]]:
     """See `RunDir.saved_entries`."""
     try:
         names = os.listdir(folder)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
         raise RunFolderError(f"cannot list the saved states in {folder}: {error.strerror}.") from error
@@ -209,20 +210,21 @@ def locked(run_dir: RunDir) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise RunFolderError(
-                f"{run_dir.path} is in use by {_holder(file.read(1000))}. "
+                f"{run_dir.path} is in use by {_holder(handle)}\n"
                 "Wait until that run has ended, or choose another folder with run.dir=FOLDER."
             ) from error
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                 raise
             # some network file systems cannot lock; refusing to train there would help nobody
-        file.truncate(0)
-        json.dump({"pid": os.getpid(), "host": socket.gethostname()}, file)
-        file.flush()
+        with contextlib.suppress(OSError):  # on a full disk the lock holds without saying whose it is
+            file.truncate(0)
+            os.write(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
         try:
             yield
         finally:
-            file.truncate(0)
+            with contextlib.suppress(OSError):
+                file.truncate(0)
 
 
 def _open_lock(run_dir: RunDir) -> int:
@@ -240,12 +242,28 @@ def _open_lock(run_dir: RunDir) -> int:
     return handle
 
 
-def _holder(text: str) -> str:
-    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
-        held = json.loads(text)
-        if type(held["pid"]) is int and isinstance(held["host"], str) and held["host"].isprintable():
-            return f"process {held['pid']} on {held['host']}"
-    return "another process"
+def _holder(handle: int) -> str:
+    """Who holds a lock, and how to end it where that can be done from here."""
+    for _ in range(5):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            held = json.loads(os.pread(handle, 1000, 0))
+            if type(held["pid"]) is int and isinstance(held["host"], str) and held["host"].isprintable():
+                return _told_holder(held["pid"], held["host"])
+        time.sleep(0.1)  # it has just taken the lock, and is about to say so
+    return "another process."
+
+
+def _told_holder(pid: int, host: str) -> str:
+    who = f"process {pid} on {host}"
+    if host != socket.gethostname():
+        return f"{who}. If that machine is gone, the file system frees the lock after some minutes."
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return f"{who}, which has ended, but something that it started has not."
+    except OSError:
+        return f"{who}, another user's."
+    return f"{who}. To let it save and stop: kill {pid}"
 
 
 def _ours(folder: Path) -> list[Path]:
@@ -314,6 +332,12 @@ def write_text(path: Path, text: str, mode: int = 0o666) -> None:
     """Write a whole text file atomically and durably, with the permissions in ``mode`` that the umask leaves."""
     with atomic_file(path, mode) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_bytes(path: Path, contents: bytes, mode: int = 0o666) -> None:
+    """As `write_text`, for any contents."""
+    with atomic_file(path, mode) as temporary:
+        temporary.write_bytes(contents)
 
 
 @contextlib.contextmanager

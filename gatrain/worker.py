@@ -34,6 +34,7 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
     from gatrain.train.lengths import notice_lengths
     from gatrain.train.loop import Trainer
     from gatrain.train.remainders import Splits, check_windows
+    from gatrain.train.run_folder import RunFolder
     from gatrain.train.saved_state import Progress
     from gatrain.train.seeding import PROCESS, seed_everything
     from gatrain.train.windows import WindowSchedule
@@ -129,6 +130,7 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
             sinks.notice(noticed.sentence)
         for problem in problems:
             sinks.notice(problem)
+        folder_watch = RunFolder(run_dir, sinks.notice, sinks.put_back) if rank.rank == 0 else None
         trainer = Trainer(
             engine=engine,
             config=config,
@@ -143,6 +145,7 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
             pause=rank.pause,
             aftermath=aftermath,
             # rank 0 comes here after the baseline and after whatever loggers do to start
+            run_folder=folder_watch,
             evaluation_is_missing=engine.ranks.alone(
                 lambda: _evaluation_is_missing(run_dir, config, progress)
             ),

@@ -17,7 +17,6 @@ import typer
 
 from gatrain import __version__, offspring, secrets, trust
 from gatrain.cli import machine, streams, terminal
-from gatrain.commands import typed
 from gatrain.errors import ConfigError, DataError, GatrainError, Interrupted, VerifyError
 
 if TYPE_CHECKING:
@@ -450,6 +449,8 @@ def _reach_all_nodes(context: typer.Context, request: WorldRequest, overrides: l
 def _print_outcome(outcome: Outcome) -> None:
     if outcome.already_complete:
         step = int(outcome.summary["step"])
+        from gatrain.commands import typed
+
         more = typed("resume", outcome.run_dir, f"train.steps={2 * step}")
         print(
             f"The run in {outcome.run_dir} is complete at step {step}; nothing is left to do. To train on: {more}"

@@ -22,10 +22,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
-from gatrain import __version__, offspring
+from gatrain import __version__, disk, offspring
 from gatrain.cli import options_elsewhere
-from gatrain.commands import typed
-from gatrain.errors import GatrainError, nearest
+from gatrain.errors import GatrainError, RunFolderError, nearest
 from gatrain.secrets import hide, hide_in, hide_known
 
 if TYPE_CHECKING:
@@ -175,6 +174,8 @@ def usage_text(error: Exception, arguments: Sequence[str], commands: Sequence[st
     first = arguments[0]
     if text.startswith("No such command"):
         if "=" in first:
+            from gatrain.commands import typed
+
             return f"'{first}' stands where a command belongs. Did you mean: {typed('fit', *arguments)}"
         return f"there is no command '{first}'.{nearest(first, commands)} Commands: {', '.join(commands)}."
     if text.startswith("No such option"):
@@ -201,7 +202,7 @@ _OF_THE_MACHINE = {
     errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EMFILE,
     errno.ENFILE, errno.ESTALE, errno.EIO, errno.ELOOP, errno.ENOTDIR, errno.EISDIR,
 }  # fmt: skip
-"""What a system answers that no program can help: its own words say what is wrong."""
+"""What a system answers that no program can help."""
 
 
 def unexpected(error: Exception) -> int:
@@ -209,8 +210,13 @@ def unexpected(error: Exception) -> int:
     debug_traceback()
     if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
         where = f" ({str(error.filename)[:200]})" if error.filename else ""
-        print_error(f"{error.strerror}{where}.")
+        print_error(f"{disk.reason(error)}{where}. {disk.remedy(error)}, then type the same command again.")
         return GatrainError.exit_code
+    if isinstance(error, FileNotFoundError) and "No usable temporary directory" in str(error):
+        print_error(
+            "no folder for temporary files can be written. Set TMPDIR to one that can, and try again."
+        )
+        return RunFolderError.exit_code
     stamp = time.strftime("%Y%m%d-%H%M%S")
     try:
         handle, name = tempfile.mkstemp(prefix=f"gatrain-error-{stamp}-", suffix=".txt")

@@ -66,16 +66,14 @@ class JsonlSink(QuietSink):
             self._evaluations.keep = step - 1
         self._evaluations.append({"step": step, **metrics})
 
-    def moved(self, path: Path) -> None:
-        """Go on in another file, to which all lines so far are copied where they are not there.
+    def put_back(self) -> None:
+        """Write a file anew that was deleted under this sink, from what is still open of it.
 
         Raises:
             OSError: it cannot be written.
         """
-        self.path, self.evaluations_path = path, evaluations_path(path)
-        for file, target in ((self._steps, self.path), (self._evaluations, self.evaluations_path)):
-            if file is not None:
-                file.moved(target)
+        for file in self._files():
+            file.put_back()
 
     def end(self, summary: Mapping[str, Any]) -> None:
         for file in self._files():
@@ -138,13 +136,19 @@ class _LineFile:
                 raise
             self._waiting_bytes -= len(self.waiting.pop(0))
 
-    def moved(self, path: Path) -> None:
-        """See `JsonlSink.moved`."""
-        if self._handle is not None and not path.exists():
-            with open(path, "wb") as new:
-                for place in range(0, os.fstat(self._handle).st_size, 2**20):
-                    new.write(os.pread(self._handle, 2**20, place))
-        self.path = path
+    def put_back(self) -> None:
+        """See `JsonlSink.put_back`. Where another file stands there by now, lines go on at its end."""
+        if self._handle is None:
+            return
+        ours = os.fstat(self._handle)
+        with contextlib.suppress(FileNotFoundError):
+            there = os.stat(self.path)
+            if (there.st_dev, there.st_ino) != (ours.st_dev, ours.st_ino):
+                self.close()
+            return
+        with atomic_file(self.path) as temporary, open(temporary, "wb") as new:
+            for place in range(0, ours.st_size, 2**20):
+                new.write(os.pread(self._handle, min(2**20, ours.st_size - place), place))
         self.close()
 
     def close(self) -> None:

@@ -93,6 +93,16 @@ class Fanout:
                 )
                 self.failures.append(f"the logger {type(sink).__name__}: {why}{lines}")
 
+    def put_back(self) -> None:
+        """Let sinks write their files anew that were deleted.
+
+        Raises:
+            OSError: one cannot be written.
+        """
+        for sink in self.sinks:
+            if (put_back := getattr(sink, "put_back", None)) is not None:
+                put_back()
+
     def close(self) -> None:
         """Close every sink that can be closed; what fails here is of no more use to anybody."""
         for sink in self.sinks:

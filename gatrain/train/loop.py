@@ -7,12 +7,13 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gatrain import commands
+from gatrain import disk
 from gatrain.config import RunConfig
 from gatrain.errors import ExactnessError, SavedStateError
 from gatrain.plan import Plan
@@ -25,6 +26,8 @@ from gatrain.train.evaluate import EvaluationError, EvaluationStopped, evaluate
 from gatrain.train.events import Sink
 from gatrain.train.loader import LoadedWindow, WindowLoader
 from gatrain.train.meter import Mark, Meter
+from gatrain.train.rescue import rescue
+from gatrain.train.run_folder import RunFolder
 from gatrain.train.save_clock import SaveClock
 from gatrain.train.saved_state import Progress
 from gatrain.train.seeding import MICRO_STEP
@@ -73,6 +76,8 @@ class Trainer:
     pause_requested: Callable[[], bool] = lambda: False
     """May turn true on any rank; then all `pause` after the window in hand."""
     pause: Callable[[], None] = lambda: None
+    run_folder: RunFolder | None = None
+    """On rank 0."""
     evaluation_is_missing: bool = False
     """The run goes on at a step whose evaluation was cut short, or never begun."""
     _pending: list[_Pending] = field(default_factory=list)
@@ -85,6 +90,8 @@ class Trainer:
     _told_of_dropped: int = 0
     _told_of_unreadable: int = 0
     _told_of_slow_saves: bool = False
+    _disk_error: OSError | None = None
+    """Why the last save failed, on rank 0."""
 
     def run(self) -> dict[str, Any]:
         """Train, save, evaluate; return the summary that tells how it ended.
@@ -100,11 +107,8 @@ class Trainer:
         stopped = self._train()
         self._flush()
         # what was trained is on the disk before anything else of the user's runs
-        if self._saved_step != self.progress.step and not self._save():
-            raise SavedStateError(
-                f"the final state could not be written to {self.run_dir.saved}. "
-                f"Free some space, then: {commands.resume(self.run_dir)}"
-            )
+        if self._saved_step != self.progress.step and not self._save(is_last=True):
+            raise SavedStateError(self.engine.ranks.alone(self._rescue))
         if self.progress.step >= self.total_steps:
             self._refuse_what_learnt_nothing()
         stopped = stopped or not self._evaluate()
@@ -195,7 +199,10 @@ class Trainer:
             "stop": self.stop_requested(),
             "pause": self.pause_requested(),
             "save": self.engine.ranks.rank == 0
-            and self._clock.is_due(before_evaluation=self._evaluates_after(self.progress.step + 1)),
+            and (
+                self._clock.is_due(before_evaluation=self._evaluates_after(self.progress.step + 1))
+                or (self.run_folder is not None and self.run_folder.needs_state)
+            ),
         }
         return RankWindow(
             loaded.micro_batches,
@@ -241,6 +248,8 @@ class Trainer:
         pending, self._pending = self._pending, []
         if not pending:
             return
+        if self.run_folder is not None:
+            self.run_folder.look()
         self.engine.gradient.check_counts()
         names = list(pending[0].result.weight_totals)
         zero = torch.zeros((), dtype=torch.float64, device=self.engine.device)
@@ -471,7 +480,7 @@ class Trainer:
             self.sinks.evaluation(self.progress.step, found)
         return True
 
-    def _save(self) -> bool:
+    def _save(self, is_last: bool = False) -> bool:
         """Write the state on rank 0, after everything before it was checked. A full disk is not fatal."""
         began = self._clock.now()
         self.engine.share_buffers()
@@ -482,36 +491,51 @@ class Trainer:
                 f"{self._remedies(self.progress.updates).lower_rate()}"
             )
         # the others wait for the disk outside of any collective, which would fail after its timeout
-        is_written = self.engine.ranks.alone(lambda: self._write(began))
+        is_written = self.engine.ranks.alone(lambda: self._write(began, is_last))
         if is_written:
             self._saved_step = self.progress.step
         return is_written
 
-    def _write(self, began: float) -> bool:
+    def _write(self, began: float, is_last: bool) -> bool:
         """Rank 0's part of a save; False where the state could not be written."""
-        scaler = self.engine.scaler.state_dict() if self.engine.scaler else None
-        progress = dataclasses.replace(self.progress, scaler=scaler)
+        step = self.progress.step
+        if self.run_folder is not None:
+            self.run_folder.look()
+        moved_to = self.run_folder.moved_to if self.run_folder is not None else None
         try:
-            path = saved_state.save(
-                self.run_dir.saved,
-                progress,
-                self.engine.model,
-                self.engine.optimizer,
-                self.config.save.keep,
-                self.engine.masters,
-                self.sinks.notice,
-            )
+            path = self._write_to(RunDir(moved_to).saved if moved_to is not None else self.run_dir.saved)
         except OSError as error:
             self._clock.failed()
-            self.sinks.notice(
-                f"could not save the state of step {self.progress.step}: {error.strerror or error}. "
-                "Training goes on; earlier saved states are kept."
-            )
+            self._disk_error = disk.known(error)
+            if not is_last:
+                self.sinks.notice(
+                    f"could not save the state of step {step}: {disk.reason(error)}. "
+                    "Training goes on; earlier saved states are kept."
+                )
             return False
         self._clock.saved(began)
-        self.sinks.saved(self.progress.step, path)
+        self.sinks.saved(step, path)
         self._tell_of_slow_saves()
+        if self.run_folder is not None:
+            self.run_folder.state_is_saved(step)
         return True
+
+    def _write_to(self, folder: Path) -> Path:
+        scaler = self.engine.scaler.state_dict() if self.engine.scaler else None
+        return saved_state.save(
+            folder,
+            dataclasses.replace(self.progress, scaler=scaler),
+            self.engine.model,
+            self.engine.optimizer,
+            self.config.save.keep,
+            self.engine.masters,
+            self.sinks.notice,
+        )
+
+    def _rescue(self) -> str:
+        """Rank 0's last resort, in words."""
+        assert self._disk_error is not None
+        return rescue(self.run_dir, self.progress.step, self._disk_error, self._write_to)
 
     def _tell_of_slow_saves(self) -> None:
         if self._clock.is_too_slow() and not self._told_of_slow_saves:
