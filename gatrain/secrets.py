@@ -29,10 +29,10 @@ class _Grade(IntEnum):
 # --- names ----------------------------------------------------------------------------------------------
 
 _SECRET_ENDS = re.compile(
-    r"(password|passwd|passphrase|passcode|secrets?|credentials?|creds|bearer|jwt|cookies?|connectionstring"
+    r"(password|passwd|passphrase|passcode|secrets?|credentials?|creds?|bearer|sessionid|psk|webhook|jwt|cookies?|connectionstring"
     r"|connectionstr|connstring|connstr|(api|access|secret|private|account|shared|signing|encryption|master|session"
     r"|subscription|storage|license|auth|service|ssh|deploy|client)keys?|accesskeyid|keyid"
-    r"|(auth|access|refresh|bearer|api|hf|github|session|security|sas)tokens?|(db|user|smtp|mysql|pg)pass)$"
+    r"|(auth|access|refresh|bearer|api|hf|github|session|security|sas)tokens?|(db|user|smtp|mysql|pg|ftp)(pass|pwd))$"
 )
 _OWNERS = frozenset(
     {
@@ -57,10 +57,13 @@ _QUALIFIERS = frozenset(
         "b64", "base64",
     }
 )  # fmt: skip
+_TELLING = frozenset(
+    {"token", "password", "passwd", "secret", "auth", "bearer", "credential", "apikey", "pat", "login"}
+)
 _NOTHING = re.compile(
     r"|null|none|true|false|yes|no|on|off|auto|[^\w]*|[<\[(|]+[\w|/ -]*[>\])|]+", re.IGNORECASE
 )
-_RANDOM = re.compile(r"(?=.*\d)(?=.*[A-Za-z])[^\s/\\]{12,}|(?=.*\d)(?=.*[A-Z])[^\s/\\.]{8,}")
+_RANDOM = re.compile(r"(?=.*\d)(?=.*[A-Za-z])[^\s/\\]{16,}|(?=.*\d)(?=.*[A-Z])[^\s/\\.]{8,}")
 
 
 def _words_of(name: str) -> list[str]:
@@ -74,6 +77,8 @@ def _grade_of_name(name: str) -> _Grade:
     while not grade and words and (words[-1] in _QUALIFIERS or words[-1].isdigit()):
         words.pop()
         grade = _grade_of_words(words)
+    if not grade and _TELLING & set(words):
+        return _Grade.RANDOM  # `token_for_hub`, and `token_dim` as well: the value tells
     return grade
 
 
@@ -123,12 +128,16 @@ _SHAPES = re.compile(
     r"|\bxox[a-z]-[\w-]{6,}"
     r"|\bAIza[\w-]{20,}|\bya29\.[\w-]{8,}|\bSG\.[\w-]{8,}\.[\w-]{8,}"
     r"|\beyJ[\w-]{6,}\.[\w-]{4,}\.[\w-]*"
+    r"|(?<=hooks\.slack\.com/services/)[\w/-]+|(?<=/api/webhooks/)[\w/-]+|(?<=api\.telegram\.org/bot)[\w:-]+"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)"
 )
 _SCHEME = re.compile(r"\b(Bearer|Basic|Token)(\s+|%20)(?=[^\s\"']*[\dA-Z+/=_-])[\w.~+/=-]{6,}", re.IGNORECASE)
 _ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][\w+.-]*://)(?P<user>[^/?#\s'\"]+)@")
+_ODD_ADDRESS = re.compile(r"(://[^\s'\"/:@${}]*:)(?!\d{1,5}/)([^\s'\"@${}]+)(?=@[\w\[])")
+"""A password that holds what an address must not hold, such as a slash."""
+_OPTION = re.compile(r"(?<!\S)--?(?P<key>[A-Za-z][\w-]*)(?P<between> +)(?P<value>[^\s'\"-][^\s'\"]*)")
 _PAIR = re.compile(
-    r"(?P<key>(?<![\w.$-])[A-Za-z_][\w.-]*(?: [Kk]ey| [Ii]d)?)(?P<between>[\"']?\s*(?:=|:(?!//))\s*)"
+    r"(?P<key>(?<![\w.$])[A-Za-z_][\w.-]*(?: [Kk]ey| [Ii]d)?)(?P<between>[\"']?\s*(?:=|:(?!//))\s*)"
     r"(?P<value>\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|\$\{[^}]*\}|[^\s,;&\"'{}\[\]()]+)"
 )
 _IN_ADDRESSES = frozenset(
@@ -177,8 +186,10 @@ def redact_text(text: str) -> str:
         return text
     text = _SHAPES.sub(REDACTED, text)
     text = _SCHEME.sub(lambda found: f"{found[1]}{found[2]}{REDACTED}", text)
-    text = _ADDRESS.sub(_without_user, text)
-    return _PAIR.sub(_without_value, text)
+    text = _ODD_ADDRESS.sub(rf"\1{REDACTED}", _ADDRESS.sub(_without_user, text))
+    if ";" in text:
+        text = ";".join(map(_without_assigned, text.split(";")))
+    return _OPTION.sub(_without_value, _PAIR.sub(_without_value, text))
 
 
 def _in_braces(value: str, grade: _Grade) -> bool:
@@ -190,6 +201,13 @@ def _in_braces(value: str, grade: _Grade) -> bool:
     ):
         return True
     return any(_without_value(found) != found[0] for found in _PAIR.finditer(value))
+
+
+def _without_assigned(part: str) -> str:
+    """One part of a connection string, whose value may hold blanks."""
+    key, equals, value = part.partition("=")
+    plain = equals and not re.search(r"[?&{}\[\]'\"$]|://", part) and REDACTED not in part
+    return f"{key}={REDACTED}" if plain and _is_secret(_grade_of_name(key.strip()), value) else part
 
 
 def _without_user(found: re.Match[str]) -> str:

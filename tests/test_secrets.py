@@ -44,6 +44,13 @@ WORDS = {
     "Amazon's shape": "data.name=AKIAS3CRETABC",
     "Slack's shape": "data.name=xoxb-S3CRET-aa",
     "default of a reference": "data.token=${oc.env:HF_TOKEN,S3CRETdef}",
+    "pairs with blanks": "data.store='Server=db;Password=S3CRET of S3CRET;User=sa'",
+    "no user": "data.url='redis://:S3CRETpw@h:6379/0'",
+    "a slash in it": "data.url='https://me:S3/CRET9S3CRET@host/x'",
+    "webhook": "data.url='https://hooks.slack.com/services/T0/B0/S3CRET'",
+    "in a command": "data.command='curl -X GET --token S3CRETabc --password=S3CRETabc'",
+    "more words": "data.token_for_the_hub=S3CRETabc",
+    "fragment": "data.url='https://h/x#access_token=S3CRETabc'",
     "export": "export HF_TOKEN=S3CRETexp",
 }  # fmt: skip
 ORDINARY = [
@@ -58,6 +65,8 @@ ORDINARY = [
     "data.revision=aa84a3bdeadbeefaa84a3bdeadbeefaa84a3bdee", "data.pattern=*.jpg",
     "data.opts={key:image,tokens:5}", "model.auth_head=3", "data.token=${oc.env:HF_TOKEN}",
     "data.url=https://${oc.env:USER}:${oc.env:PASS}@h/", "data.token=null",
+    "model.token_mixer=conv1d_block", "data.auth_type=basic", "model.token_kernel=3x3",
+    "data.command='x --tokens 5 --key image'", "data.path='a;b=c'",
 ]  # fmt: skip
 
 
@@ -100,6 +109,15 @@ def test_what_was_met_as_a_secret_is_hidden_in_any_text(monkeypatch: pytest.Monk
     assert hide(text) == (
         "cannot open <redacted> with <redacted> or <redacted> at <redacted> in folder/file of llm at host"
     )
+
+
+def test_what_a_reference_to_a_secret_comes_to_is_hidden_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gatrain.compose import compose
+
+    monkeypatch.setattr(secrets, "_known", set())
+    monkeypatch.setenv("WANDB_API_KEY", "anything-at-all")
+    compose(["recipe=vision", "+data.note=${oc.env:WANDB_API_KEY}"])
+    assert hide("the server refused anything-at-all") == "the server refused <redacted>"
 
 
 def test_numbers_hashes_words_and_places_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:

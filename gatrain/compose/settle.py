@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gatrain.secrets import redact_value
+from gatrain.secrets import note, redact_value
 
 _NAME = re.compile(r"[\w.-]+")
 _PASSING = ("${now:",)
@@ -35,6 +35,8 @@ def settle(config: DictConfig) -> tuple[DictConfig, dict[str, str]]:
     asked = [(key, node, name, text) for key, node, name, text in _references(settled) if _asks(text)]
     values = {key: _value(config, key) for key, _, _, _ in asked}
     secrets = [str(values[key]) for key, _, _, text in asked if _is_secret(key, text, values[key])]
+    for secret in secrets:
+        note("secret", secret)  # whatever its key is called
     references: dict[str, str] = {}
     for key, node, name, text in asked:
         value = values[key]
