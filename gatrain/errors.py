@@ -13,7 +13,7 @@
     ├── VerifyError          10   `gatrain verify` found a split gradient that is not equal
     ├── WorkerError          11   a rank failed with an error of the user's code
     └── AfterTrainingError   12   all steps are trained and saved; evaluation, showcase, plots or a logger failed
-    Interrupted        130/143    stopped by Ctrl-C or SIGTERM; the state was saved
+    Interrupted        130/143    stopped by Ctrl-C, or by SIGTERM, SIGHUP or SIGUSR1; the state was saved
 
 A message says what was given, what is allowed, and what to type next. Leaves hold no logic.
 """
@@ -124,7 +124,7 @@ class AfterTrainingError(GatrainError):
 
 
 class Interrupted(GatrainError):
-    """The run was asked to stop (SIGINT or SIGTERM) and did so after saving its state."""
+    """The run was asked to stop by a signal and did so after saving its state."""
 
     exit_code = 130
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from processes import Place, state_of, wait_until
 
 from gatrain import scratch
@@ -23,7 +24,8 @@ from gatrain.rank import StopFlag
 
 LOOK = """
 import os, subprocess, sys, time
-import torch
+from filelock import FileLock
+FileLock("cache.lock").acquire()
 subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"])  # the user's own helper
 open("looking", "w").close()
 time.sleep(600)
@@ -132,6 +134,8 @@ def test_a_look_that_is_ended_leaves_nothing_whatever_the_user_has_started(
     assert process.wait(10) == code
     nothing_is_left(place)
     assert not (place.folder / "a").exists()
+    with FileLock(place.folder / "cache.lock", timeout=1):  # the cache's, say
+        pass
     if code == 143:
         assert place.said().strip().endswith(f"stopped by {signal.Signals(signum).name}.")
     assert "Traceback" not in place.said()
@@ -390,6 +394,15 @@ def test_tests_start_processes_that_ignore_nothing() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     ignored = set(json.loads(done.stdout.replace("'", '"')))
     assert ignored <= {"SIGPIPE", "SIGXFSZ", "SIGXFZ"}  # Python's own
+
+
+@pytest.mark.chaos
+def test_the_tests_pass_under_nohup_without_a_terminal(place: Place) -> None:
+    """That of a closed terminal waited for ever for a signal that nohup had made its launcher ignore."""
+    ignored = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT)
+    named = f"{Path(__file__).parent}/test_launch.py::test_a_closed_terminal_stops_and_saves"
+    process = place.start("-m", "pytest", "-q", "-p", "no:cacheprovider", named, ignored=ignored)
+    assert process.wait(120) == 0, place.said()
 
 
 # --- temporary folders ----------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ EXIT_CODE_HELP = {
     11: "an error of the user's own code in a rank",
     12: "trained and saved, but evaluation, showcase, plots or a logger failed",
     130: "stopped by Ctrl-C, after saving",
-    143: "stopped by SIGTERM, after saving",
+    143: "stopped by SIGTERM, SIGHUP or SIGUSR1, after saving",
 }
 
 
