@@ -165,6 +165,9 @@ HOSTILE = [
     Hostile("chat.jsonl", b'{"messages": [{"role": "user"}]}', r"a chat in 'messages'.*apply_chat_template"),
     Hostile("pairs.jsonl", b'{"prompt": "a", "completion": 3}', "field 'completion' is not", source=pairs),
     Hostile("nested.jsonl", b'{"m": {"text": "x"}}', "it has 'm.text'", {"text_field": "m.body"}),
+    Hostile("alpaca.json", b'[{"instruction": "a", "output": "b"}]', "data.prompt_field=A", source=pairs),
+    Hostile("pairs_as_text.jsonl", b'{"prompt": "a", "completion": "b"}', "recipe=padded"),
+    Hostile("braces.txt", b'{"text": "a"}\nand then prose\n', "line 2: not valid JSON.*data.format=text"),
     # tables
     Hostile("no_field.csv", b"id,body\n1,hello\n", "line 2: has no field 'text'; it has 'id', 'body'"),
     Hostile("ragged.csv", b"id,text\n1,a\n2,b,c\n", "line 3: 3 columns under 2 names"),

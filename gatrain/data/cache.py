@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 from filelock import FileLock
@@ -160,6 +161,8 @@ def _build(places: Sequence[Path], build: Callable[[Path], None]) -> Path:
 def _state(path: Path) -> list[int]:
     """Another one where a file was written, replaced or copied; its times of change cannot be set back."""
     stat = path.stat(follow_symlinks=False)
+    if not S_ISREG(stat.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 

@@ -23,7 +23,7 @@ from gatrain.data.cache import build_once
 from gatrain.data.documents import Corpus
 from gatrain.data.folders import shown
 from gatrain.data.formats import Reading
-from gatrain.data.records import has_field, records, text_of
+from gatrain.data.records import CHAT_FIELDS, field_names, has_field, records, text_of
 from gatrain.data.report import DataReport
 from gatrain.data.text import check_lengths, finished, left_out, source_files
 from gatrain.data.text_files import Files
@@ -274,7 +274,16 @@ class _Part:
         """True if the first record has a prompt or a completion."""
         if (format := corpus.formats[file]) == "text":
             return False
-        first = next((record for _, record in records(file, format, corpus.reading)), {})
+        place, first = next(records(file, format, corpus.reading), ("", {}))
+        is_known = self._fields.in_record(first) or has_field(first, corpus.reading.text_field)
+        if first and not is_known and not any(name in first for name in CHAT_FIELDS):
+            raise DataError(
+                f"{file}, {place}: it has {', '.join(map(repr, field_names(first)[:20]))}, but neither "
+                f"'{self._fields.prompt}' and '{self._fields.completion}' nor "
+                f"'{corpus.reading.text_field}'. Name its "
+                "fields: data.prompt_field=A data.completion_field=B for pairs, or data.text_field=C for "
+                "whole texts."
+            )
         return self._fields.in_record(first)
 
     def training_texts(self) -> Iterator[str]:

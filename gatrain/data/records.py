@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from gatrain.data.compressed import plain_name
 from gatrain.data.encoding import decoded
 from gatrain.data.folders import shown, unreadable
 from gatrain.data.formats import Reading, table_delimiter
@@ -76,8 +77,8 @@ def text_of(record: Record, field: str, file: Path, place: str, option: str) -> 
                 "that record; an emoji needs both halves."
             ) from None
         return value
-    there = ", ".join(map(repr, _names(record)[:20])) or "no fields"
-    similar = "" if found else nearest(field, _names(record))
+    there = ", ".join(map(repr, field_names(record)[:20])) or "no fields"
+    similar = "" if found else nearest(field, field_names(record))
     what = f"has no field '{field}'" if not found else f"field '{field}' is not a string"
     if found:
         what += " but null" if value is None else f" but {_json_type(value)}"
@@ -88,10 +89,12 @@ def text_of(record: Record, field: str, file: Path, place: str, option: str) -> 
             '{"text": ...} for each with your template, for example tokenizer.apply_chat_template('
             f'record[\'{chat}\'], tokenize=False), or {{"prompt": ..., "completion": ...}} for recipe=padded.'
         )
+    of_pairs = option == "data.text_field" and {"prompt", "completion"} <= record.keys()
+    hint = " Pairs of prompt and completion are read by recipe=padded." if of_pairs else ""
     raise DataError(
         f"{file}, {place}: {what}; it has {there}.{shown(similar)} Name the field with "
         f"{option}=... "
-        f"({option}=a.b for a field b in a), or correct that record."
+        f"({option}=a.b for a field b in a), or correct that record.{hint}"
     )
 
 
@@ -111,7 +114,7 @@ def has_field(record: Record, field: str) -> bool:
     return _find(record, field)[1]
 
 
-def _names(record: Record) -> list[str]:
+def field_names(record: Record) -> list[str]:
     """Names of fields, dotted where they are in a field."""
     found: list[str] = []
     for key, value in record.items():
@@ -161,7 +164,10 @@ def _json_lines(
         try:
             record = _DECODER.decode(line.strip())
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{file}, {place}: not valid JSON ({_why(error)}). {_CORRECT_LINE}") from None
+            plain = "" if plain_name(file).suffix in JSONL_SUFFIXES else f" {_PLAIN}"
+            raise DataError(
+                f"{file}, {place}: not valid JSON ({_why(error)}). {_CORRECT_LINE}{plain}"
+            ) from None
         yield place, _record(record, file, place)
 
 
@@ -263,6 +269,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> Record:
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 _WHITESPACE = re.compile(r"[ \t\n\r]*")
+JSONL_SUFFIXES = (".jsonl", ".ndjson")
+_PLAIN = "Plain text that only begins like JSON is read with data.format=text."
 _CORRECT_LINE = "Correct or delete that line."
 
 
@@ -318,7 +326,7 @@ def _table(
             raise DataError(
                 f"{file}, {place}: {len(row)} columns under {len(names)} names "
                 f"({shown(', '.join(names[:10]))}). Correct that "
-                "row: a field with a delimiter or a line end stands in double quotes."
+                "row (a field with a delimiter or a line end stands in double quotes), or say data.format=text."
             )
         if rows.line_num > number and omissions is not None:
             omissions.add(LONG_ROWS, f"{shown(file.name)}, {place}")
