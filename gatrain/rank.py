@@ -30,7 +30,14 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from gatrain import imports, offspring
-from gatrain.errors import GatrainError, Interrupted, LaunchError, WorkerError
+from gatrain.errors import (
+    EXIT_CODES,
+    GatrainError,
+    Interrupted,
+    LaunchError,
+    RunFolderError,
+    WorkerError,
+)
 from gatrain.launch import protocol
 from gatrain.launch.net import listen
 from gatrain.launch.reasons import describe, is_consequence
@@ -226,9 +233,10 @@ def _exit_within(limit_s: float) -> None:
 def _end_if_hopeless(report: Path) -> None:
     """On a restart, end at once where the last attempt failed with an error that a restart cannot cure."""
     if report.exists() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
-        code = read_json(report).get("exit_code")
-        if isinstance(code, int) and code not in (GatrainError.exit_code, WorkerError.exit_code):
-            os._exit(code)
+        with contextlib.suppress(RunFolderError):
+            code = read_json(report).get("exit_code")
+            if code in EXIT_CODES and code not in (GatrainError.exit_code, WorkerError.exit_code):
+                os._exit(code)
     report.unlink(missing_ok=True)
 
 

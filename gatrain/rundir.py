@@ -270,7 +270,7 @@ def _ours(folder: Path) -> list[Path]:
     """What may be written in a run folder; cells of the user's own beside it are nobody's business."""
     names = (
         "config.yaml", "overrides.txt", "plan.json", "hardware.json", "env.json", "metrics.jsonl",
-        "evaluations.jsonl", "logs", "saved", "tensorboard", "summary.json",
+        "evaluations.jsonl", "logs", "saved", "tensorboard", "summary.json", "recorded.json", "data.json",
     )  # fmt: skip
     return [folder / name for name in names] if folder.name != "logs" else sorted(folder.iterdir())
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from gatrain import schema
 from gatrain.errors import EXIT_CODES, GatrainError, RunFolderError, WorkerError
 from gatrain.launch.protocol import LOG_START
 from gatrain.rundir import RunDir, read_json
@@ -67,13 +67,10 @@ def first_cause(run_dir: RunDir, exits: list[Exit], since: float, killed: set[in
     causes = []
     reported = set()
     for path in sorted(run_dir.logs.glob("error_rank_*.json")):
-        try:
-            report = read_json(path)
-        except RunFolderError:
-            continue
-        if report.get("time", 0) >= since:
+        report = _Report.read(path)
+        if report is not None and report.time >= since:
             causes.append(_from_report(run_dir, report))
-            reported.add(report.get("pid"))
+            reported.add(report.pid)
     causes += [_from_exit(run_dir, e) for e in exits if e.pid not in reported and e.pid not in killed]
     return min(causes, key=lambda cause: cause.order) if causes else None
 
@@ -82,26 +79,42 @@ def is_only_consequence(run_dir: RunDir, exits: list[Exit], killed: set[int]) ->
     """Whether a stop explains every failure: ended by the launcher or a polite signal, or a lost peer."""
     polite = {-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP, -signal.SIGUSR1, 130, 143, 129, 138}
     for item in exits:
-        path = run_dir.rank_error(item.rank)
-        report: Mapping[str, object] = {}
-        if path.exists():
-            report = read_json(path)
-        if report.get("pid") == item.pid:
-            if not report.get("secondary"):
+        report = _Report.read(run_dir.rank_error(item.rank))
+        if report is not None and report.pid == item.pid:
+            if not report.secondary:
                 return False
         elif item.pid not in killed and item.code not in polite:
             return False
     return True
 
 
-def _from_report(run_dir: RunDir, report: Mapping[str, object]) -> Cause:
-    code, rank = int(str(report.get("exit_code", WorkerError.exit_code))), int(str(report["rank"]))
-    message = str(report.get("message", ""))
-    unnamed = code == WorkerError.exit_code
+@dataclass(frozen=True)
+class _Report:
+    """What a failing rank writes about itself (`gatrain.rank`)."""
+
+    rank: int
+    pid: int
+    time: float
+    exit_code: int = WorkerError.exit_code
+    message: str = ""
+    secondary: bool = False
+
+    @classmethod
+    def read(cls, path: Path) -> _Report | None:
+        """None where there is none, or something else."""
+        try:
+            return schema.parse(cls, read_json(path))
+        except (RunFolderError, ValueError):
+            return None
+
+
+def _from_report(run_dir: RunDir, report: _Report) -> Cause:
+    message = report.message
+    unnamed = report.exit_code == WorkerError.exit_code
     if unnamed:
-        message = f"rank {rank}: {message}\nThe whole traceback is in {run_dir.rank_log(rank)}"
-    error = EXIT_CODES.get(code, WorkerError)(message)
-    return Cause(bool(report.get("secondary")), unnamed, float(str(report.get("time", 0))), error)
+        message = f"rank {report.rank}: {message}\nThe whole traceback is in {run_dir.rank_log(report.rank)}"
+    error = EXIT_CODES.get(report.exit_code, WorkerError)(message)
+    return Cause(report.secondary, unnamed, report.time, error)
 
 
 def _from_exit(run_dir: RunDir, item: Exit) -> Cause:
