@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from gatrain import offspring, scratch
+from gatrain import imports, offspring, scratch
 from gatrain.causes import told
 from gatrain.data.report import DataRecord, DataReport, Omission
 from gatrain.errors import EXIT_CODES, GatrainError, RunFolderError, WorkerError
@@ -191,6 +191,7 @@ class _Teller:
 
 if __name__ == "__main__":
     offspring.die_with_parent()
+    imports.use_working_folder()
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # nothing here may take GPU memory
     _main(Path(sys.argv[1]), "--check" in sys.argv)
     sys.stderr.flush()

@@ -65,7 +65,17 @@ ROOMS: dict[str, set[str]] = {
     "build": {"causes", "config", "construction", "plan", "signatures", "targets", "tasks", "train"},
     "facts": {"assets", "config", "data.report", "dependencies", "rundir"},
     "inspection": {"build", "causes", "compose", "facts", "offspring", "scratch"},
-    "data_view": {"build", "causes", "compose", "data.report", "offspring", "rundir", "scratch", "train"},
+    "data_view": {
+        "build",
+        "causes",
+        "compose",
+        "data.report",
+        "imports",
+        "offspring",
+        "rundir",
+        "scratch",
+        "train",
+    },
     "tune": {
         "batch",
         "build",

@@ -213,11 +213,11 @@ KINDS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         text_folder,
         [
             "2 files", "utf-8", "hidden files left out: ._a.txt", "again.txt = a.txt", "plot.png|files called .png",
-            "byte-order marks dropped: b.txt",
+            "1 byte-order marks dropped: ",
         ],
     ),
-    "JSON Lines": (json_lines, ["2 documents", "1 empty documents: r.jsonl, line 3", "2 blank lines left out"]),
-    "CSV": (table, ["2 documents", "1 empty documents: r.csv"]),
+    "JSON Lines": (json_lines, ["2 documents", "1 empty documents: ", "r.jsonl, line 3", "2 blank lines left out"]),
+    "CSV": (table, ["2 documents", "1 empty documents: ", "r.csv, line 3"]),
     "token files": (tokens, ["1,003 tokens", "9 of 1,003 (0.9%) tokens at the end, too few"]),
     "pairs": (pairs, ["30 pairs", "warning: 10 of 30 (33.3%) prompts cut to data.context"]),
     "images in class folders": (
@@ -338,6 +338,23 @@ def test_each_sample_is_read_with_its_own_seed() -> None:
     one, two = look(Random()), look(Random())
     assert not data_differences(one, two)
     assert len({json.dumps(each) for each in one.samples.values()}) == len(one.samples) == 8
+
+
+def test_held_out_samples_and_another_way_of_reading_the_same_files_count_too() -> None:
+    class Split:
+        def __init__(self, held_out: float, scale: float = 1.0) -> None:
+            self.train = torch.utils.data.TensorDataset(torch.arange(9.0) * scale)
+            self.eval = torch.utils.data.TensorDataset(torch.full((4,), held_out))
+
+        report = DataReport(kind="numbers", items=13, fingerprint="of the files")
+
+    one = look(Split(1.0))
+    assert not data_differences(one, look(Split(1.0)))
+    ((key, old, _),) = data_differences(one, look(Split(2.0)))
+    assert key == "data.contents"
+    assert old.startswith("held-out sample 0 and 1 more of 10 with the hash ")
+    ((key, old, _),) = data_differences(one, look(Split(1.0, scale=2.0)))
+    assert (key, old[:9]) == ("data.contents", "sample 1 ")
 
 
 # --- classes and models ---------------------------------------------------------------------------------

@@ -14,15 +14,15 @@ Named = tuple[str, str, str]
 
 
 def data_differences(before: DataRecord, now: DataRecord) -> list[Named]:
-    """Each difference by its key. Contents count by fingerprint where both have one, else by samples of both."""
+    """Each difference by its key. Contents count by fingerprint, where both have one, and by samples of both."""
     found: list[Named] = []
     if before.train_samples != now.train_samples:
         old, new = (f"{each.train_samples:,} samples to train on" for each in (before, now))
         found.append(("data.samples", old, new))
-    if before.report.fingerprint and now.report.fingerprint:
-        if before.report.fingerprint != now.report.fingerprint:
-            found.append(("data.contents", _contents(before.report), _contents(now.report)))
-    elif before.train_samples == now.train_samples:
+    prints = {before.report.fingerprint, now.report.fingerprint}
+    if len(prints) == 2 and "" not in prints:
+        found.append(("data.contents", _contents(before.report), _contents(now.report)))
+    if not found:  # the same files may be read in another way: another tokenizer, another transform
         found += _sample_differences(before, now)
     if before.eval_samples != now.eval_samples:
         found.append(("data.eval_samples", f"{before.eval_samples:,} held out", f"{now.eval_samples:,}"))
@@ -33,12 +33,14 @@ def data_differences(before: DataRecord, now: DataRecord) -> list[Named]:
 
 
 def _sample_differences(before: DataRecord, now: DataRecord) -> list[Named]:
-    both = [number for number in before.samples if number in now.samples]
-    other = [number for number in both if not same_print(before.samples[number], now.samples[number])]
+    both = [key for key in before.samples if key in now.samples]
+    other = [key for key in both if not same_print(before.samples[key], now.samples[key])]
     if not other:
         return []
-    which = f"sample {other[0]}" + (f" and {len(other) - 1} more of {len(both)}" if other[1:] else "")
-    old, new = (_print(each.samples[other[0]]) for each in (before, now))
+    first = other[0]
+    which = f"sample {first}" if first.isdecimal() else f"{first.replace(' ', ' sample ')}"
+    which += f" and {len(other) - 1} more of {len(both)}" if other[1:] else ""
+    old, new = (_print(each.samples[first]) for each in (before, now))
     return [("data.contents", f"{which} with {old}", new)]
 
 

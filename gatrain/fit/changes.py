@@ -113,7 +113,9 @@ class Changes:
             SavedStateError: lists the differences and says how to go on.
             GatrainError: the look at model and data failed.
         """
-        if self.recorded is not None:
+        if self.recorded is None:
+            progress(f"note: {self.run_dir.recorded.name} is missing: settings and code are not compared")
+        else:
             self.differences += records.code_differences(self.recorded, cwd)
             if plan is not None and plan.precision != self.recorded.precision and not self.replans:
                 was, now = self.recorded.precision, plan.precision

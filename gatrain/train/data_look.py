@@ -15,12 +15,13 @@ from gatrain.train.sample_prints import Prints, spread, take_prints
 
 SOME = 3
 """Samples that rank 0 reads to see that the data is still the same; the command that resumed has read more."""
+HELD_OUT, HELD_OUT_SAMPLES = "held-out ", 2
 CLASS_KEYS = ("classes", "num_classes", "n_classes", "num_labels")
 """Names under which models are told how many classes there are."""
 
 
 def look_at_data(task: Task, source: Any, seed: int) -> DataRecord:
-    """Ask the source for its report, and read a few samples of the training data.
+    """Ask the source for its report, and read a few samples of the training data and of the held-out data.
 
     Args:
         source: what the task was given as its data; None where it makes its own.
@@ -29,6 +30,9 @@ def look_at_data(task: Task, source: Any, seed: int) -> DataRecord:
         GatrainError: the source's own report raises it.
     """
     prints = take_prints(task, task.train_data, seed)
+    held_out = Prints()
+    if task.eval_data is not None:
+        held_out = take_prints(task, task.eval_data, seed, spread(len(task.eval_data), HELD_OUT_SAMPLES))
     report = _own_report(task, source)
     if report is None:
         kind = type(source if source is not None else task.train_data)
@@ -37,35 +41,37 @@ def look_at_data(task: Task, source: Any, seed: int) -> DataRecord:
             items=len(task.train_data) + _length(task.eval_data),
             fingerprint=_own_fingerprint(task),
         )
-    if prints.unread:
-        read = len(prints.unread) + len(prints.samples) + prints.unstable
-        unread = Omission(
-            "tried samples could not be read", len(prints.unread), tuple(prints.unread[:EXAMPLES]), of=read
-        )
-        report = dataclasses.replace(report, omissions=(*report.omissions, unread))
+    unread = [*prints.unread, *(f"held-out {each}" for each in held_out.unread)]
+    if unread:
+        tried = sum(len(each.unread) + len(each.samples) + each.unstable for each in (prints, held_out))
+        what = "tried samples could not be read"
+        omission = Omission(what, len(unread), tuple(unread[:EXAMPLES]), of=tried)
+        report = dataclasses.replace(report, omissions=(*report.omissions, omission))
     return DataRecord(
         report=report,
         train_samples=len(task.train_data),
         eval_samples=_length(task.eval_data),
         shapes=prints.shapes,
-        samples=prints.samples,
+        samples=prints.samples | {f"{HELD_OUT}{key}": each for key, each in held_out.samples.items()},
         not_compared=_not_compared(prints) if not report.fingerprint else "",
     )
 
 
 def same_data(task: Task, source: Any, seed: int, before: DataRecord) -> DataRecord:
-    """As `look_at_data` for data that was looked at before: only what is compared is read."""
+    """As `look_at_data` for data that was looked at before: only a part of what is compared is read."""
     report = _own_report(task, source)
-    fingerprint = report.fingerprint if report is not None else _own_fingerprint(task)
-    prints = Prints()
-    if not (fingerprint and before.report.fingerprint) and before.train_samples == len(task.train_data):
-        numbers = [int(number) for number in before.samples]
+    report = report or dataclasses.replace(before.report, fingerprint=_own_fingerprint(task))
+    found: dict[str, Any] = {}
+    if before.train_samples == len(task.train_data):
+        numbers = [int(key) for key in before.samples if key.isdecimal()]
         some = [numbers[nth] for nth in spread(len(numbers), SOME)]
-        prints = take_prints(task, task.train_data, seed, some, again=False)
-    report = report or dataclasses.replace(before.report, fingerprint=fingerprint)
-    return DataRecord(
-        report, len(task.train_data), _length(task.eval_data), prints.shapes, samples=prints.samples
-    )
+        found |= take_prints(task, task.train_data, seed, some, again=False).samples
+    if task.eval_data is not None and before.eval_samples == len(task.eval_data):
+        keys = [key for key in before.samples if key.startswith(HELD_OUT)]
+        numbers = [int(key.removeprefix(HELD_OUT)) for key in keys]
+        held_out = take_prints(task, task.eval_data, seed, numbers, again=False)
+        found |= {f"{HELD_OUT}{key}": each for key, each in held_out.samples.items()}
+    return DataRecord(report, len(task.train_data), _length(task.eval_data), samples=found)
 
 
 def compare_classes(report: DataReport, model: Any) -> list[str]:
