@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from gatrain import assets, imports
 from gatrain.cli import machine
 from gatrain.data.cache import build_once
 from gatrain.errors import GatrainError, LaunchError
+from gatrain.launch.join import check_name
+from gatrain.launch.nodes import Nodes, parse_endpoint
 
 SMALL = (
     "recipe=llm", "model.layers=1", "model.heads=2", "model.width=16", "data.context=16", "data.vocab_size=300",
@@ -385,3 +388,33 @@ def test_who_asks_decides_whose_module_it_is(cwd: Path, monkeypatch: pytest.Monk
         __import__("empty_folder")
     for name in ("colorsys", "asker", "empty_folder"):
         sys.modules.pop(name, None)
+
+
+# --- endpoints ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("node_rank", [0, 1])
+def test_an_endpoint_that_nobody_has_is_told_at_once_on_every_node(node_rank: int) -> None:
+    began = time.monotonic()
+    with pytest.raises(LaunchError, match=r"cannot find 'nosuchhost\.invalid'"):
+        check_name(Nodes(1, 2, node_rank, "nosuchhost.invalid:29656"))
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "host"), [("[::1]:29500", "::1"), ("10.0.0.1:1", "10.0.0.1"), ("[node-0]:65535", "node-0")]
+)
+def test_endpoints_that_are_right(endpoint: str, host: str) -> None:
+    assert parse_endpoint(endpoint)[0] == host
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        "::1:29500", "host", "host:", ":29500", "host:0", "host:65536", "host:http", "host:-1", "host: 29500",
+        "tcp://host:29500", "[::1]", "[::1:29500", "host:29500/", "", "host:+29500", "ho st:29500",
+    ],
+)  # fmt: skip
+def test_endpoints_that_are_wrong_are_told_with_one_that_works(endpoint: str) -> None:
+    with pytest.raises(LaunchError, match="29500"):
+        parse_endpoint(endpoint)

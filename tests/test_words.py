@@ -300,3 +300,35 @@ def test_a_conf_folder_of_another_project_is_named_where_it_wins(cwd: Path) -> N
     (cwd / "conf" / "optimizer" / "adamw.yaml").write_text("lr: 1e-2\nbetas: [0.5, 0.6]\n")
     (remark,) = compose(["recipe=llm"]).remarks
     assert remark.startswith(f"{cwd}/conf/optimizer/adamw.yaml is used in place of gatrain's own ")
+
+
+@pytest.mark.parametrize(
+    ("defaults", "told"),
+    [
+        ("[base, override modle: gpt, _self_]", "nothing before it chooses modle"),
+        ("[base, _self_, _self_]", "_self_ stands twice"),
+        ("[base, 3, _self_]", "an entry that is no name"),
+        ("[base, {a: b, c: d}, _self_]", "an entry that is no name"),
+        ("[base, {model: '${x}'}, _self_]", "where that is not possible"),
+        ("[base, override task: language_model, model: gpt, _self_]", "stands too early"),
+        ("[base, /optimizer/sgd, _self_]", "override optimizer: NAME"),
+    ],
+)
+def test_what_is_wrong_with_a_defaults_list_is_told_in_the_users_words(
+    defaults: str, told: str, cwd: Path
+) -> None:
+    (cwd / "x.yaml").write_text(f"defaults: {defaults}\n")
+    text = refusal(recipe="x.yaml")
+    assert text.startswith(f"{cwd}/x.yaml: ")
+    assert told in text
+    assert not any(
+        word in text for word in ("Hydra", "Default List", "_dummy_", "ConfigDefault", "Merge error")
+    )
+
+
+def test_a_base_of_another_project_is_named(cwd: Path) -> None:
+    (cwd / "conf").mkdir()
+    (cwd / "conf" / "base.yaml").write_text("foo: 1\n")
+    text = refusal()
+    assert f"{cwd}/conf/base.yaml is used in place of gatrain's own" in text
+    assert "No match" not in text

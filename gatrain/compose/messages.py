@@ -21,7 +21,7 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from gatrain.compose import schema, words
+from gatrain.compose import defaults_list, schema, words
 from gatrain.compose.declared import Text
 from gatrain.compose.words import OPEN_NODES
 from gatrain.config import RunConfig
@@ -201,6 +201,8 @@ def explain(error: Exception, context: Context) -> str:
     if isinstance(error, yaml.YAMLError | UnicodeDecodeError | OSError):
         return unreadable(_broken_file(error, context), error)
     where = _file_of(error, context)
+    if text := defaults_list.explain(f"{error}\n{inner}", context.folders):
+        return f"{where}: {text}"
     if isinstance(inner, OmegaConfBaseException):
         return f"{where}: {_value_or_key(inner)}"
     choice = re.search(_CHOICE, str(error))

@@ -40,7 +40,7 @@ from gatrain.fit.claim import choose_folder, claimed, set_aside
 from gatrain.fit.heartbeat import Heartbeat, beating, wait_for_node_0
 from gatrain.inspection import begin_inspection, check_modules
 from gatrain.launch import slurm
-from gatrain.launch.join import MeetingPoint
+from gatrain.launch.join import MeetingPoint, check_name
 from gatrain.launch.nodes import Nodes
 from gatrain.launch.torchrun import GivenWorld
 from gatrain.plan import Plan
@@ -208,7 +208,7 @@ def fit(
         raise ConfigError(
             f"{OVERWRITE} needs the folder that it may replace: run.dir=FOLDER or run.name=NAME."
         )
-    _check_port(nodes)
+    _check_endpoint(nodes, request)
     if nodes.node_rank > 0:
         return _follow(RunDir(path), nodes, hardware, request, listener, cwd)
     is_again, is_there = _is_started_again(request), named and RunDir(path).has_run()
@@ -286,7 +286,7 @@ def resume(
     check_modules(config, cwd)
     request = _as_many_as_before(run_dir, config, request)
     hardware, nodes = find_world(config, request)
-    _check_port(nodes)
+    _check_endpoint(nodes, request)
     if nodes.node_rank > 0:
         return _follow(run_dir, nodes, hardware, request, listener, cwd)
     with locked(run_dir), beating(run_dir, nodes) as heart:
@@ -342,8 +342,10 @@ def find_world(config: RunConfig, request: WorldRequest) -> tuple[Hardware, Node
     return hardware, nodes
 
 
-def _check_port(nodes: Nodes) -> None:
-    """Tell that the port is taken before anything slow, not only when the ranks start."""
+def _check_endpoint(nodes: Nodes, request: WorldRequest) -> None:
+    """Tell that nobody has the name, or that the port is taken, before anything slow."""
+    if request.given is None:  # the names that others give, such as a cluster's, may come later
+        check_name(nodes)
     if nodes.nnodes > 1 and nodes.node_rank == 0:
         MeetingPoint(nodes).close()
 

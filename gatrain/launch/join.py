@@ -15,13 +15,31 @@ from typing import TYPE_CHECKING
 
 from gatrain.errors import LaunchError
 from gatrain.launch import protocol
-from gatrain.launch.net import LOOPBACK, address_towards, listen
+from gatrain.launch.net import LOOPBACK, address_towards, check_resolves, listen
 from gatrain.launch.nodes import Nodes, parse_endpoint
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import TCPStore
 
 POLL_S = 0.2
+
+
+def check_name(nodes: Nodes) -> None:
+    """Tell at once on every node that nobody has the endpoint's name, not when the others do not come.
+
+    Raises:
+        LaunchError: it does not resolve.
+    """
+    if nodes.nnodes == 1 or nodes.endpoint is None:
+        return
+    host, port = parse_endpoint(nodes.endpoint)
+    try:
+        check_resolves(host, port)
+    except OSError as error:
+        raise LaunchError(
+            f"cannot find {host!r} of endpoint {nodes.endpoint!r} ({error.strerror}). "
+            "Host names often do not resolve between nodes: give node 0's IP address."
+        ) from error
 
 
 class MeetingPoint:

@@ -6,6 +6,7 @@ import contextlib
 import socket
 import struct
 import sys
+import time
 
 LOOPBACK = "127.0.0.1"
 
@@ -19,6 +20,22 @@ def listen(host: str, port: int) -> socket.socket:
     if host == "" and socket.has_dualstack_ipv6():
         return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=2048)
     return socket.create_server((host, port), backlog=2048)
+
+
+def check_resolves(host: str, port: int) -> None:
+    """Look a host name up; a second time where the answer is that there may be one later.
+
+    Raises:
+        OSError: there is no such host.
+    """
+    for attempt in (1, 2):
+        try:
+            socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            return
+        except socket.gaierror as error:
+            if error.errno != socket.EAI_AGAIN or attempt == 2:
+                raise
+            time.sleep(1)
 
 
 def address_towards(host: str, port: int) -> str:
