@@ -26,9 +26,10 @@ from gatrain import cli
 from gatrain.data import PaddedText, TextWindows, encoding, records
 from gatrain.data.compressed import open_bytes
 from gatrain.data.encoding import decoded
-from gatrain.data.report import DataReport
+from gatrain.data.report import DataRecord, DataReport
 from gatrain.data.text import GO_ON, LEFT_OVER
 from gatrain.errors import ConfigError, DataError, GatrainError
+from gatrain.report.data_lines import data_lines
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "rain", "fell", "over", "grey", "hills"]
 TEXT = "".join(f"{' '.join(WORDS[i % 5 : i % 5 + 6])} {i}\n" for i in range(80))
@@ -507,6 +508,94 @@ def test_names_that_are_not_utf8_and_hold_escape_sequences_are_read_and_told(tmp
     assert report.items == 49
     for each in report.omissions:
         assert all(example.isprintable() and example.encode() for example in each.examples)
+
+
+EMPTY = [{"text": ""}, *RECORDS]
+KINDS: dict[str, tuple[dict[str, bytes | Callable[[], bytes]], Any, dict[str, int], tuple[int, str]]] = {
+    "text files": (
+        {"a.txt": b"\xef\xbb\xbf" + TEXT.encode(), "b.md": b"", ".c.txt": b"x", "d.png": PNG},
+        windows,
+        {
+            "hidden files left out": 1,
+            "files called .png left out, which hold no text": 1,
+            "byte-order marks dropped": 1,
+            "empty files": 1,
+        },
+        (1, "documents"),
+    ),
+    "JSON Lines": (
+        {"a.jsonl": b'\n{"text": ""}\n' + LINES.encode()},
+        windows,
+        {"blank lines left out": 1, "empty documents": 1},
+        (40, "documents"),
+    ),
+    "JSON": (
+        {"a.json": json.dumps(EMPTY, indent=1).encode()},
+        windows,
+        {"empty documents": 1},
+        (40, "documents"),
+    ),
+    "CSV": (
+        {"a.csv": b"id,text\n\n1,\n" + b'2,"a\nb c d e f g h i"\n' * 9},
+        windows,
+        {"blank lines left out": 1, "empty documents": 1, "rows of several lines, by quoted line ends": 9},
+        (9, "documents"),
+    ),
+    "parquet": (
+        {"a.parquet": lambda: parquet_of({"text": [each["text"] for each in EMPTY]})},
+        windows,
+        {"empty documents": 1},
+        (40, "documents"),
+    ),
+    "JSON Lines, packed": (
+        {"a.jsonl.gz": gzip.compress(LINES.encode()), "b.jsonl.zst": zstd.compress(b"")},
+        windows,
+        {"empty files": 1},
+        (40, "documents"),
+    ),
+    "token files (raw uint16)": (
+        {f"{name}.bin": np.arange(300, dtype="uint16").tobytes() for name in ("train", "val", "test")},
+        windows,
+        {"files beside the splits, not read": 1},
+        (600, "tokens"),
+    ),
+    "JSON Lines, pairs": (
+        {
+            "a.jsonl": "\n".join(
+                json.dumps({"prompt": "", "completion": "word " * 90}) for _ in range(40)
+            ).encode()
+        },
+        pairs,
+        {
+            "empty prompts, kept": 40,
+            "completions cut to data.context at their end, with the end-of-text token": 40,
+        },
+        (40, "pairs"),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_report_of_every_kind_of_source_tells_what_was_left_out_or_cut(kind: str, tmp_path: Path) -> None:
+    files, source, expected, items = KINDS[kind]
+    (tmp_path / "set").mkdir()
+    for name, content in files.items():
+        (tmp_path / "set" / name).write_bytes(content() if callable(content) else content)
+    for _ in range(2):  # the second time from the cache
+        data = source("set")
+        report = DataReport.from_dict(json.loads(json.dumps(data.report.to_dict())))
+        assert report.kind == kind.split(", p")[0]
+        assert counts(report) == expected
+        assert (report.items, report.item_name) == items
+        assert report.size_bytes == sum(
+            path.stat().st_size
+            for path in (tmp_path / "set").iterdir()
+            if path.name not in (".c.txt", "d.png", "test.bin")
+        )
+        samples = len(data.eval) if data.eval is not None else 0
+        lines = data_lines(DataRecord(report, len(data.train), samples))
+        for what, count in expected.items():
+            assert any(f"{count:,}" in line and what[:20] in line for line in lines), lines
 
 
 def test_pairs_and_paragraphs_that_the_context_cuts_are_counted(tmp_path: Path) -> None:
