@@ -446,6 +446,20 @@ def test_byte_order_marks_are_no_tokens_wherever_a_document_begins(tmp_path: Pat
     }
 
 
+@pytest.mark.parametrize("size", [7, 1 << 18])
+def test_marks_where_files_were_joined_are_dropped_and_counted(
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoding, "BLOCK_BYTES", size)
+    (tmp_path / "joined.txt").write_text(("\ufeff" + TEXT) * 3, encoding="utf-8")
+    (tmp_path / "joined.jsonl").write_text(("\ufeff" + LINES + "\n") * 3, encoding="utf-8")
+    for name, expected in (("joined.txt", 1), ("joined.jsonl", 120)):
+        data = windows(name)
+        assert len(documents(data)) == expected
+        assert counts(data.report) == {"byte-order marks dropped": 3}
+    assert documents(windows("joined.txt")) == [TEXT * 3]
+
+
 def test_everything_that_was_not_read_is_in_the_report_also_the_second_time(tmp_path: Path) -> None:
     corpus, store = tmp_path / "corpus", tmp_path / "store"
     for folder in (corpus, store):

@@ -1,7 +1,7 @@
 """Bytes -> characters, exactly: what is not text of the stated encoding is refused with its place.
 
 Nothing is ever replaced. UTF-16 and UTF-32 are noticed with and without a byte-order mark, and a mark at the
-beginning of a file is dropped and counted, since it is no text.
+beginning of a file, or of a line where marked files were joined, is dropped and counted, since it is no text.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def decoded(file: Path, encoding: str, omissions: Omissions | None = None) -> It
 def _decoded(file: Path, stream: BinaryIO, encoding: str, omissions: Omissions | None) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder(encoding)("strict")
     as_utf8 = None if encoding.startswith(("utf", "ascii")) else _AsUtf8()
-    position, lines, is_first = 0, 0, True
+    position, lines, at_line_start = 0, 0, True
     while True:
         block = stream.read(BLOCK_BYTES)
         if position == 0:
@@ -107,16 +107,24 @@ def _decoded(file: Path, stream: BinaryIO, encoding: str, omissions: Omissions |
         lines += text.count("\n")
         if as_utf8 is not None and as_utf8.is_it_all(block):
             raise DataError(_other_encoding(file, "is UTF-8", "utf-8", encoding))
-        if text and is_first:
-            is_first = False
-            if text.startswith(MARK):
-                text = text[1:]
-                if omissions is not None:
-                    omissions.add(MARKS_DROPPED, shown(file.name))
+        if MARK in text:
+            text, dropped = _without_marks(text, at_line_start)
+            if omissions is not None and dropped:
+                omissions.add(MARKS_DROPPED, shown(file.name), dropped)
+        at_line_start = text.endswith("\n") if text else at_line_start
         if text:
             yield text
         if not block:
             return
+
+
+def _without_marks(text: str, at_line_start: bool) -> tuple[str, int]:
+    """Drop byte-order marks where a line begins: at a file's beginning, and where files were joined."""
+    found = text.count(f"\n{MARK}")
+    text = text.replace(f"\n{MARK}", "\n")
+    if at_line_start and text.startswith(MARK):
+        return text[1:], found + 1
+    return text, found
 
 
 _NO_TEXT = {
