@@ -267,6 +267,8 @@ def resume(
     request, listener = request or WorldRequest(), listener or Listener()
     scratch.sweep()
     run_dir = open_run_dir(path)
+    if from_start and _is_started_again(request) and _has_whole_state(run_dir):
+        from_start = False  # the first attempt of this job has begun at step 0; its states are gone on from
     changed = _check_resume_keys(overrides, accepted)
     options = [*request.words()[1:], *(["--from-start"] if from_start else [])]
     changes = Changes(run_dir, overrides, accepted, RESUME_KEYS, options)
@@ -593,6 +595,10 @@ def _refuse_if_all_are_damaged(run_dir: RunDir) -> None:
         problems.append(f"{path.name}: {problem}")
     if not any(run_dir.saved.glob(f"{states.TEMPORARY}*")):  # one of these may be whole
         raise states.none_usable(run_dir.saved, problems)
+
+
+def _has_whole_state(run_dir: RunDir) -> bool:
+    return any(states.damage_at_a_glance(path) is None for _, path in run_dir.saved_entries())
 
 
 def _nothing_saved(run_dir: RunDir) -> str:

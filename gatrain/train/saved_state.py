@@ -71,7 +71,9 @@ def save(
     """
     final = folder / f"step_{progress.step:08d}"
     temporary = folder / f"{TEMPORARY}{final.name}-{os.getpid()}"
-    folder.mkdir(parents=True, exist_ok=True)
+    if not folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        fsync(folder.parent)
     for path in folder.glob(f"{TEMPORARY}*"):  # left by a process that was killed; only one run writes here
         shutil.rmtree(path, ignore_errors=True)
     try:
