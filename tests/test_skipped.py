@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -278,12 +279,24 @@ def test_a_run_skips_counts_and_lists_and_goes_on_with_other_processes_to_the_sa
     assert largest_relative_difference(weights(tmp_path / "one", 8), weights(tmp_path / "two", 8)) < 1e-5
 
     shutil.rmtree(tmp_path / "two")
-    printed = gatrain(
-        tmp_path, "fit", "recipe=images.yaml", *WORDS, "data.broken=stop", "run.dir=two", expect=4
-    )
+    seed = seed_with_a_whole_first_window(tmp_path / "root")
+    words = [*WORDS, f"train.seed={seed}", "save.every=1", "eval.every=0", "data.broken=stop"]
+    printed = gatrain(tmp_path, "fit", "recipe=images.yaml", *words, "run.dir=two", expect=4)
     assert "cannot read the image" in printed
-    assert "data.broken=skip" in printed
     assert "Traceback" not in printed
+    (advice,) = re.findall(r"with (data\.broken=skip)", printed)
+    assert "skipped with weight zero" in gatrain(tmp_path, "resume", "two", advice)
+    assert [line["step"] for line in metrics(tmp_path / "two")] == list(range(1, 9))
+
+
+def seed_with_a_whole_first_window(root: Path) -> int:
+    data = ImageFolderData(root, size=8, eval_fraction=0.25)
+    broken = {nth for nth, (path, _) in enumerate(data.train.samples) if path.endswith(BROKEN)}
+    return next(
+        seed
+        for seed in range(1000)
+        if not broken & set(WindowSchedule(len(data.train), 6, seed).window(0).ids.tolist())
+    )
 
 
 def test_a_window_of_which_nothing_can_be_read_makes_no_update_and_says_so(tmp_path: Path) -> None:

@@ -196,6 +196,7 @@ class ImageFolderData:
                     remarks.add(text, self._name(path))
                 if problem:
                     broken.append(problem)
+        broken.sort()
         unreadable = [Omission(UNREADABLE, len(broken), tuple(broken), len(samples))] if broken else []
         return self._report([*self._omissions.found(), *remarks.found(), *unreadable])
 

@@ -80,7 +80,7 @@ def read_image(path: str | Path, broken: str = "stop", remarks: list[str] | None
         what = f"cannot read the image {shown(path)}: {_reason(Path(path), error)}"
         if broken == "skip":
             raise BrokenSampleError(what, skip=True) from error
-        advice = "Replace or delete that file, or leave such images out with data.broken=skip"
+        advice = "Replace that file, or leave such images out with data.broken=skip"
         raise BrokenSampleError(f"{what}. {advice}.") from error
 
 
