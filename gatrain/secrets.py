@@ -121,29 +121,35 @@ def _is_secret(grade: _Grade, value: Any) -> bool:
 
 # --- values ---------------------------------------------------------------------------------------------
 
+# what may fail to match is bounded, so that the longest text takes no longer than its length
 _SHAPES = re.compile(
-    r"\b(?:hf|gh[pousr]|github_pat|glpat|npm|pypi|dckr_pat|xapp)[_-](?=[\w-]*[A-Z\d])[\w-]{8,}"
-    r"|\bsk-(?=[\w-]*[A-Z\d])[\w-]{8,}"
-    r"|\b(?:AKIA|ASIA)[A-Z\d]{8,}"
-    r"|\bxox[a-z]-[\w-]{6,}"
-    r"|\bAIza[\w-]{20,}|\bya29\.[\w-]{8,}|\bSG\.[\w-]{8,}\.[\w-]{8,}"
-    r"|\beyJ[\w-]{6,}\.[\w-]{4,}\.[\w-]*"
-    r"|(?<=hooks\.slack\.com/services/)[\w/-]+|(?<=/api/webhooks/)[\w/-]+|(?<=api\.telegram\.org/bot)[\w:-]+"
-    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)"
+    r"\b(?:hf|gh[pousr]|github_pat|glpat|npm|pypi|dckr_pat|xapp)[_-](?=[\w-]{0,60}[A-Z\d])[\w-]{8,}+"
+    r"|\bsk-(?=[\w-]{0,60}[A-Z\d])[\w-]{8,}+"
+    r"|\b(?:AKIA|ASIA)[A-Z\d]{8,}+"
+    r"|\bxox[a-z]-[\w-]{6,}+"
+    r"|\bAIza[\w-]{20,}+|\bya29\.[\w-]{8,}+|\bSG\.[\w-]{8,200}\.[\w-]{8,}+"
+    r"|\beyJ[\w-]{6,300}+\.[\w-]{4,4000}+\.[\w-]*+"
+    r"|(?<=hooks\.slack\.com/services/)[\w/-]++|(?<=/api/webhooks/)[\w/-]++|(?<=api\.telegram\.org/bot)[\w:-]++"
+    r"|-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]{0,40}PRIVATE KEY-----|\Z)"
 )
-_SCHEME = re.compile(r"\b(Bearer|Basic|Token)(\s+|%20)(?=[^\s\"']*[\dA-Z+/=_-])[\w.~+/=-]{6,}", re.IGNORECASE)
-_ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][\w+.-]*://)(?P<user>[^/?#\s'\"]+)@")
-_ODD_ADDRESS = re.compile(r"(://[^\s'\"/:@${}]*:)(?!\d{1,5}/)([^\s'\"@${}]+)(?=@[\w\[])")
+_SCHEME = re.compile(
+    r"\b(Bearer|Basic|Token)(\s{1,8}|%20)(?=[^\s\"']{0,300}[\dA-Z+/=_-])[\w.~+/=-]{6,}+", re.IGNORECASE
+)
+_ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][\w+.-]{0,30}://)(?P<user>[^/?#\s'\"]{1,300})@")
+_ODD_ADDRESS = re.compile(r"(://[^\s'\"/:@${}]{0,100}:)(?!\d{1,5}/)([^\s'\"@${}]{1,300})(?=@[\w\[])")
 """A password that holds what an address must not hold, such as a slash."""
-_OPTION = re.compile(r"(?<!\S)--?(?P<key>[A-Za-z][\w-]*)(?P<between> +)(?P<value>[^\s'\"-][^\s'\"]*)")
+_OPTION = re.compile(
+    r"(?<!\S)--?(?P<key>[A-Za-z][\w-]{0,60})(?P<between> {1,8})(?P<value>[^\s'\"-][^\s'\"]*+)"
+)
 _PAIR = re.compile(
-    r"(?P<key>(?<![\w.$])[A-Za-z_][\w.-]*(?: [Kk]ey| [Ii]d)?)(?P<between>[\"']?\s*(?:=|:(?!//))\s*)"
-    r"(?P<value>\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|\$\{[^}]*\}|[^\s,;&\"'{}\[\]()]+)"
+    r"(?P<key>(?<![\w.$])[A-Za-z_][\w.-]{0,100}(?: [Kk]ey| [Ii]d)?)"
+    r"(?P<between>[\"']?\s{0,8}(?:=|:(?!//))\s{0,8})"
+    r"(?P<value>\"(?:[^\"\\]|\\.){0,1000}\"|'(?:[^'\\]|\\.){0,1000}'|\$\{[^}]{0,500}\}|[^\s,;&\"'{}\[\]()]++)"
 )
 _IN_ADDRESSES = frozenset(
     ("code", "key", "sig", "signature", "credential", "policy", "sas", "awsaccesskeyid")
 )
-_REFERENCE = re.compile(r"\$\{[^{}]*\}")
+_REFERENCE = re.compile(r"\$\{[^{}]{0,500}\}")
 
 
 def redact(word: str) -> str:
@@ -197,7 +203,8 @@ def _in_braces(value: str, grade: _Grade) -> bool:
     if grade > _Grade.RANDOM and _is_secret(grade, re.sub(r"[\[\]{}\s]", "", value)):
         return True
     if any(
-        _grade_of_name(key) > _Grade.RANDOM for key in re.findall(r"([\w-]+)[\"']?\s*[:=]\s*[{\[]", value)
+        _grade_of_name(key) > _Grade.RANDOM
+        for key in re.findall(r"([\w-]{1,80})[\"']?\s{0,8}[:=]\s{0,8}[{\[]", value)
     ):
         return True
     return any(_without_value(found) != found[0] for found in _PAIR.finditer(value))
