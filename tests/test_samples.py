@@ -9,7 +9,8 @@ from collections import UserDict, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import TensorDataset, default_collate
 
-from gatrain.errors import ConfigError, DataError, DoesNotFitError, SavedStateError
+from gatrain.errors import ConfigError, DataError, DoesNotFitError, ExactnessError, SavedStateError
 from gatrain.tasks import Supervised
 from gatrain.tasks.base import is_deterministic
 from gatrain.tasks.losses import samples_in
@@ -27,6 +28,7 @@ from gatrain.train import samples, seeding
 from gatrain.train.batches import bytes_of, map_tensors, move_to
 from gatrain.train.evaluate import evaluation_keys
 from gatrain.train.loader import DRAWS_UNDECLARED, LoadedWindow, WindowLoader
+from gatrain.train.loop import Trainer
 from gatrain.train.ranks import Ranks
 from gatrain.train.read_ahead import PREFETCH, FreeMemory, ReadAhead, bounded
 from gatrain.train.saved_state import Progress, check_same_run
@@ -452,3 +454,34 @@ def test_no_loader_process_inherits_what_a_sample_opened() -> None:
         samples.read_one(task, task.train_data, (0, 1), 0)
     assert len(batches(loaded(task, workers=2))) == 20
     assert task.train_data.opened_by is None  # type: ignore[attr-defined]
+
+
+# What a window held
+
+
+def checked(window: LoadedWindow, **changes: int) -> None:
+    """The trainer's comparison of one window that a single rank has computed."""
+    counts = {"samples": window.samples, "dropped": window.dropped, "digest": window.digest, **changes}
+    trainer: Any = SimpleNamespace(
+        plan=SimpleNamespace(micro_batch=2), engine=SimpleNamespace(ranks=SimpleNamespace(world_size=1))
+    )
+    Trainer._check_window(trainer, window, cast("Any", SimpleNamespace(counts=counts)))
+
+
+def test_samples_and_digest_of_a_window_are_those_that_its_micro_batches_held() -> None:
+    task, schedule = task_of(Plain()), WindowSchedule(11, 4, seed=7)
+    (window,) = WindowLoader(task, schedule, Ranks(), micro_batch=2, start=0, stop=1)
+    assert (window.samples, window.window_samples, window.digest) == (4, 4, window.window_digest)
+    checked(window)
+    # a micro-batch below zero cuts a share into nothing: so are the counts
+    (nothing,) = WindowLoader(task, schedule, Ranks(), micro_batch=-3, start=0, stop=1)
+    assert (nothing.samples, nothing.digest, nothing.micro_batches) == (0, 0, [])
+    with pytest.raises(ExactnessError, match="step 1 computed 0 samples instead of the 4 of its window"):
+        checked(nothing)
+    with pytest.raises(ExactnessError, match="3 samples"):
+        checked(window, samples=3)
+    with pytest.raises(ExactnessError, match="8 samples"):
+        checked(window, samples=8)
+    with pytest.raises(ExactnessError, match="other samples"):
+        checked(window, digest=window.digest + 1)
+    checked(window, samples=1, dropped=3)  # those that collate leaves out are counted by their number
