@@ -432,3 +432,27 @@ def test_a_state_that_was_saved_before_updates_were_counted_can_be_read(tmp_path
     (path / "progress.json").write_text(json.dumps(data))
     mend(path)
     assert load(path, model, optimizer) == replace(at(2), updates=2, moved=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("Adafactor", {}), ("Adagrad", {}), ("RMSprop", {"centered": True, "momentum": 0.9}), ("NAdam", {}),
+     ("Adam", {"amsgrad": True}), ("SGD", {"momentum": 0.9}), ("SGD", {}), ("Rprop", {}),
+     ("ASGD", {}), ("Adadelta", {})],
+    ids=str,
+)  # fmt: skip
+def test_states_of_all_of_pytorchs_optimizers_are_what_they_can_be(
+    tmp_path: Path, name: str, options: dict[str, Any]
+) -> None:
+    def made() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Flatten(), nn.Linear(2, 3))
+        return model, getattr(torch.optim, name)(model.parameters(), lr=0.1, **options)
+
+    model, optimizer = made()
+    for _ in range(3):
+        model(torch.ones(1, 1, 2, 2)).sum().backward()
+        optimizer.step()
+    progress = replace(at(3), updates=3)
+    path = save(tmp_path, progress, model, optimizer, keep=0)
+    assert load(path, *made()) == progress

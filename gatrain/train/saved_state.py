@@ -207,7 +207,7 @@ def read(
     tensors = _with_aliases(path, model, _tensors_of(path / MODEL), contents.aliases)
     _check_same_tensors(path, model.state_dict(), tensors)
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not torch.isfinite(tensors[name]).all():
+        if parameter.requires_grad and not _is_finite(tensors[name]):
             raise SavedStateError(f"{path} has the parameter {name} with a value that is not finite.")
     state = _tensors_of(path / OPTIMIZER)
     if contents.tensors is not None and contents.tensors != len(state):
@@ -343,7 +343,8 @@ def _optimizer_values(
     return [(parameters[name], key, value) for name, values in found.items() for key, value in values.items()]
 
 
-_PROBE = (3, 5)
+_PROBE = (3, 5, 2, 4, 7)
+"""Sides of the tensor that an optimizer is tried with."""
 
 
 def _usual_state(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
@@ -351,31 +352,40 @@ def _usual_state(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
     if not type(optimizer).__module__.startswith("torch.optim"):
         return {}
     found: dict[int, dict[str, Any]] = {}
-    takes = inspect.signature(type(optimizer)).parameters
     for group in optimizer.param_groups:
-        options = {key: group[key] for key in optimizer.defaults if key in group and key in takes}
-        probe = nn.Parameter(torch.zeros(_PROBE))
-        probe.grad = torch.ones(_PROBE)
-        try:
-            with kept_random_state():
-                other = type(optimizer)([probe], **options)
-                other.step()
-        except Exception:  # an option for a GPU alone: nothing is known
-            continue
-        found |= {id(parameter): dict(other.state[probe]) for parameter in group["params"]}
+        tried: dict[int, dict[str, Any]] = {}  # by number of dimensions, on which it may depend
+        for parameter in group["params"]:
+            if parameter.dim() not in tried:
+                tried[parameter.dim()] = _tried(optimizer, group, parameter.dim())
+            found[id(parameter)] = tried[parameter.dim()]
     return found
 
 
+def _tried(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], dim: int) -> dict[str, Any]:
+    takes = inspect.signature(type(optimizer)).parameters
+    options = {key: group[key] for key in optimizer.defaults if key in group and key in takes}
+    probe = nn.Parameter(torch.zeros(_PROBE[:dim]))
+    probe.grad = torch.ones(_PROBE[:dim])
+    try:
+        with kept_random_state():
+            other = type(optimizer)([probe], **options)
+            other.step()
+    except Exception:  # an option for a GPU alone: nothing is known
+        return {}
+    return dict(other.state[probe])
+
+
 def _oddity(key: str, value: Any, usual: Any, parameter: Tensor, steps: int) -> str | None:
-    """What is wrong with one value of an optimizer's state; ``usual`` is what a tensor of `_PROBE` has there."""
+    """What is wrong with one value of an optimizer's state; ``usual`` is what `_tried` found there."""
     if isinstance(value, Tensor):
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            return "is not finite"
         if usual is None:
             return None
+        # infinite it may be: squares of large gradients overflow, and the parameter stays as it is
+        if value.is_floating_point() and torch.isnan(value).any():
+            return "is not a number"
         if not isinstance(usual, Tensor):
             return "is a tensor"
-        if usual.shape == _PROBE and value.shape != parameter.shape:
+        if usual.shape == _PROBE[: parameter.dim()] and value.shape != parameter.shape:
             return f"has the shape {list(value.shape)}"
         if usual.dim() == 0 and value.dim():
             return f"has the shape {list(value.shape)}"
@@ -389,6 +399,11 @@ def _oddity(key: str, value: Any, usual: Any, parameter: Tensor, steps: int) -> 
     if isinstance(usual, int | float) and type(value) not in (int, float, bool):
         return f"is {schema.shown(value)}"
     return None
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # PyTorch cannot ask this of floats of one byte
+    return not tensor.is_floating_point() or tensor.element_size() == 1 or bool(torch.isfinite(tensor).all())
 
 
 def _listed(differences: list[str]) -> str:
