@@ -12,7 +12,6 @@ import errno
 import hashlib
 import os
 import re
-import shlex
 import shutil
 import stat
 from collections.abc import Callable
@@ -20,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gatrain import schema
+from gatrain import commands, schema
 from gatrain.errors import RunFolderError, SavedStateError
 from gatrain.rundir import STATE_NAME as STATE_NAME
-from gatrain.rundir import fsync, list_states, open_to_read, read_json
+from gatrain.rundir import RunDir, fsync, list_states, open_to_read, read_json
 
 MODEL, OPTIMIZER, PROGRESS, MANIFEST = (
     "model.safetensors",
@@ -250,14 +249,14 @@ def none_usable(folder: Path, problems: list[str]) -> SavedStateError:
     """What to say where there are states and none can be gone on from."""
     which = "the only saved state" if len(problems) == 1 else f"none of the {len(problems)} saved states"
     verb = "cannot" if len(problems) == 1 else "can"
-    run = shlex.quote(str(folder.parent))
+    begin_again = commands.resume(RunDir(folder.parent), "--from-start")
     return SavedStateError(
         "\n".join(
             [
                 f"{which} in {folder} {verb} be gone on from:",
                 *(f"  {problem}" for problem in problems),
                 "Nothing was changed. To begin again at step 0, with all of this kept under other names: "
-                f"gatrain resume {run} --from-start",
+                + begin_again,
             ]
         )
     )

@@ -39,7 +39,7 @@ ROOMS: dict[str, set[str]] = {
     "schema": set(),
     "plan": {"batch", "config", "schema"},
     "rundir": {"plan"},
-    "states": {"rundir", "schema"},
+    "states": {"commands", "rundir", "schema"},
     "commands": {"rundir"},
     "recorded": {"commands", "data.compare", "data.report", "rundir"},
     "compose": {"config", "assets", "dependencies", "rundir"},

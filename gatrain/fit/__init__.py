@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from gatrain import batch, commands, guardian, schema, scratch, states
 from gatrain.commands import OVERWRITE, Again
-from gatrain.compose import Composed, compose
+from gatrain.compose import Composed, compose, reload
 from gatrain.compose.memory import compose_remembered
 from gatrain.config import RunConfig
 from gatrain.data.report import DataRecord
@@ -27,6 +27,8 @@ from gatrain.errors import (
     AfterTrainingError,
     ConfigError,
     DamagedFileError,
+    DataError,
+    GatrainError,
     LaunchError,
     RunFolderError,
     SavedStateError,
@@ -269,6 +271,7 @@ def resume(
     run_dir = open_run_dir(path)
     if from_start and _is_started_again(request) and _has_whole_state(run_dir):
         from_start = False  # the first attempt of this job has begun at step 0; its states are gone on from
+    overrides = [word for word in overrides if not _changes_nothing(run_dir, word)]
     changed = _check_resume_keys(overrides, accepted)
     options = [*request.words()[1:], *(["--from-start"] if from_start else [])]
     changes = Changes(run_dir, overrides, accepted, RESUME_KEYS, options)
@@ -501,17 +504,26 @@ def _launch(run_dir: RunDir, nodes: Nodes, hardware: Hardware, request: WorldReq
         run_workers(
             WORKER, run_dir.path, nodes, device=hardware.device, max_restarts=request.max_restarts, cwd=cwd
         )
-    except WorkerError as error:
-        if steps := run_dir.saved_steps():
-            raise WorkerError(
-                f"{error}\nThe newest saved state is that of step {steps[-1]}. "
-                f"To go on: {commands.resume(run_dir)}"
-            ) from error
+    except (WorkerError, DataError) as error:
+        if how := _how_to_go_on(run_dir, is_mended=isinstance(error, WorkerError)):
+            raise type(error)(f"{error}\n{how}") from error
         raise
     summary = read_json(run_dir.summary) if run_dir.summary.is_file() else {}
     if summary.get("failed"):
         raise AfterTrainingError(_after_training(run_dir, summary))
     return Outcome(run_dir.path, summary)
+
+
+def _how_to_go_on(run_dir: RunDir, is_mended: bool) -> str:
+    """What to type after a failure; empty where the same command begins anew, as nothing was trained."""
+    first = "" if is_mended else "Then, "
+    if steps := run_dir.saved_steps():
+        go_on = f"{first}to go on" if first else "To go on"
+        return f"The newest saved state is that of step {steps[-1]}. {go_on}: {commands.resume(run_dir)}"
+    if run_dir.metrics.is_file() and run_dir.metrics.stat().st_size:
+        again = f"{first}to start over" if first else "To start over"
+        return f"No state was saved yet. {again}: {commands.start_over(run_dir)}"
+    return ""
 
 
 def _after_training(run_dir: RunDir, summary: dict[str, Any]) -> str:
@@ -538,6 +550,15 @@ def _follow(
 
 
 # --- resume ---------------------------------------------------------------------------------------------
+
+
+def _changes_nothing(run_dir: RunDir, word: str) -> bool:
+    """Whether a setting that may not change is given as it is already."""
+    if any(_covers(known, word.partition("=")[0].strip()) for known in RESUME_KEYS):
+        return False
+    with contextlib.suppress(GatrainError):
+        return reload(run_dir.config, [word]).yaml == reload(run_dir.config, ()).yaml
+    return False
 
 
 def _check_resume_keys(overrides: Sequence[str], accepted: Sequence[str] = ()) -> list[str]:

@@ -32,6 +32,11 @@ Key = tuple[int, int]
 
 T = TypeVar("T")
 
+SKIP = (
+    "Mend it, or let the dataset skip it: where __getitem__ raises gatrain.errors.BrokenSampleError(text, "
+    "skip=True), the sample is left out with weight zero, counted and named."
+)
+
 _watch = threading.local()
 _elsewhere = contextvars.ContextVar("_elsewhere", default=False)
 SEARCHED_FOR_ONE_THAT_READS = 64
@@ -135,7 +140,7 @@ def load(task: Task, data: Samples, keys: Sequence[Key], seed: int, *, trusted: 
                 f"Use {f'batch.micro={len(keys) // 2}, ' if len(keys) > 1 else ''}fewer train.data_workers, or a "
                 "machine with more memory."
             ) from error
-        raise DataError(f"cannot load the samples {ids}: {type(error).__name__}: {error}") from error
+        raise DataError(f"cannot load the samples {ids}: {type(error).__name__}: {error}\n{SKIP}") from error
     finally:
         _watch.undeclared = was_undeclared
 
