@@ -49,7 +49,7 @@ def run_workers(
         max_restarts: how many times torchrun starts all ranks again after one failed.
         device: ``cpu`` or ``cuda``; None takes CUDA where a rank sees a GPU.
         env: additions to the environment of the ranks.
-        cwd: working directory of the ranks, also first on their import path; None is the current one.
+        cwd: working directory of the ranks, also on their import path; None is the current one.
 
     Raises:
         LaunchError: the ranks could not be started: port in use, nodes missing.
@@ -115,7 +115,10 @@ class _Agent:
         from torch.distributed.launcher.api import elastic_launch
 
         # torchrun fills in $ templates in the arguments: a dollar in a path must be doubled
-        arguments = [SAFE_PATH, "-m", self.module, str(self.run_dir.path).replace("$", "$$")]
+        safe = (
+            [SAFE_PATH] if self.module.startswith("gatrain.") else []
+        )  # one of the user's own lies in `cwd`
+        arguments = [*safe, "-m", self.module, str(self.run_dir.path).replace("$", "$$")]
         try:
             elastic_launch(self._config(), sys.executable)(*arguments)
         except ChildFailedError as error:
