@@ -144,7 +144,7 @@ _OPTION = re.compile(
 _PAIR = re.compile(
     r"(?P<key>(?<![\w.$])[A-Za-z_][\w.-]{0,100}(?: [Kk]ey| [Ii]d)?)"
     r"(?P<between>[\"']?\s{0,8}(?:=|:(?!//))\s{0,8})"
-    r"(?P<value>\"(?:[^\"\\]|\\.){0,1000}\"|'(?:[^'\\]|\\.){0,1000}'|\$\{[^}]{0,500}\}|[^\s,;&\"'{}\[\]()]++)"
+    r"(?P<value>\"(?:[^\"\\]|\\.){0,4000}\"|'(?:[^'\\]|\\.){0,4000}'|\$\{[^}]{0,500}\}|[^\s,;&\"'{}\[\]()]++)"
 )
 _IN_ADDRESSES = frozenset(
     ("code", "key", "sig", "signature", "credential", "policy", "sas", "awsaccesskeyid")
