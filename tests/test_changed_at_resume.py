@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from test_runs import environment
 
-from gatrain import fit, recorded, worker
+from gatrain import build, fit, recorded, worker
 from gatrain.compose import compose, reload, resolve_again
 from gatrain.errors import ConfigError, SavedStateError
 from gatrain.fit import Listener
@@ -279,6 +279,19 @@ def test_a_restarted_rank_compares_settings_plan_code_and_versions_itself(run: P
     with pytest.raises(SavedStateError) as caught:
         compare()
     assert all(f"  {key}: was " in str(caught.value) for key in ("model.dropout", "precision", "code"))
+
+
+def test_a_restarted_rank_compares_the_data_itself(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(run.parent))
+    for name in ("mine", "mine_parts"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    stored = reload(run / "config.yaml", ()).config
+    worker._compare_data(RunDir(run), *build.build_task_and_source(stored), stored)
+    edit(run.parent / "points.txt", "0.0", "3.0")
+    with pytest.raises(SavedStateError, match=r"data\.contents: was sample 0"):
+        worker._compare_data(RunDir(run), *build.build_task_and_source(stored), stored)
+    for name in ("mine", "mine_parts"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
 
 
 def test_a_run_killed_while_a_change_is_recorded_goes_on(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
