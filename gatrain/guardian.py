@@ -123,7 +123,7 @@ def _let_end(process: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(OSError):
             process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(2.0)
+            process.wait(0.5)
 
 
 # --- the guardian's process -------------------------------------------------------------------------------

@@ -474,7 +474,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     secrets.mask_command_line(arguments)
     with streams.forgiving():
         code = streams.exit_code(_run_settled(arguments), arguments[0])
-    terminal.leave(code)
+    terminal.leave(code, is_program=argv is None)
 
 
 def _run_settled(arguments: list[str]) -> int:

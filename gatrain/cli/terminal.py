@@ -150,9 +150,19 @@ def leave_closed_terminal() -> None:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
 
 
-def leave(code: int) -> NoReturn:
-    """End the process. A thread that is still inside of a library would abort it while Python ends."""
-    if not any(thread.name == offspring.AGENT_THREAD for thread in threading.enumerate()):
+def leave(code: int, is_program: bool) -> NoReturn:
+    """End the process.
+
+    A thread that is still inside of a library would abort it while Python ends; and taking torch apart, module by
+    module, takes longer than somebody who has stopped the command twice will wait.
+
+    Args:
+        is_program: nothing but this command runs in the process.
+    """
+    threads = [thread for thread in threading.enumerate() if thread is not threading.current_thread()]
+    is_inside = any(thread.name == offspring.AGENT_THREAD for thread in threads)
+    is_slow = is_program and "torch" in sys.modules and all(thread.daemon for thread in threads)
+    if not is_inside and not is_slow:
         sys.exit(code)
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

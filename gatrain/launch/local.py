@@ -65,6 +65,8 @@ def run_workers(
     grace_s = protocol.seconds(protocol.GRACE_S, 120)
     meeting = MeetingPoint(nodes)
     with (
+        # imports torch, which takes seconds: a signal that comes meanwhile ends the command as before
+        _agent_log(run_dir.logs / f"launcher_{nodes.node_rank}.log"),
         contextlib.closing(meeting),
         scratch.folder("gatrain_") as private,
         offspring.stopping_together(),
@@ -74,7 +76,6 @@ def run_workers(
             _rank_environment(nodes, meeting, device, env or {})
             | {protocol.RANK_STATE: str(private), offspring.SOCKETS: str(scratch.sockets_of(private))}
         ),
-        _agent_log(run_dir.logs / f"launcher_{nodes.node_rank}.log"),
     ):
         agent = _Agent(module, run_dir, nodes, max_restarts, meeting, watch, private)
         thread = threading.Thread(target=agent.run, name=offspring.AGENT_THREAD, daemon=True)
