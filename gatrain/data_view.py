@@ -120,7 +120,7 @@ def _look(folder: Path, check: bool) -> View:
     config = load_config(folder / CONFIG)
     build.check_targets(config)
     task, source = build.build_task_and_source(config)
-    record = look_at_data(task, source, config.train.seed)
+    record = look_at_data(task, source)
     remarks = compare_classes(record.report, config.model)
     if not check:
         return View(record, remarks=remarks)

@@ -212,7 +212,7 @@ def _look(config: RunConfig, really: bool = False) -> RunFacts:
             if samples
             else "the training data is empty."
         )
-    data = look_at_data(task, source, config.train.seed)
+    data = look_at_data(task, source)
     remarks = [*data.warnings(), *compare_classes(data.report, config.model)]
     try:
         if really:

@@ -62,7 +62,7 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
     progress, problems = _go_on(engine, run_dir, fresh, total_steps)
     if progress.step and rank.rank == 0:
         with samples.read_in_a_process(config.train.data_workers > 0):
-            _compare_data(run_dir, task, source, config)
+            _compare_data(run_dir, task, source)
     problems = [*told, *(f"skipped a damaged saved state, {problem}" for problem in problems)]
     if progress.step < total_steps:
         with (
@@ -234,7 +234,7 @@ def _compare(run_dir: RunDir, leaves: Mapping[str, Any], precision: str) -> list
     return records.version_notes(before, records.versions())
 
 
-def _compare_data(run_dir: RunDir, task: Task, source: Any, config: RunConfig) -> None:
+def _compare_data(run_dir: RunDir, task: Task, source: Any) -> None:
     """As `_compare`, for the data that a saved state goes on with.
 
     Raises:
@@ -244,7 +244,7 @@ def _compare_data(run_dir: RunDir, task: Task, source: Any, config: RunConfig) -
     from gatrain.train.data_look import same_data
 
     if (before := records.read_data(run_dir)) is not None:
-        now = same_data(task, source, config.train.seed, before)
+        now = same_data(task, source, before)
         records.refuse(run_dir, records.differences_of_data(before, now))
 
 

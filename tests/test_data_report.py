@@ -245,7 +245,7 @@ KINDS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
 
 
 def look(source: Any) -> DataRecord:
-    return look_at_data(Supervised(lambda: torch.nn.Linear(1, 1), source), source, 0)
+    return look_at_data(Supervised(lambda: torch.nn.Linear(1, 1), source), source)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,6 +13,8 @@ from gatrain.errors import ConfigError, GatrainError
 from gatrain.tasks.base import Task
 from gatrain.train.sample_prints import Prints, spread, take_prints
 
+SEED = 0
+"""Samples are compared as they are read with this seed, whatever the run's: what is found is kept for all runs."""
 SOME = 3
 """Samples that rank 0 reads to see that the data is still the same; the command that resumed has read more."""
 HELD_OUT, HELD_OUT_SAMPLES = "held-out ", 2
@@ -20,7 +22,7 @@ CLASS_KEYS = ("classes", "num_classes", "n_classes", "num_labels")
 """Names under which models are told how many classes there are."""
 
 
-def look_at_data(task: Task, source: Any, seed: int) -> DataRecord:
+def look_at_data(task: Task, source: Any) -> DataRecord:
     """Ask the source for its report, and read a few samples of the training data and of the held-out data.
 
     Args:
@@ -29,10 +31,10 @@ def look_at_data(task: Task, source: Any, seed: int) -> DataRecord:
     Raises:
         GatrainError: the source's own report raises it.
     """
-    prints = take_prints(task, task.train_data, seed)
+    prints = take_prints(task, task.train_data, SEED)
     held_out = Prints()
     if task.eval_data is not None:
-        held_out = take_prints(task, task.eval_data, seed, spread(len(task.eval_data), HELD_OUT_SAMPLES))
+        held_out = take_prints(task, task.eval_data, SEED, spread(len(task.eval_data), HELD_OUT_SAMPLES))
     report = _own_report(task, source)
     if report is None:
         kind = type(source if source is not None else task.train_data)
@@ -57,7 +59,7 @@ def look_at_data(task: Task, source: Any, seed: int) -> DataRecord:
     )
 
 
-def same_data(task: Task, source: Any, seed: int, before: DataRecord) -> DataRecord:
+def same_data(task: Task, source: Any, before: DataRecord) -> DataRecord:
     """As `look_at_data` for data that was looked at before: only a part of what is compared is read."""
     report = _own_report(task, source)
     report = report or dataclasses.replace(before.report, fingerprint=_own_fingerprint(task))
@@ -65,11 +67,11 @@ def same_data(task: Task, source: Any, seed: int, before: DataRecord) -> DataRec
     if before.train_samples == len(task.train_data):
         numbers = [int(key) for key in before.samples if key.isdecimal()]
         some = [numbers[nth] for nth in spread(len(numbers), SOME)]
-        found |= take_prints(task, task.train_data, seed, some, again=False).samples
+        found |= take_prints(task, task.train_data, SEED, some, again=False).samples
     if task.eval_data is not None and before.eval_samples == len(task.eval_data):
         keys = [key for key in before.samples if key.startswith(HELD_OUT)]
         numbers = [int(key.removeprefix(HELD_OUT)) for key in keys]
-        held_out = take_prints(task, task.eval_data, seed, numbers, again=False)
+        held_out = take_prints(task, task.eval_data, SEED, numbers, again=False)
         found |= {f"{HELD_OUT}{key}": each for key, each in held_out.samples.items()}
     return DataRecord(report, len(task.train_data), _length(task.eval_data), samples=found)
 
