@@ -43,6 +43,7 @@ _SYSTEM_FOLDERS = {
     "lost+found",
 }
 
+_Key = tuple[tuple[str, str], ...]
 State = frozenset[int]
 """Where in a pattern one may be: places in its list of parts, of which `**` may leave several open."""
 
@@ -109,12 +110,7 @@ def shown(path: str | os.PathLike[str]) -> str:
 
 def by_name(name: str) -> tuple[str, str]:
     """Sorts names in the same way on every machine, however it spells accents."""
-    return unicodedata.normalize("NFC", name), name
-
-
-def by_parts(path: Path, root: Path) -> tuple[tuple[str, str], ...]:
-    """Sorts paths below ``root`` part by part, by `by_name`."""
-    return tuple(by_name(part) for part in path.relative_to(root).parts)
+    return name if name.isascii() else unicodedata.normalize("NFC", name), name
 
 
 def find(value: Any, omissions: Omissions, option: str = "data.path") -> list[Path]:
@@ -139,7 +135,7 @@ def find(value: Any, omissions: Omissions, option: str = "data.path") -> list[Pa
     if glob.has_magic(str(path)):
         base, parts = _literal_base(str(path))
         if os.path.isdir(base):
-            found = _Walk(Path(base), omissions, parts).files()
+            found = [Path(name) for name in _Walk(Path(base), omissions, parts).names()]
             if not found:
                 raise DataError(
                     f"{option}={shown(value)} matches no file below {shown(base)}{omissions.told()}."
@@ -148,7 +144,7 @@ def find(value: Any, omissions: Omissions, option: str = "data.path") -> list[Pa
     raise DataError(f"{option}={shown(value)} does not exist.{similar(path)}")
 
 
-def walk(root: Path, omissions: Omissions, identities: dict[Any, Path] | None = None) -> list[Path]:
+def walk(root: Path, omissions: Omissions) -> list[Path]:
     """Every regular file below the folder, once, sorted by name.
 
     Links are followed once: a folder or file that has been reached already, or that lies above the link, is
@@ -156,19 +152,19 @@ def walk(root: Path, omissions: Omissions, identities: dict[Any, Path] | None = 
     and folders, those of operating systems, links that point nowhere, and what is neither file nor folder are left
     out and counted. No file is opened.
 
-    Args:
-        identities: is filled with each file under what the file system knows it by, to compare with another walk.
-
     Raises:
         DataError: it is no folder, or a folder cannot be read.
     """
+    return [Path(name) for name in walk_names(root, omissions)[0]]
+
+
+def walk_names(root: Path, omissions: Omissions) -> tuple[list[str], dict[Any, str]]:
+    """As `walk`, quickly for millions of files: their paths as text, and each path under what the file system knows
+    the file by, to compare with another walk."""
     if not os.path.isdir(root):
         raise DataError(f"{shown(root)} is not a folder.")
     found = _Walk(root, omissions, None)
-    files = found.files()
-    if identities is not None:
-        identities.update(found.known)
-    return files
+    return found.names(), found.known
 
 
 def subfolders(root: Path) -> list[Path]:
@@ -216,6 +212,7 @@ class _Folder:
     through_link: bool
     outside: bool
     state: State
+    key: _Key
 
 
 class _Walk:
@@ -227,16 +224,16 @@ class _Walk:
         self._omissions = omissions
         self._pattern = _Pattern(pattern) if pattern is not None else None
         self._folders: set[tuple[Any, State]] = set()
-        self.known: dict[Any, Path] = {}
-        self._found: list[Path] = []
-        self._links: deque[tuple[Path, State]] = deque()
+        self.known: dict[Any, str] = {}
+        self._found: list[tuple[_Key, str]] = []
+        self._links: deque[tuple[Path, _Folder]] = deque()
 
-    def files(self) -> list[Path]:
+    def names(self) -> list[str]:
         start = self._pattern.start if self._pattern is not None else frozenset()
-        self._go(_Folder(self._root, False, False, start))
+        self._go(_Folder(self._root, False, False, start, ()))
         while self._links:
             self._follow(*self._links.popleft())
-        return sorted(self._found, key=lambda path: by_parts(path, self._root))
+        return [path for _, path in sorted(self._found)]
 
     def _go(self, top: _Folder) -> None:
         """Everything below ``top`` without links, which wait."""
@@ -244,27 +241,30 @@ class _Walk:
         while waiting:
             folder = waiting.pop(0)
             try:
-                key = (_identity(folder.path, folder.path.stat()), folder.state)
+                reached = (_identity(folder.path, folder.path.stat()), folder.state)
             except OSError as error:
                 raise unreadable(folder.path, error) from None
-            if key in self._folders:
+            if reached in self._folders:
                 self._omissions.add(FOLDER_TWICE, _link(folder.path, self._name(folder.path)))
                 continue
-            self._folders.add(key)
+            self._folders.add(reached)
             for entry in _listing(folder.path):
-                path = folder.path / entry.name
                 is_folder = _is_folder(entry)
                 states, is_match = self._states(folder.state, entry.name, is_folder)
-                if not (states or is_match) or self._leave_out(path, is_folder, folder.state):
+                if not (states or is_match) or self._leave_out(entry, is_folder, folder.state):
                     continue
                 if entry.is_symlink():
-                    self._links.append((path, folder.state))
+                    self._links.append((folder.path / entry.name, folder))
                 elif is_folder:
-                    waiting.append(_Folder(path, folder.through_link, folder.outside, states))
+                    waiting.append(self._inside(folder, folder.path / entry.name, states))
                 else:
-                    self._take(path, folder.through_link, folder.outside)
+                    key = (*folder.key, by_name(entry.name))
+                    self._take(entry, entry.path, key, folder.through_link, folder.outside)
 
-    def _follow(self, path: Path, state: State) -> None:
+    def _inside(self, folder: _Folder, path: Path, states: State) -> _Folder:
+        return _Folder(path, folder.through_link, folder.outside, states, (*folder.key, by_name(path.name)))
+
+    def _follow(self, path: Path, folder: _Folder) -> None:
         try:
             mode = path.stat().st_mode
         except OSError as error:
@@ -274,21 +274,24 @@ class _Walk:
             return
         real = os.path.realpath(path)
         outside = not _is_below(real, self._real_root)
+        key = (*folder.key, by_name(path.name))
         if not stat.S_ISDIR(mode):
-            self._take(path, True, outside)
+            self._take(path, str(path), key, True, outside)
             return
         if _is_below(os.path.realpath(path.parent), real) or _is_below(self._real_root, real):
             self._omissions.add(ABOVE, _link(path, self._name(path)))
             return
-        states, _ = self._states(state, path.name, True)
-        self._go(_Folder(path, True, outside, states))
+        states, _ = self._states(folder.state, path.name, True)
+        self._go(_Folder(path, True, outside, states, key))
 
-    def _take(self, path: Path, through_link: bool, outside: bool) -> None:
+    def _take(
+        self, file: os.DirEntry[str] | Path, path: str, key: _Key, through_link: bool, outside: bool
+    ) -> None:
         try:
-            status = path.stat()
+            status = file.stat()
         except OSError as error:
             if error.errno != errno.ENOENT:
-                raise unreadable(path, error) from None
+                raise unreadable(Path(path), error) from None
             self._omissions.add(VANISHED, self._name(path))
             return
         if not stat.S_ISREG(status.st_mode):
@@ -301,7 +304,7 @@ class _Walk:
         self.known[identity] = path
         if outside:
             self._omissions.add(OUTSIDE, f"{self._name(path)} -> {shown(os.path.realpath(path))}")
-        self._found.append(path)
+        self._found.append((key, path))
 
     def _states(self, state: State, name: str, is_folder: bool) -> tuple[State, bool]:
         """Where the pattern goes on in a folder of this name, and whether a file of this name matches it."""
@@ -310,15 +313,15 @@ class _Walk:
         states, is_match = self._pattern.step(state, name)
         return (states, False) if is_folder else (frozenset(), is_match)
 
-    def _leave_out(self, path: Path, is_folder: bool, state: State) -> bool:
-        kind = _left_out_name(path.name, is_folder)
-        if kind is None or (self._pattern is not None and self._pattern.spells(state, path.name)):
+    def _leave_out(self, entry: os.DirEntry[str], is_folder: bool, state: State) -> bool:
+        kind = _left_out_name(entry.name, is_folder)
+        if kind is None or (self._pattern is not None and self._pattern.spells(state, entry.name)):
             return False
-        self._omissions.add(kind, self._name(path))
+        self._omissions.add(kind, self._name(entry.path))
         return True
 
-    def _name(self, path: Path) -> str:
-        return shown(path.relative_to(self._root))
+    def _name(self, path: str | Path) -> str:
+        return shown(os.path.relpath(path, self._root))
 
 
 class _Pattern:
@@ -388,7 +391,7 @@ def _left_out_name(name: str, is_folder: bool) -> str | None:
     return SYSTEM_FILES if name.lower() in _SYSTEM_FILES else None
 
 
-def _identity(path: Path, status: os.stat_result) -> Any:
+def _identity(path: str | Path, status: os.stat_result) -> Any:
     """The same for two names of one file; some file systems give no inode numbers."""
     return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(path)
 

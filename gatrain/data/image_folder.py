@@ -230,7 +230,7 @@ class Found:
     classes: list[str]
     samples: list[tuple[str, int]]
     """(file, class number)."""
-    identities: dict[Any, Path]
+    identities: dict[Any, str]
     """Each file under what the file system knows it by."""
 
 
@@ -243,18 +243,18 @@ def find_images(folder: Path, name: str, omissions: Omissions) -> Found:
     Raises:
         DataError: no class folders, a class without images, or two classes of one name.
     """
-    identities: dict[Any, Path] = {}
-    files = folders.walk(folder, omissions, identities)
-    images: dict[str, list[Path]] = {
+    files, identities = folders.walk_names(folder, omissions)
+    start = len(os.path.join(str(folder), ""))
+    images: dict[str, list[str]] = {
         each.name: [] for each in folders.subfolders(folder) if not each.is_symlink()
     }
     unread: dict[str, list[Path]] = {}
-    for file in files:
-        first, *below = file.relative_to(folder).parts
-        if not has_image_name(file):
-            unread.setdefault(first if below else "", []).append(file)
+    for name_of_file in files:
+        first, _, below = name_of_file[start:].partition(os.sep)
+        if not has_image_name(name_of_file):
+            unread.setdefault(first if below else "", []).append(Path(name_of_file))
         elif below:
-            images.setdefault(first, []).append(file)
+            images.setdefault(first, []).append(name_of_file)
         else:
             omissions.add(NO_CLASS, shown(first))
     _count_unread([file for inside in unread.values() for file in inside], folder, omissions)
@@ -276,7 +276,7 @@ def find_images(folder: Path, name: str, omissions: Omissions) -> Found:
                 f"{name} has two class folders called {shown(one)}, whose accents are written differently (Unicode "
                 "NFC and NFD, as a copy from a Mac gives). Put their images into one folder."
             )
-    samples = [(str(file), place) for place, name in enumerate(classes) for file in images[name]]
+    samples = [(file, place) for place, name in enumerate(classes) for file in images[name]]
     return Found(classes, samples, identities)
 
 

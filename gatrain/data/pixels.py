@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import warnings
 from functools import cache
@@ -84,16 +85,16 @@ def read_image(path: str | Path, broken: str = "stop", remarks: list[str] | None
         raise BrokenSampleError(f"{what}. {advice}.") from error
 
 
-def has_image_name(path: Path) -> bool:
+def has_image_name(path: str) -> bool:
     """Whether a file counts as an image by the ending of its name, or, where that is no usual one, by its first
     bytes."""
-    suffix = path.suffix.lower()
+    suffix = os.path.splitext(path)[1].lower()
     if suffix in SUFFIXES:
         return _SUFFIX_NEEDS.get(suffix, "JPEG") in _formats()
     if suffix[1:].isalpha() and len(suffix) <= 6:  # .txt, .json: the ending says what it is
         return False
     try:
-        with path.open("rb") as file:
+        with open(path, "rb") as file:
             return _is_image_head(file.read(16))
     except OSError:
         return False
