@@ -67,11 +67,19 @@ _REMEMBERED = ("plans", "facts", "composed", "fingerprints")
 
 
 def cache_place() -> Path:
-    """``$GATRAIN_CACHE``, else ``$XDG_CACHE_HOME/gatrain``, else ``~/.cache/gatrain``; not looked at."""
-    if own := os.environ.get("GATRAIN_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "gatrain"
+    """``$GATRAIN_CACHE``, else ``$XDG_CACHE_HOME/gatrain``, else ``~/.cache/gatrain``; not looked at.
+
+    Raises:
+        ConfigError: nobody has that home folder.
+    """
+    own, base = os.environ.get("GATRAIN_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    try:
+        if own:
+            return Path(own).expanduser()
+        return (Path(base) if base else Path.home() / ".cache") / "gatrain"
+    except RuntimeError as error:
+        given = f"GATRAIN_CACHE={own}" if own else "HOME is not set, and this user has none"
+        raise ConfigError(f"{given}: there is no such home folder. Set GATRAIN_CACHE=FOLDER.") from error
 
 
 def shipped_folder(name: str) -> Path:
@@ -129,7 +137,7 @@ def find_recipe(given: str, cwd: Path) -> Recipe:
     try:
         return _find_recipe(given, cwd)
     except (OSError, RuntimeError, ValueError) as error:  # too long, no such user, not allowed
-        reason = error.strerror if isinstance(error, OSError) else str(error)
+        reason = error.strerror if isinstance(error, OSError) else str(error).rstrip(".")
         raise ConfigError(f"recipe={given[:80]}: {reason}. Give a YAML file or a recipe's name.") from error
 
 

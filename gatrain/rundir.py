@@ -184,7 +184,7 @@ def open_run_dir(path: str | os.PathLike[str]) -> RunDir:
         run_dir.refuse_links()
         is_run = run_dir.config.is_file()
     except (OSError, RuntimeError, ValueError) as error:  # too long, no such user, not allowed
-        reason = error.strerror if isinstance(error, OSError) else str(error)
+        reason = error.strerror if isinstance(error, OSError) else str(error).rstrip(".")
         raise RunFolderError(f"{str(path)[:80]} is not a run folder: {reason}.") from error
     if not is_run:
         state = "has no config.yaml" if run_dir.path.is_dir() else "does not exist"

@@ -18,9 +18,10 @@ import pytest
 from gatrain import assets, imports
 from gatrain.cli import machine
 from gatrain.data.cache import build_once
-from gatrain.errors import GatrainError, LaunchError
+from gatrain.errors import ConfigError, GatrainError, LaunchError, RunFolderError
 from gatrain.launch.join import check_name
 from gatrain.launch.nodes import Nodes, parse_endpoint
+from gatrain.rundir import open_run_dir
 
 SMALL = (
     "recipe=llm", "model.layers=1", "model.heads=2", "model.width=16", "data.context=16", "data.vocab_size=300",
@@ -418,3 +419,16 @@ def test_endpoints_that_are_right(endpoint: str, host: str) -> None:
 def test_endpoints_that_are_wrong_are_told_with_one_that_works(endpoint: str) -> None:
     with pytest.raises(LaunchError, match="29500"):
         parse_endpoint(endpoint)
+
+
+def test_homes_that_nobody_has_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATRAIN_CACHE", "~nosuchuser/cache")
+    with pytest.raises(ConfigError, match="GATRAIN_CACHE=~nosuchuser/cache: there is no such home folder"):
+        assets.cache_dir()
+    with pytest.raises(RunFolderError, match="is not a run folder"):
+        open_run_dir("~nosuchuser/run")
+    with pytest.raises(RunFolderError, match="File name too long"):
+        open_run_dir("n" * 300)
+    for recipe in ("~nosuchuser/x.yaml", "n" * 300):
+        with pytest.raises(ConfigError, match="recipe="):
+            assets.find_recipe(recipe, Path.cwd())
