@@ -60,9 +60,10 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
     # what draws outside a seeded step repeats as well
     seed_everything(config.train.seed, PROCESS, rank.rank)
     progress, problems = _go_on(engine, run_dir, fresh, total_steps)
-    if progress.step and rank.rank == 0:
+    if progress.step:
         with samples.read_in_a_process(config.train.data_workers > 0):
-            _compare_data(run_dir, task, source)
+            # contents may have to be read whole, while the others wait
+            engine.ranks.alone(lambda: _compare_data(run_dir, task, source))
     problems = [*told, *(f"skipped a damaged saved state, {problem}" for problem in problems)]
     if progress.step < total_steps:
         with (

@@ -95,7 +95,7 @@ def test_saves_longer_than_the_timeout_go_well_fail_and_are_interrupted_and_noth
     failing = start(tmp_path, *WORDS, "run.dir=failing", SAVE_S=str(SAVE_S), FULL="1")
     printed = failing.communicate(timeout=200)[0]
     assert failing.returncode == 0, printed
-    assert "could not save the state of step 4: No space left on device" in printed
+    assert "could not save the state of step 4: " in printed
     assert states_of(tmp_path / "failing") == ["step_00000002", "step_00000006"]
 
     stopped, saved = (
