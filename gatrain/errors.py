@@ -115,6 +115,8 @@ class PeerFailed(WorkerError):
 
     secondary = True
     """However early it is reported, it is no cause."""
+    before_update = False
+    """All ranks left a window together, before it changed anything but buffers."""
 
 
 class AfterTrainingError(GatrainError):

@@ -18,7 +18,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import typer.main
+from safetensors.torch import load_file
 
 from gatrain import cli, commands
 from gatrain.rundir import RunDir
@@ -59,6 +61,9 @@ class Net(torch.nn.Linear):
 
 def net(token="none"):
     return Net(2, 2)
+
+def normed(token="none"):
+    return torch.nn.Sequential(torch.nn.BatchNorm1d(2), Net(2, 2))
 """
 RECIPE = """
 defaults: [base, _self_]
@@ -295,6 +300,26 @@ def test_after_trouble_what_is_said_works(place: Place, what: str) -> None:
     code, output = place.type(line, stays)
     assert code == 0, output
     assert RunDir(place.folder / name).saved_steps()[-1] == 9
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("trouble", ["raise:6", "bad:7"])
+def test_no_step_is_lost_to_an_error(place: Place, trouble: str) -> None:
+    words = "recipe=tiny model._target_=tiny.normed train.steps=9 save.every=0"
+    processes = 2 if trouble.startswith("raise") else 1
+    whole, broken = place.folder / f"whole {trouble[:3]}", place.folder / f"broken {trouble[:3]}"
+    for run, code, how in ((whole, 0, ""), (broken, 11 if processes == 2 else 4, trouble)):
+        folder = commands.quoted(commands.setting("run.dir", str(run)))
+        line = f"gatrain launch --nproc {processes} {words} {folder}"
+        found, output = place.type(line, how)
+        assert found == code, output
+    steps = [json.loads(line)["step"] for line in (broken / "metrics.jsonl").read_text().splitlines()]
+    assert RunDir(broken).saved_steps() == [steps[-1]]
+    found, output = place.type(only(advice_in(output), "resume"))
+    assert found == 0, output
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        one, other = (load_file(run / "saved" / "step_00000009" / name) for run in (whole, broken))
+        assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 @pytest.mark.chaos

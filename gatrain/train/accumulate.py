@@ -240,7 +240,9 @@ class PlainAccumulation:
         elif self._ranks.world_size > 1:
             failed, *layouts = self._ranks.sum([0.0, *map(layout_of, self._parameters)])
             if failed:
-                raise PeerFailed("another rank failed in this window; its own error says why.")
+                error = PeerFailed("another rank failed in this window; its own error says why.")
+                error.before_update = True
+                raise error
             self._ranks.reduce_gradients(self._parameters, layouts)
 
     def _tell_of_failure(self) -> None:
@@ -331,9 +333,10 @@ class PlainAccumulation:
                 if (seed := window.seed_of(index)) is not None:
                     seed_everything(*seed)
                 self.micro_step(batch, scale, reduce_in_backward=index == last)
-        except Exception:
+        except Exception as error:
             if self._ranks.world_size > 1:
                 self._tell_of_failure()
+            error.before_update = True  # type: ignore[attr-defined]
             raise
 
 

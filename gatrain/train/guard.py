@@ -53,7 +53,7 @@ class Guard:
         """Put the buffers back as they were before the window that was not finite."""
         for dtype, buffers in _by_dtype(self._model.buffers()).items():
             sizes = [buffer.numel() for buffer in buffers]
-            if sum(sizes) != self._kept[dtype].numel():
+            if dtype not in self._kept or sum(sizes) != self._kept[dtype].numel():
                 continue  # the forward made other buffers: there is nothing to go back to
             for buffer, kept in zip(buffers, self._kept[dtype].split(sizes), strict=True):
                 buffer.copy_(kept.view(buffer.shape))

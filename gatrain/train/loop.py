@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from gatrain import disk
 from gatrain.config import RunConfig
-from gatrain.errors import ExactnessError, SavedStateError
+from gatrain.errors import DataError, ExactnessError, SavedStateError
 from gatrain.plan import Plan
 from gatrain.rundir import RunDir
 from gatrain.train import nonfinite, saved_state
@@ -104,7 +105,11 @@ class Trainer:
         self._meter = Meter(self.engine.device)
         self._clock = SaveClock(60 * self.config.save.minutes)
         self._saved_step = self.progress.step
-        stopped = self._train()
+        try:
+            stopped = self._train()
+        except Exception as error:
+            self._save_what_was_trained(error)
+            raise
         self._flush()
         # what was trained is on the disk before anything else of the user's runs
         if self._saved_step != self.progress.step and not self._save(is_last=True):
@@ -127,6 +132,22 @@ class Trainer:
             "showcase": showcase,
             "elapsed_s": time.perf_counter() - began,
         }
+
+    def _save_what_was_trained(self, error: Exception) -> None:
+        """After an error: no step is lost to it, whatever save.every says. The error itself is what is told.
+
+        Only where every rank has left the training at the same place, with weights as after the last step.
+        """
+        in_window = bool(getattr(error, "before_update", False))
+        while_reading = self.engine.ranks.world_size == 1 and isinstance(error, DataError)
+        if not (in_window or while_reading) or self.progress.step == self._saved_step:
+            return
+        with contextlib.suppress(Exception):
+            self.engine.optimizer.zero_grad(set_to_none=True)  # memory may be what is missing
+            if in_window:
+                self.engine.guard.restore_buffers()
+            self._flush()
+            self._save()
 
     def _train(self) -> bool:
         """Run the steps; returns whether a stop was asked for."""

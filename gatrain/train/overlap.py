@@ -87,7 +87,9 @@ class OverlappedReduction:
             self._usual = [place for place, layout in enumerate(found) if layout % SPARSE]
         try:
             if failures and not failed:
-                raise PeerFailed("another rank failed in this window; its own error says why.")
+                error = PeerFailed("another rank failed in this window; its own error says why.")
+                error.before_update = True
+                raise error
             if late:
                 raise ExactnessError(LATE)
             if not failures:
