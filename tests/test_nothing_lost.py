@@ -417,7 +417,7 @@ def test_training_out_of_memory_ends_with_5_and_a_command_that_works(folder: Pat
     assert "out of memory" in printed
     assert "can't allocate memory" in printed
     assert "Traceback" not in printed
-    command = shlex.split(re.findall("gatrain (fit .*)", printed)[0])
+    command = shlex.split(re.findall("gatrain ((?:launch|resume) .*)", printed)[0])
     assert "batch.micro=3" in command
     code, printed = gatrain_with(folder, "memory", *command)
     assert code == 0, printed
