@@ -159,6 +159,10 @@ def leave(code: int, is_program: bool) -> NoReturn:
     Args:
         is_program: nothing but this command runs in the process.
     """
+    for signum in (
+        offspring.handled() if is_program else ()
+    ):  # the code is settled: a further one would change it
+        signal.signal(signum, signal.SIG_IGN)
     threads = [thread for thread in threading.enumerate() if thread is not threading.current_thread()]
     is_inside = any(thread.name == offspring.AGENT_THREAD for thread in threads)
     is_slow = is_program and "torch" in sys.modules and all(thread.daemon for thread in threads)
