@@ -9,6 +9,8 @@ from gatrain.report.text import clean
 from gatrain.rundir import RunDir, read_json
 
 COLUMNS = 80
+KINDS_AT_END = 2
+"""Kinds of omissions that the end of a run names; data.json has them all."""
 HEAD, INDENT = "Data  ", "      "
 
 
@@ -73,8 +75,12 @@ def left_out(run_dir: RunDir) -> str:
         record = DataRecord.from_dict(read_json(run_dir.data))
     except (RunFolderError, KeyError, TypeError, ValueError, AttributeError):
         return ""
-    words = "; ".join(f"{omission.count:,} {omission.what}" for omission in record.omissions())
-    return f"{words} (see {run_dir.data.name})" if words else ""
+    omissions = sorted(record.omissions(), key=lambda omission: not omission.is_large)  # warnings first
+    if not omissions:
+        return ""
+    words = "; ".join(f"{omission.count:,} {omission.what}" for omission in omissions[:KINDS_AT_END])
+    more = units.plural(len(omissions) - KINDS_AT_END, "more kind") if len(omissions) > KINDS_AT_END else ""
+    return f"{words}{f'; {more}' if more else ''} (see {run_dir.data.name})"
 
 
 def _source(record: DataRecord) -> str:
