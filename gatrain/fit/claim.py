@@ -144,8 +144,8 @@ def claimed(path: Path, named: bool, again: Again, overwrite: bool = False) -> I
         run_dir.refuse_links()
         with locked(run_dir):
             claim = Claim(run_dir)
-            guardian.guard_claim(run_dir.path, before, created)
             try:
+                guardian.guard_claim(run_dir.path, before, created)
                 if _has_trained(run_dir) and not (overwrite and is_ours(run_dir)):
                     raise _holds_a_run(run_dir, again)
                 yield claim
