@@ -159,6 +159,8 @@ def claimed(path: Path, named: bool, again: Again, overwrite: bool = False) -> I
             finally:
                 guardian.forget_claim(run_dir.path)
     finally:
+        if created and _names(run_dir.path) == {run_dir.lock.name}:  # a signal came as soon as it was there
+            guardian.remove(run_dir.lock)
         for folder in created:  # deepest first; those that are not empty stay
             with contextlib.suppress(OSError):
                 folder.rmdir()
