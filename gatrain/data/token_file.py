@@ -91,6 +91,10 @@ class TokenFile:
                     if fitting[0].endswith("big-endian")
                     else f": data.token_dtype={fitting[0]}"
                 )
+            elif found.low < 0:  # such as -100, which marks labels
+                advice = (
+                    f"Ids are counted from 0, and the lowest here is {found.low}: write the file without it"
+                )
             elif self.layout.kind == "raw":
                 advice += ", or correct data.token_dtype if the ids look wrong"
             raise DataError(
