@@ -237,7 +237,7 @@ def unexpected(error: Exception) -> int:
         with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"gatrain {__version__}, Python {sys.version}\n")
             file.write(hide(traceback.format_exc()))
-        where = f"The details are in {name}"
+        where = f"The details are in {os.path.realpath(name)}"  # a short name of TMPDIR ends with the command
     except OSError:
         where = "Set GATRAIN_DEBUG=1 to see the details"
     print_error(
