@@ -188,16 +188,21 @@ class PlainAccumulation:
             ExactnessError: the weights used differ from the weights counted (on a GPU after the first window,
                 only `check_counts` tells).
         """
-        totals, counts = self._count(window)
-        if any(totals.values()):
-            share_buffers(self._wrappers, self._ranks)
-            self._run_micro_steps(
-                window, {name: 1 / total if total else 0.0 for name, total in totals.items()}
-            )
-            self.reduce()
-            if self._device.type == "cpu" or not self._checked_once:
-                self.check_counts()
-                self._checked_once = True
+        before = dict(self._counted), dict(self._used), dict(self._loss_sums)
+        try:
+            totals, counts = self._count(window)
+            if any(totals.values()):
+                share_buffers(self._wrappers, self._ranks)
+                self._run_micro_steps(
+                    window, {name: 1 / total if total else 0.0 for name, total in totals.items()}
+                )
+                self.reduce()
+                if self._device.type == "cpu" or not self._checked_once:
+                    self.check_counts()
+                    self._checked_once = True
+        except Exception:
+            self._counted, self._used, self._loss_sums = before  # those of a window that never came to be
+            raise
         sums, self._loss_sums = self._loss_sums, {}
         return WindowResult(totals, counts, sums, self._ranks, self._device)
 
