@@ -48,6 +48,31 @@ def test_a_process_alone_and_a_rank_of_gatrains_own_join_nothing(environ: dict[s
     assert detect(environ) is None
 
 
+def test_launch_with_a_number_of_processes_passes_over_what_is_left_of_another_program(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left = {"RANK": "5", "WORLD_SIZE": "9", "LOCAL_RANK": "3", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1"}
+    for name in (*torchrun.VARIABLES, "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    seen: list[list[str]] = []
+
+    def run(arguments: list[str]) -> int:
+        seen.append([*arguments, *(set(left) & os.environ.keys())])
+        return 0
+
+    monkeypatch.setattr(cli, "_run", run)
+    assert cli._run_within_torchrun(["launch", "--nproc", "2"]) == 0
+    assert seen == [["launch", "--nproc", "2"]]
+    assert "RANK=5 of the environment is not torchrun's" in capsys.readouterr().err
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    assert (
+        cli._run_within_torchrun(["fit"]) == LaunchError.exit_code
+    )  # or N runs would train beside each other
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

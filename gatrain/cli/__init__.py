@@ -493,6 +493,13 @@ def _run_within_torchrun(arguments: list[str]) -> int:
     global _given
     from gatrain.launch import torchrun
 
+    if arguments[0] == "launch" and "--nproc" in arguments and torchrun.is_left_over(os.environ):
+        machine.note(
+            f"RANK={os.environ['RANK']} of the environment is not torchrun's (no LOCAL_WORLD_SIZE) and counts for "
+            "nothing: launch --nproc starts the ranks."
+        )
+        torchrun.forget(os.environ)
+        return _run(arguments)
     try:
         _given = torchrun.detect(os.environ)
         if _given is None:

@@ -49,7 +49,8 @@ def settled() -> Iterator[None]:
                 link.unlink()
 
 
-def _note(text: str) -> None:
+def note(text: str) -> None:
+    """Say something about this machine on standard error."""
     print(f"note: {text}", file=sys.stderr, flush=True)
 
 
@@ -97,7 +98,7 @@ def _settle_temporary_folder() -> None:
     if asked is None or asked == found:
         return
     if os.path.abspath(asked) != found:
-        _note(f"TMPDIR={asked} is no folder that may be written: {found} is used instead.")
+        note(f"TMPDIR={asked} is no folder that may be written: {found} is used instead.")
     os.environ["TMPDIR"] = found
 
 
@@ -158,7 +159,7 @@ def _settle_user() -> None:
     except RuntimeError:
         folder = _own_folder("gatrain-home", "HOME")
         os.environ["HOME"] = str(folder)
-        _note(f"this user has no home folder: {folder} serves as one. Set HOME to one that lasts.")
+        note(f"this user has no home folder: {folder} serves as one. Set HOME to one that lasts.")
 
 
 def _settle_cache() -> None:
@@ -172,7 +173,7 @@ def _settle_cache() -> None:
             return
     folder = _own_folder("gatrain-cache", "GATRAIN_CACHE")
     os.environ["GATRAIN_CACHE"] = str(folder)
-    _note(f"{cache} cannot be written: {folder} holds the cache. Set GATRAIN_CACHE=FOLDER to one that lasts.")
+    note(f"{cache} cannot be written: {folder} holds the cache. Set GATRAIN_CACHE=FOLDER to one that lasts.")
 
 
 def _own_folder(name: str, variable: str) -> Path:

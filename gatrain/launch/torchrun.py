@@ -123,6 +123,15 @@ class GivenWorld:
         return self.address if ipaddress.ip_address(own).is_loopback else own
 
 
+def is_left_over(environ: Mapping[str, str]) -> bool:
+    """Whether a rank's variables are there that no launcher sets like this: they stayed from another program.
+
+    torchrun tells how many processes a node has, and a cluster that starts one process in each pod numbers no
+    processes within it.
+    """
+    return "LOCAL_RANK" in environ and not {"LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"} & environ.keys()
+
+
 def detect(environ: Mapping[str, str]) -> GivenWorld | None:
     """Read torchrun's variables; None where this process is not one of several that somebody started.
 
