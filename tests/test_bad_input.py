@@ -114,7 +114,7 @@ BAD = [
     Bad("launch --nproc 4 recipe=llm batch.effective=8 batch.micro=3", PLAN,
         ("batch.micro=3", "batch.micro=2")),
     # run folders
-    Bad("fit recipe=llm run.dir=old", FOLDER, ("old", "gatrain resume"), {"old/config.yaml": "x: 1\n"}),
+    Bad("fit recipe=llm run.dir=old", FOLDER, ("old", "left alone", "run.dir="), {"old/config.yaml": "x: 1\n"}),
     Bad("fit recipe=llm run.dir=file", FOLDER, ("file", "run.dir="), {"file": "text"}),
     Bad("fit recipe=llm run.dir=file/below", FOLDER, ("file/below", "run.dir="), {"file": "text"}),
     Bad("fit recipe=llm run.dir=/proc/run", FOLDER, ("/proc/run", "cannot be written")),
@@ -248,7 +248,7 @@ def test_a_run_that_saved_nothing(cwd: Path, capfd: pytest.CaptureFixture[str]) 
     from gatrain.compose import compose
 
     prepare(cwd, {"run/config.yaml": compose(["recipe=llm"]).yaml, "run/overrides.txt": "recipe=llm\n"})
-    test_bad_input(Bad("resume run", STATE, ("no saved state", "gatrain fit recipe=llm")), cwd, capfd)
+    test_bad_input(Bad("resume run", STATE, ("no saved state", "gatrain resume", "--from-start")), cwd, capfd)
     bad = Bad("resume run batch.effective=3", CONFIG, ("batch.effective=3", "batch.micro"))
     test_bad_input(bad, cwd, capfd)
 

@@ -360,9 +360,10 @@ def test_however_python_is_started(flags: list[str], shadowed: Path) -> None:
 
 
 def test_a_file_that_hides_what_a_target_means_is_named(shadowed: Path) -> None:
-    done = gatrain("fit", *FIXED, "model._target_=datasets.load_dataset", "run.dir=r")
+    (shadowed / "timm.py").write_text("")
+    done = gatrain("fit", *FIXED, "model._target_=timm.create_model", "run.dir=r")
     assert done.returncode == 2
-    assert f"datasets ({shadowed}/datasets.py, which hides the installed datasets" in done.stderr
+    assert f"timm ({shadowed}/timm.py, which hides the installed timm" in done.stderr
     done = gatrain("fit", *FIXED, "model._target_=random.Net", "run.dir=r")
     assert done.returncode == 2
     assert "hides your random.py" in done.stderr
