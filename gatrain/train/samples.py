@@ -136,7 +136,7 @@ def load(task: Task, data: Samples, keys: Sequence[Key], seed: int, *, trusted: 
         ids = names_of(data, [sample for _, sample in keys], _watch.reading)
         if is_out_of_memory(error):
             raise DoesNotFitError(
-                f"out of memory while the samples {ids} were read and collated: {type(error).__name__}: {error}. "
+                f"out of memory in reading and collating the samples {ids}: {type(error).__name__}: {error}. "
                 f"Use {f'batch.micro={len(keys) // 2}, ' if len(keys) > 1 else ''}fewer train.data_workers, or a "
                 "machine with more memory."
             ) from error
