@@ -286,10 +286,10 @@ def test_a_restarted_rank_compares_the_data_itself(run: Path, monkeypatch: pytes
     for name in ("mine", "mine_parts"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     stored = reload(run / "config.yaml", ()).config
-    worker._compare_data(RunDir(run), *build.build_task_and_source(stored), stored)
+    worker._compare_data(RunDir(run), *build.build_task_and_source(stored))
     edit(run.parent / "points.txt", "0.0", "3.0")
     with pytest.raises(SavedStateError, match=r"data\.contents: was sample 0"):
-        worker._compare_data(RunDir(run), *build.build_task_and_source(stored), stored)
+        worker._compare_data(RunDir(run), *build.build_task_and_source(stored))
     for name in ("mine", "mine_parts"):
         monkeypatch.delitem(sys.modules, name, raising=False)
 
