@@ -40,6 +40,10 @@ _pausing: dict[int, Path] = {}
 _is_stopping = False
 
 
+HASH_SEED = {"PYTHONHASHSEED": "0"}
+"""Sets of strings in the user's code have one order: on every rank, in every run, and in every look at the data."""
+
+
 def start(
     arguments: Sequence[str],
     *,
@@ -59,7 +63,7 @@ def start(
     process = subprocess.Popen(
         [sys.executable, SAFE_PATH, *arguments],
         cwd=cwd,
-        env={**os.environ, **(env or {}), PARENT_PID: str(os.getpid()), **trust.environment()},
+        env={**HASH_SEED, **os.environ, **(env or {}), PARENT_PID: str(os.getpid()), **trust.environment()},
         stdin=subprocess.DEVNULL,
         stdout=stdout,
         stderr=said,

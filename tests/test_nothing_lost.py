@@ -406,7 +406,9 @@ class Large:
 
 def test_memory_that_runs_out_in_reading_is_no_error_of_the_data() -> None:
     task = TwoTerms(Large(), None)
-    with pytest.raises(DoesNotFitError, match=r"out of memory in reading and collating the samples 1.*batch.micro=1"):
+    with pytest.raises(
+        DoesNotFitError, match=r"out of memory in reading and collating the samples 1.*batch.micro=1"
+    ):
         samples.load(task, task.train_data, [(0, 1), (0, 2)], 0)
 
 

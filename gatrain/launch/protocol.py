@@ -19,7 +19,7 @@ from pathlib import Path
 
 from gatrain.errors import LaunchError
 from gatrain.launch.net import interface_of
-from gatrain.offspring import PARENT_PID
+from gatrain.offspring import HASH_SEED, PARENT_PID
 
 LAUNCHER_PID = PARENT_PID
 NODE_RANK = "GATRAIN_NODE_RANK"
@@ -80,8 +80,7 @@ def defaults_for_ranks(nproc: int, own_address: str) -> dict[str, str]:
     wanted = {
         # without it each rank would use all cores, and torchrun's own default is 1
         "OMP_NUM_THREADS": str(max(1, cores // nproc)),
-        # sets of strings in the user's code have one order, on every rank and in every run
-        "PYTHONHASHSEED": "0",
+        **HASH_SEED,
         # libtorch's warnings (host names without reverse look-up, and the like) help nobody at a terminal
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
