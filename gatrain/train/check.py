@@ -657,13 +657,11 @@ class _Check:
     def _depends_on_host_numbers(
         self, name: str, whole: _Made, wanted: float, state: HeldState, tolerance: float
     ) -> bool:
-        before = seeding.random_state()
         self._forward(whole, state)
         after = seeding.random_state()
         # the seed is set in between: compare with what seeding alone leaves
         seeding.seed_everything(self.seed, seeding.MICRO_STEP, self.epoch, 0)
         untouched = seeding.random_state()
-        del before
         if after[0] == untouched[0] and _same_numpy(after[1], untouched[1]):
             return False
         kept, self.seed = self.seed, self.seed + 1
