@@ -41,3 +41,11 @@ def weird_tmp_path(tmp_path: Path) -> Path:
     path = tmp_path / "we ird, 'single' \"double\" [a]{b}=é"
     path.mkdir()
     return path
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The test works in a folder of its own, with a cache in it."""
+    monkeypatch.setenv("GATRAIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "cache"

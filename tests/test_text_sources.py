@@ -40,11 +40,7 @@ LINES = "\n".join(json.dumps(record) for record in RECORDS)
 TABLE = "id,text,label\n" + "".join(f'{i},"the cat, on\na ""mat"" {i}",{i % 3}\n' for i in range(40))
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("GATRAIN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def windows(path: Any, **options: Any) -> TextWindows:

@@ -24,11 +24,7 @@ from gatrain.errors import DataError
 IDS = (np.random.default_rng(0).zipf(1.3, 4000) % 300).astype("uint16")
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("GATRAIN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def windows(path: Any, **options: Any) -> TextWindows:
