@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from gatrain import targets
+from gatrain import doors, targets
 from gatrain.causes import told
 from gatrain.config import RunConfig
 from gatrain.construction import build_without_memory_or_really, check_numbers, check_shapes, kept_defaults
@@ -35,16 +35,24 @@ def check_targets(config: RunConfig) -> None:
         ConfigError: a target that does not import, a keyword that it does not have, or one that is missing.
     """
     _check_own_nodes(config)
+    for path, node in nodes_of(config):
+        target = targets.admit(path, node)
+        _check_keywords(
+            path,
+            node,
+            target,
+            set(_keywords(node)),
+            {"model", "data", "loss"} if path == "task" else set(),
+        )
+
+
+def nodes_of(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every node with a `_target_` that the configuration names, nested ones included, with its place."""
     for key in NODES:
-        for path, node in targets.nodes(key, getattr(config, key)):
-            target = targets.admit(path, node)
-            _check_keywords(
-                path,
-                node,
-                target,
-                set(_keywords(node)),
-                {"model", "data", "loss"} if path == "task" else set(),
-            )
+        yield from targets.nodes(key, getattr(config, key))
+    for key in doors.SHIPPED:
+        for where, node in doors.nodes_of(key, getattr(config, key)):
+            yield from targets.nodes(where, node)
 
 
 def build_task(config: RunConfig) -> Task:
@@ -59,9 +67,8 @@ def build_task(config: RunConfig) -> Task:
 
 def build_task_and_source(config: RunConfig) -> tuple[Task, Any]:
     """As `build_task`, with the data source that the task was given; None where it makes its own."""
-    for key in NODES:
-        for path, node in targets.nodes(key, getattr(config, key)):
-            targets.admit(path, node)
+    for path, node in nodes_of(config):
+        targets.admit(path, node)
     given: dict[str, Any] = {}
     if config.model is not None:
         given["model"] = partial(instantiate, "model", config.model)

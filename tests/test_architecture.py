@@ -25,6 +25,7 @@ ROOMS: dict[str, set[str]] = {
     "targets": {"imports", "target_rules"},
     "config": set(),
     "assets": set(),
+    "doors": set(),
     "main_memory": set(),
     "guardian": set(),
     "offspring": {"guardian", "imports"},
@@ -62,7 +63,7 @@ ROOMS: dict[str, set[str]] = {
     "launch": {"causes", "offspring", "rundir", "plan", "scratch"},
     "rank": {"launch"},
     "report": {"commands", "disk", "rundir", "plan", "batch", "data.report", "train.events"},
-    "build": {"causes", "config", "construction", "plan", "signatures", "targets", "tasks", "train"},
+    "build": {"causes", "config", "construction", "doors", "plan", "signatures", "targets", "tasks", "train"},
     "facts": {"assets", "config", "data.report", "dependencies", "rundir"},
     "inspection": {"build", "causes", "compose", "facts", "offspring", "scratch"},
     "data_view": {

@@ -1,0 +1,69 @@
+"""The doors: the parts of a run that people bring themselves, each by a short name or a `_target_`.
+
+A recipe names a part in one of three ways, which mean the same wherever a door stands::
+
+    hooks: [ema]                                    # a shipped part, with its defaults
+    hooks: [{name: ema, decay: 0.99}]               # a shipped part, with values
+    hooks: [{_target_: my_module.Sharpness, k: 3}]  # the user's own
+
+`gatrain.build.instantiate` makes the object of a node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from gatrain.errors import ConfigError, nearest
+
+SHIPPED: dict[str, dict[str, str]] = {}
+"""For each door, by its configuration key: the short names with what they stand for."""
+
+
+def node_of(key: str, value: Any, where: str = "") -> dict[str, Any]:
+    """The node with a ``_target_`` that a recipe's value stands for.
+
+    Args:
+        key: the door.
+        value: a short name, or a mapping with ``name`` or ``_target_``.
+        where: the value's place in the configuration, for messages; the door's key by default.
+
+    Raises:
+        ConfigError: it names no part, or a part that is not shipped.
+    """
+    where = where or key
+    shipped = SHIPPED[key]
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, Mapping) or ("name" in value) == ("_target_" in value):
+        raise ConfigError(
+            f"{where}={value!r} names no part. Write a name ({', '.join(shipped)}), a mapping with name and its "
+            "values, or a mapping with the _target_ of your own."
+        )
+    node = dict(value)
+    if "name" in node:
+        name = node.pop("name")
+        if name not in shipped:
+            raise ConfigError(
+                f"{where}={name} is not one of {', '.join(shipped)}.{nearest(str(name), tuple(shipped))} "
+                f"One of your own goes by its class: {where}._target_=my_module.MyClass."
+            )
+        node = {"_target_": shipped[name], **node}
+    return node
+
+
+def nodes_of(key: str, values: Any) -> list[tuple[str, dict[str, Any]]]:
+    """Of a door that takes a list: each part's place in the configuration, and its node (`node_of`).
+
+    Raises:
+        ConfigError: it is no list, or an item names no part.
+    """
+    if values is None:
+        return []
+    if isinstance(values, str | Mapping):
+        values = [values]
+    if not isinstance(values, list | tuple):
+        raise ConfigError(
+            f"{key}={values!r} is not a list. Write for example {key}=[{next(iter(SHIPPED[key]))}]."
+        )
+    return [(f"{key}[{nth}]", node_of(key, value, f"{key}[{nth}]")) for nth, value in enumerate(values)]
