@@ -8,6 +8,8 @@ import re
 import shutil
 from pathlib import Path
 
+from gatrain.units import GIB
+
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -53,7 +55,7 @@ def _meminfo(root: Path, key: str) -> int:
             return int(match.group(1)) * 1024
     with contextlib.suppress(AttributeError, OSError, ValueError):  # no /proc: half of what is installed
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    return 4 * 2**30
+    return 4 * GIB
 
 
 def _memory_stat(folder: Path, key: str) -> int:

@@ -38,6 +38,7 @@ from gatrain.errors import (
     RunFolderError,
     WorkerError,
 )
+from gatrain.hardware import rank_device
 from gatrain.launch import protocol
 from gatrain.launch.net import listen
 from gatrain.launch.reasons import describe, is_consequence
@@ -288,7 +289,7 @@ def stdout_to(path: Path) -> Iterator[None]:
 
 
 def _join_world(place: _Place, stop: StopFlag, log: Path) -> Rank:
-    device = _choose_device(place)
+    device = rank_device(os.environ.get(protocol.DEVICE), place.local_rank, place.local_world_size)
     if place.world_size > 1:
         import torch.distributed as dist
 
@@ -306,28 +307,6 @@ def _join_world(place: _Place, stop: StopFlag, log: Path) -> Rank:
             )
         os.environ["RANK"] = str(place.rank)
     return Rank(place.rank, place.local_rank, place.world_size, place.local_world_size, device, stop)
-
-
-def _choose_device(place: _Place) -> torch.device:
-    import torch
-
-    wanted = os.environ.get(protocol.DEVICE) or ("cuda" if torch.cuda.is_available() else "cpu")
-    if wanted == "cpu":
-        return torch.device("cpu")
-    visible = torch.cuda.device_count()
-    if wanted != "cuda" or not visible:
-        raise LaunchError(
-            f"device {wanted!r} is not available here: PyTorch {torch.__version__} sees {visible} GPU(s). "
-            "Use device=cpu, or check nvidia-smi and CUDA_VISIBLE_DEVICES."
-        )
-    if place.local_rank >= visible:
-        raise LaunchError(
-            f"{place.local_world_size} processes need {place.local_world_size} GPUs, and {visible} are "
-            f"visible. Use --nproc {visible} or less, or device=cpu."
-        )
-    device = torch.device("cuda", place.local_rank)
-    torch.cuda.set_device(device)
-    return device
 
 
 def _open_store(place: _Place, timeout: timedelta) -> TCPStore:

@@ -21,8 +21,7 @@ from gatrain.compose import compose
 from gatrain.errors import ConfigError, DoesNotFitError, GatrainError
 from gatrain.plan import DOES_NOT_FIT, FITS, Plan, Trial, make_plan
 from gatrain.predict import GPUS, compare, find_gpu, overheads, predict, trace_in_child
-from gatrain.predict.allocator import MIB, CachingAllocator, rounded, segment_bytes
-from gatrain.predict.gpus import GIB
+from gatrain.predict.allocator import CachingAllocator, rounded, segment_bytes
 from gatrain.predict.recorder import Recorder
 from gatrain.predict.request import ModeTrace, Piece, TraceRequest, TraceResult, largest
 from gatrain.predict.roofline import micro_step_seconds
@@ -39,6 +38,7 @@ from gatrain.predict.timeline import (
     Replay,
     Work,
 )
+from gatrain.units import GIB, MIB
 
 H100 = find_gpu("H100")
 GPT2 = {"parameters": 50304 * 768 + 1024 * 768 + 12 * (12 * 768**2 + 13 * 768) + 2 * 768}

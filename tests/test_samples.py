@@ -33,6 +33,7 @@ from gatrain.train.ranks import Ranks
 from gatrain.train.read_ahead import PREFETCH, FreeMemory, ReadAhead, bounded
 from gatrain.train.saved_state import Progress, check_same_run
 from gatrain.train.windows import WindowSchedule, windows
+from gatrain.units import MIB
 
 
 class Drawn:
@@ -199,8 +200,6 @@ def test_draws_are_noticed_inside_seeded_reading() -> None:
 
 
 # Memory
-
-MIB = 2**20
 
 
 def test_what_is_loaded_ahead_has_room_in_main_and_shared_memory() -> None:

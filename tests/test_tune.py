@@ -14,16 +14,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gatrain import batch, dependencies, tune
+from gatrain import batch, dependencies, hardware, main_memory, tune
 from gatrain.config import AdamWConfig, BatchConfig, RunConfig, SGDConfig, TrainConfig, TuneConfig
 from gatrain.errors import ConfigError, DoesNotFitError, Interrupted, LaunchError, PlanError, WorkerError
+from gatrain.hardware import Hardware
 from gatrain.launch.nodes import Nodes
+from gatrain.nvml import Gpu
 from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, StepSettings, make_plan
-from gatrain.tune import cache, confirm, curve, hardware, search, spec
+from gatrain.tune import cache, confirm, curve, search, spec
 from gatrain.tune.curve import Curve, Measurement
-from gatrain.tune.hardware import Gpu, Hardware
+from gatrain.units import GIB
 
-GIB = 2**30
 WAY = StepSettings("fp32", "none", False, "window")
 
 
@@ -697,11 +698,11 @@ def test_limits_of_a_container(tmp_path: Path) -> None:
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/self/cgroup").write_text("0::/box/inner\n")
     (tmp_path / "proc/meminfo").write_text("MemTotal: 64 kB\nMemAvailable:   33554432 kB\n")
-    assert hardware.available_memory(tmp_path) == 32 * GIB
+    assert main_memory.available_memory(tmp_path) == 32 * GIB
     (group / "memory.max").write_text(str(4 * GIB))
     (group / "memory.current").write_text(str(3 * GIB))
     (group / "memory.stat").write_text(f"anon 5\ninactive_file {GIB}\n")
-    assert hardware.available_memory(tmp_path) == 2 * GIB
+    assert main_memory.available_memory(tmp_path) == 2 * GIB
     (group / "cpu.max").write_text("100000 100000")
     assert hardware.cpu_cores(tmp_path) == 1
     (group / "cpu.max").write_text("max 100000")
@@ -711,5 +712,8 @@ def test_limits_of_a_container(tmp_path: Path) -> None:
 def test_the_tuner_imports_no_torch() -> None:
     import subprocess
 
-    code = "import sys, gatrain.tune; gatrain.tune.detect_hardware(); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, gatrain.hardware, gatrain.tune; gatrain.hardware.detect_hardware();"
+        "sys.exit('torch' in sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -24,8 +24,7 @@ from gatrain.tune import advice, answer, confirm, curve, memory_model, search, s
 from gatrain.tune.confirm import Confirmation, Finalist, WholeSteps
 from gatrain.tune.curve import Curve, Measurement
 from gatrain.tune.search import Candidate
-
-GIB = 2**30
+from gatrain.units import GIB
 
 
 @pytest.fixture(autouse=True)

@@ -23,8 +23,8 @@ from gatrain.plan import FITS, Plan, StepSettings
 from gatrain.tune import confirm, spec
 from gatrain.tune.confirm import Confirmation, WholeSteps
 from gatrain.tune.curve import Curve, Measurement
+from gatrain.units import GIB
 
-GIB = 2**30
 RESULTS = Path(__file__).parent / "benchmarks/results/tuner_sweep_2026-11-26.json"
 WORKLOADS = json.loads(RESULTS.read_text())["workloads"]
 H100, H200 = 79 * GIB, 139 * GIB

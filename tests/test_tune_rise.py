@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from gatrain.plan import DOES_NOT_FIT, FITS, SKIPPED, StepSettings
 from gatrain.tune import answer, curve, measure, spec, trial
 from gatrain.tune.curve import Curve, Measurement
+from gatrain.units import MIB
 
-MIB = 2**20
 WAY = StepSettings("bf16", "none", False, "window")
 
 

@@ -14,9 +14,10 @@ import pytest
 from test_tune_real import MODULE
 
 from gatrain.errors import LaunchError
+from gatrain.hardware import Hardware, weakest
 from gatrain.launch.nodes import Nodes
+from gatrain.nvml import Gpu
 from gatrain.plan import DOES_NOT_FIT, FAILED, FITS
-from gatrain.tune.hardware import Gpu, Hardware, weakest
 
 RECIPE = """
 defaults: [base, {override optimizer: sgd}, _self_]

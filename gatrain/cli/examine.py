@@ -16,10 +16,10 @@ from gatrain import units
 from gatrain.assets import cache_place, safe_cache
 from gatrain.config import RunConfig
 from gatrain.errors import GatrainError
+from gatrain.hardware import Hardware, choose_precision, detect_hardware
 from gatrain.recorded import versions
-from gatrain.tune import Hardware, choose_precision, detect_hardware
 
-LOW_DISK_BYTES = 5 * 2**30
+LOW_DISK_BYTES = 5 * units.GIB
 LOW_SHARED_MEMORY_BYTES = 2**28
 
 

@@ -18,10 +18,11 @@ from typing import Any
 from gatrain.assets import cache_dir
 from gatrain.errors import DataError, RunFolderError
 from gatrain.rundir import drop_oldest, read_json, write_text
+from gatrain.units import GIB
 
 VERSION = 2
 """Of the way of hashing: raise it when the same contents give another hash."""
-WHOLE_BYTES = 1 << 30
+WHOLE_BYTES = GIB
 """A data set up to this size counts with every byte. Of a larger one, blocks spread evenly over every file count,
 about as many bytes in all: an exchange of its contents shows, a few changed bytes between two blocks do not."""
 BLOCK_BYTES = 1 << 16

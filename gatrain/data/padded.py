@@ -32,9 +32,7 @@ from gatrain.data.token_layout import Array
 from gatrain.data.tokenised import check_unchanged, no_text, read_report, text_sources, write_report
 from gatrain.data.tokenizer import Tokenizer, check_tokenizer, make_tokenizer, tokenizer_key
 from gatrain.errors import DataError
-
-IGNORED = -100
-"""Label of a position that is not trained on; the default ``ignore_index`` of PyTorch's cross-entropy."""
+from gatrain.labels import IGNORED
 
 PADDED_TO = 8
 """Batches are padded to a multiple of this many positions, which matrix units like, up to the context."""

@@ -40,6 +40,7 @@ from gatrain.fit import record, requeue
 from gatrain.fit.changes import Changes, write_record
 from gatrain.fit.claim import choose_folder, claimed, set_aside
 from gatrain.fit.heartbeat import Heartbeat, beating, wait_for_node_0
+from gatrain.hardware import Hardware, detect_hardware, weakest
 from gatrain.inspection import begin_inspection, check_modules
 from gatrain.launch import slurm
 from gatrain.launch.join import MeetingPoint, check_name
@@ -48,7 +49,6 @@ from gatrain.launch.torchrun import GivenWorld
 from gatrain.plan import Plan
 from gatrain.rundir import RunDir, locked, open_run_dir, read_json, write_json, write_text
 from gatrain.secrets import redact, redact_value
-from gatrain.tune.hardware import Hardware, detect_hardware, weakest
 
 if TYPE_CHECKING:
     from gatrain.predict.compare import Tracing

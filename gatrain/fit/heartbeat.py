@@ -20,10 +20,10 @@ from typing import Any
 
 from gatrain import schema
 from gatrain.errors import LaunchError, RunFolderError
+from gatrain.hardware import Hardware
 from gatrain.launch import protocol
 from gatrain.launch.nodes import Nodes
 from gatrain.rundir import RunDir, read_json, write_json
-from gatrain.tune.hardware import Hardware
 
 BEAT_S = 2.0
 POLL_S = 0.2

@@ -18,7 +18,8 @@ from __future__ import annotations
 import bisect
 from dataclasses import dataclass
 
-MIB = 2**20
+from gatrain.units import MIB
+
 MIN_BLOCK_BYTES = 512
 SMALL_LIMIT_BYTES = MIB
 SMALL_SEGMENT_BYTES = 2 * MIB

@@ -18,9 +18,9 @@ from types import TracebackType
 
 from gatrain import offspring, scratch, units
 from gatrain.compose import Composed
+from gatrain.hardware import native_precision
 from gatrain.plan import FITS, Plan, Trial
 from gatrain.predict import child, overheads
-from gatrain.predict.gpus import precision_of
 from gatrain.predict.request import ModeTrace, TraceRequest, TraceResult, request_for
 
 MOST_ROWS = 3
@@ -99,7 +99,7 @@ def start(
     """
     config = composed.config
     if precision is None:
-        precision = precision_of(capability) if config.precision == "auto" else config.precision
+        precision = native_precision(capability) if config.precision == "auto" else config.precision
     asked = replace(request_for(config, memory_bytes, world_size, precision), compile=False)
     tracing = Tracing(precision, capability)
     tracing.begin(composed.yaml, asked, cwd)

@@ -17,10 +17,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gatrain.errors import ConfigError
-
-GIB = 2**30
-BF16_CAPABILITY = (8, 0)
-"""Lowest compute capability that multiplies bf16 natively (Ampere)."""
+from gatrain.hardware import BF16_CAPABILITY, native_precision
+from gatrain.units import GIB
 
 PCIE_BUS = (4e9, 22e9)
 NVLINK_A100, NVLINK_H100, NVLINK_B200 = (120e9, 235e9), (230e9, 450e9), (350e9, 840e9)
@@ -55,16 +53,11 @@ class GpuModel:
     @property
     def precision(self) -> str:
         """What ``precision=auto`` means on this GPU."""
-        return precision_of(self.capability)
+        return native_precision(self.capability)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
         return asdict(self)
-
-
-def precision_of(capability: tuple[int, int]) -> str:
-    """What ``precision=auto`` means for a compute capability."""
-    return "bf16" if capability >= BF16_CAPABILITY else "fp32"
 
 
 def _gpu(

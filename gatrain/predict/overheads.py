@@ -6,7 +6,7 @@ bf16. What was not measured is called an ASSUMPTION.
 
 from __future__ import annotations
 
-MIB = 2**20
+from gatrain.units import MIB
 
 CONTEXT_BYTES = 526 * MIB
 """The CUDA context before the first kernel of a step: what a process was measured to hold beside the allocator's

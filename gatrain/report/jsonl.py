@@ -14,11 +14,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gatrain import units
 from gatrain.report.sink import QuietSink
 from gatrain.rundir import atomic_file
 from gatrain.train.events import RunInfo
 
-MOST_WAITING_BYTES = 64 * 2**20
+MOST_WAITING_BYTES = 64 * units.MIB
 """Lines that wait in memory for a disk that takes none; some 200,000 steps."""
 
 
@@ -147,8 +148,8 @@ class _LineFile:
                 self.close()
             return
         with atomic_file(self.path) as temporary, open(temporary, "wb") as new:
-            for place in range(0, ours.st_size, 2**20):
-                new.write(os.pread(self._handle, min(2**20, ours.st_size - place), place))
+            for place in range(0, ours.st_size, units.MIB):
+                new.write(os.pread(self._handle, min(units.MIB, ours.st_size - place), place))
         self.close()
 
     def close(self) -> None:

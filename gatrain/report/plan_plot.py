@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from gatrain import plan as plans
+from gatrain import units
 from gatrain.errors import ConfigError
 from gatrain.plan import Plan
 from gatrain.report import text
+from gatrain.report.braille import Canvas
 from gatrain.rundir import atomic_file
 
 Point = tuple[float, float]
 
-_DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # braille: left and right column, from the top
 MARK = "*"
 
 
@@ -60,7 +61,7 @@ def plan_plot_lines(plan: Plan, width: int = 80, height: int = 8) -> list[str]:
         ("samples per s", [(t.micro_batch, t.samples_per_s) for t in measured if t.samples_per_s]),
         (
             "peak memory, GiB",
-            [(t.micro_batch, t.peak_memory_bytes / 2**30) for t in measured if t.peak_memory_bytes],
+            [(t.micro_batch, t.peak_memory_bytes / units.GIB) for t in measured if t.peak_memory_bytes],
         ),
     ):
         drawn = terminal_points(sorted(points), min(width, 80), height, mark=plan.micro_batch)
@@ -90,15 +91,15 @@ def terminal_points(points: Sequence[Point], width: int, height: int, mark: floa
             (1 - max(0.0, y) / top) * (height * 4 - 1)
         ) if top > 0 else 0
 
-    grid = [[0] * cells for _ in range(height)]
+    canvas = Canvas(cells, height)
     for (x0, y0), (x1, y1) in zip(known, [*known[1:], known[-1]], strict=True):
         (left, upper), (right, lower) = dot(x0, y0), dot(x1, y1)
         steps = max(abs(right - left), abs(lower - upper), 1)
         for step in range(steps + 1):
             column = round(left + (right - left) * step / steps)
             row = round(upper + (lower - upper) * step / steps)
-            grid[row // 4][column // 2] |= _DOTS[column % 2][row % 4]
-    rows = [[chr(0x2800 + cell) if cell else " " for cell in row] for row in grid]
+            canvas.set(column, row)
+    rows = canvas.rows()
     for x, y in known:
         if x == mark:
             column, row = dot(x, y)
@@ -154,7 +155,7 @@ def plan_figure(plan: Plan) -> Any:
     figure, (speed, memory) = new_figure(2, 6.5)
     tops = (
         1.15 * max(trial.samples_per_s or 0.0 for trial in measured),
-        1.15 * max((trial.peak_memory_bytes or 2**20) / 2**30 for trial in measured),
+        1.15 * max((trial.peak_memory_bytes or units.MIB) / units.GIB for trial in measured),
     )
     chosen = (plan.precision, plan.checkpointing, plan.compile)
     ways = sorted({_way(trial) for trial in tried}, key=lambda way: (way != chosen, way))
@@ -164,7 +165,7 @@ def plan_figure(plan: Plan) -> Any:
         same = sorted((t for t in tried if _way(t) == way), key=lambda trial: trial.micro_batch)
         rates = [(t.micro_batch, t.samples_per_s) for t in same if t in measured]
         peaks = [
-            (t.micro_batch, t.peak_memory_bytes / 2**30)
+            (t.micro_batch, t.peak_memory_bytes / units.GIB)
             for t in same
             if t in measured and t.peak_memory_bytes
         ]

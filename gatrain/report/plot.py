@@ -11,11 +11,11 @@ from typing import Any
 
 from gatrain.errors import RunFolderError
 from gatrain.report import plan_plot, text
+from gatrain.report.braille import Canvas
 from gatrain.report.jsonl import evaluations_path, read_lines
 from gatrain.rundir import RunDir, read_json
 
 _BARS = "▁▂▃▄▅▆▇█"
-_DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))  # braille: left and right column, from the top
 
 
 def save_plots(run_folder: Path, baseline: tuple[str, float] | None = None) -> list[Path]:
@@ -134,7 +134,7 @@ def terminal_plot(values: Sequence[float], width: int, height: int) -> str:
     if cells < 1:
         return ""
     columns = _bins(values, cells * 2)
-    grid = [[0] * cells for _ in range(height)]
+    canvas = Canvas(cells, height)
     previous: int | None = None
     scale = (height * 4 - 1) / (high - low) if high > low else 0.0
     for x, value in enumerate(columns):
@@ -144,12 +144,11 @@ def terminal_plot(values: Sequence[float], width: int, height: int) -> str:
         y = height * 4 - 1 - round((value - low) * scale)
         start = y if previous is None else previous + (y > previous) - (y < previous)
         for row in range(min(start, y), max(start, y) + 1):  # join the columns, or a steep curve falls apart
-            grid[row // 4][x // 2] |= _DOTS[x % 2][row % 4]
+            canvas.set(x, row)
         previous = y
     lines = []
-    for label, row_cells in zip(labels, grid, strict=True):
-        dots = "".join(chr(0x2800 + cell) if cell else " " for cell in row_cells)
-        lines.append(f"{label:>{margin - 2}} {'┤' if label else '│'}{dots}".rstrip())
+    for label, row_cells in zip(labels, canvas.rows(), strict=True):
+        lines.append(f"{label:>{margin - 2}} {'┤' if label else '│'}{''.join(row_cells)}".rstrip())
     return "\n".join(lines)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from gatrain import units
 from gatrain.report import text
 from gatrain.report.sink import QuietSink
 from gatrain.train.events import RunInfo
@@ -67,7 +68,7 @@ class TensorBoardSink(QuietSink):
         values = dict(record)
         memory = text.number(record.get("peak_memory_bytes"))
         if memory:
-            values["peak_memory_gib"] = memory / 2**30
+            values["peak_memory_gib"] = memory / units.GIB
         step = int(record["step"])
         points = [(tag, values.get(key), step) for key, tag in _TAGS.items()]
         points += [

@@ -26,9 +26,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gatrain.construction import build_without_memory_or_really
 from gatrain.errors import ConfigError, nearest
+from gatrain.labels import IGNORED
 from gatrain.tasks.base import Batch, LossSum, Task, declares
 from gatrain.tasks.forms import shown
-from gatrain.tasks.language_model import IGNORED, summed_cross_entropy
+from gatrain.tasks.language_model import summed_cross_entropy
 from gatrain.tasks.parts import check_factory, declared_length, find_splits, make_model
 
 CAUSAL, MASKED, SEQ2SEQ = "causal_lm", "masked_lm", "seq2seq_lm"

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatrain.errors import ConfigError
+from gatrain.labels import IGNORED
 from gatrain.tasks.base import Batch, LossSum, Task, declares
 from gatrain.tasks.forms import fields_of, scores_of, shown
 from gatrain.tasks.parts import check_factory, declared_length, find_splits, make_model
 
-IGNORED = -100
 MOST_LOGITS = 2**31 - 1
 """Entries of the logits in one call of a loss kernel; some count with 32 bits."""
 

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gatrain import commands
+from gatrain.labels import IGNORED
 from gatrain.rundir import RunDir
 from gatrain.tasks.base import Batch, Samples
 from gatrain.train.accumulate import MicroBatch, RankWindow
@@ -30,7 +31,6 @@ MOST_NAMED = 4
 """Bad samples that one rank looks for: more are seldom a matter of samples."""
 SEARCH_S = 120.0
 """Seconds after which a rank gives up its search; the others wait for it."""
-_IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ def _not_finite_in(batch: Batch) -> str:
 def _is_all_ignored(batch: Batch) -> bool:
     leaves = [leaf for leaf in tensors_of(batch) if leaf.numel()]
     return any(
-        not leaf.is_floating_point() and leaf.dtype != torch.bool and bool((leaf == _IGNORED).all())
+        not leaf.is_floating_point() and leaf.dtype != torch.bool and bool((leaf == IGNORED).all())
         for leaf in leaves
     )
 

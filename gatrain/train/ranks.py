@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gatrain.errors import PeerFailed
+from gatrain.units import MIB
 
 T = TypeVar("T")
 
@@ -25,7 +26,7 @@ _FAILED = "failed"
 _alone = itertools.count()
 """All ranks call `Ranks.alone` in the same order, so they agree on the number."""
 
-BUCKET_BYTES = 64 * 2**20
+BUCKET_BYTES = 64 * MIB
 """Gradient bytes per all-reduce: large enough for full bandwidth, small enough to bound the extra copy."""
 
 

@@ -26,6 +26,7 @@ from gatrain.data.compare import same_print
 from gatrain.errors import DataError
 from gatrain.tasks.base import Samples, Task
 from gatrain.train import samples
+from gatrain.units import MIB
 
 COUNT = 8
 LIMIT_S = 4.0
@@ -33,7 +34,7 @@ LIMIT_S = 4.0
 SUMS = 4
 MOST_ARRAYS = 64
 """Arrays of floating numbers in one sample that are compared each by itself."""
-CHUNK = 1 << 20
+CHUNK = MIB
 _PLAIN = (str, bytes, int, bool, type(None), np.integer, np.bool_, np.str_, np.bytes_)
 
 

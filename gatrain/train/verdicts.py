@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gatrain.labels import IGNORED
 from gatrain.tasks.base import Batch
 
-IGNORED = -100
-"""The label that PyTorch's losses leave out, unless told otherwise."""
 MAX_PARTS = 12
 """Tensors of a batch whose elements are tried as what a mean divides by."""
 

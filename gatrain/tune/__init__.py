@@ -18,19 +18,15 @@ from typing import Any
 
 from gatrain import batch
 from gatrain.config import RunConfig
+from gatrain.hardware import Hardware
 from gatrain.launch.nodes import Nodes
 from gatrain.plan import Plan, make_plan
 from gatrain.tune import settings
 from gatrain.tune.estimate import DataInfo, check_state_fits, state_bytes
-from gatrain.tune.hardware import Gpu, Hardware, choose_precision, detect_hardware
 from gatrain.tune.host import TrialHost
 from gatrain.tune.planner import Planner
 
 __all__ = [
-    "Gpu",
-    "Hardware",
-    "choose_precision",
-    "detect_hardware",
     "make_plan_for",
     "needs_trials",
     "remembered_plan",

@@ -16,12 +16,12 @@ from gatrain.assets import cache_dir
 from gatrain.config import RunConfig
 from gatrain.dependencies import source_hash, targets
 from gatrain.errors import RunFolderError
+from gatrain.hardware import Hardware
 from gatrain.plan import StepSettings
 from gatrain.rundir import read_json, write_json
 from gatrain.tune.confirm import Confirmation
 from gatrain.tune.curve import Curve
 from gatrain.tune.estimate import DataInfo
-from gatrain.tune.hardware import Hardware
 
 VERSION = 2
 """Of the file's form and of the way of measuring: raise it when old measurements should not count."""

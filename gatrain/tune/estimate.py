@@ -7,7 +7,7 @@ from typing import Protocol
 from gatrain import units
 from gatrain.config import RunConfig, SGDConfig
 from gatrain.errors import DoesNotFitError
-from gatrain.tune.hardware import Hardware
+from gatrain.hardware import Hardware
 
 
 class DataInfo(Protocol):

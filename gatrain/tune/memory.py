@@ -11,8 +11,8 @@ from typing import Protocol
 
 import torch
 
+from gatrain.main_memory import available_memory
 from gatrain.rank import Rank
-from gatrain.tune.hardware import available_memory
 
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from gatrain import batch, units
 from gatrain.config import RunConfig
 from gatrain.errors import ExactnessError, GatrainError, Interrupted
+from gatrain.hardware import Hardware
 from gatrain.launch.nodes import Nodes
 from gatrain.plan import FAILED, FITS, SKIPPED, Plan, StepSettings
 from gatrain.tune import answer, cache, confirm, curve, memory_model, refusal, search, spec
@@ -23,7 +24,6 @@ from gatrain.tune.answer import Decision
 from gatrain.tune.confirm import Confirmation, WholeSteps
 from gatrain.tune.curve import Curve, Measurement
 from gatrain.tune.estimate import DataInfo, memory_per_rank, state_bytes
-from gatrain.tune.hardware import Hardware
 from gatrain.tune.host import TrialHost
 from gatrain.tune.rounds import Progress, Run, TrialRunner, sentence
 from gatrain.tune.search import Candidate

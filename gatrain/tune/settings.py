@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gatrain.config import RunConfig
+from gatrain.hardware import Hardware, choose_precision
 from gatrain.plan import Plan, StepSettings
-from gatrain.tune.hardware import Hardware, choose_precision
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from typing import Any
 from gatrain import scratch
 from gatrain.compose import Composed
 from gatrain.config import RunConfig
+from gatrain.hardware import Hardware, choose_precision, detect_hardware
 from gatrain.inspection import inspect_run
 from gatrain.launch.local import run_workers
 from gatrain.launch.nodes import Nodes
 from gatrain.rundir import read_json, write_json, write_text
-from gatrain.tune.hardware import Hardware, choose_precision, detect_hardware
 from gatrain.verify.report import Case, VerifyReport
 
 __all__ = ["Case", "VerifyReport", "run_verify"]

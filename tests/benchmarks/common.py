@@ -20,7 +20,7 @@ def header() -> dict[str, Any]:
     """Date, hardware, versions."""
     import torch
 
-    from gatrain.tune import detect_hardware
+    from gatrain.hardware import detect_hardware
 
     hardware = detect_hardware()
     return {

@@ -299,8 +299,8 @@ def complete(rows: list[dict[str, Any]]) -> bool:
 
 def header(arguments: argparse.Namespace) -> dict[str, Any]:
     """Where and how was measured."""
+    from gatrain.hardware import detect_hardware
     from gatrain.recorded import versions
-    from gatrain.tune import detect_hardware
 
     hardware = detect_hardware("cpu" if arguments.smoke else "auto")
     if not hardware.gpus and not arguments.smoke:

@@ -201,8 +201,9 @@ class Bench:
     def _ways(self) -> list[Any]:
         from gatrain import build
         from gatrain.compose import compose
+        from gatrain.hardware import detect_hardware
         from gatrain.train.checkpointing import available_modes
-        from gatrain.tune import detect_hardware, settings
+        from gatrain.tune import settings
 
         config = compose(self.words(self.effective_batches[0])).config
         base = settings.resolve(config, detect_hardware(config.device)).base

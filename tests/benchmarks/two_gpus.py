@@ -23,7 +23,6 @@ from typing import Any
 
 from common import header, result_path, write_result
 
-GIB = 2**30
 HOLD = """
 import sys, torch
 kept = torch.empty(int(sys.argv[1]), dtype=torch.uint8, device="cuda:1")
@@ -51,7 +50,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
 
-    from gatrain.tune import detect_hardware
+    from gatrain.hardware import detect_hardware
 
     hardware = detect_hardware()
     if len(hardware.gpus) < 2:
@@ -62,7 +61,7 @@ def main() -> None:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{name}/kernels"
         free, free_s = gatrain("autotune", [*words, "--json"])
         holder = subprocess.Popen(
-            [sys.executable, "-c", HOLD, str(int(arguments.held_gib * GIB))],
+            [sys.executable, "-c", HOLD, str(int(arguments.held_gib * 2**30))],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         try:

@@ -1,7 +1,6 @@
-"""What this machine has: GPUs, cores, memory, versions. Never makes a CUDA context, never imports torch.
+"""What this machine has: GPUs, cores, memory, versions; and what is chosen by it, the device and the precision.
 
-GPUs come from NVML, which answers without a context: a parent that opened one would hold some 500 MB of every
-GPU that its workers want. `CUDA_VISIBLE_DEVICES` is read as the CUDA driver reads it.
+Never makes a CUDA context and never imports torch, but for `rank_device`, which a rank calls for itself.
 """
 
 from __future__ import annotations
@@ -17,28 +16,20 @@ import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gatrain import schema
 from gatrain.config import DEVICES, RunConfig
 from gatrain.errors import ConfigError, LaunchError, nearest
-from gatrain.main_memory import available_memory as available_memory
-from gatrain.main_memory import cgroup_folders, total_memory
+from gatrain.main_memory import available_memory, cgroup_folders, total_memory
+from gatrain.nvml import Gpu, visible_gpus
+from gatrain.units import GIB
+
+if TYPE_CHECKING:
+    import torch
 
 BF16_CAPABILITY = (8, 0)
 """Lowest compute capability that multiplies bf16 natively (Ampere); older GPUs emulate it, slowly."""
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """One visible GPU. ``index`` is its CUDA number, so ``cuda:<index>``; memory is in bytes."""
-
-    index: int
-    name: str
-    total_bytes: int
-    free_bytes: int
-    uuid: str
-    capability: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -93,7 +84,7 @@ class Hardware:
             "cuda": self.cuda,
             "torch": self.torch,
             "cpu_cores": self.cpu_cores,
-            "memory": round(self.total_memory_bytes / 2**30) if self.device == "cpu" else None,
+            "memory": round(self.total_memory_bytes / GIB) if self.device == "cpu" else None,
         }
 
     def describe(self) -> str:
@@ -128,7 +119,7 @@ def detect_hardware(device: str = "auto") -> Hardware:
     elif cuda is None:
         reason = f"torch {torch_version} was built without CUDA"
     else:
-        gpus, driver, reason = _visible_gpus(os.environ)
+        gpus, driver, reason = visible_gpus(os.environ)
     if device == "cuda" and not gpus:
         raise LaunchError(
             f"device=cuda was asked for, but {reason}. Use device=cpu or device=auto, "
@@ -192,9 +183,47 @@ def choose_precision(config: RunConfig, hardware: Hardware) -> tuple[str, str]:
         return "fp32", "a CPU computes fp32 best"
     weakest = min(hardware.gpus, key=lambda gpu: gpu.capability)
     version = f"compute capability {weakest.capability[0]}.{weakest.capability[1]}"
-    if weakest.capability >= BF16_CAPABILITY:
-        return "bf16", f"every GPU computes bf16 natively ({weakest.name}: {version})"
-    return "fp32", f"{weakest.name} ({version}) does not compute bf16 natively"
+    precision = native_precision(weakest.capability)
+    if precision == "bf16":
+        return precision, f"every GPU computes bf16 natively ({weakest.name}: {version})"
+    return precision, f"{weakest.name} ({version}) does not compute bf16 natively"
+
+
+def native_precision(capability: tuple[int, int]) -> str:
+    """What ``precision=auto`` means on a GPU of this compute capability."""
+    return "bf16" if capability >= BF16_CAPABILITY else "fp32"
+
+
+def rank_device(wanted: str | None, local_rank: int, local_world_size: int) -> torch.device:
+    """The device of one rank, made the current one where it is a GPU. Imports torch.
+
+    Args:
+        wanted: ``cpu`` or ``cuda``, as the launcher found; None takes GPUs where PyTorch sees any.
+        local_rank: number of the rank on its node, and of its GPU.
+        local_world_size: ranks on this node.
+
+    Raises:
+        LaunchError: there is no such device, or there are fewer GPUs than ranks.
+    """
+    import torch
+
+    wanted = wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+    if wanted == "cpu":
+        return torch.device("cpu")
+    visible = torch.cuda.device_count()
+    if wanted != "cuda" or not visible:
+        raise LaunchError(
+            f"device {wanted!r} is not available here: PyTorch {torch.__version__} sees {visible} GPU(s). "
+            "Use device=cpu, or check nvidia-smi and CUDA_VISIBLE_DEVICES."
+        )
+    if local_rank >= visible:
+        raise LaunchError(
+            f"{local_world_size} processes need {local_world_size} GPUs, and {visible} are "
+            f"visible. Use --nproc {visible} or less, or device=cpu."
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
 
 
 def torch_versions() -> tuple[str, str | None]:
@@ -214,118 +243,6 @@ def torch_versions() -> tuple[str, str | None]:
             match = re.search(r"^cuda\b[^=\n]*=\s*['\"]([^'\"]+)['\"]", text, re.MULTILINE)
             cuda = match.group(1) if match else None
     return version, cuda
-
-
-def visible_entries(value: str | None) -> list[str] | None:
-    """Read ``CUDA_VISIBLE_DEVICES``: the entries that count, or None where it is not set.
-
-    As the driver does: the list ends at the first entry that is not valid (``-1`` is the usual one), all
-    entries are of the kind of the first (numbers, ``GPU-`` or ``MIG-`` identifiers), and a device named
-    twice hides all.
-    """
-    if value is None:
-        return None
-    entries: list[str] = []
-    for raw in value.split(","):
-        entry = raw.strip()
-        if entries and not entries[0].isdigit():
-            valid = entry.startswith(entries[0][:4])
-        elif entries:
-            valid = entry.isdigit()
-        else:
-            valid = entry.isdigit() or entry.startswith(("GPU-", "MIG-"))
-        if not valid:
-            break
-        if entry in entries:
-            return []
-        entries.append(entry)
-    return entries
-
-
-def _visible_gpus(environ: Mapping[str, str]) -> tuple[list[Gpu], str | None, str]:
-    """Return the GPUs that CUDA will show, the driver's version, and a sentence about them."""
-    try:
-        import pynvml
-    except ImportError:
-        return [], None, "the package nvidia-ml-py is not installed, so GPUs cannot be counted"
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        return [], None, f"no NVIDIA driver answers ({error})"
-    try:
-        driver = _text(pynvml.nvmlSystemGetDriverVersion())
-        present = pynvml.nvmlDeviceGetCount()
-        handles = _handles(pynvml, visible_entries(environ.get("CUDA_VISIBLE_DEVICES")), present)
-        gpus = [_gpu(pynvml, index, handle) for index, handle in enumerate(handles)]
-    except pynvml.NVMLError as error:
-        return [], None, f"the NVIDIA driver reports an error ({error})"
-    finally:
-        with contextlib.suppress(pynvml.NVMLError):
-            pynvml.nvmlShutdown()
-    if not present:
-        return [], driver, "the NVIDIA driver shows no GPU"
-    if not gpus:
-        shown = environ.get("CUDA_VISIBLE_DEVICES", "")
-        return [], driver, f"CUDA_VISIBLE_DEVICES='{shown}' hides all {present} GPU(s)"
-    return gpus, driver, f"{len(gpus)} of {present} GPU(s) visible"
-
-
-def _handles(nvml: Any, entries: list[str] | None, present: int) -> list[Any]:
-    """NVML handles in the order of CUDA's numbers.
-
-    NVML counts in PCI order, CUDA puts the fastest first unless CUDA_DEVICE_ORDER=PCI_BUS_ID: on a machine
-    with unlike GPUs the numbers may differ, and `gatrain` then plans for the weakest, which is the same set.
-    """
-    everyone = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(present)]
-    if entries is None:
-        return [_mig_or_whole(nvml, handle) for handle in everyone]
-    handles: list[Any] = []
-    for entry in entries:
-        if entry.isdigit():
-            if int(entry) >= present:
-                break
-            handles.append(_mig_or_whole(nvml, everyone[int(entry)]))
-        elif entry.startswith("MIG-"):
-            handles.append(nvml.nvmlDeviceGetHandleByUUID(entry))
-        else:  # an identifier may be shortened as long as it is unique
-            matches = [h for h in everyone if _text(nvml.nvmlDeviceGetUUID(h)).startswith(entry)]
-            if len(matches) != 1:
-                break
-            handles.append(_mig_or_whole(nvml, matches[0]))
-    return handles
-
-
-def _mig_or_whole(nvml: Any, handle: Any) -> Any:
-    """A GPU in MIG mode shows CUDA its first instance only, never the whole."""
-    try:
-        current, _ = nvml.nvmlDeviceGetMigMode(handle)
-        if current:
-            return nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, 0)
-    except nvml.NVMLError:
-        pass  # a GPU without MIG says so by an error
-    return handle
-
-
-def _gpu(nvml: Any, index: int, handle: Any) -> Gpu:
-    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-    try:
-        capability = nvml.nvmlDeviceGetCudaComputeCapability(handle)
-    except nvml.NVMLError:  # a MIG instance may not answer for itself
-        parent = nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)
-        capability = nvml.nvmlDeviceGetCudaComputeCapability(parent)
-    return Gpu(
-        index=index,
-        name=_text(nvml.nvmlDeviceGetName(handle)),
-        total_bytes=int(memory.total),
-        free_bytes=int(memory.free),
-        uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
-        capability=(int(capability[0]), int(capability[1])),
-    )
-
-
-def _text(value: str | bytes) -> str:
-    """Older nvidia-ml-py returns bytes."""
-    return value.decode() if isinstance(value, bytes) else value
 
 
 def cpu_cores(root: Path = Path("/")) -> int:
