@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import typing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -153,36 +151,6 @@ class RunConfig:
     """How gradients are reduced: ``overlap`` (in the last backward) or ``window`` (at once, after agreement)."""
     device: str = "auto"
     """``cpu``, ``cuda``, or ``auto``: the GPUs if there are any."""
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> RunConfig:
-        """Inverse of ``dataclasses.asdict``, also after JSON. Values are checked by type alone.
-
-        Raises:
-            KeyError, TypeError, ValueError: it is something else.
-        """
-        config: RunConfig = _from_dict(cls, data)
-        return config
-
-
-def _from_dict(cls: type[Any], data: Any) -> Any:
-    hints = typing.get_type_hints(cls)
-    if not isinstance(data, dict) or data.keys() != hints.keys():
-        raise ValueError(f"not the keys of {cls.__name__}")
-    return cls(**{name: _from_json(hint, data[name]) for name, hint in hints.items()})
-
-
-def _from_json(hint: Any, value: Any) -> Any:
-    if hint is OptimizerConfig:
-        return _from_dict(OPTIMIZERS[value["name"]], value)
-    if dataclasses.is_dataclass(hint):
-        return _from_dict(hint, value)  # type: ignore[arg-type]
-    if typing.get_origin(hint) is tuple:
-        items = typing.get_args(hint)
-        return tuple(_from_json(item, each) for item, each in zip(items, value, strict=True))
-    if hint is not Any and type(value) not in (typing.get_args(hint) or (hint,)):
-        raise TypeError(f"{value!r} is not of type {hint}")
-    return value
 
 
 def validate(config: RunConfig) -> None:

@@ -45,7 +45,7 @@ ROOMS: dict[str, set[str]] = {
     "states": {"commands", "rundir", "schema"},
     "commands": {"rundir"},
     "recorded": {"commands", "data.compare", "data.report", "rundir"},
-    "compose": {"config", "assets", "dependencies", "rundir"},
+    "compose": {"config", "assets", "rundir"},
     "train": {
         "assets",
         "commands",

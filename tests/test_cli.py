@@ -181,36 +181,6 @@ def test_autotune_json_is_the_plan(capfd: pytest.CaptureFixture[str]) -> None:
     assert not Path("outputs").exists()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ("autotune recipe=llm a.b=-1 --json", ["recipe=llm", "a.b=-1"]),
-        ("autotune --json recipe=llm", ["recipe=llm"]),
-        ("autotune", []),
-        ("autotune recipe=llm --retune", None),
-        ("autotune recipe=llm --plot=curve.png", None),
-        ("autotune recipe=llm --jsn", None),
-        ("autotune recipe=llm -- a=b", None),
-        ("autotune llm", None),
-        ("fit recipe=llm", None),
-        ("--help", None),
-    ],
-)
-def test_an_autotune_without_options_needs_no_parser(arguments: str, words: list[str] | None) -> None:
-    assert cli._plain_autotune(arguments.split()) == words
-
-
-def test_an_autotune_without_options_says_what_typer_would(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for words in (["autotune"], ["autotune", "recipe=lm"], ["autotune", "recipe=llm", "batch.efective=3"]):
-        short = call(capsys, *words)
-        with monkeypatch.context() as patch:
-            patch.setattr(cli, "_plain_autotune", lambda arguments: None)
-            assert call(capsys, *words) == short
-        assert short[0] == 2
-
-
 def test_a_run_from_start_to_resume(weird_tmp_path: Path) -> None:
     folder = weird_tmp_path / "run"
     quoted = str(folder).replace('"', '\\"')

@@ -13,7 +13,6 @@ import pytest
 
 from gatrain import facts, fit
 from gatrain.compose import compose
-from gatrain.compose.memory import compose_remembered
 from gatrain.fit.heartbeat import _Beat
 from gatrain.launch.failure import first_cause
 from gatrain.report.jsonl import keep_until, read_lines
@@ -138,21 +137,6 @@ def test_what_cannot_be_read_is_made_anew(
             path.write_bytes(contents[content])
         assert read() == nothing, name
     assert not (tmp_path / MARKER).exists()
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"\x80\x04\x95", DEEP, b"null", b'{"version": 1}', b'{"version": 1, "config": {"batch": 3}}'],
-    ids=len,
-)
-def test_a_damaged_memory_of_a_composition_is_composed_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
-) -> None:
-    monkeypatch.setenv("GATRAIN_CACHE", str(tmp_path))
-    first = compose_remembered(["recipe=llm"], lambda key, value: value)
-    (kept,) = (tmp_path / "composed").iterdir()
-    kept.write_bytes(content)
-    assert compose_remembered(["recipe=llm"], lambda key, value: value) == first
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ import pytest
 from gatrain.cli.terminal import usage_text
 from gatrain.compose import compose, load_config
 from gatrain.compose.declared import text_arguments
-from gatrain.compose.memory import compose_remembered
 from gatrain.compose.words import as_loop
 from gatrain.errors import ConfigError
 
@@ -123,16 +122,6 @@ def test_a_recipe_that_writes_such_names_without_quotes_means_text_too(own: Path
     assert (data["count"], data["size"]) == (1000, 1000)
 
 
-def test_an_edited_signature_changes_what_is_remembered(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GATRAIN_CACHE", str(own / "cache"))
-    words = ["recipe=own.yaml", "data.path=12e5"]
-    hide = lambda key, value: value  # noqa: E731
-    assert compose_remembered(words, hide).config.data["path"] == "12e5"
-    assert compose_remembered(words, hide).config.data["path"] == "12e5"
-    (own / "mine.py").write_text(OWN.replace('"str | pathlib.Path"', "float"))
-    assert compose_remembered(words, hide).config.data["path"] == 12e5
-
-
 def test_signatures_are_read_without_importing(own: Path) -> None:
     (own / "mine.py").write_text(f"raise SystemExit('imported')\n{OWN}")
     for target in ("mine.Data", "mine.Child", "names.Renamed"):
@@ -187,9 +176,7 @@ def test_now_has_one_value_everywhere(cwd: Path, monkeypatch: pytest.MonkeyPatch
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert child.stdout.strip() == composed.config.run.dir
     (cwd / "timed.yaml").write_text("defaults: [llm, _self_]\nrun: {name: '${now:%f}'}\n")
-    names = {
-        compose_remembered(["recipe=timed.yaml"], lambda key, value: value).config.run.name for _ in range(3)
-    }
+    names = {compose(["recipe=timed.yaml"]).config.run.name for _ in range(3)}
     assert len(names) == 3
 
 

@@ -515,25 +515,12 @@ def _run_within_torchrun(arguments: list[str]) -> int:
         return int(error.exit_code)
 
 
-def _plain_autotune(arguments: list[str]) -> list[str] | None:
-    """The words of `autotune KEY=VALUE ... [--json]`, which needs no parser; None for anything else.
-
-    What Typer imports in order to parse takes longer than a plan from the cache.
-    """
-    words = [word for word in arguments[1:] if word != "--json"]
-    is_plain = arguments[0] == "autotune" and all("=" in word and word[0] != "-" for word in words)
-    return words if is_plain else None
-
-
 def _run(arguments: list[str]) -> int:
-    stop, returned = terminal.Terminable(), None
+    stop = terminal.Terminable()
     trust.accept(())  # of this command alone
     try:
         with offspring.stopping_together(), stop:
-            if (words := _plain_autotune(arguments)) is not None:
-                autotune(words, as_json="--json" in arguments)
-            else:
-                returned = app(arguments, prog_name="gatrain", standalone_mode=False, obj=arguments)
+            returned = app(arguments, prog_name="gatrain", standalone_mode=False, obj=arguments)
         if (
             stop.asked is not None or returned == Interrupted.exit_code
         ):  # what Typer makes of a KeyboardInterrupt

@@ -1,7 +1,6 @@
 """Recipe plus overrides -> `RunConfig`. Runs once, at the edge.
 
-Importing this package imports no Hydra, which takes longer than an answer from the caches: `composer` does the
-work, and `memory` answers where it was done before.
+Importing this package imports no Hydra, which not every command needs: `composer` does the work.
 """
 
 from __future__ import annotations

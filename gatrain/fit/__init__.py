@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 from gatrain import batch, commands, guardian, schema, scratch, states
 from gatrain.commands import OVERWRITE, Again
 from gatrain.compose import Composed, compose, reload
-from gatrain.compose.memory import compose_remembered
 from gatrain.config import RunConfig
 from gatrain.data.report import DataRecord
 from gatrain.errors import (
@@ -48,7 +47,7 @@ from gatrain.launch.nodes import Nodes
 from gatrain.launch.torchrun import GivenWorld
 from gatrain.plan import Plan
 from gatrain.rundir import RunDir, locked, open_run_dir, read_json, write_json, write_text
-from gatrain.secrets import redact, redact_value
+from gatrain.secrets import redact
 
 if TYPE_CHECKING:
     from gatrain.predict.compare import Tracing
@@ -154,7 +153,7 @@ def autotune(
     """
     request, listener = request or WorldRequest(), listener or Listener()
     scratch.sweep()
-    composed = compose_remembered(overrides, redact_value)
+    composed = compose(overrides)
     check_modules(composed.config, Path.cwd())
     hardware, nodes = find_world(composed.config, request)
     with contextlib.ExitStack() as stack:
