@@ -13,7 +13,7 @@ import math
 import os
 import re
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,25 +52,16 @@ class Hardware:
     torch: str = "unknown"
     hostname: str = ""
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Hardware:
-        """Inverse of `to_dict`; unknown keys (of a newer version) are ignored.
-
-        Raises:
-            ValueError: a type or a range that no machine has.
+    def check(self) -> None:
         """
-        found = schema.parse(cls, data)
-        schema.one_of(DEVICES[1:], device=found.device)
-        counts = {"memory_bytes": found.memory_bytes, "total_memory_bytes": found.total_memory_bytes}
-        schema.at_least(0, **counts)
-        schema.at_least(1, cpu_cores=found.cpu_cores)
-        for gpu in found.gpus:
+        Raises:
+            ValueError: a range that no machine has.
+        """
+        schema.one_of(DEVICES[1:], device=self.device)
+        schema.at_least(0, memory_bytes=self.memory_bytes, total_memory_bytes=self.total_memory_bytes)
+        schema.at_least(1, cpu_cores=self.cpu_cores)
+        for gpu in self.gpus:
             schema.at_least(0, total_bytes=gpu.total_bytes, free_bytes=gpu.free_bytes, index=gpu.index)
-        return found
 
     def fingerprint(self) -> dict[str, Any]:
         """What a measurement depends on. Names of hosts and free memory are left out on purpose.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gatrain import batch, schema
+from gatrain import batch, codec, schema
 from gatrain.config import CHECKPOINTING, PRECISIONS, SYNCS
 
 FITS, DOES_NOT_FIT, FAILED, SKIPPED = "fits", "does_not_fit", "failed", "skipped"
@@ -123,7 +123,7 @@ class Plan:
         """
         try:
             # a trial's loss may be infinite or no number: nothing depends on it
-            found = schema.parse(cls, data, finite=False)
+            found = codec.decode(cls, data, finite=False)
         except AssertionError as error:
             raise ValueError(str(error)) from error
         found._check_ranges()

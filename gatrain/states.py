@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gatrain import commands, schema
+from gatrain import codec, commands, schema
 from gatrain.errors import RunFolderError, SavedStateError
 from gatrain.rundir import STATE_NAME as STATE_NAME
 from gatrain.rundir import RunDir, fsync, list_states, open_to_read, read_json
@@ -152,18 +152,18 @@ def read_contents(path: Path, name: str | None = None) -> Contents:
         ValueError: something in it is not possible.
     """
     data = read_json(path / PROGRESS)
-    aliases = schema.parse(dict[str, str], data.pop("aliases", None))
-    optimizer = schema.parse(dict[str, Any], data.pop("optimizer", None))
+    aliases = codec.decode(dict[str, str], data.pop("aliases", None))
+    optimizer = codec.decode(dict[str, Any], data.pop("optimizer", None))
     # states of before there were updates: one each step
-    progress = schema.parse(
+    progress = codec.decode(
         Progress, {"updates": data.get("step"), "moved": True, **data}, unknown_keys=False
     )
     _check(progress)
     if (name or path.name) != f"step_{progress.step:08d}":
         raise ValueError(f"{PROGRESS} is of step {progress.step}")
-    tensors = schema.parse(int | None, optimizer.get("tensors"))  # type: ignore[arg-type]
-    values = schema.parse(dict[str, Any], optimizer.get("values"))
-    return Contents(progress, aliases, schema.parse(str, optimizer.get("class")), values, tensors)
+    tensors = codec.decode(int | None, optimizer.get("tensors"))  # type: ignore[arg-type]
+    values = codec.decode(dict[str, Any], optimizer.get("values"))
+    return Contents(progress, aliases, codec.decode(str, optimizer.get("class")), values, tensors)
 
 
 def _check(progress: Progress) -> None:
@@ -194,7 +194,7 @@ def _manifest(path: Path) -> dict[str, _File]:
         ValueError: something else is in it, or something is missing.
     """
     found = read_json(path / MANIFEST, MOST_MANIFEST_BYTES)
-    return {file: schema.parse(_File, found.get(file)) for file in FILES}
+    return {file: codec.decode(_File, found.get(file)) for file in FILES}
 
 
 def _unreadable(error: Exception) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gatrain import facts, fit
+from gatrain import codec, facts, fit
 from gatrain.compose import compose
 from gatrain.fit.heartbeat import _Beat
 from gatrain.launch.failure import first_cause
@@ -49,12 +49,12 @@ def curve_file() -> dict[str, Any]:
 
 
 def test_a_curve_comes_back_from_json_as_it_was() -> None:
-    curve = Curve.from_dict(curve_file()["curves"][0])
+    curve = codec.decode(Curve, curve_file()["curves"][0])
     assert curve.measurements == (Measurement(4, "fits", micro_step_s=0.1),)
-    assert Curve.from_dict(json.loads(json.dumps(curve.to_dict()))) == curve
+    assert codec.decode(Curve, json.loads(json.dumps(codec.encode(curve)))) == curve
     no_number = json.loads('{"micro_batch": 4, "outcome": "fits", "micro_step_s": 0.1, "loss": NaN}')
     assert (
-        Measurement.from_dict(no_number).micro_batch == 4
+        codec.decode(Measurement, no_number, finite=False).micro_batch == 4
     )  # a loss of the user's, not a measurement of ours
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gatrain import schema
+from gatrain import codec
 from gatrain.errors import DamagedFileError, RunFolderError
 from gatrain.fit.claim import set_aside
 from gatrain.plan import Plan, make_plan
@@ -177,4 +177,4 @@ def test_whatever_has_the_name_of_a_state_counts_as_something_to_lose(tmp_path: 
 )  # fmt: skip
 def test_a_value_of_another_type_is_refused(kind: Any, value: Any) -> None:
     with pytest.raises(ValueError, match=r"not|number"):
-        schema.parse(kind, value)
+        codec.decode(kind, value)

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gatrain import batch, dependencies, hardware, main_memory, tune
+from gatrain import batch, codec, dependencies, hardware, main_memory, tune
 from gatrain.config import AdamWConfig, BatchConfig, RunConfig, SGDConfig, TrainConfig, TuneConfig
 from gatrain.errors import ConfigError, DoesNotFitError, Interrupted, LaunchError, PlanError, WorkerError
 from gatrain.hardware import Hardware
@@ -652,7 +652,7 @@ def test_visible_gpus(monkeypatch: pytest.MonkeyPatch, visible: str | None, name
     assert [each.name for each in found.gpus] == names
     assert [each.index for each in found.gpus] == list(range(len(names)))
     assert found.device == ("cuda" if names else "cpu")
-    assert Hardware.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    assert codec.decode(Hardware, json.loads(json.dumps(codec.encode(found)))) == found
     if not names:
         with pytest.raises(LaunchError, match=r"CUDA_VISIBLE_DEVICES.*Use device=cpu"):
             hardware.detect_hardware("cuda")

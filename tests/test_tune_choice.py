@@ -15,7 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_tune import CPU, CUDA, WAY, Machine, config_of, curve_of, gpu, no_trial, plan_on
 
-from gatrain import batch, tune, units
+from gatrain import batch, codec, tune, units
 from gatrain.config import AdamWConfig, SGDConfig
 from gatrain.errors import Interrupted, WorkerError
 from gatrain.launch.nodes import Nodes
@@ -56,7 +56,7 @@ class WholeMachine(Machine):
         entries = tuple(WholeSteps(f, tuple(self.whole_s(f, nth) for nth in range(5))) for f in named)
         found = Confirmation(asked.whole.effective_batch, asked.whole.world_size, entries)
         with open(folder / spec.LINES, "a") as file:
-            file.write(json.dumps({"event": "whole", "confirmation": confirm.to_dict(found)}) + "\n")
+            file.write(json.dumps({"event": "whole", "confirmation": codec.encode(found)}) + "\n")
 
     def _rewrite(self, folder: Path) -> None:
         lines = [json.loads(line) for line in (folder / spec.LINES).read_text().splitlines()]

@@ -16,7 +16,7 @@ import pytest
 from test_tune import CUDA, Info, config_of, gpu
 from test_tune_rise import FakeGpu
 
-from gatrain import batch, tune
+from gatrain import batch, codec, tune
 from gatrain.config import RunConfig
 from gatrain.launch.nodes import Nodes
 from gatrain.plan import FITS, Plan, StepSettings
@@ -36,7 +36,7 @@ class Replay:
     """A card with ``memory`` bytes that computes as the stored curves say, and measures with ``noise``."""
 
     def __init__(self, workload: str, memory: int, noise: float, seed: int) -> None:
-        stored = map(Curve.from_dict, WORKLOADS[workload]["curves"].values())
+        stored = codec.decode(list[Curve], list(WORKLOADS[workload]["curves"].values()), finite=False)
         self.curves = {(each.settings.checkpointing, each.settings.compile): each for each in stored}
         self.memory, self.noise = memory, noise
         self.draw = random.Random(seed)
@@ -101,7 +101,7 @@ class Replay:
                 for f in asked.whole.finalists
             )
             found = Confirmation(asked.whole.effective_batch, 1, entries)
-            lines.append({"event": "whole", "confirmation": confirm.to_dict(found)})
+            lines.append({"event": "whole", "confirmation": codec.encode(found)})
         with open(folder / spec.LINES, "a") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gatrain import units
+from gatrain import codec, units
 from gatrain.assets import cache_place, safe_cache
 from gatrain.config import RunConfig
 from gatrain.errors import GatrainError
@@ -99,7 +99,7 @@ def examine(overrides: Sequence[str] = ()) -> Report:
     disk = shutil.disk_usage(Path.cwd()).free
     return Report(
         versions=found,
-        hardware=hardware.to_dict(),
+        hardware=codec.encode(hardware),
         describe=hardware.describe(),
         device=hardware.device,
         device_reason=hardware.reason,

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gatrain import batch, commands, guardian, schema, scratch, states
+from gatrain import batch, codec, commands, guardian, scratch, states
 from gatrain.commands import OVERWRITE, Again
 from gatrain.compose import Composed, compose, reload
 from gatrain.config import RunConfig
@@ -442,7 +442,7 @@ def _plan_of(run_dir: RunDir, config: RunConfig) -> Plan:
 def _hardware_before(run_dir: RunDir) -> Hardware | None:
     """What the run was planned on; None where that cannot be read: then it is planned anew."""
     with contextlib.suppress(RunFolderError, ValueError):
-        return Hardware.from_dict(read_json(run_dir.hardware))
+        return codec.decode(Hardware, read_json(run_dir.hardware))
     return None
 
 
@@ -450,7 +450,7 @@ def _summary_of(run_dir: RunDir) -> dict[str, Any]:
     """How the run ended; empty where it has not, or where the file tells of a state that is not there."""
     with contextlib.suppress(RunFolderError, ValueError):
         summary = read_json(run_dir.summary)
-        ended = schema.parse(_Ended, summary)
+        ended = codec.decode(_Ended, summary)
         if ended.step in run_dir.saved_steps() and (
             ended.status != "completed" or ended.step >= ended.total_steps
         ):
@@ -488,7 +488,7 @@ def _is_older(path: Path, request: WorldRequest) -> bool:
 
 
 def _write_plan(run_dir: RunDir, plan: Plan, hardware: Hardware) -> None:
-    write_json(run_dir.hardware, hardware.to_dict())
+    write_json(run_dir.hardware, codec.encode(hardware))
     write_json(run_dir.plan, plan.to_dict())
 
 

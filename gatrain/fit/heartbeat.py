@@ -16,9 +16,9 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from gatrain import schema
+from gatrain import codec
 from gatrain.errors import LaunchError, RunFolderError
 from gatrain.hardware import Hardware
 from gatrain.launch import protocol
@@ -63,7 +63,7 @@ class Heartbeat:
                 with contextlib.suppress(RunFolderError, KeyError, TypeError, ValueError):
                     answer = read_json(_answer(self._run_dir, node_rank))
                     if answer["heard"] in self._beats:
-                        found[node_rank] = Hardware.from_dict(answer["hardware"])
+                        found[node_rank] = codec.decode(Hardware, answer["hardware"])
             missing -= found.keys()
             if missing and time.monotonic() > deadline:
                 raise LaunchError(
@@ -98,7 +98,7 @@ class _Beat:
     """What node 0 writes."""
 
     beat: str
-    state: str
+    state: Literal["preparing", "ready"]
     run_id: str = "gatrain"
     trials: str | None = None
 
@@ -108,9 +108,7 @@ class _Beat:
         Raises:
             RunFolderError, ValueError: it is not there, or something else.
         """
-        found = schema.parse(cls, read_json(path, most_bytes=2**16))
-        schema.one_of(("preparing", "ready"), state=found.state)
-        return found
+        return codec.decode(cls, read_json(path, most_bytes=2**16))
 
     def trials_in(self, run_dir: RunDir) -> str | None:
         """The folder of trials: node 0 makes it in the run folder, wherever the text says that it is."""
@@ -171,7 +169,7 @@ def wait_for_node_0(
                     return told.run_id
                 if heard is None and hardware is not None:
                     write_json(
-                        _answer(run_dir, node_rank), {"heard": told.beat, "hardware": hardware.to_dict()}
+                        _answer(run_dir, node_rank), {"heard": told.beat, "hardware": codec.encode(hardware)}
                     )
                 first, heard = told.beat, now
                 join(told.trials_in(run_dir))

@@ -6,7 +6,7 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
-from gatrain import schema
+from gatrain import codec
 from gatrain.errors import EXIT_CODES, GatrainError, RunFolderError, WorkerError
 from gatrain.launch.protocol import LOG_START
 from gatrain.rundir import RunDir, read_json
@@ -103,7 +103,7 @@ class _Report:
     def read(cls, path: Path) -> _Report | None:
         """None where there is none, or something else."""
         try:
-            return schema.parse(cls, read_json(path))
+            return codec.decode(cls, read_json(path))
         except (RunFolderError, ValueError):
             return None
 

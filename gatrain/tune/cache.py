@@ -5,13 +5,13 @@ The effective batch is not part of it: a curve answers for every effective batch
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gatrain import codec
 from gatrain.assets import cache_dir
 from gatrain.config import RunConfig
 from gatrain.dependencies import source_hash, targets
@@ -74,7 +74,7 @@ def plan_file(key: str) -> Path:
 def load_curves(key: str) -> dict[StepSettings, Curve]:
     """Curves stored under this fingerprint; empty where there are none or the file is damaged."""
     try:
-        curves = [Curve.from_dict(curve) for curve in _stored(key)["curves"]]
+        curves = codec.decode(list[Curve], _stored(key)["curves"], finite=False)
     except (RunFolderError, KeyError, TypeError, ValueError, AttributeError):
         return {}
     return {curve.settings: curve for curve in curves}
@@ -83,7 +83,7 @@ def load_curves(key: str) -> dict[StepSettings, Curve]:
 def load_confirmations(key: str) -> list[Confirmation]:
     """Whole steps stored with those curves, oldest first, each for one effective batch and world size."""
     try:
-        return [Confirmation.from_dict(each) for each in _stored(key)["confirmations"]]
+        return codec.decode(list[Confirmation], _stored(key)["confirmations"])
     except (RunFolderError, KeyError, TypeError, ValueError, AttributeError):
         return []
 
@@ -97,10 +97,10 @@ def store_curves(
     key: str, curves: dict[StepSettings, Curve], confirmations: Sequence[Confirmation] = ()
 ) -> str | None:
     """Keep the curves, atomically. Returns what went wrong, or None: a full disk must not stop a training."""
-    kept = [dataclasses.asdict(curve) for curve in curves.values() if curve.measurements]
+    kept = [codec.encode(curve) for curve in curves.values() if curve.measurements]
     if not kept:
         return None
-    whole = [dataclasses.asdict(each) for each in confirmations[-MAX_CONFIRMATIONS:]]
+    whole = codec.encode(confirmations[-MAX_CONFIRMATIONS:])
     try:
         write_json(plan_file(key), {"version": VERSION, "curves": kept, "confirmations": whole})
     except OSError as error:

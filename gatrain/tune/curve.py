@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from gatrain import schema
 from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, SKIPPED, StepSettings
@@ -88,16 +87,11 @@ class Measurement:
             again=self.again + 1,
         )
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Measurement:
-        """Inverse of `dataclasses.asdict`; unknown keys are ignored.
-
-        Raises:
-            ValueError: it is something else, or a number that was never measured.
+    def check(self) -> None:
         """
-        return schema.parse(cls, data, finite=False)._checked()
-
-    def _checked(self) -> Measurement:
+        Raises:
+            ValueError: a number that was never measured.
+        """
         schema.one_of((FITS, DOES_NOT_FIT, FAILED, SKIPPED), outcome=self.outcome)
         schema.at_least(1, micro_batch=self.micro_batch)
         names = (
@@ -107,7 +101,6 @@ class Measurement:
         schema.at_least(0, **{name: getattr(self, name) for name in names})
         for seconds in (*self.rank_s, *(self.range_s or ())):
             schema.at_least(0, seconds=seconds)
-        return self
 
 
 def doubtful(measurements: Iterable[Measurement], far: float = FAR) -> list[int]:
@@ -262,20 +255,9 @@ class Curve:
             ),
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Curve:
-        """Inverse of `to_dict`.
-
-        Raises:
-            ValueError: not a curve.
+    def check(self) -> None:
         """
-        found = schema.parse(cls, data, finite=False)
-        found.settings.check()
-        schema.at_least(0, max_seconds=found.max_seconds, budget_bytes=found.budget_bytes)
-        for measurement in found.measurements:
-            measurement._checked()
-        return found
+        Raises:
+            ValueError: a limit that nobody has set.
+        """
+        schema.at_least(0, max_seconds=self.max_seconds, budget_bytes=self.budget_bytes)

@@ -13,14 +13,13 @@ Lines of ``trials.jsonl``, each flushed, so that a crash or Ctrl-C keeps what wa
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gatrain import units
+from gatrain import codec, units
 from gatrain.plan import StepSettings
 from gatrain.rundir import read_json, write_json
 from gatrain.tune.confirm import Confirmation, Finalist
@@ -37,11 +36,6 @@ class WholeSpec:
     world_size: int
     max_seconds: float
     finalists: tuple[Finalist, ...]
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> WholeSpec:
-        """Inverse of `dataclasses.asdict`."""
-        return cls(**{**data, "finalists": tuple(map(Finalist.from_dict, data["finalists"]))})
 
 
 @dataclass(frozen=True)
@@ -64,14 +58,11 @@ class TrialSpec:
     """Check the loss before the first size, if these processes have not done so."""
 
     def write(self, folder: Path) -> None:
-        write_json(folder / SPEC, dataclasses.asdict(self))
+        write_json(folder / SPEC, codec.encode(self))
 
     @classmethod
     def read(cls, folder: Path) -> TrialSpec:
-        data = read_json(folder / SPEC)
-        whole = WholeSpec.from_dict(data["whole"]) if data["whole"] else None
-        settings, sizes = StepSettings(**data["settings"]), tuple(data["sizes"])
-        return cls(**{**data, "settings": settings, "sizes": sizes, "whole": whole})
+        return codec.decode(cls, read_json(folder / SPEC))
 
 
 @dataclass
@@ -110,7 +101,7 @@ class Answers:
                 case "start":
                     self.started = int(said["micro_batch"])
                 case "trial":
-                    found = Measurement.from_dict(said["measurement"])
+                    found = codec.decode(Measurement, said["measurement"], finite=False)
                     # a size that was measured again
                     self.measurements = [m for m in self.measurements if m.micro_batch != found.micro_batch]
                     self.measurements.append(found)
@@ -119,7 +110,7 @@ class Answers:
                 case "end":
                     self.stopped = str(said["stopped"])
                 case "whole":
-                    self.confirmation = Confirmation.from_dict(said["confirmation"])
+                    self.confirmation = codec.decode(Confirmation, said["confirmation"])
         except (ValueError, KeyError, TypeError):
             pass
         return None

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from gatrain import build, units
+from gatrain import build, codec, units
 from gatrain.compose import load_config
 from gatrain.config import RunConfig
 from gatrain.errors import DoesNotFitError, is_out_of_memory
@@ -30,7 +30,7 @@ from gatrain.train.checkpointing import available_modes
 from gatrain.train.engine import Engine
 from gatrain.train.lengths import notice_lengths
 from gatrain.train.windows import WindowSchedule
-from gatrain.tune import confirm, curve, host, spec
+from gatrain.tune import curve, host, spec
 from gatrain.tune.curve import Measurement
 from gatrain.tune.measure import (
     Peers,
@@ -161,7 +161,7 @@ class Desk:
             )
             confirmation = timer.run(asked.whole)
             if confirmation is not None:
-                lines.write("whole", confirmation=confirm.to_dict(confirmation))
+                lines.write("whole", confirmation=codec.encode(confirmation))
             del timer  # and with it the engines of the other ways
             gc.collect()
         return stopped != curve.BROKEN or not rise.is_broken()
@@ -275,7 +275,7 @@ class Rise:
 
     def _replace(self, measured: Measurement) -> None:
         """Put a size that was measured again in the place of what was known of it."""
-        self._lines.write("trial", measurement=dataclasses.asdict(measured))
+        self._lines.write("trial", measurement=codec.encode(measured))
         size = measured.micro_batch
         self.measured = [measured if m.micro_batch == size else m for m in self.measured]
         fitting = [m for m in self.measured if m.outcome == FITS and m.micro_step_s]
@@ -291,7 +291,7 @@ class Rise:
         return sizes[1:] if took_as_long and sizes[0] <= self._asked.sizes[-1] // FEW else sizes
 
     def _note(self, measured: Measurement, seconds: float) -> None:
-        self._lines.write("trial", measurement=dataclasses.asdict(measured))
+        self._lines.write("trial", measurement=codec.encode(measured))
         self.measured.append(measured)
         size = measured.micro_batch
         self._failures = self._failures + 1 if measured.outcome == FAILED else 0
@@ -366,7 +366,7 @@ class Rise:
         return len(self._rates) < 2 or self._rates[-1][1] > MUCH * self._rates[-2][1]
 
     def _skip(self, size: int, text: str) -> None:
-        self._lines.write("trial", measurement=dataclasses.asdict(Measurement(size, SKIPPED, error=text)))
+        self._lines.write("trial", measurement=codec.encode(Measurement(size, SKIPPED, error=text)))
 
     def _predicted_seconds(self, size: int) -> float:
         """Of measuring ``size``: its micro-steps and, where each size is compiled, that once more."""

@@ -231,10 +231,11 @@ class Bench:
         )
 
     def _options(self, effective: int) -> list[Any]:
+        from gatrain import codec
         from gatrain.tune import search
         from gatrain.tune.curve import Curve
 
-        curves = [Curve.from_dict(stored) for stored in self.found["curves"].values()]
+        curves = codec.decode(list[Curve], list(self.found["curves"].values()), finite=False)
         judged = [search.reject_wrong_losses(curve) for curve in curves]
         return [o for curve in judged for o in search.candidates(curve, effective, 1) if o.measured]
 
