@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import json
-import os
 import re
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from gatrain import imports, offspring, scratch
-from gatrain.causes import told
+from gatrain import child as child_process
+from gatrain.child import Child
 from gatrain.data.report import DataRecord, DataReport, Omission
-from gatrain.errors import EXIT_CODES, GatrainError, RunFolderError, WorkerError
-from gatrain.rundir import read_json, write_json, write_text
+from gatrain.errors import GatrainError, RunFolderError
+from gatrain.rundir import read_json, write_json
 
-CONFIG, RESULT, PROGRESS, STDERR = "config.yaml", "result.json", "progress.json", "stderr.txt"
+CONFIG, PROGRESS = "config.yaml", "progress.json"
+FAILED = "reading the data failed"
 POLL_S = 0.1
 TOLD_EVERY_S = 1.0
 _MORE = ("checked", "broken", "remarks")
@@ -62,29 +60,14 @@ def view(
         GatrainError: as found by the child, with its message.
     """
     progress("Reading the data")
-    with scratch.folder("gatrain-data-") as folder:
-        write_text(folder / CONFIG, config_yaml, mode=0o600)
-        with (folder / STDERR).open("wb") as said:
-            words = ["-m", "gatrain.data_view", str(folder), *(["--check"] if check else [])]
-            child = offspring.start(words, cwd=cwd, said=said)
-        try:
-            shown = ""
-            while child.poll() is None:
-                time.sleep(POLL_S)
-                if (text := _progress(folder)) not in ("", shown):
-                    progress(shown := text)
-        finally:
-            offspring.end(child)
-        try:
-            result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            last = (folder / STDERR).read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
-            status = child.returncode
-            raise GatrainError(
-                "\n".join([f"reading the data failed (exit status {status}).", *last])
-            ) from None
-    if "error" in result:
-        raise EXIT_CODES.get(result["exit_code"], GatrainError)(result["error"])
+    words = ["--check"] if check else []
+    with Child("gatrain.data_view", {CONFIG: config_yaml}, FAILED, words=words, cwd=cwd) as child:
+        shown = ""
+        while child.is_running():
+            time.sleep(POLL_S)
+            if (text := _progress(child.folder)) not in ("", shown):
+                progress(shown := text)
+        result = child.result()
     return View(
         DataRecord.from_dict(result["record"]), result["checked"], result["broken"], result["remarks"]
     )
@@ -100,16 +83,9 @@ def _progress(folder: Path) -> str:
 # --- the child ------------------------------------------------------------------------------------------
 
 
-def _main(folder: Path, check: bool) -> None:
-    result: dict[str, Any]
-    try:
-        found = _look(folder, check)
-        result = {"record": found.record.to_dict(), **{k: getattr(found, k) for k in _MORE}}
-    except GatrainError as error:
-        result = {"error": str(error), "exit_code": error.exit_code}
-    except (Exception, SystemExit, KeyboardInterrupt) as error:
-        result = {"error": told(error, "reading the data failed: "), "exit_code": WorkerError.exit_code}
-    write_json(folder / RESULT, result)
+def _work(folder: Path, words: list[str]) -> dict[str, Any]:
+    found = _look(folder, "--check" in words)
+    return {"record": found.record.to_dict(), **{name: getattr(found, name) for name in _MORE}}
 
 
 def _look(folder: Path, check: bool) -> View:
@@ -190,9 +166,4 @@ class _Teller:
 
 
 if __name__ == "__main__":
-    offspring.die_with_parent()
-    imports.use_working_folder()
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # nothing here may take GPU memory
-    _main(Path(sys.argv[1]), "--check" in sys.argv)
-    sys.stderr.flush()
-    os._exit(0)
+    child_process.main(_work, FAILED)
