@@ -17,10 +17,10 @@ from gatrain.models.gpt import GPT
 from gatrain.plan import StepSettings
 from gatrain.tasks.base import Batch, Task
 from gatrain.tasks.language_model import LanguageModel
-from gatrain.train.accumulate import MicroBatch, RankWindow
 from gatrain.train.checkpointing import apply_checkpointing, available_modes
 from gatrain.train.compiling import MOST_AGAIN, MOST_LENGTHS, CompiledLossSum, repeated_blocks
 from gatrain.train.engine import Engine
+from gatrain.train.micro_batches import LoadedWindow, MicroBatch
 from gatrain.train.optimizer import build_optimizer, learning_rate, make_state
 from gatrain.train.ranks import Ranks
 
@@ -102,8 +102,8 @@ def test_checkpointing_keeps_parameter_names_and_refuses_models_without_blocks()
         apply_checkpointing(nn.Linear(2, 2), "full")
 
 
-def window(batch: Tensor, sizes: list[int]) -> RankWindow:
-    return RankWindow([MicroBatch(part, {"loss": float(len(part))}) for part in batch.split(sizes)])
+def window(batch: Tensor, sizes: list[int]) -> LoadedWindow:
+    return LoadedWindow([MicroBatch(part, {"loss": float(len(part))}) for part in batch.split(sizes)])
 
 
 class TwoTerms(Regression):
@@ -129,7 +129,7 @@ def test_a_task_with_two_loss_terms_steps_the_same_for_any_split() -> None:
         task = TwoTerms(lambda: nn.Linear(5, 5))
         settings = StepSettings("fp32", "none", False, "window")
         one = Engine(task, task.build_model(), settings, SGDConfig(lr=0.1), Ranks(), CPU)
-        one.step(RankWindow([MicroBatch(part, task.weight(part)) for part in batch.split(sizes)]), 0)
+        one.step(LoadedWindow([MicroBatch(part, task.weight(part)) for part in batch.split(sizes)]), 0)
         after.append(torch.cat([p.detach().flatten() for p in one.model.parameters()]))
     assert relative_error(after[1], after[0]) < 1e-6
 

@@ -15,7 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gatrain import accumulate, batch
 from gatrain.errors import ExactnessError, PeerFailed
-from gatrain.train.accumulate import MicroBatch, PlainAccumulation, RankWindow
+from gatrain.train.accumulate import PlainAccumulation
+from gatrain.train.micro_batches import LoadedWindow, MicroBatch
 from gatrain.train.ranks import Ranks
 from gatrain.train.windows import WindowSchedule
 
@@ -301,7 +302,7 @@ def test_dropout_masks_are_keyed_by_window_rank_and_micro_step() -> None:
             stage=lambda x: lambda: x,
         )
         torch.rand(3)  # whatever was drawn before must not matter
-        strategy(RankWindow([MicroBatch(torch.ones(2, 8), {"loss": 2.0})] * 2, seed=seed))
+        strategy(LoadedWindow([MicroBatch(torch.ones(2, 8), {"loss": 2.0})] * 2, seed=seed))
         return gradient(model)
 
     assert torch.equal(run((0, 7, 0)), run((0, 7, 0)))

@@ -17,9 +17,9 @@ from gatrain.errors import ExactnessError
 from gatrain.plan import StepSettings
 from gatrain.tasks.base import Batch, LossSums, Task
 from gatrain.train import saved_state
-from gatrain.train.accumulate import MicroBatch, RankWindow
 from gatrain.train.engine import Engine
 from gatrain.train.main_gradients import MasterWeights
+from gatrain.train.micro_batches import LoadedWindow, MicroBatch
 from gatrain.train.ranks import Ranks
 from gatrain.train.saved_state import Progress
 
@@ -177,8 +177,8 @@ def engine(
     return Engine(task, task.build_model(), settings, given, Ranks.current(), torch.device("cpu"))
 
 
-def window(step: int, micro_batch: int = 4) -> RankWindow:
-    return RankWindow(
+def window(step: int, micro_batch: int = 4) -> LoadedWindow:
+    return LoadedWindow(
         [
             MicroBatch(part, {"loss": weight(part)})
             for part in samples(64)[8 * step : 8 * step + 8].split(micro_batch)

@@ -16,8 +16,8 @@ from gatrain.facts import RunFacts
 from gatrain.plan import StepSettings, make_plan
 from gatrain.tasks import Supervised
 from gatrain.train import remainders
-from gatrain.train.accumulate import MicroBatch, RankWindow
 from gatrain.train.engine import Engine
+from gatrain.train.micro_batches import LoadedWindow, MicroBatch
 from gatrain.train.modules import batch_norms, mode_remarks
 from gatrain.train.ranks import Ranks
 from gatrain.train.remainders import Splits, check_windows
@@ -213,7 +213,7 @@ def trained(model: nn.Module, optimizer: OptimizerConfig) -> list[Tensor]:
             (torch.tensor([[5, step + 4]]), torch.tensor([1])),
         ]
         micro_batches = [MicroBatch(part, {"loss": float(len(part[1]))}) for part in parts]
-        engine.step(RankWindow(micro_batches), step)
+        engine.step(LoadedWindow(micro_batches), step)
     return [p.detach().clone() for p in model.parameters()]
 
 

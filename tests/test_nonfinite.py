@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from gatrain.config import AdamWConfig, ScheduleConfig, SGDConfig
 from gatrain.plan import StepSettings
-from gatrain.train.accumulate import MicroBatch, RankWindow
 from gatrain.train.engine import Engine
 from gatrain.train.guard import Guard
+from gatrain.train.micro_batches import LoadedWindow, MicroBatch
 from gatrain.train.nonfinite import Search, first_bad_parameter
 from gatrain.train.optimizer import learning_rate
 from gatrain.train.ranks import Ranks
@@ -225,7 +225,7 @@ def _one_bad_rank() -> list[Tensor]:
             dataclasses.replace(micro, keys=tuple((0, 100 * ranks.rank + n) for n in part))
             for micro, part in parts
         ]
-        search = Search(one, RankWindow(keyed), result.weight_totals, 0)
+        search = Search(one, LoadedWindow(keyed), result.weight_totals, 0)
 
         def read(keys: list[tuple[int, int]], bad: Tensor = bad) -> MicroBatch:
             return window(bad[[sample % 100 for _, sample in keys]], [len(keys)]).micro_batches[0]

@@ -23,8 +23,9 @@ from gatrain.plan import StepSettings
 from gatrain.rank import Rank
 from gatrain.tasks import Supervised
 from gatrain.train import ranks as ranks_module
-from gatrain.train.accumulate import MicroBatch, PlainAccumulation, RankWindow
+from gatrain.train.accumulate import PlainAccumulation
 from gatrain.train.engine import Engine
+from gatrain.train.micro_batches import LoadedWindow, MicroBatch
 from gatrain.train.ranks import Ranks
 from gatrain.tune.confirm import VARYING, Finalist
 from gatrain.tune.measure import Peers, TrialBatches
@@ -124,7 +125,7 @@ def _window(sync: str) -> Callable[[nn.Module, list[Any]], None]:
                 stage=lambda part: lambda: part,
             )
         listed = [MicroBatch(part, {"loss": weight(part)}) for part in parts]
-        strategies[id(model)](RankWindow(listed))
+        strategies[id(model)](LoadedWindow(listed))
 
     return run
 

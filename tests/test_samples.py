@@ -27,8 +27,9 @@ from gatrain.tasks.parts import find_splits
 from gatrain.train import samples, seeding
 from gatrain.train.batches import bytes_of, map_tensors, move_to
 from gatrain.train.evaluate import evaluation_keys
-from gatrain.train.loader import DRAWS_UNDECLARED, LoadedWindow, WindowLoader
+from gatrain.train.loader import DRAWS_UNDECLARED, WindowLoader
 from gatrain.train.loop import Trainer
+from gatrain.train.micro_batches import LoadedWindow
 from gatrain.train.ranks import Ranks
 from gatrain.train.read_ahead import PREFETCH, FreeMemory, ReadAhead, bounded
 from gatrain.train.saved_state import Progress, check_same_run
@@ -291,8 +292,8 @@ def test_dropped_samples_are_counted_out_down_to_an_empty_batch() -> None:
         none = samples.load(task, task.train_data, [(0, 3), (0, 4)], 0)
         assert (none.samples, none.dropped, none.is_empty) == (0, 2, True)
         found = loaded(task, stop=3)
-        assert sum(window.samples for window in found) == 10
-        assert sum(window.dropped for window in found) == 2
+        assert sum(window.counts["samples"] for window in found) == 10
+        assert sum(window.counts["dropped"] for window in found) == 2
     chosen = task_of(Source(Plain(), short_ones), mean_over_images)
     some = samples.load(chosen, chosen.train_data, [(0, 8), (0, 9), (0, 10)], 0)
     assert (some.samples, some.dropped) == (1, 2)
@@ -460,7 +461,7 @@ def test_no_loader_process_inherits_what_a_sample_opened() -> None:
 
 def checked(window: LoadedWindow, **changes: int) -> None:
     """The trainer's comparison of one window that a single rank has computed."""
-    counts = {"samples": window.samples, "dropped": window.dropped, "digest": window.digest, **changes}
+    counts = {**window.counts, **changes}
     trainer: Any = SimpleNamespace(
         plan=SimpleNamespace(micro_batch=2), engine=SimpleNamespace(ranks=SimpleNamespace(world_size=1))
     )
@@ -470,11 +471,12 @@ def checked(window: LoadedWindow, **changes: int) -> None:
 def test_samples_and_digest_of_a_window_are_those_that_its_micro_batches_held() -> None:
     task, schedule = task_of(Plain()), WindowSchedule(11, 4, seed=7)
     (window,) = WindowLoader(task, schedule, Ranks(), micro_batch=2, start=0, stop=1)
-    assert (window.samples, window.window_samples, window.digest) == (4, 4, window.window_digest)
+    assert window.counts["samples"] == window.window_samples == 4
+    assert window.counts["digest"] == window.window_digest
     checked(window)
     # a micro-batch below zero cuts a share into nothing: so are the counts
     (nothing,) = WindowLoader(task, schedule, Ranks(), micro_batch=-3, start=0, stop=1)
-    assert (nothing.samples, nothing.digest, nothing.micro_batches) == (0, 0, [])
+    assert (nothing.counts["samples"], nothing.counts["digest"], nothing.micro_batches) == (0, 0, [])
     with pytest.raises(ExactnessError, match="step 1 computed 0 samples instead of the 4 of its window"):
         checked(nothing)
     with pytest.raises(ExactnessError, match="3 samples"):
@@ -482,5 +484,5 @@ def test_samples_and_digest_of_a_window_are_those_that_its_micro_batches_held() 
     with pytest.raises(ExactnessError, match="8 samples"):
         checked(window, samples=8)
     with pytest.raises(ExactnessError, match="other samples"):
-        checked(window, digest=window.digest + 1)
+        checked(window, digest=window.window_digest + 1)
     checked(window, samples=1, dropped=3)  # those that collate leaves out are counted by their number

@@ -22,7 +22,7 @@ from gatrain.data import ImageFolderData
 from gatrain.errors import BrokenSampleError, DataError
 from gatrain.tasks import Supervised
 from gatrain.train import samples
-from gatrain.train.accumulate import PlainAccumulation, RankWindow
+from gatrain.train.accumulate import PlainAccumulation
 from gatrain.train.loader import WindowLoader
 from gatrain.train.ranks import Ranks
 from gatrain.train.windows import WindowSchedule
@@ -101,9 +101,9 @@ def gradients(root: str, micro: int, workers: int = 0) -> list[dict[str, Any]]:
     loader = WindowLoader(task, schedule, ranks, micro_batch=micro, start=0, stop=3, workers=workers)
     for loaded in loader:
         model.zero_grad()
-        counts = {"samples": loaded.samples, "dropped": loaded.dropped}
-        result = way(RankWindow(loaded.micro_batches, counts=counts))
-        found.append({"gradient": gradient(model), "total": result.weight_totals["loss"], **result.counts})
+        result = way(loaded)
+        counts = {name: result.counts[name] for name in ("samples", "dropped")}
+        found.append({"gradient": gradient(model), "total": result.weight_totals["loss"], **counts})
     return found
 
 

@@ -15,7 +15,6 @@ from torch import nn
 from gatrain.config import SGDConfig
 from gatrain.plan import StepSettings
 from gatrain.tasks import Supervised
-from gatrain.train.accumulate import RankWindow
 from gatrain.train.engine import Engine
 from gatrain.train.loader import WindowLoader
 from gatrain.train.ranks import Ranks
@@ -39,8 +38,8 @@ def _trained(shares: list[int] | None, sync: str) -> dict[str, Any]:
     for loaded in WindowLoader(task, schedule, ranks, micro_batch=4, shares=shares, start=0, stop=STEPS):
         mine += sum(len(m.batch[1]) for m in loaded.micro_batches)
         assert all(len(m.batch[1]) > 0 for m in loaded.micro_batches)
-        result, _ = engine.step(RankWindow(loaded.micro_batches, counts={"d": loaded.digest}), loaded.index)
-        digests.append(result.counts["d"])
+        result, _ = engine.step(loaded, loaded.index)
+        digests.append(result.counts["digest"])
     flat = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
     return {"weights": flat, "digests": digests, "samples": mine}
 

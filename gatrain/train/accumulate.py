@@ -22,56 +22,11 @@ from gatrain.errors import ExactnessError, PeerFailed, WorkerError
 from gatrain.tasks.base import Batch, LossSums, Weights, named_loss_sums, named_weights
 from gatrain.train.batches import move_to as move_to
 from gatrain.train.main_gradients import MainGradients, MasterWeights, half_parameters
+from gatrain.train.micro_batches import LoadedWindow, MicroBatch
 from gatrain.train.modules import sparse_parameters, synchronised_norms, unequal_steps_text
 from gatrain.train.overlap import OverlappedReduction, share_buffers, without_reduction, wrappers_of
 from gatrain.train.ranks import Ranks, layout_of
 from gatrain.train.seeding import seed_everything
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """One micro-batch on the host with the weight it adds to each loss term's denominator."""
-
-    batch: Batch
-    weights: Mapping[str, float]
-    samples: int | None = None
-    """Samples that it holds; None where nobody counted."""
-    dropped: int = 0
-    """Samples that are not in it: those that the collate function left out, and `skipped` ones."""
-    skipped: tuple[str, ...] = ()
-    """Each sample that could not be read and was left out, with the reason."""
-    tokens: int | None = None
-    keys: tuple[tuple[int, int], ...] = ()
-    """(epoch, sample id) of every sample that was read for it, skipped ones included."""
-    position: int | None = None
-    """Place of its first sample in the window, over all ranks."""
-    undeclared_draws: bool = False
-    """Whether data or collate function drew random numbers although they are declared deterministic."""
-
-    @property
-    def is_empty(self) -> bool:
-        """True if the collate function left nothing: there is no batch to compute."""
-        return self.batch is None and not self.weights
-
-
-@dataclass(frozen=True)
-class RankWindow:
-    """This rank's part of one window. ``micro_batches`` may be empty."""
-
-    micro_batches: Sequence[MicroBatch]
-    seed: tuple[int, ...] | None = None
-    """Random numbers of a micro-step are keyed by these integers and its position in the window (its index where
-    that is unknown); None leaves the generators alone."""
-    counts: Mapping[str, float] = field(default_factory=dict)
-    """Further host numbers to be summed over the ranks with the weights, such as samples or a stop request."""
-
-    def seed_of(self, index: int) -> tuple[int, ...] | None:
-        """What the random numbers of a micro-step follow from; None leaves the generators alone."""
-        if self.seed is None:
-            return None
-        # by position, not by rank: another number of ranks draws the same for the same samples
-        position = self.micro_batches[index].position
-        return *self.seed, index if position is None else position
 
 
 @dataclass
@@ -81,7 +36,7 @@ class WindowResult:
     weight_totals: dict[str, float]
     """T of each loss term, over all ranks."""
     counts: dict[str, float]
-    """`RankWindow.counts`, summed over all ranks."""
+    """`LoadedWindow.counts`, summed over all ranks."""
     local_loss_sums: dict[str, Tensor]
     """This rank's summed loss of each term: float64 scalars on the device, not yet added over the ranks."""
     ranks: Ranks = field(repr=False)
@@ -115,7 +70,7 @@ class WindowResult:
 class WindowToGradient(Protocol):
     """A way to compute the gradient of a window. All ranks call it together."""
 
-    def __call__(self, window: RankWindow) -> WindowResult: ...
+    def __call__(self, window: LoadedWindow) -> WindowResult: ...
 
     def check_counts(self) -> None: ...
 
@@ -181,7 +136,7 @@ class PlainAccumulation:
         self._used: dict[str, Tensor | float] = {}
         self._loss_sums: dict[str, Tensor] = {}
 
-    def __call__(self, window: RankWindow) -> WindowResult:
+    def __call__(self, window: LoadedWindow) -> WindowResult:
         """Compute the gradient of one window. Collective: one host sum, the micro-steps, one reduction.
 
         Raises:
@@ -301,7 +256,7 @@ class PlainAccumulation:
                     "the step would be wrong by that factor."
                 )
 
-    def _count(self, window: RankWindow) -> tuple[dict[str, float], dict[str, float]]:
+    def _count(self, window: LoadedWindow) -> tuple[dict[str, float], dict[str, float]]:
         """Sum weights and counts: one small collective on the host."""
         local = dict.fromkeys(self._term_names, 0.0)
         for micro_batch in window.micro_batches:
@@ -327,7 +282,7 @@ class PlainAccumulation:
                 self._counted[name] = self._counted.get(name, 0.0) + weight
         return totals, dict(zip(window.counts, summed[len(local) :], strict=True))
 
-    def _run_micro_steps(self, window: RankWindow, scale: Mapping[str, float]) -> None:
+    def _run_micro_steps(self, window: LoadedWindow, scale: Mapping[str, float]) -> None:
         last = len(window.micro_batches) - 1
         try:
             staged = [self._stage(micro_batch.batch) for micro_batch in window.micro_batches[:1]]
@@ -416,4 +371,4 @@ def _accumulate(
         scaler=scaler,
         main_gradients=main_gradients,
     )
-    return strategy(RankWindow(listed))
+    return strategy(LoadedWindow(listed))

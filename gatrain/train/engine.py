@@ -18,18 +18,13 @@ from gatrain.config import OptimizerConfig, ScheduleConfig
 from gatrain.errors import PeerFailed
 from gatrain.plan import StepSettings
 from gatrain.tasks.base import Batch, LossSum, LossSums, Task, named_loss_sums
-from gatrain.train.accumulate import (
-    MicroBatch,
-    PlainAccumulation,
-    RankWindow,
-    WindowResult,
-    WindowToGradient,
-)
+from gatrain.train.accumulate import PlainAccumulation, WindowResult, WindowToGradient
 from gatrain.train.batches import move_to, moves_itself, tensors_of
 from gatrain.train.checkpointing import apply_checkpointing
 from gatrain.train.compiling import CompiledLossSum
 from gatrain.train.guard import Guard
 from gatrain.train.main_gradients import MasterWeights
+from gatrain.train.micro_batches import LoadedWindow, MicroBatch
 from gatrain.train.modules import sparse_parameters
 from gatrain.train.optimizer import (
     build_optimizer,
@@ -171,7 +166,7 @@ class Engine:
         """Copy a host batch to the device, for use on the current stream."""
         return self.stage(batch)()
 
-    def step(self, window: RankWindow, step: int) -> tuple[WindowResult, Tensor]:
+    def step(self, window: LoadedWindow, step: int) -> tuple[WindowResult, Tensor]:
         """One optimizer step. Collective.
 
         In fp16 a window whose gradient overflows is computed again at a lower loss scale: none is lost to it.
@@ -239,7 +234,7 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
         return norm, made
 
-    def _lower_scale(self, window: RankWindow, result: WindowResult) -> bool:
+    def _lower_scale(self, window: LoadedWindow, result: WindowResult) -> bool:
         """Find a loss scale at which no micro-batch of the window overflows. Collective; rare.
 
         Micro-batch by micro-batch, so that a scale far too high costs some micro-steps and not some windows.
@@ -293,7 +288,7 @@ class Engine:
         Args:
             batch: on the host.
             scale: as for `micro_step`.
-            seed: see `RankWindow.seed_of`.
+            seed: see `LoadedWindow.seed_of`.
             fp32: without autocast.
         """
         self.guard.keep_buffers()

@@ -10,7 +10,7 @@ import itertools
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,42 +22,18 @@ from gatrain.causes import told
 from gatrain.errors import DataError, GatrainError
 from gatrain.tasks.base import Samples, Task, is_deterministic
 from gatrain.train import samples
-from gatrain.train.accumulate import MicroBatch
 from gatrain.train.batches import bytes_of, map_tensors, pinned
+from gatrain.train.micro_batches import LoadedWindow, MicroBatch, counts_of
 from gatrain.train.ranks import Ranks
 from gatrain.train.read_ahead import PREFETCH, FreeMemory, ReadAhead, bounded
 from gatrain.train.samples import Key
-from gatrain.train.windows import Ids, Window, WindowSchedule, digest
+from gatrain.train.seeding import MICRO_STEP
+from gatrain.train.windows import Window, WindowSchedule, digest
 
 DRAWS_UNDECLARED = (
     "the data or its collate function is declared deterministic but draws random numbers: it is read with seeds, "
     "and not ahead in a thread. Leave `deterministic = True` (or `deterministic_collate = True`) out."
 )
-
-
-@dataclass(frozen=True)
-class LoadedWindow:
-    """This rank's part of a window, on the host (pinned where the device is a GPU)."""
-
-    index: int
-    epoch: int
-    samples: int
-    """Samples of this rank's part that reached a batch."""
-    dropped: int
-    """Samples of this rank's part that are in no batch: left out by the collate function, or skipped."""
-    digest: int
-    """Fingerprint of the samples that were read for its micro-batches; the ranks' parts add up."""
-    tokens: int | None
-    """Input tokens of this rank's part."""
-    micro_batches: list[MicroBatch]
-    window_samples: int
-    """Samples of the whole window, by the schedule."""
-    window_digest: int
-    """What the ranks' digests must add up to."""
-    skipped: list[str] = field(default_factory=list)
-    """Those of them that could not be read, each with the reason."""
-    notices: list[str] = field(default_factory=list)
-    """What a person should know of how it was read; each is said once."""
 
 
 @dataclass(frozen=True)
@@ -140,22 +116,14 @@ class WindowLoader:
         self._in_thread = self._in_thread and self._ahead.next_window
         yield from _in_background(windows) if self._in_thread else windows
 
-    def _mine(self, window: Window) -> tuple[int, Ids, list[int]]:
-        """This rank's part of a window: first position, sample ids, and the sizes to cut them into."""
+    def _cut(self, window: Window) -> tuple[int, list[list[Key]]]:
+        """This rank's part of a window: the place of its first sample, and (epoch, sample) by micro-batch."""
         first, ids = window.slice_of(self._ranks.rank, self._ranks.world_size, self._shares)
-        return first, ids, batch.micro_batch_sizes(len(ids), self._micro_batch)
+        sizes = batch.micro_batch_sizes(len(ids), self._micro_batch)
+        keys = iter([(window.epoch, sample) for sample in ids.tolist()])
+        return first, [list(itertools.islice(keys, size)) for size in sizes]
 
-    def _keys(self, window: Window) -> list[list[Key]]:
-        """(epoch, sample) of each sample of each micro-batch of this rank."""
-        _, ids, sizes = self._mine(window)
-        ends = itertools.accumulate(sizes)
-        return [
-            [(window.epoch, sample) for sample in ids[end - size : end].tolist()]
-            for size, end in zip(sizes, ends, strict=True)
-        ]
-
-    def _micro_batches(self) -> Iterator[MicroBatch]:
-        keys = (each for index in self._range for each in self._keys(self._schedule.window(index)))
+    def _micro_batches(self, keys: Iterator[list[Key]]) -> Iterator[MicroBatch]:
         data, seed = self._task.train_data, self._schedule.seed
         if not self._workers:
             for each in keys:
@@ -176,34 +144,33 @@ class WindowLoader:
             return
         self._is_sized = True
         size = bytes_of(micro.batch)
-        share = len(self._mine(self._schedule.window(self._range.start))[1])
+        _, cut = self._cut(self._schedule.window(self._range.start))
+        share = sum(map(len, cut))
         self._ahead = bounded(
             self._workers, size, size * share // max(1, len(micro.keys)), FreeMemory.of_this_rank()
         )
 
     def _windows(self) -> Iterator[LoadedWindow]:
-        source = self._micro_batches()
-        for index in self._range:
-            window = self._schedule.window(index)
-            first, _, sizes = self._mine(window)
-            starts = itertools.accumulate(sizes, initial=first)
+        # read ahead by `keys`, and once more when their samples are there
+        ahead, windows = itertools.tee(
+            (window, *self._cut(window)) for window in map(self._schedule.window, self._range)
+        )
+        source = self._micro_batches(keys for _, _, cut in ahead for keys in cut)
+        for window, first, cut in windows:
+            starts = itertools.accumulate(map(len, cut), initial=first)
             loaded = [
                 dataclasses.replace(micro, position=position)
-                for micro, position in zip(itertools.islice(source, len(sizes)), starts, strict=False)
+                for micro, position in zip(itertools.islice(source, len(cut)), starts, strict=False)
             ]
-            counted = [micro.tokens for micro in loaded if micro.tokens is not None]
-            full = [micro for micro in loaded if not micro.is_empty]
             read = np.array([sample for micro in loaded for _, sample in micro.keys], dtype=np.int64)
             yield LoadedWindow(
-                index=index,
+                [self._settled(micro) for micro in loaded if not micro.is_empty],
+                seed=(self._schedule.seed, MICRO_STEP, window.index),
+                counts=counts_of(loaded, digest(first, read)),
+                index=window.index,
                 epoch=window.epoch,
-                samples=sum(micro.samples or 0 for micro in loaded),
-                dropped=sum(micro.dropped for micro in loaded),
-                digest=digest(first, read),
                 window_samples=len(window.ids),
                 window_digest=digest(0, window.ids),
-                tokens=sum(counted) if len(counted) == len(full) else None,
-                micro_batches=[self._settled(micro) for micro in full],
                 skipped=[reason for micro in loaded for reason in micro.skipped],
                 notices=list(self._notices(loaded)),
             )

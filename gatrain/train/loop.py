@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,18 @@ from gatrain.errors import DataError, ExactnessError, SavedStateError
 from gatrain.plan import Plan
 from gatrain.rundir import RunDir
 from gatrain.train import nonfinite, saved_state
-from gatrain.train.accumulate import RankWindow, WindowResult
+from gatrain.train.accumulate import WindowResult
 from gatrain.train.aftermath import Aftermath
 from gatrain.train.engine import Engine
 from gatrain.train.evaluate import EvaluationError, EvaluationStopped, evaluate
 from gatrain.train.events import Sink
-from gatrain.train.loader import LoadedWindow, WindowLoader
+from gatrain.train.loader import WindowLoader
 from gatrain.train.meter import Mark, Meter
+from gatrain.train.micro_batches import LoadedWindow
 from gatrain.train.rescue import rescue
 from gatrain.train.run_folder import RunFolder
 from gatrain.train.save_clock import SaveClock
 from gatrain.train.saved_state import Progress
-from gatrain.train.seeding import MICRO_STEP
 from gatrain.train.windows import MOST_EXACT_PAIRS, WindowSchedule
 
 MOST_PENDING = 256
@@ -52,7 +52,7 @@ class _Pending:
     before: Progress
     lr: float
     loss_scale: Tensor | None
-    unreadable: list[str]
+    unreadable: Sequence[str]
     """Samples of this rank's part that were skipped, each with the reason."""
 
 
@@ -162,7 +162,7 @@ class Trainer:
                 self.sinks.notice(text)
             before = self.progress
             lr = self.engine.learning_rate(before.updates)
-            result, norm = self.engine.step(self._rank_window(loaded), before.updates)
+            result, norm = self.engine.step(self._with_requests(loaded), before.updates)
             end = self._meter.mark()
             scale = self.engine.scaler.now() if self.engine.scaler else None
             self._pending.append(
@@ -209,27 +209,18 @@ class Trainer:
             pin_memory=self.engine.device.type == "cuda",
         )
 
-    def _rank_window(self, loaded: LoadedWindow) -> RankWindow:
-        counts = {
-            "samples": loaded.samples,
-            "dropped": loaded.dropped,
-            "unreadable": len(loaded.skipped),
-            "digest": loaded.digest,
-            "tokens": loaded.tokens or 0,
-            "has_tokens": loaded.tokens is not None and bool(loaded.micro_batches),
-            "stop": self.stop_requested(),
-            "pause": self.pause_requested(),
-            "save": self.engine.ranks.rank == 0
+    def _with_requests(self, loaded: LoadedWindow) -> LoadedWindow:
+        """The window with what this rank asks of all: it travels with the counts."""
+        loaded.counts.update(
+            stop=self.stop_requested(),
+            pause=self.pause_requested(),
+            save=self.engine.ranks.rank == 0
             and (
                 self._clock.is_due(before_evaluation=self._evaluates_after(self.progress.step + 1))
                 or (self.run_folder is not None and self.run_folder.needs_state)
             ),
-        }
-        return RankWindow(
-            loaded.micro_batches,
-            seed=(self.schedule.seed, MICRO_STEP, loaded.index),
-            counts=counts,
         )
+        return loaded
 
     def _check_window(self, loaded: LoadedWindow, result: WindowResult) -> None:
         """Compare what the micro-batches of all ranks held with the window that the step is for.
@@ -418,8 +409,7 @@ class Trainer:
     def _search(self, item: _Pending) -> nonfinite.Findings:
         """Read the window once more and look for the samples that make it not finite. Collective."""
         (loaded,) = self._loader(item.index, item.index + 1, workers=0)
-        window = self._rank_window(loaded)
-        return nonfinite.Search(self.engine, window, item.result.weight_totals, self.schedule.seed).run()
+        return nonfinite.Search(self.engine, loaded, item.result.weight_totals, self.schedule.seed).run()
 
     def _save_once(self) -> bool:
         """Whether the state of this step is on the disk, saved now if it was not. Collective."""

@@ -21,9 +21,9 @@ from gatrain import commands
 from gatrain.labels import IGNORED
 from gatrain.rundir import RunDir
 from gatrain.tasks.base import Batch, Samples
-from gatrain.train.accumulate import MicroBatch, RankWindow
 from gatrain.train.batches import tensors_of
 from gatrain.train.engine import Engine, Rehearsal
+from gatrain.train.micro_batches import LoadedWindow, MicroBatch
 from gatrain.train.sample_names import names_of, sample_name
 from gatrain.train.samples import Key, make, read
 
@@ -90,7 +90,7 @@ class Search:
     """
 
     engine: Engine
-    window: RankWindow
+    window: LoadedWindow
     totals: Mapping[str, float]
     seed: int
     _bad: list[BadMicroBatch] = field(default_factory=list)

@@ -23,8 +23,8 @@ from gatrain import offspring
 from gatrain.errors import BrokenSampleError, DataError, DoesNotFitError, GatrainError, is_out_of_memory
 from gatrain.tasks.base import Batch, Samples, Task, is_deterministic, named_weights
 from gatrain.train import seeding
-from gatrain.train.accumulate import MicroBatch
 from gatrain.train.batches import parts_of
+from gatrain.train.micro_batches import MicroBatch
 from gatrain.train.sample_names import names_of
 
 Key = tuple[int, int]

@@ -12,8 +12,8 @@ from gatrain.plan import FAILED, StepSettings
 from gatrain.rank import Rank
 from gatrain.tasks.base import Batch
 from gatrain.train import batches
-from gatrain.train.accumulate import MicroBatch, RankWindow
 from gatrain.train.meter import Meter
+from gatrain.train.micro_batches import LoadedWindow, MicroBatch
 from gatrain.tune import confirm
 from gatrain.tune.confirm import Confirmation, Finalist, WholeSteps
 from gatrain.tune.measure import Failure, Peers, TrialBatches, attempt
@@ -53,7 +53,7 @@ class WholeStepTimer:
         self._warm = warm
         self._batches = batches
         self._meter = Meter(this.device)
-        self._windows: dict[Finalist, RankWindow] = {}
+        self._windows: dict[Finalist, LoadedWindow] = {}
         self._steps = 0
 
     def run(self, asked: WholeSpec) -> Confirmation | None:
@@ -158,7 +158,7 @@ class WholeStepTimer:
             )
         return self._engines[settings]
 
-    def _window(self, finalist: Finalist) -> RankWindow:
+    def _window(self, finalist: Finalist) -> LoadedWindow:
         """This rank's micro-batches, read once: every finalist computes the same samples."""
         if finalist not in self._windows:
             rank = self._rank.rank
@@ -168,7 +168,7 @@ class WholeStepTimer:
             for host_batch, _ in made:
                 if id(host_batch) not in pinned:
                     pinned[id(host_batch)] = self._pinned(host_batch)
-            self._windows[finalist] = RankWindow(
+            self._windows[finalist] = LoadedWindow(
                 [MicroBatch(pinned[id(host_batch)], weights) for host_batch, weights in made]
             )
         return self._windows[finalist]

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from gatrain.tasks.base import Batch, named_loss_sums
-from gatrain.train.accumulate import PlainAccumulation, RankWindow, WindowResult
+from gatrain.train.accumulate import PlainAccumulation, WindowResult
+from gatrain.train.micro_batches import LoadedWindow
 
 
 class MeanOfMeans(PlainAccumulation):
     """Each micro-batch's own mean, divided by the number of micro-steps."""
 
-    def __call__(self, window: RankWindow) -> WindowResult:
+    def __call__(self, window: LoadedWindow) -> WindowResult:
         self._micro_steps = len(window.micro_batches)
         return super().__call__(window)
 

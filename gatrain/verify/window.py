@@ -19,12 +19,13 @@ from gatrain.config import RunConfig
 from gatrain.errors import DataError, GatrainError
 from gatrain.tasks.base import Batch, LossSum, Task, named_loss_sums, named_weights
 from gatrain.train import samples, seeding
-from gatrain.train.accumulate import MicroBatch, PlainAccumulation, RankWindow
+from gatrain.train.accumulate import PlainAccumulation
 from gatrain.train.batches import map_tensors, move_to, tensors_of
 from gatrain.train.checkpointing import apply_checkpointing
 from gatrain.train.frozen import frozen_randomness
 from gatrain.train.held_state import HeldState, perturb
 from gatrain.train.main_gradients import MasterWeights, half_names, half_parameters
+from gatrain.train.micro_batches import LoadedWindow, MicroBatch
 from gatrain.train.modules import batch_norms
 from gatrain.train.precision import autocast_for
 from gatrain.train.ranks import Ranks
@@ -455,7 +456,7 @@ class Verification:
                 autocast=autocast_for(path.autocast, self.device),
                 main_gradients=masters,
             )
-            result = strategy(RankWindow(micro_batches))
+            result = strategy(LoadedWindow(micro_batches))
             sums = {name: float(value) / factor for name, value in result.local_loss_sums.items()}
             return _flat(parameters), sums
 

@@ -156,8 +156,8 @@ def measure(
     import torch
 
     from gatrain.tasks.base import named_weights
-    from gatrain.train.accumulate import MicroBatch, RankWindow
     from gatrain.train.engine import Engine
+    from gatrain.train.micro_batches import LoadedWindow, MicroBatch
     from gatrain.train.ranks import Ranks
 
     began = time.perf_counter()
@@ -170,7 +170,7 @@ def measure(
     engine = Engine(
         task, copy.deepcopy(model).to(device), settings, config.optimizer, Ranks.current(), device
     )
-    window = RankWindow([MicroBatch(host, named_weights(task.weight(host)))] * MICRO_STEPS)
+    window = LoadedWindow([MicroBatch(host, named_weights(task.weight(host)))] * MICRO_STEPS)
     for step in range(STEPS):
         engine.gradient(window)
         engine.update(step)

@@ -298,7 +298,7 @@ def soak_here(micro_steps: int, steps: int, words: list[str]) -> None:
     from gatrain.compose import compose
     from gatrain.plan import Plan
     from gatrain.rank import Rank
-    from gatrain.train.accumulate import MicroBatch, RankWindow
+    from gatrain.train.micro_batches import LoadedWindow, MicroBatch
     from gatrain.tune.measure import TrialBatches
     from gatrain.tune.memory import memory_of
 
@@ -310,7 +310,7 @@ def soak_here(micro_steps: int, steps: int, words: list[str]) -> None:
     engine = build.build_engine(task, config, plan.settings, device)
     batches = TrialBatches(task)
     made = {size: MicroBatch(*batches.worst_case(size)) for size in set(plan.micro_batches[0])}
-    window = RankWindow([made[size] for size in plan.micro_batches[0]])
+    window = LoadedWindow([made[size] for size in plan.micro_batches[0]])
     count = max(steps, -(-micro_steps // len(plan.micro_batches[0])))
     began = time.perf_counter()
     for step in range(count):
