@@ -66,7 +66,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "launch": {"causes", "offspring", "rundir", "plan", "scratch"},
     "rank": {"hardware", "launch"},
-    "report": {"commands", "disk", "rundir", "plan", "batch", "data.report", "train.events"},
+    "report": {"commands", "disk", "rundir", "plan", "batch", "data.report", "predict", "train.events"},
     "build": {"causes", "config", "construction", "doors", "plan", "signatures", "targets", "tasks", "train"},
     "facts": {"assets", "config", "data.report", "dependencies", "rundir"},
     "inspection": {"build", "causes", "compose", "facts", "offspring", "scratch"},
@@ -98,7 +98,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "worker": {"build", "compose", "rank", "recorded", "report", "train"},
     "verify": {"batch", "build", "compose", "inspection", "launch", "rank", "train", "tune"},
-    "fit": {"commands", "disk", "compose", "inspection", "launch", "predict", "recorded", "states", "tune"},
+    "fit": {"commands", "disk", "compose", "inspection", "launch", "recorded", "states", "tune"},
     "cli": {"assets", "data_view", "imports", "fit", "report", "verify"},
     "start": {"cli", "imports"},
 }

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from test_tune import CPU, CUDA, Machine
 
 from gatrain import cli
 from gatrain.compose import compose
-from gatrain.errors import ConfigError, DoesNotFitError, GatrainError
-from gatrain.plan import DOES_NOT_FIT, FITS, Plan, Trial, make_plan
-from gatrain.predict import GPUS, compare, find_gpu, overheads, predict, trace_in_child
+from gatrain.errors import ConfigError, GatrainError
+from gatrain.predict import GPUS, child, find_gpu, predict, trace_in_child
 from gatrain.predict.allocator import CachingAllocator, rounded, segment_bytes
 from gatrain.predict.recorder import Recorder
-from gatrain.predict.request import ModeTrace, Piece, TraceRequest, TraceResult, largest
+from gatrain.predict.request import TraceRequest, TraceResult, largest
 from gatrain.predict.roofline import micro_step_seconds
 from gatrain.predict.timeline import (
     FREED,
@@ -35,9 +31,9 @@ from gatrain.predict.timeline import (
     Held,
     LinearStep,
     Recording,
-    Replay,
     Work,
 )
+from gatrain.report.prediction import prediction_lines
 from gatrain.units import GIB, MIB
 
 H100 = find_gpu("H100")
@@ -99,16 +95,11 @@ def test_the_best_fit_is_taken_and_a_small_rest_of_a_large_block_is_not_split_of
     assert third.start == second.start + second.size
 
 
-def test_fragments_cost_memory_and_expandable_segments_less() -> None:
-    def peak(expandable: bool) -> int:
-        allocator = CachingAllocator(expandable)
-        for size in range(100, 200, 4):
-            block = allocator.allocate(size * MIB)
-            allocator.free(block)
-        return allocator.peak_reserved
-
-    assert peak(expandable=False) == sum(size * MIB for size in range(100, 200, 4))
-    assert peak(expandable=True) == 200 * MIB  # whole pages of 20 MiB
+def test_fragments_cost_memory() -> None:
+    allocator = CachingAllocator()
+    for size in range(100, 200, 4):
+        allocator.free(allocator.allocate(size * MIB))
+    assert allocator.peak_reserved == sum(size * MIB for size in range(100, 200, 4))
 
 
 def test_of_equal_blocks_the_lowest_address_is_taken_and_large_segments_go_down() -> None:
@@ -202,16 +193,6 @@ def test_optimizer_state_comes_before_the_first_step_and_workspaces_with_the_fir
     assert step.peak(1, held, accumulates=False).reserved == (both + 60) * MIB
 
 
-def test_sizes_in_turn_find_what_earlier_ones_left() -> None:
-    step = LinearStep(recording(2), recording(4))
-    held = Held([100 * MIB], [64 * MIB])
-    replay = Replay(held)
-    small, large = (replay.peak(step, size, accumulates=True) for size in (2, 16))
-    assert small == step.peak(2, held, accumulates=True)
-    assert large.allocated == step.peak(16, held, accumulates=True).allocated
-    assert small.reserved < large.reserved
-
-
 def test_the_largest_that_fits_is_found() -> None:
     for limit in (1, 2, 37, 64):
         for true in range(limit + 1):
@@ -260,7 +241,7 @@ def test_a_further_micro_step_is_the_first_one_with_its_gradients_given_up() -> 
     config = compose([*SMALL_GPT, "precision=fp32"]).config
     task = build.build_task(config)
     batches = Batches(task)
-    asked = TraceRequest("fp32", False, ["none"], 1, "window", 8, GIB)
+    asked = TraceRequest("fp32", ["none"], 1, "window", 8, GIB)
     with FakeTensorMode(allow_non_fake_inputs=True):
         tracer = StepTracer(task, model_without_memory(task), config, asked, batches)
         for mode in ("none", "selective", "full"):
@@ -417,8 +398,8 @@ with FakeTensorMode():
 def gpt2(tokens: str) -> TraceResult:
     """GPT-2 at its full size, in bf16, for two ranks, with a context that keeps the test short."""
     composed = compose(["recipe=gpt2", f"data.path={tokens}", "data.vocab_size=512", "data.eval_fraction=0"])
-    asked = TraceRequest("bf16", False, ["none"], 2, "window", 32, 20 * GIB)
-    (result,) = trace_in_child(composed.yaml, [asked], None, 120)
+    asked = TraceRequest("bf16", ["none"], 2, "window", 32, 20 * GIB)
+    (result,) = trace_in_child(composed.yaml, [asked], None)
     return result
 
 
@@ -432,8 +413,8 @@ def shallow(tokens: str) -> TraceResult:
         "model.layers=2",
         "model.vocab_size=1024",
     ]
-    asked = TraceRequest("bf16", False, ["none", "selective", "full"], 1, "window", 32, 20 * GIB)
-    (result,) = trace_in_child(compose([*words, "data.vocab_size=512"]).yaml, [asked], None, 120)
+    asked = TraceRequest("bf16", ["none", "selective", "full"], 1, "window", 32, 20 * GIB)
+    (result,) = trace_in_child(compose([*words, "data.vocab_size=512"]).yaml, [asked], None)
     return result
 
 
@@ -462,8 +443,8 @@ def test_the_peak_is_linear_in_the_micro_batch(gpt2: TraceResult, shallow: Trace
 
 def test_a_fixed_size_is_traced_once_and_says_the_same(gpt2: TraceResult, tokens: str) -> None:
     words = ["recipe=gpt2", f"data.path={tokens}", "data.vocab_size=512", "data.eval_fraction=0"]
-    asked = TraceRequest("bf16", False, ["none"], 2, "window", 32, 20 * GIB, fixed=8)
-    (result,) = trace_in_child(compose(words).yaml, [asked], None, 120)
+    asked = TraceRequest("bf16", ["none"], 2, "window", 32, 20 * GIB, fixed=8)
+    (result,) = trace_in_child(compose(words).yaml, [asked], None)
     (piece,) = result.traces[0].pieces
     assert (piece.low.micro_batch, piece.high) == (8, None)
     for accumulates in (True, False):
@@ -493,15 +474,15 @@ def test_more_ranks_add_the_flat_bucket(gpt2: TraceResult) -> None:
     made = sum(size for _, size in reduced if size != FREED)
     assert made == gpt2.gradient_bytes
     composed = compose(SMALL_GPT)
-    asked = [TraceRequest("fp32", False, ["none"], ranks, "window", 4, GIB) for ranks in (1, 2)]
-    one, two = trace_in_child(composed.yaml, asked, None, 120)
+    asked = [TraceRequest("fp32", ["none"], ranks, "window", 4, GIB) for ranks in (1, 2)]
+    one, two = trace_in_child(composed.yaml, asked, None)
     assert not one.traces[0].pieces[0].low.phases[REDUCE]
     assert two.traces[0].pieces[0].low.phases[REDUCE]
 
 
 def test_the_range_of_seconds_is_a_range_and_holds_the_arithmetic(gpt2: TraceResult) -> None:
     work = gpt2.traces[0].work(8)
-    span = micro_step_seconds(work, H100, "bf16", compiled=False, may_compile=True)
+    span = micro_step_seconds(work, H100, "bf16", may_compile=True)
     flops = sum(f for f, _ in work.products)
     assert H100.bf16_flops is not None
     assert flops / H100.bf16_flops < span.low < span.high < 20 * flops / H100.bf16_flops
@@ -568,12 +549,15 @@ def test_plan_prints_one_json_object_that_sums_to_the_effective_batch(
     assert found["modes"][0]["largest_micro_batch"] == 8
 
 
-def test_plan_for_all_gpus_has_a_row_for_each(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = call(capsys, "plan", *SMALL_GPT, "checkpointing=none", "precision=bf16", "--gpus")
+def test_plan_for_all_gpus_has_a_row_for_each_and_says_that_compiled_code_is_not_predicted(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [*SMALL_GPT, "checkpointing=none", "precision=bf16", "compile=true", "--gpus"]
+    code, out, err = call(capsys, "plan", *words)
     assert code == 0, err
     for gpu in GPUS:
         assert gpu.name in out
-    assert "redicted" in out
+    assert "Compiled code is predicted as uncompiled code, which usually needs more memory." in out
 
 
 @pytest.mark.parametrize("words", [[], ["--gpu", "T4", "--gpus"]])
@@ -633,9 +617,9 @@ def test_what_fits_no_gpu_is_said(own_model: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("gatrain.predict.trace_in_child", once)
     every = predict(composed, GPUS)
     assert not every.fits
-    assert "It fits on none of these" in "\n".join(every.lines())
-    with pytest.raises(DoesNotFitError, match="fits on no GPU of the table"):
-        predict(composed, [H100])
+    assert every.refusal is None
+    assert "It fits on none of these" in "\n".join(prediction_lines(every))
+    assert "fits on no GPU of the table" in (predict(composed, [H100]).refusal or "")
 
 
 def test_sgd_of_a_huge_model_is_traced_without_its_memory(own_model: Path) -> None:
@@ -665,9 +649,10 @@ def test_a_model_that_needs_numbers_is_told_so(own_model: Path) -> None:
         predict(compose(["recipe=mine", "model._target_=own_models.Depends"]), [H100])
 
 
-def test_a_trace_ends_in_time() -> None:
+def test_a_trace_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child, "TIME_LIMIT_S", 0.1)
     with pytest.raises(GatrainError, match="was stopped"):
-        predict(compose(SMALL_GPT), [H100], time_limit_s=0.1)
+        predict(compose(SMALL_GPT), [H100])
 
 
 def test_no_gpu_is_touched_and_torch_stays_in_the_child() -> None:
@@ -677,205 +662,6 @@ def test_no_gpu_is_touched_and_torch_stays_in_the_child() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ.copy())
     assert done.stdout.strip() == "False", done.stderr
-
-
-def test_compiled_code_needs_less_than_eager() -> None:
-    asked: list[Any] = [TraceRequest("bf16", how, ["none"], 1, "window", 8, GIB) for how in (False, True)]
-    eager, compiled = trace_in_child(compose(SMALL_GPT).yaml, asked, None, 120)
-    peaks = [r.traces[0].peak(64, 0, accumulates=True).allocated for r in (eager, compiled)]
-    assert 0.2 * peaks[0] < peaks[1] < peaks[0]
-
-
-# --- beside what was measured ---------------------------------------------------------------------------
-
-HOPPER = (9, 0)
-
-
-def measured_plan(*trials: Trial) -> Plan:
-    return make_plan(
-        effective_batch=32, world_size=1, micro_batch=8, precision="bf16", checkpointing="none", compile=False,
-        sync="window", reason="tried", trials=list(trials),
-    )  # fmt: skip
-
-
-def trial(micro_batch: int, peak: int | None, **other: Any) -> Trial:
-    usual = {"precision": "bf16", "checkpointing": "none", "compile": False, "outcome": FITS} | other
-    return Trial(micro_batch=micro_batch, peak_memory_bytes=peak, **usual)
-
-
-def traced() -> TraceResult:
-    pieces = [Piece(1, recording(2), recording(4))]
-    return TraceResult(1, 64 * MIB, ["none"], [ModeTrace("none", [512 * MIB], [], pieces, 0.0, 0.0, [])])
-
-
-def test_predictions_stand_beside_the_largest_uncompiled_trials() -> None:
-    outside = overheads.growth_bytes(1)
-    peaks = {
-        b: (512 + 128 + 8 * b) * MIB + outside for b in (1, 2, 4, 8)
-    }  # with two gradients; small ones cost more
-    plan = measured_plan(
-        *(trial(b, peak) for b, peak in peaks.items()),
-        trial(16, 9 * GIB, compile=True), trial(16, 9 * GIB, precision="fp32"), trial(16, None),
-        trial(16, 9 * GIB, checkpointing="full"), trial(32, 9 * GIB, outcome=DOES_NOT_FIT),
-    )  # fmt: skip
-    title, *rows = compare.comparison_lines(plan, traced(), "bf16", HOPPER)
-    assert "bf16, not compiled" in title
-    assert [row.split(",")[0].split()[-1] for row in rows] == ["2", "4", "8"]
-    expected = compare.trial_peak(traced().traces[0], [1, 2, 4, 8], 8, HOPPER, 1)
-    assert expected == pytest.approx(peaks[8], rel=0.05)
-    assert f"{expected / peaks[8] - 1:+.1%}" in rows[-1]
-    assert "checkpointing none: predicted" in rows[-1]
-    assert compare.trial_peak(traced().traces[0], [], 8, HOPPER, 2) == expected + overheads.NCCL_BYTES
-
-
-def test_there_is_nothing_to_show_without_a_trace_or_a_trial() -> None:
-    assert compare.comparison_lines(measured_plan(trial(8, GIB)), None, "bf16", HOPPER) == []
-    assert compare.comparison_lines(measured_plan(), traced(), "bf16", HOPPER) == []
-    assert compare.comparison_lines(measured_plan(trial(8, GIB)), traced(), "fp32", HOPPER) == []
-
-
-def test_a_trace_beside_the_trials_is_ready_later_and_leaves_nothing() -> None:
-    composed = compose([*SMALL_GPT, "checkpointing=none", "batch.effective=8"])
-    began = time.perf_counter()
-    with compare.start(composed, memory_bytes=5 * GIB, capability=(8, 6)) as tracing:
-        assert time.perf_counter() - began < 1
-        assert tracing.precision == "bf16"
-        assert tracing.result() is None  # not yet
-        folder, process = tracing._folder, tracing._process
-        assert folder is not None
-        assert process is not None
-        assert os.getpriority(os.PRIO_PROCESS, process.pid) == compare.NICENESS
-        result = tracing.result(timeout_s=60)
-        assert result is not None
-        (line,) = tracing.lines(measured_plan(trial(4, 500 * MIB)))[1:]
-        assert "micro-batch 4" in line
-    assert not folder.exists()
-    assert tracing.result() is None
-    tracing.close()
-
-
-def test_closing_ends_a_trace_that_still_runs() -> None:
-    tracing = compare.start(compose(["recipe=gpt2"]), memory_bytes=80 * GIB, capability=HOPPER)
-    process = tracing._process
-    assert process is not None
-    began = time.perf_counter()
-    tracing.close()
-    assert time.perf_counter() - began < 2
-    assert process.returncode == -signal.SIGKILL
-
-
-def test_a_trace_that_fails_costs_only_its_lines(own_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    depends = compose(["recipe=mine", "model._target_=own_models.Depends"])
-    with compare.start(depends, memory_bytes=GIB, capability=(7, 5)) as tracing:
-        assert tracing.precision == "fp32"
-        assert tracing.result(timeout_s=60) is None
-        assert tracing.lines(measured_plan(trial(8, GIB))) == []
-
-    def refuse(*given: Any, **named: Any) -> None:
-        raise OSError("no more processes")
-
-    monkeypatch.setattr("gatrain.predict.child.start", refuse)
-    with compare.start(depends, memory_bytes=GIB, capability=(7, 5)) as tracing:
-        assert tracing.result(timeout_s=60) is None
-
-
-class Trials(Machine):
-    """Trial processes of a GPU that is not there, as a host that autotune may start."""
-
-    def __init__(self, announce: Any, **options: Any) -> None:
-        super().__init__()
-        self._announce = announce
-        self.shared = None
-
-    def __enter__(self) -> Trials:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        pass
-
-    def start(self) -> None:
-        self._announce(Path("trials"))
-
-    def __call__(self, folder: Path) -> None:
-        self.start()
-        time.sleep(6)  # as long as a real one
-        super().__call__(folder)
-
-
-@pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_autotune_shows_predicted_beside_measured_on_a_gpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], device: str
-) -> None:
-    from gatrain import fit
-    from gatrain.cli import _run
-
-    monkeypatch.setenv("GATRAIN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(fit, "detect_hardware", lambda name: CUDA if device == "cuda" else CPU)
-    monkeypatch.setattr("gatrain.tune.trial_host", lambda *args, announce, **others: Trials(announce))
-    words = ["autotune", *SMALL_GPT, "batch.effective=8", "checkpointing=none"]
-    assert _run(words) == 0
-    shown = capsys.readouterr().out
-    assert ("as predicted without a GPU, and as measured" in shown) == (device == "cuda")
-    assert shown.count("micro-batch 8, checkpointing none: predicted") == (1 if device == "cuda" else 0)
-    # from the cache nothing is measured, so nothing is predicted
-    assert _run([*words, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["predicted"] == []
-
-
-# --- compiled code --------------------------------------------------------------------------------------
-
-
-def fused_events(function: Any, *inputs: torch.Tensor) -> tuple[Any, Any]:
-    """What a compiled function makes and moves in its forward, and then in its backward."""
-    from gatrain.predict.fused import fused_backend
-
-    recorder = Recorder()
-    call = torch.compile(function, backend=fused_backend(recorder), dynamic=False)
-    call(*inputs).sum().backward()  # compiles
-    recorder.adopt(inputs)
-    recorder.take()
-    with recorder:
-        result = call(*inputs)
-        forward = recorder.take()
-        result.sum().backward()
-    torch._dynamo.reset()
-    return forward, recorder.take()
-
-
-def test_what_overwrote_an_operand_lives_as_long_as_views_of_it() -> None:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    def function(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        made = 2 * (x @ weight)  # in place of the product
-        return made[:, :32] @ made[:, 32:].T
-
-    with FakeTensorMode():
-        x = torch.zeros(64, 64, requires_grad=True)
-        (events, _), _ = fused_events(function, x, torch.zeros(64, 64))
-    made = dict(event for event in events if event[1] > 0)
-    freed = {number for number, size in events if size == FREED}
-    assert (
-        sum(size for number, size in made.items() if number not in freed) == 2 * 64 * 64 * 4
-    )  # and the result
-
-
-def test_cheap_results_are_made_again_and_not_written() -> None:
-    """GELU's argument in fp32 is read before and after a product: by the forward and by the backward."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    def function(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        return torch.utils.checkpoint.checkpoint(
-            lambda x: torch.nn.functional.gelu((x @ first).float()).bfloat16() @ second,
-            x,
-            use_reentrant=False,
-        )
-
-    with FakeTensorMode():
-        x, first, second = (torch.zeros(64, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-        recorded = fused_events(function, x, first, second)
-    for events, work in recorded:
-        assert max(size for _, size in events) == 64 * 64 * 2
-        assert work.other_bytes > 0
 
 
 def test_lengths_that_vary_make_usual_batches_shorter() -> None:

@@ -149,13 +149,11 @@ def autotune(
         plan_plot.save_plan_plot(prepared.plan, plot)
     if as_json:
         data = prepared.data.to_dict() if prepared.data is not None else None
-        terminal.print_json(prepared.plan.to_dict() | {"predicted": prepared.predicted, "data": data})
+        terminal.print_json(prepared.plan.to_dict() | {"data": data})
     else:
         from gatrain.report import plan_plot
 
-        terminal.print_lines(
-            [*prepared.predicted, *plan_plot.plan_plot_lines(prepared.plan, terminal.width())]
-        )
+        terminal.print_lines(plan_plot.plan_plot_lines(prepared.plan, terminal.width()))
 
 
 @app.command()
@@ -173,6 +171,7 @@ def plan(
     from gatrain.compose import compose
     from gatrain.errors import DoesNotFitError
     from gatrain.predict import GPUS, find_gpu, predict
+    from gatrain.report.prediction import prediction_lines
 
     if (gpu is None) != every:
         raise ConfigError(
@@ -183,10 +182,12 @@ def plan(
     with terminal.Progress() as progress:
         progress.tell("Tracing the model without data")
         prediction = predict(composed, found, nproc)
+    if prediction.refusal is not None:
+        raise DoesNotFitError(prediction.refusal)
     if as_json:
         terminal.print_json(prediction.to_dict())
     else:
-        terminal.print_lines(prediction.lines())
+        terminal.print_lines(prediction_lines(prediction))
     if not prediction.fits:
         raise typer.Exit(DoesNotFitError.exit_code)
 

@@ -15,7 +15,7 @@ import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gatrain import batch, codec, commands, guardian, scratch, states
 from gatrain.commands import OVERWRITE, Again
@@ -49,12 +49,7 @@ from gatrain.plan import Plan
 from gatrain.rundir import RunDir, locked, open_run_dir, read_json, write_json, write_text
 from gatrain.secrets import redact
 
-if TYPE_CHECKING:
-    from gatrain.predict.compare import Tracing
-
 WORKER = "gatrain.worker"
-PREDICTION_S = 1.0
-"""Seconds that a finished plan waits for the prediction that is shown beside it."""
 
 RESUME_KEYS = (
     "train.steps", "train.epochs", "train.log_every", "train.data_workers", "train.check", "train.nonfinite",
@@ -126,8 +121,6 @@ class Prepared:
     hardware: Hardware
     nodes: Nodes
     plan: Plan
-    predicted: list[str] = field(default_factory=list)
-    """Lines with the peak memory that was predicted without a GPU, beside what trials have just measured."""
     data: DataRecord | None = None
 
 
@@ -156,29 +149,9 @@ def autotune(
     composed = compose(overrides)
     check_modules(composed.config, Path.cwd())
     hardware, nodes = find_world(composed.config, request)
-    with contextlib.ExitStack() as stack:
-        tracings: list[Tracing] = []
-
-        def measuring() -> None:
-            """Trials begin: predict beside them what they will show."""
-            from gatrain.predict import compare
-
-            if hardware.gpus and not tracings:
-                weakest_gpu = min(hardware.gpus, key=lambda gpu: gpu.total_bytes)
-                tracing = compare.start(
-                    composed,
-                    memory_bytes=weakest_gpu.total_bytes,
-                    capability=weakest_gpu.capability,
-                    world_size=nodes.world_size,
-                )
-                tracings.append(stack.enter_context(tracing))
-
-        plan, facts = _plan(
-            composed.config, composed.yaml, hardware, nodes, listener, Path.cwd(), retune, measuring=measuring
-        )
-        predicted = [line for tracing in tracings for line in tracing.lines(plan, timeout_s=PREDICTION_S)]
+    plan, facts = _plan(composed.config, composed.yaml, hardware, nodes, listener, Path.cwd(), retune)
     listener.planned(plan, None)
-    return Prepared(composed, hardware, nodes, plan, predicted, facts.data)
+    return Prepared(composed, hardware, nodes, plan, facts.data)
 
 
 def fit(
@@ -379,17 +352,10 @@ def _plan(
     retune: bool = False,
     run_dir: RunDir | None = None,
     heart: Heartbeat | None = None,
-    measuring: Callable[[], None] = lambda: None,
 ) -> tuple[Plan, RunFacts]:
     from gatrain.tune import make_plan_for, needs_trials, trial_host
 
-    def announce(trials: Path | None) -> None:
-        if heart is not None:
-            heart.announce(trials)
-        if trials is not None:
-            measuring()
-
-    options: dict[str, Any] = {"announce": announce}
+    options: dict[str, Any] = {} if heart is None else {"announce": heart.announce}
     if run_dir is not None and nodes.nnodes > 1:
         options["shared"] = run_dir.path
     with (

@@ -17,13 +17,12 @@ from typing import Any
 from gatrain import batch, units
 from gatrain.compose import Composed
 from gatrain.config import RunConfig
-from gatrain.errors import ConfigError, DoesNotFitError
-from gatrain.predict.child import TIME_LIMIT_S, trace_in_child
+from gatrain.errors import ConfigError
+from gatrain.predict.child import trace_in_child
 from gatrain.predict.forecast import Forecaster, GpuForecast, ModeForecast, SizeForecast
 from gatrain.predict.gpus import GPUS, GpuModel, find_gpu
 from gatrain.predict.request import TraceResult, request_for
 from gatrain.predict.roofline import Range
-from gatrain.predict.view import prediction_lines
 
 __all__ = [
     "GPUS", "GpuForecast", "GpuModel", "ModeForecast", "Prediction", "Range", "SizeForecast", "find_gpu", "predict",
@@ -44,6 +43,8 @@ class Prediction:
     checkpointing_offered: list[str]
     trace_s: float
     notes: list[str]
+    refusal: str | None = None
+    """What is missing and where it would fit, if a single kind of GPU was asked about and nothing fits on it."""
 
     @property
     def fits(self) -> bool:
@@ -52,12 +53,8 @@ class Prediction:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
-        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "refusal"}
         return {"label": "predicted", **data, "gpus": [gpu.to_dict() for gpu in self.gpus]}
-
-    def lines(self) -> list[str]:
-        """Text for people."""
-        return prediction_lines(self)
 
 
 def predict(
@@ -66,22 +63,17 @@ def predict(
     nproc: int = 1,
     *,
     cwd: Path | None = None,
-    time_limit_s: float = TIME_LIMIT_S,
-    raises: bool = True,
 ) -> Prediction:
-    """Predict memory and time of a recipe.
+    """Predict memory and time of a recipe, of uncompiled code.
 
     Args:
         composed: the recipe and its overrides.
         gpus: kinds of GPU, each answered for by itself: `find_gpu` or `GPUS`.
         nproc: ranks, one for each GPU, in one node.
         cwd: folder whose modules `_target_` may name; default the current one.
-        time_limit_s: of the trace.
-        raises: refuse where a single GPU was asked about and nothing fits; False returns the numbers.
 
     Raises:
         ConfigError, PlanError, DataError: the recipe or the numbers are wrong.
-        DoesNotFitError: a single GPU was asked about and not even one sample fits.
         GatrainError: the model cannot be traced, or not in time.
     """
     config = composed.config
@@ -95,13 +87,9 @@ def predict(
     requests = {
         name: request_for(config, memory_bytes, nproc, name) for name in dict.fromkeys(precisions.values())
     }
-    traces = dict(
-        zip(requests, trace_in_child(composed.yaml, list(requests.values()), cwd, time_limit_s), strict=True)
-    )
+    traces = dict(zip(requests, trace_in_child(composed.yaml, list(requests.values()), cwd), strict=True))
     forecasters = {
-        name: Forecaster(
-            trace, config, nproc, name, compiled=requests[name].compile, sync=requests[name].sync
-        )
+        name: Forecaster(trace, config, nproc, name, sync=requests[name].sync)
         for name, trace in traces.items()
     }
     first = next(iter(traces.values()))
@@ -120,9 +108,9 @@ def predict(
         trace_s=time.perf_counter() - began,
         notes=_notes(config, list(traces.values())),
     )
-    if raises and len(gpus) == 1 and not prediction.fits:
-        _refuse(prediction, forecasters, nproc)
-    return prediction
+    if len(gpus) > 1 or prediction.fits:
+        return prediction
+    return dataclasses.replace(prediction, refusal=_refusal(prediction, forecasters))
 
 
 def _precision(config: RunConfig, gpu: GpuModel) -> str:
@@ -131,10 +119,8 @@ def _precision(config: RunConfig, gpu: GpuModel) -> str:
 
 def _notes(config: RunConfig, traces: list[TraceResult]) -> list[str]:
     notes = ["Everything here is predicted; gatrain autotune on the GPU itself measures it."]
-    if config.compile == "auto":
-        notes.append(
-            "Memory is that of uncompiled code; compiled code usually needs less (compile=true says)."
-        )
+    if config.compile is not False:
+        notes.append("Compiled code is predicted as uncompiled code, which usually needs more memory.")
     off = [
         trace.straightness for result in traces for trace in result.traces if trace.straightness is not None
     ]
@@ -146,19 +132,14 @@ def _notes(config: RunConfig, traces: list[TraceResult]) -> list[str]:
     return notes
 
 
-def _refuse(prediction: Prediction, forecasters: dict[str, Forecaster], nproc: int) -> None:
-    """Say what is missing, and where it would fit.
-
-    Raises:
-        DoesNotFitError: always.
-    """
+def _refusal(prediction: Prediction, forecasters: dict[str, Forecaster]) -> str:
     forecast = prediction.gpus[0]
     asked = forecast.modes[0].sizes[0].micro_batch
     forecaster = forecasters[forecast.precision]
     others = [gpu.name for gpu in GPUS if gpu.precision == forecast.gpu.precision and forecaster.on(gpu).fits]
     where = f"It should fit on: {', '.join(others)}." if others else "It fits on no GPU of the table."
     fraction = forecast.budget_bytes / forecast.gpu.memory_bytes
-    raise DoesNotFitError(
+    return (
         f"predicted: at micro-batch {asked} a step needs {units.size(forecast.smallest_peak_bytes)} at least, "
         f"but {units.size(forecast.budget_bytes)} ({fraction:.0%}) of a {forecast.gpu.name} may be used. "
         f"{where}"

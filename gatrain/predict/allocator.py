@@ -47,20 +47,14 @@ FreeBlock = tuple[int, int, int, Block]
 
 
 class CachingAllocator:
-    """Counts bytes in use and bytes reserved from the driver, and the peaks of both.
+    """Counts bytes in use and bytes reserved from the driver, and the peaks of both."""
 
-    Args:
-        expandable: model ``expandable_segments:True``: each pool is one segment that grows at its end.
-    """
-
-    def __init__(self, expandable: bool = False) -> None:
+    def __init__(self) -> None:
         self.allocated = 0
         self.reserved = 0
         self.peak_allocated = 0
         self.peak_reserved = 0
-        self._expandable = expandable
         self._free: dict[bool, list[FreeBlock]] = {True: [], False: []}
-        self._last: dict[bool, Block | None] = {True: None, False: None}  # end of the expandable segments
         self._start = self._end = 0  # of the addresses in use
 
     def allocate(self, requested: int) -> Block | None:
@@ -88,14 +82,12 @@ class CachingAllocator:
             if neighbour is not None and neighbour.is_free:
                 self._take_out(neighbour)
                 block = _merged(block, neighbour)
-                if self._last[block.is_small] is neighbour:
-                    self._last[block.is_small] = block
         self._put_in(block)
 
     def empty_cache(self) -> None:
         """Give segments that are wholly free back to the driver, and start new peaks."""
         for is_small, pool in self._free.items():
-            kept = [entry for entry in pool if entry[-1].previous or entry[-1].next or self._expandable]
+            kept = [entry for entry in pool if entry[-1].previous or entry[-1].next]
             self.reserved -= sum(entry[0] for entry in pool) - sum(entry[0] for entry in kept)
             self._free[is_small] = kept
         self.peak_allocated, self.peak_reserved = self.allocated, self.reserved
@@ -106,30 +98,8 @@ class CachingAllocator:
         return pool.pop(index)[-1] if index < len(pool) else None
 
     def _from_driver(self, size: int, is_small: bool) -> Block:
-        if self._expandable:
-            return self._grown(size, is_small)
         length = segment_bytes(size)
         block = Block(self._address(length), length, is_small)
-        self._reserve(length)
-        return block
-
-    def _grown(self, size: int, is_small: bool) -> Block:
-        """Map more pages at the end of the pool's one segment, and use its free tail."""
-        page = SMALL_SEGMENT_BYTES if is_small else LARGE_SEGMENT_BYTES
-        tail = self._last[is_small]
-        if tail is not None and tail.is_free:
-            self._take_out(tail)
-            length = -(-(size - tail.size) // page) * page
-            tail.size += length
-            self._reserve(length)
-            return tail
-        length = -(-size // page) * page
-        # each pool has an address range of its own; only the order inside it matters
-        start = tail.start + tail.size if tail is not None else 0
-        block = Block(start, length, is_small, previous=tail)
-        if tail is not None:
-            tail.next = block
-        self._last[is_small] = block
         self._reserve(length)
         return block
 
@@ -148,15 +118,12 @@ class CachingAllocator:
 
     def _split(self, block: Block, size: int) -> None:
         rest = block.size - size
-        keeps_any = block.is_small or self._expandable
-        if rest < MIN_BLOCK_BYTES or (not keeps_any and rest <= SMALL_LIMIT_BYTES):
+        if rest < MIN_BLOCK_BYTES or (not block.is_small and rest <= SMALL_LIMIT_BYTES):
             return
         remaining = Block(block.start + size, rest, block.is_small, previous=block, next=block.next)
         if block.next is not None:
             block.next.previous = remaining
         block.next, block.size = remaining, size
-        if self._last[block.is_small] is block:
-            self._last[block.is_small] = remaining
         self._put_in(remaining)
 
     def _put_in(self, block: Block) -> None:

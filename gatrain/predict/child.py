@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -21,9 +19,7 @@ TIME_LIMIT_S = 300.0
 _ERRORS = "errors.txt"
 
 
-def trace_in_child(
-    config_yaml: str, requests: Sequence[TraceRequest], cwd: Path | None, time_limit_s: float = TIME_LIMIT_S
-) -> list[TraceResult]:
+def trace_in_child(config_yaml: str, requests: Sequence[TraceRequest], cwd: Path | None) -> list[TraceResult]:
     """Run the tracing process.
 
     Raises:
@@ -31,46 +27,36 @@ def trace_in_child(
     """
     folder = scratch.make("gatrain-predict-")
     try:
-        process = start(folder, config_yaml, requests, cwd)
+        process = _start(folder, config_yaml, requests, cwd)
         try:
-            process.wait(time_limit_s)
+            process.wait(TIME_LIMIT_S)
         except subprocess.TimeoutExpired:
             raise GatrainError(
-                f"tracing the model took longer than {time_limit_s:g} s and was stopped. The first time also "
+                f"tracing the model took longer than {TIME_LIMIT_S:g} s and was stopped. The first time also "
                 "prepares the data: try once more. Else measure it on the GPU: gatrain autotune."
             ) from None
         finally:
             offspring.end(process)
-        return read_result(folder, process.returncode)
+        return _read_result(folder, process.returncode)
     finally:
-        remove(folder)
+        scratch.remove(folder)
 
 
-def start(
-    folder: Path, config_yaml: str, requests: Sequence[TraceRequest], cwd: Path | None, *, niceness: int = 0
+def _start(
+    folder: Path, config_yaml: str, requests: Sequence[TraceRequest], cwd: Path | None
 ) -> subprocess.Popen[bytes]:
-    """Start the tracing process and return at once.
-
-    Args:
-        folder: for what it is asked and what it finds.
-        niceness: by how much others go before it.
-    """
     write_text(folder / request.CONFIG, config_yaml, mode=0o600)
     write_json(folder / request.REQUEST, {"requests": [asdict(each) for each in requests]})
     with (folder / _ERRORS).open("w") as errors:
-        process = offspring.start(
+        return offspring.start(
             ["-m", "gatrain.predict.trace", str(folder)],
             cwd=cwd,
             env={"CUDA_VISIBLE_DEVICES": ""},
             said=errors,
         )
-    if niceness:
-        with contextlib.suppress(OSError):  # it may have ended by now
-            os.setpriority(os.PRIO_PROCESS, process.pid, niceness)
-    return process
 
 
-def read_result(folder: Path, exit_status: int) -> list[TraceResult]:
+def _read_result(folder: Path, exit_status: int) -> list[TraceResult]:
     """What a process that has ended found.
 
     Raises:
@@ -84,8 +70,3 @@ def read_result(folder: Path, exit_status: int) -> list[TraceResult]:
     if "error" in result:
         raise EXIT_CODES.get(result["exit_code"], GatrainError)(result["error"])
     return [TraceResult.from_dict(each) for each in result["results"]]
-
-
-def remove(folder: Path) -> None:
-    """Remove what was said between the processes."""
-    scratch.remove(folder)

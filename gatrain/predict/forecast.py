@@ -53,7 +53,6 @@ class GpuForecast:
 
     gpu: GpuModel
     precision: str
-    compile: bool
     budget_bytes: int
     modes: list[ModeForecast]
     plan: Plan | None
@@ -80,7 +79,7 @@ class Forecaster:
     """Answers for any GPU from one trace.
 
     Args:
-        trace: of this precision and compile setting.
+        trace: of this precision.
         config: names the effective batch and the share of memory that may be used.
     """
 
@@ -91,14 +90,12 @@ class Forecaster:
         world_size: int,
         precision: str,
         *,
-        compiled: bool,
         sync: str,
     ) -> None:
         self._trace = trace
         self._config = config
         self._world_size = world_size
         self._precision = precision
-        self._compiled = compiled
         self._sync = sync
         self._effective = config.batch.effective
         self._share = batch.largest_share(self._effective, world_size)
@@ -112,7 +109,7 @@ class Forecaster:
         plan = None if chosen is None else self._plan(gpu, chosen, modes)
         step_s = None if chosen is None else chosen.step_s
         rate = None if step_s is None else step_s.rate(self._effective)
-        return GpuForecast(gpu, self._precision, self._compiled, budget, modes, plan, step_s, rate)
+        return GpuForecast(gpu, self._precision, budget, modes, plan, step_s, rate)
 
     def size(self, gpu: GpuModel, trace: ModeTrace, micro_batch: int, budget: int) -> SizeForecast:
         """Predicted peak of one micro-batch."""
@@ -155,7 +152,6 @@ class Forecaster:
                 trace.work(size),
                 gpu,
                 self._precision,
-                compiled=self._compiled,
                 may_compile=self._config.compile is not False,
             )
             total += one.times(sizes.count(size) * self._trace.usual_length(size))
@@ -169,7 +165,7 @@ class Forecaster:
                 micro_batch=mode.proposed.micro_batch,
                 precision=self._precision,
                 checkpointing=mode.checkpointing,
-                compile=self._compiled,
+                compile=False,
                 outcome=FITS,
                 peak_memory_bytes=mode.proposed.peak_bytes,
             )
@@ -188,7 +184,7 @@ class Forecaster:
             micro_batch=chosen.proposed.micro_batch,
             precision=self._precision,
             checkpointing=chosen.checkpointing,
-            compile=self._compiled,
+            compile=False,
             sync=self._sync,
             reason=reason,
             trials=trials,

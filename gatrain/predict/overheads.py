@@ -34,12 +34,7 @@ OTHER_CUBLAS_WORKSPACE_BYTES = 8 * MIB + 128 * 1024
 
 def outside_bytes(world_size: int) -> int:
     """Bytes that never pass through PyTorch's allocator."""
-    return CONTEXT_BYTES + growth_bytes(world_size)
-
-
-def growth_bytes(world_size: int) -> int:
-    """The part of them that comes after the context is there: what a trial of `gatrain.tune` sees of them."""
-    return KERNELS_BYTES + (NCCL_BYTES if world_size > 1 else 0)
+    return CONTEXT_BYTES + KERNELS_BYTES + (NCCL_BYTES if world_size > 1 else 0)
 
 
 def workspace_bytes(capability: tuple[int, int]) -> int:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -44,9 +43,6 @@ class Recorder(TorchDispatchMode):
         self._events: Events = []
         self._work = Work()
         self._has_workspace: set[bool] = set()
-        self._is_paused = False
-        self._copies_layouts = True
-        self._counts_work = True
         self._holders_of_unshared = _holders_of_unshared()
 
     @classmethod
@@ -73,39 +69,12 @@ class Recorder(TorchDispatchMode):
             if number is not None:
                 self._events.append((number, GRADIENT))
 
-    @contextmanager
-    def unseen(self) -> Iterator[None]:
-        """What is made inside takes no memory: intermediate values of a fused kernel."""
-        before, self._is_paused = self._is_paused, True
-        try:
-            yield
-        finally:
-            self._is_paused = before
-
-    def note_traffic(self, sizes: Iterable[int], kernels: int) -> None:
+    def _note_traffic(self, sizes: Iterable[int], kernels: int) -> None:
         """Count bytes that are read or written, besides what is seen of operations."""
         for size in sizes:
             self._work.other_bytes += size
             self._work.other_constant += size if size % self.micro_batch else 0
         self._work.other_kernels += kernels
-
-    @contextmanager
-    def without_work(self) -> Iterator[None]:
-        """What is called inside takes memory, and the caller counts what it moves: `note_traffic`."""
-        self._counts_work = False
-        try:
-            yield
-        finally:
-            self._counts_work = True
-
-    @contextmanager
-    def in_best_layout(self) -> Iterator[None]:
-        """What is called inside gets its operands as it likes them best: the compiler chooses their layout."""
-        self._copies_layouts = False
-        try:
-            yield
-        finally:
-            self._copies_layouts = True
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -115,7 +84,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         adds_in_place = func is _ADD and self._adds_in_place(args)
         out = func(*args, **kwargs)
-        if adds_in_place and not self._is_paused:
+        if adds_in_place:
             self._replace(_storage(args[0]), _storage(out))
             self._note_work(func, args, kwargs, out, [*args[:2], out])
         # tensors on "meta" were asked for to have no memory
@@ -127,10 +96,6 @@ class Recorder(TorchDispatchMode):
         if fresh:
             brought = {_storage(tensor)._cdata for tensor in given}
             fresh = [result for result in fresh if _storage(result)._cdata not in brought]
-        if self._is_paused:
-            for result in fresh:
-                self._add(_storage(result), silent=True)
-            return out
         for result in fresh:
             storage = _storage(result)
             if self._add(storage):
@@ -140,9 +105,9 @@ class Recorder(TorchDispatchMode):
             self._note_workspace()  # the kernel asks for it, with its result made
         if fresh or func._schema.is_mutable:
             self._note_work(func, args, kwargs, out, given + fresh)
-            for together in _temporaries(func, args, out, self._copies_layouts):
+            for together in _temporaries(func, args, out):
                 if func._overloadpacket in CONVOLUTIONS:
-                    self.note_traffic([2 * size for size in together], len(together))  # read, and written
+                    self._note_traffic([2 * size for size in together], len(together))  # read, and written
                 numbers = range(self._count + 1, self._count + 1 + len(together))
                 self._count += len(together)
                 self._events += [*zip(numbers, together, strict=True), *((n, FREED) for n in numbers)]
@@ -151,7 +116,7 @@ class Recorder(TorchDispatchMode):
     def _note_workspace(self) -> None:
         """cuBLAS has a handle, and so a workspace, for the thread of the forward and for that of the backward."""
         is_backward = torch._C._current_graph_task_id() != -1
-        if is_backward not in self._has_workspace and not self._is_paused:
+        if is_backward not in self._has_workspace:
             self._has_workspace.add(is_backward)
             self._events.append((int(is_backward), WORKSPACE))
 
@@ -176,20 +141,20 @@ class Recorder(TorchDispatchMode):
         number = self._known.pop(old._cdata, None)
         if number is not None:
             self._known[new._cdata] = number
-            weakref.finalize(new, self._forget, new._cdata, False)
+            weakref.finalize(new, self._forget, new._cdata)
 
-    def _add(self, storage: Any, silent: bool = False) -> bool:
+    def _add(self, storage: Any) -> bool:
         key = storage._cdata
         if key in self._known:
             return False
         self._count += 1
         self._known[key] = self._count
-        weakref.finalize(storage, self._forget, key, silent)
+        weakref.finalize(storage, self._forget, key)
         return True
 
-    def _forget(self, key: int, silent: bool) -> None:
+    def _forget(self, key: int) -> None:
         number = self._known.pop(key, None)
-        if number is not None and not silent:
+        if number is not None:
             self._events.append((number, FREED))
 
     def _note_work(
@@ -198,8 +163,6 @@ class Recorder(TorchDispatchMode):
         sizes = {id(tensor): _bytes(tensor) for tensor in tensors}.values()
         moved = sum(sizes)
         constant = sum(size for size in sizes if size % self.micro_batch)
-        if not self._counts_work:
-            return
         formula: Callable[..., int] | None = flop_registry.get(func._overloadpacket)
         if formula is None:
             self._work.other_bytes += moved
@@ -258,7 +221,7 @@ def _tensors(value: Any) -> list[Tensor]:
     ]
 
 
-def _temporaries(func: Any, args: tuple[Any, ...], out: Any, copies_layouts: bool) -> list[list[int]]:
+def _temporaries(func: Any, args: tuple[Any, ...], out: Any) -> list[list[int]]:
     """Bytes that a CUDA kernel takes for itself while it runs, besides its results; each list at one time.
 
     Flash attention's backward sums dq in fp32, padded to 128 positions and 32 channels, and keeps one number a
@@ -283,8 +246,6 @@ def _temporaries(func: Any, args: tuple[Any, ...], out: Any, copies_layouts: boo
             samples, channels = args[5:7] if is_backward else args[3:5]
             sizes += [4 * samples * channels] * (3 if is_backward else 2)  # fp32 sums of each channel
         return [sizes]
-    if not copies_layouts:
-        return []
     if packet is _aten.convolution and _is_copied(args[0]):
         data, weight, stride = args[0], args[1], args[3]
         return [[_copies_bytes(data, out, weight)]] if _needs_copies(weight, stride, out) else []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -11,17 +11,16 @@ from typing import Any
 
 from gatrain import batch
 from gatrain.config import RunConfig
-from gatrain.predict.timeline import Held, LinearStep, Peak, Recording, Replay, Work
+from gatrain.predict.timeline import Held, LinearStep, Peak, Recording, Work
 
 CONFIG, REQUEST, RESULT = "config.yaml", "request.json", "result.json"
 
 
 @dataclass(frozen=True)
 class TraceRequest:
-    """What to trace: one precision, compiled or not, some modes of checkpointing."""
+    """What to trace: one precision, some modes of checkpointing; always uncompiled code."""
 
     precision: str
-    compile: bool
     modes: list[str]
     world_size: int
     sync: str
@@ -48,7 +47,6 @@ def request_for(config: RunConfig, memory_bytes: int, world_size: int, precision
     mode = config.checkpointing
     return TraceRequest(
         precision=precision,
-        compile=config.compile is True,
         modes=["none", "selective", "full"] if mode == "auto" else [mode],
         world_size=world_size,
         sync="window" if config.sync == "auto" else config.sync,
@@ -113,11 +111,6 @@ class ModeTrace:
             held = Held(self.model, self.optimizer, workspace, self.gradients)
             self._peaks[asked] = self._step(micro_batch).peak(micro_batch, held, accumulates=accumulates)
         return self._peaks[asked]
-
-    def peaks_in_turn(self, sizes: Iterable[int], workspace: int) -> dict[int, Peak]:
-        """Peak at each size in a process that runs one after the other, each with several micro-steps."""
-        replay = Replay(Held(self.model, self.optimizer, workspace, self.gradients))
-        return {size: replay.peak(self._step(size), size, accumulates=True) for size in sizes}
 
     def work(self, micro_batch: int) -> Work:
         """Work of one micro-step."""

@@ -32,8 +32,7 @@ class Efficiency:
 PESSIMISTIC = Efficiency(arithmetic=0.35, bandwidth=0.45, launch_s=50e-6)
 OPTIMISTIC = Efficiency(arithmetic=0.8, bandwidth=0.92, launch_s=3e-6)
 FUSED_SHARE = 0.4
-"""What fusion leaves of the traffic of uncompiled operations, at best. Where the trace was of compiled code, fusion
-is counted in the trace."""
+"""What fusion leaves of the traffic of uncompiled operations, at best."""
 
 
 @dataclass(frozen=True)
@@ -63,16 +62,13 @@ class Range:
         return asdict(self)
 
 
-def micro_step_seconds(
-    work: Work, gpu: GpuModel, precision: str, *, compiled: bool, may_compile: bool
-) -> Range:
+def micro_step_seconds(work: Work, gpu: GpuModel, precision: str, *, may_compile: bool) -> Range:
     """Forward and backward of one micro-batch.
 
     Args:
-        compiled: ``work`` was recorded of compiled code.
-        may_compile: the tuner may choose compiled code, so the optimistic end counts fusion.
+        may_compile: the code may be compiled, so the optimistic end counts fusion.
     """
-    share = FUSED_SHARE if may_compile and not compiled else 1.0
+    share = FUSED_SHARE if may_compile else 1.0
     return Range(
         _seconds(work, gpu, precision, OPTIMISTIC, share), _seconds(work, gpu, precision, PESSIMISTIC, 1.0)
     )

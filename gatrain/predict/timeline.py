@@ -151,22 +151,20 @@ class LinearStep:
         fixed, slope = self._batch
         return round(fixed + slope * micro_batch)
 
-    def peak(self, micro_batch: int, held: Held, *, accumulates: bool, expandable: bool = False) -> Peak:
+    def peak(self, micro_batch: int, held: Held, *, accumulates: bool) -> Peak:
         """Peak of a process that trains at this size.
 
         Args:
             accumulates: several micro-steps in a step, so that gradients live while activations do.
-            expandable: the allocator's ``expandable_segments``.
         """
-        return Replay(held, expandable=expandable).peak(self, micro_batch, accumulates=accumulates)
+        return Replay(held).peak(self, micro_batch, accumulates=accumulates)
 
 
 class Replay:
-    """One process on a model of the allocator. Sizes may follow one another, as in a trial."""
+    """One process on a model of the allocator."""
 
-    def __init__(self, held: Held, *, expandable: bool = False) -> None:
-        self._allocator = CachingAllocator(expandable)
-        self._expandable = expandable
+    def __init__(self, held: Held) -> None:
+        self._allocator = CachingAllocator()
         self._held = held
         self._live: dict[int, Block | None] = {}
         self._gradients: set[int] = set()
@@ -180,7 +178,7 @@ class Replay:
             self._allocator.free(block)
 
     def peak(self, step: LinearStep, micro_batch: int, *, accumulates: bool) -> Peak:
-        """Run the first steps at a size, after the cache of what came before was given back."""
+        """Run the first steps at a size, after the cache of what made the state was given back."""
         self._allocator.empty_cache()
         micro_step = _at(step.micro_step, micro_batch)
         for _ in range(STEPS):
@@ -190,7 +188,7 @@ class Replay:
             self._run(step.reduce)
             self._run(step.update)
             self._end_step()
-        copies = CachingAllocator(self._expandable)  # batches arrive on another stream, one ahead of its use
+        copies = CachingAllocator()  # batches arrive on another stream, one ahead of its use
         for _ in range(2 if accumulates else 1):
             copies.allocate(step.batch_bytes(micro_batch))
         peak = self._allocator

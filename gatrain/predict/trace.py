@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gatrain import build, imports, offspring
@@ -34,10 +33,8 @@ from gatrain.train.checkpointing import available_modes
 from gatrain.train.lengths import Lengths, notice_lengths
 
 SMALL_PRIMES = (5, 7, 11, 13, 17, 19, 23)
-"""Sizes of a first trace: what a prime divides that divides no parameter's size grows with the batch. Size 1 is
-avoided: dimensions of 1 are copied and broadcast differently."""
-PRIMES = (251, 241, 239, 233, 229, 227)
-"""Sizes for the one trace of compiled code; at large ones weights hardly show in what a product moves."""
+"""Sizes of a first trace: a storage whose bytes such a prime divides grows with the batch, if the prime divides no
+parameter's bytes. Size 1 is avoided: dimensions of 1 are copied and broadcast differently."""
 MAX_BISECTIONS = 8
 MOST_LENGTHS = 500
 MOST_ELEMENTS = 2**31 - 1
@@ -55,11 +52,11 @@ def trace_mode(tracer: StepTracer, mode: str, asked: TraceRequest, known: ModeTr
     with tracer.in_mode(mode):
         only = asked.fixed if asked.share > 1 else 1
         straightness = None if known is None else known.straightness
-        if asked.compile or only is not None:
-            pieces = [Piece(1, tracer.record(only or _prime(PRIMES, tracer.held)), None)]
+        if only is not None:
+            pieces = [Piece(1, tracer.record(only), None)]
         elif known is not None and known.is_regular:
             starts = [piece.start for piece in known.pieces]
-            sizes = [_prime(SMALL_PRIMES, tracer.held), *(_prime_from(s, tracer.held) for s in starts[1:])]
+            sizes = [_prime(tracer.held), *(_prime_from(s, tracer.held) for s in starts[1:])]
             pieces = [Piece(s, tracer.record(b), None) for s, b in zip(starts, sizes, strict=True)]
         else:
             pieces, straightness = _pieces(tracer, asked)
@@ -70,7 +67,7 @@ def trace_mode(tracer: StepTracer, mode: str, asked: TraceRequest, known: ModeTr
 
 
 def _pieces(tracer: StepTracer, asked: TraceRequest) -> tuple[list[Piece], float | None]:
-    low = tracer.record(_prime(SMALL_PRIMES, tracer.held))
+    low = tracer.record(_prime(tracer.held))
     largest = asked.largest_of_use(LinearStep(low), tracer.held)
     if largest == low.micro_batch:
         return [Piece(1, low, None)], 0.0
@@ -90,9 +87,9 @@ def _pieces(tracer: StepTracer, asked: TraceRequest) -> tuple[list[Piece], float
     return [first, Piece(switch, after, beyond if same_events(after, beyond) else None)], None
 
 
-def _prime(primes: Sequence[int], held: Held) -> int:
+def _prime(held: Held) -> int:
     sizes = [*held.model, *held.optimizer]
-    return next((prime for prime in primes if all(size % prime for size in sizes)), primes[-1])
+    return next((prime for prime in SMALL_PRIMES if all(size % prime for size in sizes)), SMALL_PRIMES[-1])
 
 
 def _prime_from(start: int, held: Held) -> int:
@@ -167,7 +164,6 @@ def _trace(
         tracer = StepTracer(task, model, config, asked, batches)
         for mode in [mode for mode in asked.modes if mode in offered]:
             traces.append(trace_mode(tracer, mode, asked, traces[0] if traces else None))
-            torch._dynamo.reset() if asked.compile else None
     return TraceResult(sum(parameters), gradients, list(offered), traces, lengths)
 
 

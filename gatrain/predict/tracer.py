@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,16 +14,14 @@ from torch.utils import _pytree as pytree
 
 from gatrain.config import RunConfig
 from gatrain.construction import check_shapes, kept_defaults
-from gatrain.predict.fused import fused_backend
 from gatrain.predict.recorder import Recorder
 from gatrain.predict.request import TraceRequest
 from gatrain.predict.timeline import MICRO_STEP, REDUCE, UPDATE, WORKSPACE, Events, Held, Recording
-from gatrain.tasks.base import Batch, Task, named_weights
+from gatrain.tasks.base import Batch, Task
 from gatrain.train import samples
 from gatrain.train.accumulate import PlainAccumulation
 from gatrain.train.batches import map_tensors, tensors_of
 from gatrain.train.checkpointing import apply_checkpointing, blocks_of
-from gatrain.train.compiling import CompiledLossSum
 from gatrain.train.main_gradients import MasterWeights
 from gatrain.train.optimizer import build_optimizer
 from gatrain.train.precision import autocast_for
@@ -40,7 +38,6 @@ class Batches:
         key = (0, int(next(iter(task.worst_case_indices(1)))))
         sample = samples.read_one(task, task.train_data, key, seed)
         self._two, three = (samples.collated(task, [sample] * n, [key] * n, seed) for n in (2, 3))
-        self.term_names = list(named_weights(task.weight(self._two)))
         self._pairs = list(zip(tensors_of(self._two), tensors_of(three), strict=True))
 
     def fake(self, size: int) -> Batch:
@@ -84,8 +81,8 @@ class StepTracer:
         self._done = {}
         self._accumulation = PlainAccumulation(
             self._model,
-            self._loss_function(),
-            term_names=self._batches.term_names,
+            lambda batch: self._task.loss_sum(self._model, batch),
+            term_names=self._task.loss_terms,
             ranks=Ranks(),
             stage=lambda batch: lambda: batch,
             autocast=autocast_for(self._asked.precision, _CPU),
@@ -98,14 +95,6 @@ class StepTracer:
                 block.__dict__.pop("forward", None)
                 if forward is not None:
                     block.__dict__["forward"] = forward
-
-    def _loss_function(self) -> Callable[[Batch], Any]:
-        def loss_sum(batch: Batch) -> Any:
-            return self._task.loss_sum(self._model, batch)
-
-        if not self._asked.compile:
-            return loss_sum
-        return CompiledLossSum(self._task, self._model, backend=fused_backend(self._recorder))
 
     def _make_held(self) -> Held:
         """Bytes of parameters, buffers and optimizer state: all that outlives a step."""
@@ -134,10 +123,7 @@ class StepTracer:
 
     def _record(self, micro_batch: int, quick: bool) -> Recording:
         batch = self._batches.fake(micro_batch)
-        scale = dict.fromkeys(self._batches.term_names, 1.0)
-        if self._asked.compile:  # compile first: the compiler must not see the recorder
-            self._accumulation.micro_step(batch, scale)
-            self._optimizer.zero_grad(set_to_none=True)
+        scale = dict.fromkeys(self._task.loss_terms, 1.0)
         self._accumulation.take_sums()
         gc.collect()
         self._recorder.take()

@@ -25,42 +25,33 @@ from gatrain.verify.report import Case, VerifyReport
 
 __all__ = ["Case", "VerifyReport", "run_verify"]
 
-DEFAULT_SECONDS = 60.0
+SECONDS = 60.0
 """Time for all cases together; a window that would take longer is cut to its first samples."""
 
 
 def run_verify(
     composed: Composed,
-    *,
-    micro_batch: int | None = None,
-    seconds: float = DEFAULT_SECONDS,
-    cwd: Path | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> VerifyReport:
     """Compare split gradients with the one-shot gradient for the composed recipe.
 
     Args:
-        composed: the recipe; its first window is the one that is computed.
-        micro_batch: the planned micro-batch; None takes ``batch.micro``, or what the tuner remembers, or a
-            quarter of the window where nothing is planned yet.
-        seconds: rough limit on the time; decides how many samples of the window are used.
-        cwd: folder of the user's own modules.
+        composed: the recipe; its first window is the one that is computed, split as ``batch.micro`` or the tuner's
+            cached plan says, or into quarters where nothing is planned yet.
         progress: told one sentence at a time.
 
     Raises:
         ConfigError, DataError: the recipe cannot be built.
         WorkerError: the user's code failed.
     """
-    config = composed.config
+    config, cwd = composed.config, Path.cwd()
     progress("Looking at the model and the data")
     facts = inspect_run(composed.yaml, cwd)
     hardware = detect_hardware(config.device)
     planned, planned_by, settings = _planned(config, facts, hardware, cwd)
-    if micro_batch is not None:
-        planned, planned_by = micro_batch, "asked for"
     with scratch.folder("gatrain-verify-") as folder:
         write_text(folder / "config.yaml", composed.yaml, mode=0o600)
-        spec: dict[str, Any] = {"planned": planned, "seconds": seconds, "processes": 1, **settings}
+        spec: dict[str, Any] = {"planned": planned, "seconds": SECONDS, "processes": 1, **settings}
         progress("Comparing splits in one process")
         found = _run(folder, spec, hardware.device, 1, cwd)
         # two processes: on two GPUs if there are two, else on the CPU
@@ -71,7 +62,7 @@ def run_verify(
 
 
 def _planned(
-    config: RunConfig, facts: Any, hardware: Hardware, cwd: Path | None
+    config: RunConfig, facts: Any, hardware: Hardware, cwd: Path
 ) -> tuple[int | None, str, dict[str, str]]:
     """What training would use, as far as that is known without measuring: the micro-batch, who says so, and
     precision and checkpointing."""
@@ -86,11 +77,11 @@ def _planned(
     if plan is not None:
         settings = {"precision": plan.precision, "checkpointing": plan.checkpointing}
         return plan.micro_batch, "the remembered plan", settings
-    standing_in = "no plan yet (gatrain autotune makes one); a quarter of the window stands in"
+    standing_in = "no plan yet (gatrain autotune makes one); a quarter of the window is used instead"
     return None, standing_in, settings
 
 
-def _run(folder: Path, spec: dict[str, Any], device: str, nproc: int, cwd: Path | None) -> dict[str, Any]:
+def _run(folder: Path, spec: dict[str, Any], device: str, nproc: int, cwd: Path) -> dict[str, Any]:
     write_json(folder / "verify.json", spec)
     run_workers("gatrain.verify.ranks", folder, Nodes(nproc), device=device, cwd=cwd)
     return read_json(folder / "result.json")

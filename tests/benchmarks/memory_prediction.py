@@ -383,7 +383,7 @@ def predicted(folder: Path, load: Workload, mode: str, size: int, compiled: bool
     row: dict[str, Any] = {"micro_batch": size, "overrides": words, "predicted": None}
     began, cpu_began = time.perf_counter(), processor_s()
     try:
-        (forecast,) = predict(compose(words), [gpu], cwd=folder, raises=False).gpus
+        (forecast,) = predict(compose(words), [gpu], cwd=folder).gpus
         expected = forecast.modes[0].sizes[0]
         values = expected.allocated_bytes, expected.reserved_bytes, expected.peak_bytes
         row["predicted"] = dict(zip(KEYS, values, strict=True))

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from gatrain import units
+from gatrain.predict import Prediction
 from gatrain.predict.forecast import GpuForecast, ModeForecast, seconds
-
-if TYPE_CHECKING:
-    from gatrain.predict import Prediction
 
 
 def prediction_lines(prediction: Prediction) -> list[str]:
@@ -24,10 +20,9 @@ def prediction_lines(prediction: Prediction) -> list[str]:
 
 def _one(forecast: GpuForecast) -> list[str]:
     gpu = forecast.gpu
-    compiled = "compiled" if forecast.compile else "not compiled"
     lines = [
         f"{gpu.name}: {units.size(gpu.memory_bytes)}, of which {units.size(forecast.budget_bytes)} may be used; "
-        f"{forecast.precision}, {compiled}",
+        f"{forecast.precision}, not compiled",
         "",
         "checkpointing  micro-batch  accum.  allocated   reserved   in all      result",
     ]
