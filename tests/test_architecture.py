@@ -159,6 +159,17 @@ def test_imports_run_one_way() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_what_plans_imports_nothing_of_the_trials() -> None:
+    """The parent starts trial processes by module name: no model, and no GPU, ever comes into it."""
+    trials = "gatrain.tune.trials"
+    users = {path.relative_to(PACKAGE) for path, name, _ in imports() if f"{name}.".startswith(f"{trials}.")}
+    assert users
+    assert {path.parts[:2] for path in users} == {("tune", "trials")}
+    code = f"import gatrain.tune, sys; print([m for m in sys.modules if m == 'torch' or m.startswith('{trials}')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_no_room_is_above_itself() -> None:
     for room in ROOMS:
         assert room not in reachable(room)

@@ -12,7 +12,7 @@ from gatrain.data.padded import PaddedText
 from gatrain.tasks import Supervised
 from gatrain.tasks.base import Task
 from gatrain.train.lengths import notice_lengths
-from gatrain.tune.measure import TrialBatches
+from gatrain.tune.trials.batches import TrialBatches
 
 
 class Ragged:

@@ -27,9 +27,10 @@ from gatrain.train.accumulate import PlainAccumulation
 from gatrain.train.engine import Engine
 from gatrain.train.micro_batches import LoadedWindow, MicroBatch
 from gatrain.train.ranks import Ranks
-from gatrain.tune.confirm import VARYING, Finalist
-from gatrain.tune.measure import Peers, TrialBatches
-from gatrain.tune.whole import WholeStepTimer
+from gatrain.tune.finalists import VARYING, Finalist
+from gatrain.tune.trials.batches import TrialBatches
+from gatrain.tune.trials.full_step import WholeStepTimer
+from gatrain.tune.trials.measure import Peers
 
 LAYERS = 4
 Split = list[list[list[int]]]

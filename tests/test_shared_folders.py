@@ -14,7 +14,7 @@ from gatrain.data.cache import build_once
 from gatrain.errors import ConfigError, RunFolderError
 from gatrain.fit import _working_dir, submit
 from gatrain.rundir import RunDir, write_json
-from gatrain.tune.rounds import TrialRunner
+from gatrain.tune.runner import TrialRunner
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from gatrain.hardware import Hardware
 from gatrain.launch.nodes import Nodes
 from gatrain.nvml import Gpu
 from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, StepSettings, make_plan
-from gatrain.tune import cache, confirm, curve, search, spec
+from gatrain.tune import cache, curve, finalists, protocol, search
 from gatrain.tune.curve import Curve, Measurement
 from gatrain.units import GIB
 
@@ -77,19 +77,19 @@ class Machine:
     ) -> None:
         self.seconds, self.largest, self.loss = seconds, largest, loss
         self.compiled, self.checkpointed = compiled, checkpointed
-        self.asked: list[spec.TrialSpec] = []
+        self.asked: list[protocol.TrialSpec] = []
         self.interrupt_after: int | None = None
         self.crash_at: int | None = None
 
     def __call__(self, folder: Path) -> None:
-        assert (folder / spec.CONFIG).is_file()
-        asked = spec.TrialSpec.read(folder)
+        assert (folder / protocol.CONFIG).is_file()
+        asked = protocol.TrialSpec.read(folder)
         self.asked.append(asked)
         way = asked.settings
         largest = self.largest if isinstance(self.largest, int) else self.largest[way.checkpointing]
         factor = self.compiled if way.compile else 1.0
         factor *= 1.0 if way.checkpointing == "none" else self.checkpointed
-        with open(folder / spec.LINES, "a") as file:
+        with open(folder / protocol.LINES, "a") as file:
 
             def line(**content: Any) -> None:
                 file.write(json.dumps(content) + "\n")
@@ -287,7 +287,7 @@ def test_checkpointing_is_tried_where_nothing_fits() -> None:
 
 
 def test_compilation_is_measured_for_the_best_few_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gatrain.tune.settings.can_compile", lambda: True)
+    monkeypatch.setattr("gatrain.tune.knobs.can_compile", lambda: True)
     machine = Machine(compiled=0.7)
     plan = plan_on(machine, config_of(64), hardware=CUDA)
     assert plan.compile
@@ -373,7 +373,7 @@ def test_a_fixed_micro_batch_beyond_the_share_is_refused_first() -> None:
 
 
 def test_a_fixed_micro_batch_on_a_gpu_decides_only_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gatrain.tune.settings.can_compile", lambda: True)
+    monkeypatch.setattr("gatrain.tune.knobs.can_compile", lambda: True)
     machine = Machine(largest={"none": 2, "selective": 2, "full": 64}, compiled=0.5)
     plan = plan_on(machine, config_of(64, micro=16), hardware=CUDA)
     assert (plan.micro_batch, plan.checkpointing, plan.compile) == (16, "full", True)
@@ -481,7 +481,7 @@ def test_a_size_that_was_not_measured_never_wins(effective: int, measured: dict[
             search.choose(options)
         return
     assert search.choose(options).micro_batch in measured
-    assert all(option.micro_batch in measured for option in confirm.finalists(options))
+    assert all(option.micro_batch in measured for option in finalists.finalists(options))
 
 
 def test_a_size_that_does_not_keep_its_promise_is_not_chosen() -> None:

@@ -20,9 +20,9 @@ from gatrain.config import AdamWConfig, SGDConfig
 from gatrain.errors import Interrupted, WorkerError
 from gatrain.launch.nodes import Nodes
 from gatrain.plan import FAILED, FITS, Plan, make_plan
-from gatrain.tune import advice, answer, confirm, curve, memory_model, search, spec
-from gatrain.tune.confirm import Confirmation, Finalist, WholeSteps
+from gatrain.tune import advice, curve, explain, finalists, memory_model, protocol, search
 from gatrain.tune.curve import Curve, Measurement
+from gatrain.tune.finalists import Confirmation, Finalist, WholeSteps
 from gatrain.tune.search import Candidate
 from gatrain.units import GIB
 
@@ -55,16 +55,16 @@ class WholeMachine(Machine):
             raise WorkerError("the rank was killed (SIGKILL)")
         entries = tuple(WholeSteps(f, tuple(self.whole_s(f, nth) for nth in range(5))) for f in named)
         found = Confirmation(asked.whole.effective_batch, asked.whole.world_size, entries)
-        with open(folder / spec.LINES, "a") as file:
+        with open(folder / protocol.LINES, "a") as file:
             file.write(json.dumps({"event": "whole", "confirmation": codec.encode(found)}) + "\n")
 
     def _rewrite(self, folder: Path) -> None:
-        lines = [json.loads(line) for line in (folder / spec.LINES).read_text().splitlines()]
+        lines = [json.loads(line) for line in (folder / protocol.LINES).read_text().splitlines()]
         for line in lines:
             if line["event"] == "trial" and line["measurement"]["micro_step_s"]:
                 slowest = line["measurement"]["micro_step_s"]
                 line["measurement"]["rank_s"] = [slowest * factor for factor in self.rank_factors]
-        (folder / spec.LINES).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (folder / protocol.LINES).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def level(size: int) -> float:
@@ -84,7 +84,7 @@ def test_a_close_call_is_decided_by_whole_steps_and_says_so() -> None:
     assert "600 ms per optimizer step" in plan.reason
     confirmed = {t.micro_batch: t.confirmed_step_s for t in plan.trials if t.confirmed_step_s is not None}
     assert confirmed[32] == pytest.approx(0.60)
-    assert len(confirmed) == len(machine.timed[0]) <= confirm.MAX_FINALISTS
+    assert len(confirmed) == len(machine.timed[0]) <= finalists.MAX_FINALISTS
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
 
 
@@ -130,7 +130,7 @@ def test_a_crash_in_whole_steps_leaves_the_curve_and_the_modelled_choice() -> No
 def test_close_calls_between_ways_of_computing_share_one_set_of_processes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("gatrain.tune.settings.can_compile", lambda: True)
+    monkeypatch.setattr("gatrain.tune.knobs.can_compile", lambda: True)
     machine = WholeMachine(
         lambda f, nth: 0.5 if f.settings.compile else 0.6,
         seconds=lambda size: 0.01 + 0.01 * size,
@@ -158,13 +158,13 @@ def test_the_overlapped_reduction_is_never_chosen_where_the_used_parameters_vary
     class Dropping(WholeMachine):
         def __call__(self, folder: Path) -> None:
             super().__call__(folder)
-            lines = (folder / spec.LINES).read_text().splitlines()
+            lines = (folder / protocol.LINES).read_text().splitlines()
             if self.timed and "confirmation" in lines[-1]:
                 line = json.loads(lines[-1])
                 for entry in line["confirmation"]["entries"]:
                     if entry["finalist"]["settings"]["sync"] == "overlap":
-                        entry |= {"seconds": [], "error": f"{confirm.VARYING} (layers.1.weight by 3 of 12)"}
-                (folder / spec.LINES).write_text("\n".join([*lines[:-1], json.dumps(line)]) + "\n")
+                        entry |= {"seconds": [], "error": f"{finalists.VARYING} (layers.1.weight by 3 of 12)"}
+                (folder / protocol.LINES).write_text("\n".join([*lines[:-1], json.dumps(line)]) + "\n")
 
     two = dataclasses.replace(CUDA, gpus=[gpu(), gpu()])
     machine = Dropping(lambda f, nth: 0.5 if f.settings.sync == "overlap" else 0.6, seconds=level)
@@ -195,9 +195,9 @@ def _info() -> Any:
 
 @given(st.lists(st.floats(1e-4, 10), min_size=1, max_size=8), st.floats(0.1, 100))
 def test_whole_steps_keep_to_their_time(step_s: list[float], seconds: float) -> None:
-    step_s = sorted(step_s)[: confirm.MAX_FINALISTS]
-    count, rounds = confirm.affordable(step_s, seconds)
-    assert count == 0 or (count > 1 and confirm.ROUNDS[0] <= rounds <= confirm.ROUNDS[1])
+    step_s = sorted(step_s)[: finalists.MAX_FINALISTS]
+    count, rounds = finalists.affordable(step_s, seconds)
+    assert count == 0 or (count > 1 and finalists.ROUNDS[0] <= rounds <= finalists.ROUNDS[1])
     assert (rounds + 1) * sum(step_s[:count]) <= seconds * (1 + 1e-9)
 
 
@@ -213,11 +213,11 @@ def test_the_verdict_is_never_much_slower_than_the_best_and_ignores_a_drift(
         (Candidate(WAY, 2**nth, 8 - nth, 1.0, True), _steps(2**nth, [median * d for d in drift]))
         for nth, median in enumerate(medians)
     ]
-    verdict = confirm.verdict(timed)
+    verdict = finalists.verdict(timed)
     assert verdict is not None
     place = [option.key for option, _ in timed].index(verdict.chosen.key)
     # a drift that meets all alike is no noise: only what is equal may lose to the simpler one
-    assert medians[place] <= min(medians) * (1 + confirm.EQUAL) * (1 + 1e-9)
+    assert medians[place] <= min(medians) * (1 + finalists.EQUAL) * (1 + 1e-9)
 
 
 def _steps(size: int, seconds: Sequence[float]) -> WholeSteps:
@@ -230,10 +230,10 @@ def test_however_noisy_a_clearly_slower_finalist_never_wins() -> None:
         (Candidate(WAY, 8, 8, 1.0, True), _steps(8, [1.0] * 5)),
         (Candidate(WAY, 64, 1, 1.0, True), _steps(64, [1.05 * w for w in wild])),
     ]
-    verdict = confirm.verdict(timed)
+    verdict = finalists.verdict(timed)
     assert verdict is not None
     assert verdict.chosen.micro_batch == 8
-    assert confirm.verdict(timed[:1]) is None
+    assert finalists.verdict(timed[:1]) is None
 
 
 # ---- the memory model -----------------------------------------------------------------------------------
@@ -481,7 +481,7 @@ class Compiling(WholeMachine):
         self.compiled_s, self.eager_s = compiled_s, self.seconds
 
     def __call__(self, folder: Path) -> None:
-        way = spec.TrialSpec.read(folder).settings
+        way = protocol.TrialSpec.read(folder).settings
         self.seconds = self.compiled_s if way.compile else self.eager_s
         super().__call__(folder)
 
@@ -491,7 +491,7 @@ class Compiling(WholeMachine):
 
 
 def compiling(compiled_s: Callable[[int], float], monkeypatch: pytest.MonkeyPatch) -> tuple[Compiling, Plan]:
-    monkeypatch.setattr("gatrain.tune.settings.can_compile", lambda: True)
+    monkeypatch.setattr("gatrain.tune.knobs.can_compile", lambda: True)
     # eager code is as fast from 16 samples on and slower above 64
     machine = Compiling(compiled_s, seconds=lambda size: max(0.16, 0.01 * size) * (1.2 if size > 64 else 1.0))
     return machine, plan_on(machine, config_of(512), hardware=CUDA)
@@ -565,7 +565,7 @@ def test_recomputation_is_tried_only_where_larger_sizes_promise_more_than_it_cos
 def test_where_memory_keeps_larger_compiled_sizes_away_smaller_ones_are_not_tried_for_that(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("gatrain.tune.settings.can_compile", lambda: True)
+    monkeypatch.setattr("gatrain.tune.knobs.can_compile", lambda: True)
     machine = Compiling(lambda size: 0.004 * size, seconds=lambda size: max(0.16, 0.01 * size), largest=64)
     plan = plan_on(machine, config_of(512), hardware=CUDA)
     assert machine.compiled_sizes == [64, 128, 103]  # and not 32, but one between what fits and what does not
@@ -573,13 +573,13 @@ def test_where_memory_keeps_larger_compiled_sizes_away_smaller_ones_are_not_trie
 
 
 def test_a_first_compiled_size_that_does_not_fit_ends_the_climb(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gatrain.tune.settings.can_compile", lambda: True)
+    monkeypatch.setattr("gatrain.tune.knobs.can_compile", lambda: True)
 
     class Fuller(Machine):
         """Compiled code fits 64 samples, uncompiled code all; 128 are as fast as any, and more are slower."""
 
         def __call__(self, folder: Path) -> None:
-            self.largest = 64 if spec.TrialSpec.read(folder).settings.compile else 10**9
+            self.largest = 64 if protocol.TrialSpec.read(folder).settings.compile else 10**9
             super().__call__(folder)
 
     machine = Fuller(lambda size: (0.1 + 0.01 * size) * (1.2 if size > 128 else 1.0), compiled=0.5)
@@ -597,7 +597,7 @@ def test_recomputation_is_judged_where_nothing_fits_uncompiled() -> None:
         """Compiled code fits one sample, uncompiled code none."""
 
         def __call__(self, folder: Path) -> None:
-            way = spec.TrialSpec.read(folder).settings
+            way = protocol.TrialSpec.read(folder).settings
             self.largest = 64 if way.checkpointing != "none" else int(way.compile)
             super().__call__(folder)
 
@@ -626,7 +626,7 @@ def test_the_plan_names_the_main_memory_that_loading_holds() -> None:
     )
     measured = Curve(WAY, rows, curve.SHARE)
     chosen = search.candidates(measured, 512, 2, 8)[0]
-    (told,) = answer.loading(measured, chosen, 512, 2, workers=8)
+    (told,) = explain.loading(measured, chosen, 512, 2, workers=8)
     assert "up to 768 MiB" in told
     assert "two windows of 256 MiB, and 32 micro-batches of 8 MiB" in told
-    assert answer.loading(measured, chosen, 16, 2, workers=0) == []
+    assert explain.loading(measured, chosen, 16, 2, workers=0) == []

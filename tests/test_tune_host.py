@@ -21,8 +21,8 @@ from gatrain.launch.nodes import Nodes
 from gatrain.plan import FITS, StepSettings
 from gatrain.rundir import RunDir
 from gatrain.tune.curve import Curve
-from gatrain.tune.host import TrialHost
-from gatrain.tune.rounds import TrialRunner
+from gatrain.tune.processes import TrialHost
+from gatrain.tune.runner import TrialRunner
 
 WAY = StepSettings("fp32", "none", False, "window")
 
@@ -142,7 +142,7 @@ def test_a_host_that_was_not_needed_leaves_nothing(project: Path) -> None:
 def test_ranks_die_with_the_command_that_started_them(project: Path) -> None:
     script = (
         "from pathlib import Path; from gatrain.launch.nodes import Nodes; "
-        "from gatrain.tune.host import TrialHost; import time; "
+        "from gatrain.tune.processes import TrialHost; import time; "
         f"host = TrialHost(Nodes(2), 'cpu', Path({str(project)!r})); host.start(); "
         "print(host._process.pid, flush=True); time.sleep(600)"
     )

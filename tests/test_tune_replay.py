@@ -20,9 +20,9 @@ from gatrain import batch, codec, tune
 from gatrain.config import RunConfig
 from gatrain.launch.nodes import Nodes
 from gatrain.plan import FITS, Plan, StepSettings
-from gatrain.tune import confirm, spec
-from gatrain.tune.confirm import Confirmation, WholeSteps
+from gatrain.tune import finalists, protocol
 from gatrain.tune.curve import Curve, Measurement
+from gatrain.tune.finalists import Confirmation, WholeSteps
 from gatrain.units import GIB
 
 RESULTS = Path(__file__).parent / "benchmarks/results/tuner_sweep_2026-11-26.json"
@@ -77,7 +77,7 @@ class Replay:
         return min(found)
 
     def __call__(self, folder: Path) -> None:
-        asked = spec.TrialSpec.read(folder)
+        asked = protocol.TrialSpec.read(folder)
         way, budget = asked.settings, int(0.92 * self.memory)
 
         def noisy(size: int) -> float:
@@ -102,10 +102,10 @@ class Replay:
             )
             found = Confirmation(asked.whole.effective_batch, 1, entries)
             lines.append({"event": "whole", "confirmation": codec.encode(found)})
-        with open(folder / spec.LINES, "a") as file:
+        with open(folder / protocol.LINES, "a") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
 
-    def _whole(self, finalist: confirm.Finalist, effective: int) -> float:
+    def _whole(self, finalist: finalists.Finalist, effective: int) -> float:
         steady = self.step_s(finalist.settings, effective, finalist.micro_batch)
         return steady * (1 + self.draw.uniform(-0.003, 0.003))
 
@@ -113,7 +113,7 @@ class Replay:
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GATRAIN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("gatrain.tune.settings.can_compile", lambda: True)
+    monkeypatch.setattr("gatrain.tune.knobs.can_compile", lambda: True)
 
 
 def plan_of(replay: Replay, effective: int, *, retune: bool = True) -> Plan:

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gatrain.plan import DOES_NOT_FIT, FITS, SKIPPED, StepSettings
-from gatrain.tune import answer, curve, measure, spec, trial
+from gatrain.tune import curve, explain, protocol
 from gatrain.tune.curve import Curve, Measurement
+from gatrain.tune.trials import measure, session
 from gatrain.units import MIB
 
 WAY = StepSettings("bf16", "none", False, "window")
@@ -56,12 +57,12 @@ class FakeGpu:
         self.said.append({"event": event, **content})
 
     def walk(self, sizes: list[int], device: str = "cuda", few: int = 10**9, **options: Any) -> str:
-        asked = spec.TrialSpec(WAY, tuple(sizes), 1000.0, 0.9, **options)
+        asked = protocol.TrialSpec(WAY, tuple(sizes), 1000.0, 0.9, **options)
         this = SimpleNamespace(device=SimpleNamespace(type=device), stop_requested=False)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(trial.torch.cuda, "synchronize", lambda device: None)
-            patch.setattr(trial, "FEW", few)
-            return trial.Rise(asked, self, self, self, self, this).run()  # type: ignore[arg-type]
+            patch.setattr(session.torch.cuda, "synchronize", lambda device: None)
+            patch.setattr(session, "FEW", few)
+            return session.Rise(asked, self, self, self, self, this).run()  # type: ignore[arg-type]
 
     @property
     def outcomes(self) -> dict[int, str]:
@@ -147,7 +148,7 @@ def test_a_straight_line_loses_no_size_that_fits(base: int, per_sample: int, bud
         base + per_sample * size <= budget for size, found in machine.outcomes.items() if found == FITS
     )
     refused = [size for size in machine.tried if base + per_sample * size > budget]
-    assert len(refused) <= 1 + trial.REFINEMENTS
+    assert len(refused) <= 1 + session.REFINEMENTS
 
 
 # ---- noise: repeats that disagree, sizes that contradict each other ---------------------------------------
@@ -172,14 +173,14 @@ def test_a_time_that_other_sizes_contradict_is_measured_again_and_the_fastest_co
         1: pytest.approx(0.0011), 2: pytest.approx(0.0021), 4: pytest.approx(0.0042),
     }  # fmt: skip
     assert last[2]["again"] == 2
-    answers = spec.read_answers(json.dumps(line) for line in device.said)
+    answers = protocol.read_answers(json.dumps(line) for line in device.said)
     assert sorted(m.micro_batch for m in answers.measurements) == [1, 2, 4]
 
 
 def test_what_stays_contradictory_is_not_measured_for_ever() -> None:
     device = FakeGpu(lambda size: MIB, 10**9, lambda size: 9.0 if size == 2 else 0.01 * size)
     device.walk([1, 2, 4, 8], device="cpu")
-    assert device.tried.count(2) == 1 + trial.MOST_AGAIN
+    assert device.tried.count(2) == 1 + session.MOST_AGAIN
     assert device.tried.count(4) == 1
 
 
@@ -238,10 +239,10 @@ def test_repeats_that_never_agree_end_and_are_known(monkeypatch: pytest.MonkeyPa
 def test_noise_is_said_in_one_sentence_with_its_numbers() -> None:
     noisy = Measurement(2, FITS, MIB, 0.021, 0.0, 0.0, spread=3.0, range_s=(0.021, 0.102), again=1)
     calm = Measurement(1, FITS, MIB, 0.012, 0.0, 0.0, spread=0.01, range_s=(0.012, 0.0121))
-    (note,) = answer.noisy(Curve(WAY, (calm, noisy)), Curve(WAY, (calm, noisy)), share=4)
+    (note,) = explain.noisy(Curve(WAY, (calm, noisy)), Curve(WAY, (calm, noisy)), share=4)
     assert "2 (21 ms to 102 ms)" in note
     assert "still disagree" in note
     settled = dataclasses.replace(noisy, spread=0.05)
-    (note,) = answer.noisy(Curve(WAY, (calm, settled)), Curve(WAY, (calm, settled)), share=4)
+    (note,) = explain.noisy(Curve(WAY, (calm, settled)), Curve(WAY, (calm, settled)), share=4)
     assert "now they agree" in note
-    assert answer.noisy(Curve(WAY, (calm,)), Curve(WAY, (calm,)), share=4) == []
+    assert explain.noisy(Curve(WAY, (calm,)), Curve(WAY, (calm,)), share=4) == []

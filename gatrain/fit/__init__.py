@@ -505,7 +505,7 @@ def _follow(
     run_dir: RunDir, nodes: Nodes, hardware: Hardware, request: WorldRequest, listener: Listener, cwd: Path
 ) -> Outcome:
     """On a node other than 0: wait until node 0 has prepared the run folder, then start this node's ranks."""
-    from gatrain.tune.host import Follower
+    from gatrain.tune.processes import Follower
 
     listener.progress(f"Waiting for node 0 to prepare {run_dir.path}")
     with Follower(nodes.node_rank, cwd) as trials:

@@ -21,10 +21,10 @@ from gatrain.config import RunConfig
 from gatrain.hardware import Hardware
 from gatrain.launch.nodes import Nodes
 from gatrain.plan import Plan, make_plan
-from gatrain.tune import settings
+from gatrain.tune import knobs
 from gatrain.tune.estimate import DataInfo, check_state_fits, state_bytes
-from gatrain.tune.host import TrialHost
 from gatrain.tune.planner import Planner
+from gatrain.tune.processes import TrialHost
 
 __all__ = [
     "make_plan_for",
@@ -72,8 +72,8 @@ def make_plan_for(
         Interrupted, KeyboardInterrupt: a person stopped it; what was measured is kept in the cache.
     """
     half = data_info.half_dtypes
-    question = settings.resolve(config, hardware)
-    notes = [settings.half_note(data_info.half_parameters, half, data_info.parameters)] if half else []
+    question = knobs.resolve(config, hardware)
+    notes = [knobs.half_note(data_info.half_parameters, half, data_info.parameters)] if half else []
     notes += data_info.remarks
     fixed = question.fixed_micro_batch
     if fixed is not None:
@@ -104,14 +104,14 @@ def make_plan_for(
             config_yaml=config_yaml,
         )
         plan = planner.plan()
-    if (note := settings.norm_note(data_info.batch_norms, plan, data_info.synchronises)) is not None:
+    if (note := knobs.norm_note(data_info.batch_norms, plan, data_info.synchronises)) is not None:
         notes.append(note)
     return dataclasses.replace(plan, notes=[*notes, *plan.notes])
 
 
 def needs_trials(config: RunConfig, hardware: Hardware) -> bool:
     """Whether anything is left for trials to decide, if nothing is remembered."""
-    return settings.resolve(config, hardware).needs_trials
+    return knobs.resolve(config, hardware).needs_trials
 
 
 def trial_host(
@@ -122,7 +122,7 @@ def trial_host(
     Args:
         options: ``shared`` and ``announce`` of `TrialHost`, for several nodes.
     """
-    compiles = settings.resolve(config, hardware).may_compile
+    compiles = knobs.resolve(config, hardware).may_compile
     return TrialHost(nodes, hardware.device, cwd, compiles=compiles, **options)
 
 

@@ -19,9 +19,9 @@ from gatrain.errors import RunFolderError
 from gatrain.hardware import Hardware
 from gatrain.plan import StepSettings
 from gatrain.rundir import read_json, write_json
-from gatrain.tune.confirm import Confirmation
 from gatrain.tune.curve import Curve
 from gatrain.tune.estimate import DataInfo
+from gatrain.tune.finalists import Confirmation
 
 VERSION = 2
 """Of the file's form and of the way of measuring: raise it when old measurements should not count."""

@@ -19,16 +19,16 @@ from gatrain.errors import ExactnessError, GatrainError, Interrupted
 from gatrain.hardware import Hardware
 from gatrain.launch.nodes import Nodes
 from gatrain.plan import FAILED, FITS, SKIPPED, Plan, StepSettings
-from gatrain.tune import answer, cache, confirm, curve, memory_model, refusal, search, spec
-from gatrain.tune.answer import Decision
-from gatrain.tune.confirm import Confirmation, WholeSteps
+from gatrain.tune import cache, curve, explain, finalists, memory_model, protocol, refusal, search
 from gatrain.tune.curve import Curve, Measurement
 from gatrain.tune.estimate import DataInfo, memory_per_rank, state_bytes
-from gatrain.tune.host import TrialHost
-from gatrain.tune.rounds import Progress, Run, TrialRunner, sentence
+from gatrain.tune.explain import Decision
+from gatrain.tune.finalists import Confirmation, WholeSteps
+from gatrain.tune.knobs import Question
+from gatrain.tune.processes import TrialHost
+from gatrain.tune.protocol import WholeSpec
+from gatrain.tune.runner import Progress, Run, TrialRunner, sentence
 from gatrain.tune.search import Candidate
-from gatrain.tune.settings import Question
-from gatrain.tune.spec import WholeSpec
 
 MAX_SECONDS = {"cpu": 30.0, "cuda": 120.0}
 """Time for trials where ``tune.max_seconds`` is null."""
@@ -52,7 +52,7 @@ CLEARLY = 0.03
 """Part by which a larger compiled size must be slower per sample to end the climb at once."""
 STEP_UP = 1.15
 """Factor above the largest compiled size that fits from which one more, below what does not, is worth compiling."""
-MAX_ENGINES_BESIDE = confirm.MAX_FINALISTS
+MAX_ENGINES_BESIDE = finalists.MAX_FINALISTS
 """Further models with their optimizers that the processes of a confirmation may hold."""
 
 
@@ -276,7 +276,7 @@ class Planner:
         near = [
             option.micro_batch
             for option in options
-            if option.settings == chosen.settings and option.step_s <= (1 + confirm.CLOSE) * chosen.step_s
+            if option.settings == chosen.settings and option.step_s <= (1 + finalists.CLOSE) * chosen.step_s
         ]
         way = dataclasses.replace(chosen.settings, compile=True)
         if way in self._curves or not self._out_of_time(has_answer=not required):
@@ -344,7 +344,7 @@ class Planner:
         known = self._used[way]
         needed_s = self._compile_s(way) + MIN_SIZE_S
         if self._runner.seconds_left < needed_s:
-            self._skip(way, size, curve.TIME, spec.no_time(needed_s, self._runner.seconds_left))
+            self._skip(way, size, curve.TIME, protocol.no_time(needed_s, self._runner.seconds_left))
             return None
         peak = self._predicted_peak(way, size)
         over = peak - (known.budget_bytes or self._free_bytes)
@@ -390,7 +390,7 @@ class Planner:
 
     def _decide(self, options: list[Candidate]) -> Decision:
         """Choose by the model and, where that is a close call, by whole steps. Pure but for those trials."""
-        near = confirm.finalists(options)
+        near = finalists.finalists(options)
         overlapping = self._overlapping(near[0])
         remarks = [*self._runner.notices, *dict.fromkeys(self._loss_remarks.values())]
         remarks += [NOT_OVERLAPPED] if self._overlaps and not overlapping else []
@@ -400,7 +400,7 @@ class Planner:
             self._confirm(list(named.values()))
             timed = self._known_whole_steps(list(named.values()))
         if timed is not None:
-            if (verdict := confirm.verdict(timed)) is not None:
+            if (verdict := finalists.verdict(timed)) is not None:
                 return Decision(verdict.chosen, options, verdict, timed, remarks=remarks)
             failed = {option.key for option, steps in timed if steps.error}
             options = [option for option in options if option.key not in failed] or options
@@ -416,7 +416,7 @@ class Planner:
 
     def _known_whole_steps(self, near: list[Candidate]) -> list[tuple[Candidate, WholeSteps]] | None:
         """What an interleaved run says of these candidates, the newest that has the best and another."""
-        named = [confirm.finalist_of(o, self._effective, self._world_size) for o in near]
+        named = [finalists.finalist_of(o, self._effective, self._world_size) for o in near]
         for run in reversed(self._confirmations):
             if (run.effective_batch, run.world_size) != (self._effective, self._world_size):
                 continue
@@ -430,15 +430,15 @@ class Planner:
     def _confirm(self, near: list[Candidate]) -> None:
         """Time whole steps of these candidates in the warm trial processes, if time and memory allow."""
         near = self._affordable([option for option in near if self._fits_beside(option, near[0])])
-        seconds = min(confirm.MAX_SECONDS[self._hardware.device], max(0.0, self._runner.seconds_left))
-        count, _ = confirm.affordable([option.step_s for option in near], seconds)
+        seconds = min(finalists.MAX_SECONDS[self._hardware.device], max(0.0, self._runner.seconds_left))
+        count, _ = finalists.affordable([option.step_s for option in near], seconds)
         if count < 2:
             return
         asked = WholeSpec(
             self._effective,
             self._world_size,
             seconds,
-            tuple(confirm.finalist_of(o, self._effective, self._world_size) for o in near[:count]),
+            tuple(finalists.finalist_of(o, self._effective, self._world_size) for o in near[:count]),
         )
         try:
             _, confirmation = self._runner.measure(near[0].settings, (), whole=asked)
@@ -486,7 +486,7 @@ class Planner:
         return search.extended(used, plain) if way.compile and plain is not None else used
 
     def _answer(self, decision: Decision) -> Plan:
-        return answer.make(
+        return explain.make(
             decision,
             self._used,
             self._curve_of(decision.chosen),

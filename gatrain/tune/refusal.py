@@ -9,9 +9,9 @@ from gatrain import units
 from gatrain.config import RunConfig
 from gatrain.errors import DoesNotFitError, ExactnessError, WorkerError
 from gatrain.plan import DOES_NOT_FIT, FAILED, StepSettings
-from gatrain.tune import settings
+from gatrain.tune import knobs
 from gatrain.tune.curve import Curve, Measurement
-from gatrain.tune.settings import Question
+from gatrain.tune.knobs import Question
 
 
 def refuse(
@@ -37,7 +37,7 @@ def refuse(
             f"no micro-batch could be computed. {text} Correct it, or set batch.micro to try one size."
         )
     smallest = min(refused, key=lambda m: m.micro_batch)
-    ways = "; ".join(settings.describe(way) for way in used)
+    ways = "; ".join(knobs.describe(way) for way in used)
     peak = f" (peak {units.size(smallest.peak_memory_bytes)})" if smallest.peak_memory_bytes else ""
     raise DoesNotFitError(
         f"the model does not fit at micro-batch {smallest.micro_batch}{peak}: {units.size(free_bytes)} were "

@@ -149,8 +149,8 @@ class OneGpu:
         """The plan beside the best of every compiled size that fits."""
         from gatrain.plan import Plan
         from gatrain.tune import search
-        from gatrain.tune.confirm import Finalist
-        from gatrain.tune.spec import WholeSpec
+        from gatrain.tune.finalists import Finalist
+        from gatrain.tune.protocol import WholeSpec
 
         plan = Plan.from_dict(self._bench.part(self._effective)["plan"]["plan"])
         way = dataclasses.replace(plan.settings, compile=not self._arguments.smoke, checkpointing="none")

@@ -203,10 +203,10 @@ class Bench:
         from gatrain.compose import compose
         from gatrain.hardware import detect_hardware
         from gatrain.train.checkpointing import available_modes
-        from gatrain.tune import settings
+        from gatrain.tune import knobs
 
         config = compose(self.words(self.effective_batches[0])).config
-        base = settings.resolve(config, detect_hardware(config.device)).base
+        base = knobs.resolve(config, detect_hardware(config.device)).base
         modes = available_modes(build.model_for_a_look(build.build_task(config), config.train.seed))
         compiles = (False,) if self.smoke else (False, True)
         return [
@@ -218,8 +218,8 @@ class Bench:
     def _runner(self) -> Any:
         from gatrain.compose import compose
         from gatrain.launch.nodes import Nodes
-        from gatrain.tune.host import TrialHost
-        from gatrain.tune.rounds import TrialRunner
+        from gatrain.tune.processes import TrialHost
+        from gatrain.tune.runner import TrialRunner
 
         device = "cpu" if self.smoke else "cuda"
         if self.host is None:
@@ -244,8 +244,8 @@ class Bench:
     def whole(self) -> None:
         """The sweep's best and the plan, each as whole steps, in turn; for both effective batches."""
         from gatrain.plan import Plan
-        from gatrain.tune.confirm import Finalist
-        from gatrain.tune.spec import WholeSpec
+        from gatrain.tune.finalists import Finalist
+        from gatrain.tune.protocol import WholeSpec
 
         for effective in self.effective_batches:
             plan = Plan.from_dict(self.part(effective)["plan"]["plan"])
@@ -299,8 +299,8 @@ def soak_here(micro_steps: int, steps: int, words: list[str]) -> None:
     from gatrain.plan import Plan
     from gatrain.rank import Rank
     from gatrain.train.micro_batches import LoadedWindow, MicroBatch
-    from gatrain.tune.measure import TrialBatches
-    from gatrain.tune.memory import memory_of
+    from gatrain.tune.trials.batches import TrialBatches
+    from gatrain.tune.trials.memory import memory_of
 
     config = compose(words).config
     plan = Plan.from_dict(json.loads(Path("plan.json").read_text()))

@@ -1,47 +1,38 @@
-"""Warm trial processes: one process imports torch once and forks the ranks, which answer one request after another.
+"""The parent's handle on warm trial processes, which answer one request after another.
 
 Importing torch and its compiler takes as long as many trials. So that happens once for all questions of a tuning,
 and may start while the parent still looks at the model and the data (`TrialHost.start`).
 
     parent            TrialHost: FOLDER/requests, one line for each folder that holds a trial spec
-    host process      python -m gatrain.tune.host FOLDER NODE: imports, forks one rank for each process of this node
-    ranks             gatrain.tune.trial.work: measure; rank 0 leaves `answered` in the request's folder
+    host process      python -m gatrain.tune.trials.host FOLDER NODE: imports, forks this node's ranks
+    ranks             gatrain.tune.trials.session.work: measure; rank 0 leaves `answered` in the request's folder
 
-The host never touches a GPU: a CUDA context does not survive a fork. Ranks are set up by `gatrain.rank`, like those
-of a training, and form the same world: with several nodes the folders lie in the run folder that all share, and
-each other node starts a host process on the folder that node 0 announces (`Follower`).
+With several nodes the folders lie in the run folder that all share, and each other node starts a host process on
+the folder that node 0 announces (`Follower`). Nothing of `gatrain.tune.trials` is imported here: it is started by
+name.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
-import os
 import shutil
-import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from gatrain import offspring, rank, scratch
+from gatrain import offspring, scratch
 from gatrain.assets import cache_dir
-from gatrain.errors import EXIT_CODES, GatrainError, LaunchError, RunFolderError, WorkerError
-from gatrain.launch import protocol
-from gatrain.launch.failure import Exit, first_cause
-from gatrain.launch.net import LOOPBACK, address_towards, listen
+from gatrain.errors import EXIT_CODES, GatrainError, LaunchError, RunFolderError
+from gatrain.launch.net import LOOPBACK, listen
 from gatrain.launch.nodes import Nodes, parse_endpoint
 from gatrain.rundir import RunDir, read_json, write_json
+from gatrain.tune.protocol import ANSWERED, FAILED, POLL_S, REQUESTS, WORLD
 
-WORLD, REQUESTS, ANSWERED, FAILED = "world.json", "requests", "answered", "failed.json"
-WORK = "gatrain.tune.trial"
-COMPILER = ("torch._dynamo", "torch._inductor.compile_fx", "torch._inductor.async_compile")
-SURVIVORS_S = 3.0
-"""Seconds that ranks may go on after another rank died: most of them wait for it for ever."""
-POLL_S = 0.01
+HOST = "gatrain.tune.trials.host"
+"""The module that a host process runs."""
 KEPT_FAILURES = 10
 """Failed trials whose logs are kept."""
 
@@ -199,7 +190,7 @@ def join(folder: Path, node_rank: int, cwd: Path | None) -> subprocess.Popen[byt
     `gatrain.offspring.end` it when it is over: that waits until their memory is free.
     """
     with open(_log(folder, node_rank), "ab") as log:
-        arguments = ["-m", "gatrain.tune.host", str(folder), str(node_rank)]
+        arguments = ["-m", HOST, str(folder), str(node_rank)]
         env = {offspring.SOCKETS: str(scratch.sockets_of(folder))}
         return offspring.start(arguments, cwd=cwd, env=env, stdout=log, said=log)
 
@@ -213,94 +204,3 @@ def _meeting_place(nodes: Nodes) -> dict[str, object]:
     host = parse_endpoint(nodes.endpoint)[0] if nodes.endpoint and nodes.nnodes > 1 else LOOPBACK
     with contextlib.closing(listen("" if nodes.nnodes > 1 else LOOPBACK, 0)) as free:
         return {"address": host, "port": free.getsockname()[1]}
-
-
-def requests(folder: Path, seen: int = 0) -> Iterator[str | None]:
-    """Requests in their order, each once; None about once a second while there is none."""
-    while True:
-        until = time.monotonic() + 1.0
-        found = None
-        while found is None and time.monotonic() < until:
-            lines = (folder / REQUESTS).read_text(encoding="utf-8").split("\n")[:-1]  # a torn line has no end
-            if len(lines) > seen:
-                found, seen = lines[seen], seen + 1
-            else:
-                time.sleep(POLL_S)
-        yield found
-
-
-# --- the host process -----------------------------------------------------------------------------------
-
-
-def main(folder: Path, node_rank: int) -> int:
-    """Import, fork the ranks, wait for them. Returns the exit code; the reason of a failure is in `FAILED`."""
-    offspring.die_with_parent()
-    world = read_json(folder / WORLD)
-    os.environ.update(_environment(world, node_rank))
-    for module in ("torch", WORK, *(COMPILER if world["compiles"] else ())):
-        importlib.import_module(module)
-    began, ranks = time.time(), {}
-    for local_rank in range(world["nproc"]):
-        pid = os.fork()
-        if pid == 0:
-            _become_rank(local_rank, node_rank * world["nproc"] + local_rank, folder)
-        ranks[pid] = node_rank * world["nproc"] + local_rank
-    exits, killed = _wait(ranks)
-    if not exits:
-        return 0
-    cause = first_cause(RunDir(folder), exits, began, killed)
-    error = cause.error if cause else WorkerError("the trial processes ended without a reason.")
-    if node_rank == 0:
-        write_json(folder / FAILED, {"exit_code": error.exit_code, "message": str(error)})
-    return 1
-
-
-def _environment(world: dict[str, Any], node_rank: int) -> dict[str, str]:
-    """What torchrun would tell the ranks, and what keeps this process from waking the driver."""
-    nproc, address = int(world["nproc"]), str(world["address"])
-    own = address if node_rank == 0 else address_towards(address, int(world["port"]))
-    return protocol.defaults_for_ranks(nproc, own) | {
-        "WORLD_SIZE": str(nproc * int(world["nnodes"])),
-        "LOCAL_WORLD_SIZE": str(nproc),
-        "MASTER_ADDR": address,
-        "MASTER_PORT": str(world["port"]),
-        protocol.NODE_RANK: str(node_rank),
-        protocol.DEVICE: str(world["device"]),
-        protocol.LAUNCHER_PID: str(os.getpid()),
-        # torch then asks NVML whether there is a GPU, and not the driver, which no fork may have seen
-        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
-    }
-
-
-def _become_rank(local_rank: int, global_rank: int, folder: Path) -> NoReturn:
-    os.environ |= {"RANK": str(global_rank), "LOCAL_RANK": str(local_rank)}
-    sys.argv = [WORK, str(folder)]
-    try:
-        rank.main(importlib.import_module(WORK).work)
-    finally:
-        os._exit(WorkerError.exit_code)  # main never returns; the host's own code must not go on here
-
-
-def _wait(ranks: dict[int, int]) -> tuple[list[Exit], set[int]]:
-    """Wait for all ranks: (those that failed, pids that had to be killed)."""
-    exits: list[Exit] = []
-    killed: set[int] = set()
-    left, end_at = dict(ranks), float("inf")
-    while left:
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        if pid in left:
-            global_rank, code = left.pop(pid), os.waitstatus_to_exitcode(status)
-            if code != 0:
-                exits.append(Exit(global_rank, pid, code, time.time()))
-                end_at = min(end_at, time.monotonic() + SURVIVORS_S)
-        elif pid == 0:
-            time.sleep(POLL_S)
-        if time.monotonic() > end_at:
-            for other in set(left) - killed:
-                killed.add(other)
-                os.kill(other, signal.SIGKILL)
-    return exits, killed
-
-
-if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))

@@ -12,7 +12,6 @@ import dataclasses
 import gc
 import itertools
 import math
-import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,14 +25,14 @@ from gatrain.causes import user_frames
 from gatrain.errors import DoesNotFitError, GatrainError, is_out_of_memory
 from gatrain.plan import DOES_NOT_FIT, FAILED, FITS
 from gatrain.rank import Rank
-from gatrain.tasks.base import Batch, Task
-from gatrain.train import samples
+from gatrain.tasks.base import Batch
 from gatrain.train.batches import bytes_of
 from gatrain.train.meter import Meter
 from gatrain.train.seeding import seed_everything
 from gatrain.tune.curve import DIFFERS, Measurement
-from gatrain.tune.memory import Memory
 from gatrain.tune.search import disagrees
+from gatrain.tune.trials.batches import TrialBatches
+from gatrain.tune.trials.memory import Memory
 
 if TYPE_CHECKING:
     from gatrain.train.engine import Engine
@@ -57,8 +56,6 @@ TYPICAL: dict[str, Callable[[list[float]], float]] = {"cpu": min, "cuda": statis
 NOISE_SEEDS = 3
 USUAL = 4
 """Batches of random samples that are timed where lengths vary."""
-DISTINCT_SAMPLES = 64
-"""Worst-case samples that are really read; a larger batch repeats them."""
 
 
 @dataclass(frozen=True)
@@ -395,67 +392,6 @@ def predicted_seconds(last: Measurement, size: int, device: str) -> float:
     micro_step_s = (last.micro_step_s or 0.0) * size / last.micro_batch
     micro_steps = 2 + WARM_UPS[device] + repeats_for(micro_step_s, device)
     return micro_steps * micro_step_s + (1 + CYCLES) * ((last.reduce_s or 0.0) + (last.optimizer_s or 0.0))
-
-
-class TrialBatches:
-    """Host batches of any size from few samples: the largest for time and memory, one repeated for truth."""
-
-    def __init__(self, task: Task, seed: int = 0) -> None:
-        self.task = task
-        self._seed = seed
-        self._samples: dict[samples.Key, Any] = {}
-
-    def worst_case(self, size: int) -> tuple[Batch, Mapping[str, float]]:
-        """``size`` samples that need the most memory, with their weights."""
-        indices = list(self.task.worst_case_indices(min(size, DISTINCT_SAMPLES)))
-        return self._batch([indices[i % len(indices)] for i in range(size)])
-
-    @property
-    def vary(self) -> bool:
-        """Whether batches of one size differ in shape, so that usual ones take other times than the worst."""
-        return bool(self.task.variable_length)
-
-    def usual(self, size: int, count: int) -> list[tuple[Batch, Mapping[str, float]]]:
-        """``count`` batches of random samples, the same for every rank and way of computing; empty where every
-        batch of a size is like the worst."""
-        if not self.vary:
-            return []
-        drawn = self.drawn(size * count)
-        return [self._batch(drawn[nth * size : (nth + 1) * size]) for nth in range(count)]
-
-    def drawn(self, count: int) -> list[int]:
-        """Indices of random samples, in a fixed order."""
-        total = len(self.task.train_data)
-        order = random.Random(0)
-        found: list[int] = []
-        while len(found) < count:
-            found += order.sample(range(total), min(total, count - len(found)))
-        return found
-
-    def window(
-        self, shares: Sequence[int], rank: int, sizes: Sequence[int]
-    ) -> list[tuple[Batch, Mapping[str, float]]]:
-        """One rank's micro-batches of a window: random samples where they vary, else the worst."""
-        if not self.vary:
-            made = {size: self.worst_case(size) for size in dict.fromkeys(sizes)}
-            return [made[size] for size in sizes]
-        mine = self.drawn(sum(shares))[sum(shares[:rank]) :]
-        ends = list(itertools.accumulate(sizes))
-        return [self._batch(mine[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
-
-    def repeated(self, size: int) -> tuple[Batch, Mapping[str, float]]:
-        """The worst-case sample ``size`` times, with the weights."""
-        return self._batch([next(iter(self.task.worst_case_indices(1)))] * size)
-
-    def _batch(self, indices: Sequence[int]) -> tuple[Batch, Mapping[str, float]]:
-        keys = [(0, int(index)) for index in indices]
-        micro = samples.make(self.task, [self._read(key) for key in keys], keys, self._seed)
-        return micro.batch, micro.weights
-
-    def _read(self, key: samples.Key) -> Any:
-        if key not in self._samples:
-            self._samples[key] = samples.read_one(self.task, self.task.train_data, key, self._seed)
-        return self._samples[key]
 
 
 def attempt(work: Callable[[], object]) -> Failure | None:

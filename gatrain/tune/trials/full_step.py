@@ -14,10 +14,11 @@ from gatrain.tasks.base import Batch
 from gatrain.train import batches
 from gatrain.train.meter import Meter
 from gatrain.train.micro_batches import LoadedWindow, MicroBatch
-from gatrain.tune import confirm
-from gatrain.tune.confirm import Confirmation, Finalist, WholeSteps
-from gatrain.tune.measure import Failure, Peers, TrialBatches, attempt
-from gatrain.tune.spec import WholeSpec
+from gatrain.tune import finalists
+from gatrain.tune.finalists import Confirmation, Finalist, WholeSteps
+from gatrain.tune.protocol import WholeSpec
+from gatrain.tune.trials.batches import TrialBatches
+from gatrain.tune.trials.measure import Failure, Peers, attempt
 
 if TYPE_CHECKING:
     from gatrain.train.engine import Engine
@@ -69,8 +70,8 @@ class WholeStepTimer:
         running = [nth for nth, failure in enumerate(failures) if failure is None]
         # seconds that all ranks share, so that all choose the same number of rounds
         total = sum(warm[nth][1] for nth in running)
-        rounds = min(confirm.ROUNDS[1], int(asked.max_seconds / max(total, 1e-9)) - 1)
-        rounds = max(rounds, confirm.ROUNDS[0])  # they were found affordable by their predicted times
+        rounds = min(finalists.ROUNDS[1], int(asked.max_seconds / max(total, 1e-9)) - 1)
+        rounds = max(rounds, finalists.ROUNDS[0])  # they were found affordable by their predicted times
         if len(running) < 2 or rounds * total > MUCH_LONGER * asked.max_seconds:
             rounds = 0  # what failed is said all the same
             if len(running) == len(named):
@@ -127,7 +128,7 @@ class WholeStepTimer:
         name = next((name for name, count in left_out.items() if count < len(every)), None)
         if name is None:
             return None
-        return Failure(FAILED, f"{confirm.VARYING} ({name} by {left_out[name]} of {len(every)})")
+        return Failure(FAILED, f"{finalists.VARYING} ({name} by {left_out[name]} of {len(every)})")
 
     def _step(self, finalist: Finalist) -> tuple[Failure | None, float]:
         """One whole step: (failure of any rank, seconds of the slowest). Collective; waits for the device."""

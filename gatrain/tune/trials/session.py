@@ -1,6 +1,6 @@
-"""The ranks of trial processes, forked by `gatrain.tune.host`.
+"""The ranks of trial processes, forked by `gatrain.tune.trials.host`.
 
-For each request they walk through the sizes of its `gatrain.tune.spec.TrialSpec` in rising order, and rank 0 writes
+For each request they walk through the sizes of its `gatrain.tune.protocol.TrialSpec` in rising order; rank 0 writes
 a line after each. All decisions to go on or stop are taken together. Model, batches and compiled code stay warm
 from one request to the next.
 """
@@ -30,19 +30,19 @@ from gatrain.train.checkpointing import available_modes
 from gatrain.train.engine import Engine
 from gatrain.train.lengths import notice_lengths
 from gatrain.train.windows import WindowSchedule
-from gatrain.tune import curve, host, spec
+from gatrain.tune import curve, protocol
 from gatrain.tune.curve import Measurement
-from gatrain.tune.measure import (
+from gatrain.tune.memory_model import between, fit_line
+from gatrain.tune.protocol import TrialSpec
+from gatrain.tune.trials.batches import TrialBatches
+from gatrain.tune.trials.full_step import WholeStepTimer
+from gatrain.tune.trials.measure import (
     Peers,
     Reference,
     SizeMeter,
-    TrialBatches,
     predicted_seconds,
 )
-from gatrain.tune.memory import Memory, memory_of, predicted_peak
-from gatrain.tune.memory_model import between, fit_line
-from gatrain.tune.spec import TrialSpec
-from gatrain.tune.whole import WholeStepTimer
+from gatrain.tune.trials.memory import Memory, memory_of, predicted_peak
 
 LEVEL_GAIN, FALL = 0.01, 0.02
 """Two sizes in a row that gain less than the one, or lose more than the other, end the rise."""
@@ -70,7 +70,7 @@ class Lines:
     """Rank 0's side of ``trials.jsonl``."""
 
     def __init__(self, folder: Path, is_writer: bool) -> None:
-        self._file = open(folder / spec.LINES, "a", encoding="utf-8") if is_writer else None  # noqa: SIM115
+        self._file = open(folder / protocol.LINES, "a", encoding="utf-8") if is_writer else None  # noqa: SIM115
 
     def write(self, event: str, **content: Any) -> None:
         if self._file is not None:
@@ -82,8 +82,8 @@ class Lines:
 def work(folder: Path, this: Rank) -> None:
     """Answer requests until the host is killed. Every rank runs it, and all see the same requests."""
     _to_log(folder, this)
-    desk = Desk(this, compiles=bool(read_json(folder / host.WORLD)["compiles"]))
-    pending = host.requests(folder)
+    desk = Desk(this, compiles=bool(read_json(folder / protocol.WORLD)["compiles"]))
+    pending = protocol.requests(folder)
     while True:
         told = desk.peers.gather((next(pending) if this.rank == 0 else None, this.stop_requested))
         if any(stops for _, stops in told):
@@ -94,7 +94,7 @@ def work(folder: Path, this: Rank) -> None:
         is_usable = desk.answer(Path(found))
         desk.peers.gather(None)  # nobody needs the folder any more
         if this.rank == 0:
-            (Path(found) / host.ANSWERED).touch()
+            (Path(found) / protocol.ANSWERED).touch()
         if not is_usable:
             return  # a GPU error spoils whatever follows: the next request starts other processes
 
@@ -127,7 +127,7 @@ class Desk:
         asked = TrialSpec.read(folder)
         lines = Lines(folder, self._rank.rank == 0)
         memory = self._memory = self._memory or memory_of(self._rank, asked.memory_fraction)
-        config = load_config(folder / spec.CONFIG)
+        config = load_config(folder / protocol.CONFIG)
         config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=STILL))
         try:
             batches = self._prepare(config)
@@ -312,7 +312,7 @@ class Rise:
         needed = self._predicted_seconds(size)
         # rank 0's clock decides for all
         if self._peers.gather(needed > left)[0]:
-            self._skip(size, spec.no_time(needed, left))
+            self._skip(size, protocol.no_time(needed, left))
             return curve.TIME
         over = max(self._peers.gather(self._over(size)))
         if over > 0:

@@ -12,8 +12,8 @@ from gatrain.config import RunConfig
 from gatrain.plan import FITS, Plan, StepSettings, Trial, make_plan
 from gatrain.train import read_ahead
 from gatrain.tune import advice, curve, search
-from gatrain.tune.confirm import VARYING, Verdict, WholeSteps
 from gatrain.tune.curve import Curve
+from gatrain.tune.finalists import VARYING, Verdict, WholeSteps
 from gatrain.tune.search import Candidate
 
 MOST_NOISY = 4

@@ -14,10 +14,10 @@ from gatrain.config import RunConfig
 from gatrain.errors import DoesNotFitError, GatrainError, Interrupted, WorkerError
 from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, StepSettings
 from gatrain.rundir import write_text
-from gatrain.tune import curve, settings, spec
-from gatrain.tune.confirm import Confirmation
+from gatrain.tune import curve, knobs, protocol
 from gatrain.tune.curve import Curve, Measurement
-from gatrain.tune.spec import Answers, TrialSpec, WholeSpec
+from gatrain.tune.finalists import Confirmation
+from gatrain.tune.protocol import Answers, TrialSpec, WholeSpec
 
 Progress = Callable[[str], None]
 Run = Callable[[Path], None]
@@ -29,7 +29,7 @@ class TrialRunner:
 
     Args:
         config: of the run; it reaches the processes as a file.
-        run: lets the processes answer, such as a `gatrain.tune.host.TrialHost`.
+        run: lets the processes answer, such as a `gatrain.tune.processes.TrialHost`.
         max_seconds: time for all curves together. It runs while sizes are measured: what the start of the
             processes, the user's imports, the data and the model take is not counted.
         keep: called with every curve, complete or not, also when a person interrupts.
@@ -100,11 +100,11 @@ class TrialRunner:
         # private to this user: the config in it may hold secrets that were given literally
         with scratch.folder("gatrain_tune_", self._shared) as folder:
             asked.write(folder)
-            write_text(folder / spec.CONFIG, self._written, mode=0o600)
+            write_text(folder / protocol.CONFIG, self._written, mode=0o600)
             self._progress(_announcement(way, sizes, rises))
             began = time.time()
             try:
-                with listening(folder / spec.LINES, self._tell):
+                with listening(folder / protocol.LINES, self._tell):
                     self._run(folder)
             except (Interrupted, KeyboardInterrupt):
                 answers = _read(folder)  # what ended before the interruption is complete
@@ -145,7 +145,7 @@ class TrialRunner:
 def _announcement(way: StepSettings, sizes: Sequence[int], rises: bool) -> str:
     if not sizes:
         return "timing whole optimizer steps of the finalists, in turn"
-    what = f"measuring {settings.describe(way)}"
+    what = f"measuring {knobs.describe(way)}"
     if rises:
         return f"{what}: rising micro-batches"
     return f"{what}: micro-batch {', '.join(map(str, sizes))}"
@@ -162,7 +162,7 @@ def sentence(m: Measurement) -> str:
 
 def _read(folder: Path) -> Answers:
     with contextlib.suppress(OSError):
-        return spec.read_answers((folder / spec.LINES).read_text(encoding="utf-8").splitlines())
+        return protocol.read_answers((folder / protocol.LINES).read_text(encoding="utf-8").splitlines())
     return Answers()
 
 

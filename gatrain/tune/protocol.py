@@ -14,7 +14,8 @@ Lines of ``trials.jsonl``, each flushed, so that a crash or Ctrl-C keeps what wa
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,21 @@ from typing import Any
 from gatrain import codec, units
 from gatrain.plan import StepSettings
 from gatrain.rundir import read_json, write_json
-from gatrain.tune.confirm import Confirmation, Finalist
 from gatrain.tune.curve import Measurement
+from gatrain.tune.finalists import Confirmation, Finalist
 
 SPEC, LINES, CONFIG = "trial_spec.json", "trials.jsonl", "config.yaml"
+"""In the folder of a request: what is asked, what was found, the configuration."""
+ANSWERED = "answered"
+"""Made there when the request is answered."""
+WORLD, REQUESTS, FAILED = "world.json", "requests", "failed.json"
+"""In the folder of the host process: the ranks to fork, the folders of requests, why it failed."""
+POLL_S = 0.01
 
 
 @dataclass(frozen=True)
 class WholeSpec:
-    """Whole optimizer steps to time after the sizes; see `gatrain.tune.confirm`."""
+    """Whole optimizer steps to time after the sizes; see `gatrain.tune.finalists`."""
 
     effective_batch: int
     world_size: int
@@ -129,3 +136,17 @@ def read_answers(lines: Iterable[str]) -> Answers:
     for line in lines:
         answers.take(line)
     return answers
+
+
+def requests(folder: Path, seen: int = 0) -> Iterator[str | None]:
+    """Requests in their order, each once; None about once a second while there is none."""
+    while True:
+        until = time.monotonic() + 1.0
+        found = None
+        while found is None and time.monotonic() < until:
+            lines = (folder / REQUESTS).read_text(encoding="utf-8").split("\n")[:-1]  # a torn line has no end
+            if len(lines) > seen:
+                found, seen = lines[seen], seen + 1
+            else:
+                time.sleep(POLL_S)
+        yield found
