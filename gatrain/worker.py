@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,24 +154,26 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
         )
         with out_of_memory.told(config, plan, run_dir, rank.device.type, available_modes(engine.model)):
             summary = trainer.run()
-        if summary["status"] == "stopped":
+        if summary.status == "stopped":
             rank.stop_anywhere()  # every rank names the signal that came to one of them
         if rank.rank == 0:
-            summary["baseline"] = {"name": baseline[0], "loss": baseline[1]} if baseline else None
-            if summary["loss"] is None:  # nothing was left to train
-                summary["loss"] = next(
-                    (line.get("loss") for line in reversed(read_lines(run_dir.metrics))), None
-                )
-            summary["left_out"] = left_out(run_dir)
-            summary["unreadable"] = unreadable(run_dir.metrics)
-            summary["weights"] = _weights_of(run_dir, summary["step"])
-            write_json(run_dir.summary, summary)  # the plots read it
+            loss = summary.loss
+            if loss is None:  # nothing was left to train
+                loss = next((line.get("loss") for line in reversed(read_lines(run_dir.metrics))), None)
+            summary = replace(
+                summary,
+                loss=loss,
+                baseline={"name": baseline[0], "loss": baseline[1]} if baseline else None,
+                left_out=left_out(run_dir),
+                unreadable=tuple(unreadable(run_dir.metrics)),
+                weights=_weights_of(run_dir, summary.step),
+            )
+            write_json(run_dir.summary, summary.to_dict())  # the plots read it
             with aftermath.guard("the plots"):
                 save_plots(run_dir.path)
-            summary["failed"] = [*aftermath.failures, *sinks.failures]
-            sinks.end(summary)
-            summary["failed"] = [*aftermath.failures, *sinks.failures]
-            write_json(run_dir.summary, summary)
+            sinks.end(replace(summary, failed=(*aftermath.failures, *sinks.failures)))
+            failed = (*aftermath.failures, *sinks.failures)  # that of a logger's end too
+            write_json(run_dir.summary, replace(summary, failed=failed).to_dict())
 
 
 def _stop_if_asked(rank: rank_process.Rank) -> None:

@@ -10,7 +10,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +43,7 @@ from gatrain.report.plan_plot import plan_plot_lines, terminal_points
 from gatrain.report.plot import sparkline
 from gatrain.rundir import RunDir, write_json
 from gatrain.train.events import RunInfo
+from gatrain.train.records import RunSummary, StepRecord
 
 EVIL = "[bold red]x[/bold red]\x1b[2J\x1b]0;title\x07\u202e\x9b31m"
 
@@ -98,7 +98,7 @@ def run_info(folder: Path, **changes: Any) -> RunInfo:
     return RunInfo(**{**facts, **changes})
 
 
-def record(step: int, **changes: Any) -> dict[str, Any]:
+def record(step: int, **changes: Any) -> StepRecord:
     values: dict[str, Any] = {
         "step": step,
         "loss": 4.0 + 6.0 / step,
@@ -112,19 +112,24 @@ def record(step: int, **changes: Any) -> dict[str, Any]:
         "peak_memory_bytes": int(1.9 * 2**30),
         "window": "0a1b2c",
     }
-    return {**values, **changes}
+    return StepRecord(**{**values, **changes})
 
 
-def summary(**changes: Any) -> dict[str, Any]:
-    values = {
+def summary(**changes: Any) -> RunSummary:
+    values: dict[str, Any] = {
         "status": "completed",
         "step": 600,
+        "total_steps": 600,
         "loss": 4.62,
         "eval_loss": 4.71,
+        "evaluation": {"loss": 4.71},
+        "updates": 600,
+        "skipped_steps": 0,
+        "unreadable_samples": 0,
         "showcase": None,
         "elapsed_s": 113.0,
     }
-    return {**values, **changes}
+    return RunSummary(**{**values, **changes})
 
 
 def steps_in(path: Path) -> list[int]:
@@ -136,7 +141,7 @@ def steps_in(path: Path) -> list[int]:
 
 def test_metrics_are_cut_on_resume(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    whole = "".join(json.dumps(record(step)) + "\n" for step in range(1, 8))
+    whole = "".join(json.dumps(record(step).to_dict()) + "\n" for step in range(1, 8))
     path.write_text(whole + '{"step": 8, "los')
     (tmp_path / "evaluations.jsonl").write_text('{"step": 4, "loss": 5}\n{"step": 6, "loss": 4}\n')
     sink = JsonlSink(path, first_step=5)
@@ -166,9 +171,7 @@ def test_a_new_run_starts_new_files_and_null_stands_for_nan(tmp_path: Path) -> N
     path.write_text('{"step": 1}\n')
     sink = JsonlSink(path, first_step=0)
     sink.start(run_info(tmp_path))
-    sink.step(
-        record(1, loss=math.nan, grad_norm=math.inf, tokens=None, odd={"a": (1, -math.inf)}, where=tmp_path)
-    )
+    sink.step(record(1, loss=math.nan, grad_norm=math.inf, tokens=None, metrics={"a": -math.inf, "b": 2.5}))
     sink.close()
     sink.close()
 
@@ -177,12 +180,8 @@ def test_a_new_run_starts_new_files_and_null_stands_for_nan(tmp_path: Path) -> N
 
     (line,) = path.read_text().splitlines()
     found = json.loads(line, parse_constant=refuse)
-    assert (found["loss"], found["grad_norm"], found["tokens"], found["odd"]) == (
-        None,
-        None,
-        None,
-        {"a": [1, None]},
-    )
+    assert [found[name] for name in ("loss", "grad_norm", "tokens")] == [None, None, None]
+    assert found["metrics"] == {"a": None, "b": 2.5}
 
 
 def test_tensorboard_hides_steps_that_are_trained_again(tmp_path: Path) -> None:
@@ -199,7 +198,8 @@ def test_tensorboard_hides_steps_that_are_trained_again(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5]
-    tags = {"train/loss", "train/grad_norm", "train/lr", "speed/samples_per_s", "memory/peak_gib"}
+    tags = {f"train/{name}" for name in ("loss", "grad_norm", "lr", "skipped_steps")}
+    tags |= {"speed/samples_per_s", "memory/peak_gib"}
     assert set(events.Tags()["scalars"]) == tags | {"eval/loss", "eval/accuracy"}
 
 
@@ -474,7 +474,7 @@ def test_numbers_read_well() -> None:
 class Breaking(QuietSink):
     """Raises at every event."""
 
-    def step(self, record: Mapping[str, Any]) -> None:
+    def step(self, record: StepRecord) -> None:
         raise OSError(28, "No space left on device")
 
 
@@ -487,8 +487,8 @@ class Hearing(QuietSink):
         self.steps: list[int] = []
         self.notices: list[str] = []
 
-    def step(self, record: Mapping[str, Any]) -> None:
-        self.steps.append(record["step"])
+    def step(self, record: StepRecord) -> None:
+        self.steps.append(record.step)
 
     def notice(self, text: str) -> None:
         self.notices.append(text)
@@ -510,7 +510,7 @@ def test_a_sink_that_cannot_write_is_told_of_once_and_tried_again(capsys: pytest
 
 def test_a_sink_with_another_error_is_told_of_once_and_dropped() -> None:
     class Wrong(QuietSink):
-        def step(self, record: Mapping[str, Any]) -> None:
+        def step(self, record: StepRecord) -> None:
             raise ValueError("no such thing")
 
     sinks = Fanout([Wrong(), hearing := Hearing()])

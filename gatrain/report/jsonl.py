@@ -18,6 +18,7 @@ from gatrain import units
 from gatrain.report.sink import QuietSink
 from gatrain.rundir import atomic_file
 from gatrain.train.events import RunInfo
+from gatrain.train.records import RunSummary, StepRecord
 
 MOST_WAITING_BYTES = 64 * units.MIB
 """Lines that wait in memory for a disk that takes none; some 200,000 steps."""
@@ -54,9 +55,9 @@ class JsonlSink(QuietSink):
         for file in self._files():
             file.open()
 
-    def step(self, record: Mapping[str, Any]) -> None:
+    def step(self, record: StepRecord) -> None:
         if self._steps is not None:
-            self._steps.append(record)
+            self._steps.append(record.to_dict())
 
     def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
         if self._evaluations is None:
@@ -76,7 +77,7 @@ class JsonlSink(QuietSink):
         for file in self._files():
             file.put_back()
 
-    def end(self, summary: Mapping[str, Any]) -> None:
+    def end(self, summary: RunSummary) -> None:
         for file in self._files():
             file.write()
 

@@ -29,6 +29,7 @@ from gatrain.report.plain import silence, step_values
 from gatrain.report.plot import sparkline, terminal_plot
 from gatrain.report.sink import QuietSink
 from gatrain.train.events import RunInfo
+from gatrain.train.records import RunSummary, StepRecord
 
 _WIDEST = 120
 _LABEL, _NUMBER, _GOOD, _WARN = "dim", "bold", "green", "yellow"
@@ -132,7 +133,7 @@ class LiveSink(QuietSink):
         atexit.register(self.close)  # shows the cursor again, however the process ends
         self._region.start(refresh=True)
 
-    def step(self, record: Mapping[str, Any]) -> None:
+    def step(self, record: StepRecord) -> None:
         if self._meter is not None:
             with self._lock:
                 self._meter.add(record)
@@ -150,7 +151,7 @@ class LiveSink(QuietSink):
     def notice(self, text_: str) -> None:
         self._say(Text(f"note: {text.clean(text_)}", _WARN))
 
-    def end(self, summary: Mapping[str, Any]) -> None:
+    def end(self, summary: RunSummary) -> None:
         self.close()
         meter = self._meter
         if meter is None:
@@ -168,7 +169,7 @@ class LiveSink(QuietSink):
                 Panel(body, title=Text("sample"), title_align="left", border_style="dim", width=self._wide())
             )
         rows = text.summary_rows(summary, meter.info)
-        self._rows(rows, first=_GOOD if summary.get("status") == "completed" else _WARN)
+        self._rows(rows, first=_GOOD if summary.status == "completed" else _WARN)
 
     def close(self) -> None:
         atexit.unregister(self.close)
@@ -187,7 +188,7 @@ class LiveSink(QuietSink):
             if left is not None:
                 left = max(0.0, left - (now - self._heard))
             lines = [Text(), _progress(meter, now - self._started, left, width)]
-            if not meter.last:
+            if meter.last is None:
                 return [*lines, Text("waiting for the first steps", _LABEL)]
             return [*lines, _loss_line(meter, width), *_pack(_facts(meter), width)]
 
@@ -240,7 +241,7 @@ def _progress(meter: Meter, elapsed: float, left: float | None, width: int) -> T
 
 def _loss_line(meter: Meter, width: int) -> Text:
     line = Text.assemble(("loss ", _LABEL), (text.decimal(meter.smooth_loss), _NUMBER))
-    line.append(f" smoothed, {text.decimal(meter.last.get('loss'))} last  ", _LABEL)
+    line.append(f" smoothed, {text.decimal(meter.last.loss if meter.last else None)} last  ", _LABEL)
     room = width - line.cell_len
     return line.append(sparkline(meter.losses(), room), "cyan") if room >= 4 else line
 
@@ -249,7 +250,8 @@ def _facts(meter: Meter) -> list[str]:
     values = step_values(meter)
     values.pop("loss")
     terms = [name for name in values if name.startswith("loss_terms.")]
-    order = (*terms, "samples", "tokens", "memory", "lr", "grad_norm", "loss_scale", "skipped")
+    measured = [name for name in values if name.startswith("metrics.")]
+    order = (*terms, "samples", "tokens", "memory", "lr", "grad_norm", *measured, "loss_scale", "skipped")
     return [values[name].replace("_", " ") for name in order if name in values]
 
 

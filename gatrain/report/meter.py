@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping
-from typing import Any
 
 from gatrain.report.text import number
 from gatrain.train.events import RunInfo
+from gatrain.train.records import StepRecord
 
 _SMOOTHING = 0.9
 _RECENT = 50
@@ -24,7 +23,7 @@ class Meter:
     def __init__(self, info: RunInfo) -> None:
         self.info = info
         self.step = info.first_step
-        self.last: Mapping[str, Any] = {}
+        self.last: StepRecord | None = None
         self.peak_memory_bytes: int | None = None
         self._sum = self._weight = 0.0
         self._recent: collections.deque[tuple[float, float, float]] = collections.deque(maxlen=_RECENT)
@@ -33,25 +32,25 @@ class Meter:
         self._stride = 1  # steps averaged in each entry of the history
         self._bin: list[float] = []
 
-    def add(self, record: Mapping[str, Any]) -> None:
+    def add(self, record: StepRecord) -> None:
         """Take one step's record."""
         self.last = record
-        self.step = int(record["step"])
-        memory = number(record.get("peak_memory_bytes"))
+        self.step = record.step
+        memory = record.peak_memory_bytes
         if memory:
-            self.peak_memory_bytes = max(int(memory), self.peak_memory_bytes or 0)
-        loss = number(record.get("loss"))
+            self.peak_memory_bytes = max(memory, self.peak_memory_bytes or 0)
+        loss = number(record.loss)
         if loss is not None:  # a NaN would stay in every average after it
             self._sum = _SMOOTHING * self._sum + (1 - _SMOOTHING) * loss
             self._weight = _SMOOTHING * self._weight + (1 - _SMOOTHING)
             self._remember(loss)
-        seconds = number(record.get("step_s"))
+        seconds = number(record.step_s)
         if seconds:
             if len(self._recent) == 1 and not self._warm:
                 self._recent.clear()  # the first step compiles and warms up: forget it when there is another
                 self._warm = True
-            samples = (number(record.get("samples_per_s")) or 0.0) * seconds
-            tokens = (number(record.get("tokens_per_s")) or 0.0) * seconds
+            samples = (number(record.samples_per_s) or 0.0) * seconds
+            tokens = (number(record.tokens_per_s) or 0.0) * seconds
             self._recent.append((seconds, samples, tokens))
 
     @property

@@ -14,6 +14,7 @@ from gatrain.report import text
 from gatrain.report.meter import Meter
 from gatrain.report.sink import QuietSink
 from gatrain.train.events import RunInfo
+from gatrain.train.records import RunSummary, StepRecord
 
 
 class PlainSink(QuietSink):
@@ -48,7 +49,7 @@ class PlainSink(QuietSink):
         self._print(title)
         self._rows(text.header_rows(info))
 
-    def step(self, record: Mapping[str, Any]) -> None:
+    def step(self, record: StepRecord) -> None:
         meter = self._meter
         if meter is None:
             return
@@ -72,11 +73,11 @@ class PlainSink(QuietSink):
     def notice(self, text_: str) -> None:
         self._print(f"note: {text.clean(text_)}")
 
-    def end(self, summary: Mapping[str, Any]) -> None:
+    def end(self, summary: RunSummary) -> None:
         meter = self._meter
         if meter is None:
             return
-        if meter.last and meter.step != self._printed_step:
+        if meter.last is not None and meter.step != self._printed_step:
             self._step_line(meter)
         self._print("")
         sample = text.showcase_lines(summary)
@@ -127,20 +128,20 @@ class PlainSink(QuietSink):
 def step_values(meter: Meter) -> dict[str, str]:
     """The newest numbers, written out, by a fixed name; what was not measured is left out."""
     record, values = meter.last, {}
-    values["loss"] = f"loss {text.decimal(record.get('loss'))}"
-    for name, value in text.loss_terms(record).items():
+    if record is None:
+        return {}
+    values["loss"] = f"loss {text.decimal(record.loss)}"
+    for name, value in record.loss_terms.items():
         values[f"loss_terms.{name}"] = f"{text.clean(name)} {text.decimal(value)}"
-    if record.get("grad_norm") is not None:
-        values["grad_norm"] = f"grad_norm {text.decimal(record['grad_norm'])}"
-    rate = text.number(record.get("lr"))
-    if rate is not None:
-        values["lr"] = f"lr {text.learning_rate(rate)}"
-    scale = text.number(record.get("loss_scale"))
-    if scale is not None:
-        values["loss_scale"] = f"loss_scale {scale:g}"
-    skipped = record.get("skipped_steps")
-    if skipped:
-        values["skipped"] = f"skipped {skipped:,}"
+    values["grad_norm"] = f"grad_norm {text.decimal(record.grad_norm)}"
+    if record.lr is not None:
+        values["lr"] = f"lr {text.learning_rate(record.lr)}"
+    for name, value in record.metrics.items():
+        values[f"metrics.{name}"] = f"{text.clean(name)} {text.decimal(value)}"
+    if record.loss_scale is not None:
+        values["loss_scale"] = f"loss_scale {record.loss_scale:g}"
+    if record.skipped_steps:
+        values["skipped"] = f"skipped {record.skipped_steps:,}"
     if meter.samples_per_s is not None:
         values["samples"] = f"{units.rate(meter.samples_per_s)} samples/s"
     if meter.tokens_per_s is not None:

@@ -15,6 +15,7 @@ from gatrain import disk, units
 from gatrain.report.text import clean
 from gatrain.secrets import hide_known
 from gatrain.train.events import RunInfo, Sink
+from gatrain.train.records import RunSummary, StepRecord
 
 
 class QuietSink:
@@ -26,7 +27,7 @@ class QuietSink:
     def start(self, info: RunInfo) -> None:
         """The run begins or goes on."""
 
-    def step(self, record: Mapping[str, Any]) -> None:
+    def step(self, record: StepRecord) -> None:
         """One optimizer step is done."""
 
     def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -38,7 +39,7 @@ class QuietSink:
     def notice(self, text: str) -> None:
         """Something that a person should know."""
 
-    def end(self, summary: Mapping[str, Any]) -> None:
+    def end(self, summary: RunSummary) -> None:
         """The run is over."""
 
     def close(self) -> None:
@@ -67,7 +68,7 @@ class Fanout:
     def start(self, info: RunInfo) -> None:
         self._tell("start", info)
 
-    def step(self, record: Mapping[str, Any]) -> None:
+    def step(self, record: StepRecord) -> None:
         self._tell("step", record)
 
     def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -79,7 +80,7 @@ class Fanout:
     def notice(self, text: str) -> None:
         self._tell("notice", hide_known(text))
 
-    def end(self, summary: Mapping[str, Any]) -> None:
+    def end(self, summary: RunSummary) -> None:
         self._tell("end", summary)
         for sink in self.sinks:
             stuck = self._stuck.pop(id(sink), None)

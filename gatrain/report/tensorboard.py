@@ -14,6 +14,7 @@ from gatrain import units
 from gatrain.report import text
 from gatrain.report.sink import QuietSink
 from gatrain.train.events import RunInfo
+from gatrain.train.records import RunSummary, StepRecord
 
 _TAGS = {
     "loss": "train/loss",
@@ -23,7 +24,6 @@ _TAGS = {
     "skipped_steps": "train/skipped_steps",
     "samples_per_s": "speed/samples_per_s",
     "tokens_per_s": "speed/tokens_per_s",
-    "peak_memory_gib": "memory/peak_gib",
 }
 
 
@@ -64,16 +64,13 @@ class TensorBoardSink(QuietSink):
         with self._told():
             self._open()
 
-    def step(self, record: Mapping[str, Any]) -> None:
-        values = dict(record)
-        memory = text.number(record.get("peak_memory_bytes"))
-        if memory:
-            values["peak_memory_gib"] = memory / units.GIB
-        step = int(record["step"])
-        points = [(tag, values.get(key), step) for key, tag in _TAGS.items()]
-        points += [
-            (f"train/loss_terms/{name}", value, step) for name, value in text.loss_terms(record).items()
-        ]
+    def step(self, record: StepRecord) -> None:
+        step = record.step
+        points = [(tag, getattr(record, name), step) for name, tag in _TAGS.items()]
+        if record.peak_memory_bytes:
+            points.append(("memory/peak_gib", record.peak_memory_bytes / units.GIB, step))
+        points += [(f"train/loss_terms/{name}", value, step) for name, value in record.loss_terms.items()]
+        points += [(f"train/{name}", value, step) for name, value in record.metrics.items()]
         self._add(points)
 
     def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -84,7 +81,7 @@ class TensorBoardSink(QuietSink):
         self._add(points)
         self._flush()
 
-    def end(self, summary: Mapping[str, Any]) -> None:
+    def end(self, summary: RunSummary) -> None:
         if self._info is not None:
             self._flush()
         self.close()

@@ -10,6 +10,7 @@ from typing import Any
 
 from gatrain import commands, units
 from gatrain.train.events import RunInfo
+from gatrain.train.records import RunSummary
 
 # Whatever could move the cursor, colour, retitle or reorder a terminal: C0 and C1 controls (escape sequences
 # begin with one), line separators, bidirectional overrides, and lone surrogates, which no encoding can carry.
@@ -129,7 +130,7 @@ def header_rows(info: RunInfo) -> list[tuple[str, str]]:
 
 
 def loss_terms(numbers: Mapping[str, Any]) -> dict[str, float]:
-    """The named loss terms of a step or an evaluation; empty where there is only one, which is ``loss``."""
+    """The named loss terms of an evaluation; empty where there is only one, which is ``loss``."""
     terms = numbers.get("loss_terms")
     return {str(name): value for name, value in terms.items()} if isinstance(terms, Mapping) else {}
 
@@ -162,44 +163,40 @@ def _evaluation_rows(metrics: Mapping[str, Any], info: RunInfo) -> list[tuple[st
     return rows + [(f"held-out {clean(name)}", decimal(value)) for name, value in further.items()]
 
 
-def summary_rows(summary: Mapping[str, Any], info: RunInfo) -> list[tuple[str, str]]:
+def summary_rows(summary: RunSummary, info: RunInfo) -> list[tuple[str, str]]:
     """Label and value for each line of the closing block, the generated sample excepted."""
-    status = clean(summary.get("status", "ended"))
-    step = summary.get("step")
-    done = f"{step:,} of {units.plural(info.total_steps, 'step')}" if isinstance(step, int) else ""
-    elapsed = number(summary.get("elapsed_s"))
-    took = f"in {units.duration(elapsed)}" if elapsed is not None else ""
-    rows = [(status, " ".join(part for part in (done, took) if part))]
-    if summary.get("loss") is not None:
-        rows.append(("loss", f"{decimal(summary['loss'])} at the last step"))
-    if summary.get("skipped_steps"):
-        rows.append(("skipped", f"{units.plural(summary['skipped_steps'], 'step')} made no update"))
-    rows += _evaluation_rows({"loss": summary.get("eval_loss")} | (summary.get("evaluation") or {}), info)
-    if summary.get("unreadable_samples"):
+    done = f"{summary.step:,} of {units.plural(info.total_steps, 'step')}"
+    rows = [(clean(summary.status), f"{done} in {units.duration(summary.elapsed_s)}")]
+    if summary.loss is not None:
+        rows.append(("loss", f"{decimal(summary.loss)} at the last step"))
+    if summary.skipped_steps:
+        rows.append(("skipped", f"{units.plural(summary.skipped_steps, 'step')} made no update"))
+    rows += _evaluation_rows(summary.evaluation, info)
+    if summary.unreadable_samples:
         rows.append(("not read", clean(unreadable_text(summary))))
-    if summary.get("left_out"):
-        rows.append(("left out", clean(summary["left_out"])))
-    rows += [("failed", clean(line)) for line in summary.get("failed") or ()]
+    if summary.left_out:
+        rows.append(("left out", clean(summary.left_out)))
+    rows += [("failed", clean(line)) for line in summary.failed]
     rows.append(("results", clean(shown_path(info.run_dir))))
-    if summary.get("weights"):
-        rows.append(("weights", clean(f"{summary['weights']} (safetensors.torch.load_model reads it)")))
-    if summary.get("status") == "stopped":
+    if summary.weights:
+        rows.append(("weights", clean(f"{summary.weights} (safetensors.torch.load_model reads it)")))
+    if summary.status == "stopped":
         rows.append(("to go on", resume_command(info.run_dir)))
     return rows
 
 
-def unreadable_text(summary: Mapping[str, Any]) -> str:
+def unreadable_text(summary: RunSummary) -> str:
     """How many samples were skipped, and of which files."""
-    count, listed = summary["unreadable_samples"], list(summary.get("unreadable") or ())
+    count, listed = summary.unreadable_samples, summary.unreadable
     more = "; ..." if len(listed) > UNREADABLE_NAMED else ""
     named = f": {'; '.join(listed[:UNREADABLE_NAMED])}{more}" if listed else ""
     which = f" ({len(listed):,} different ones)" if len(listed) != count else ""
     return f"{units.plural(count, 'sample')}{which} skipped with weight zero{named}"
 
 
-def showcase_lines(summary: Mapping[str, Any], limit: int = 40) -> list[str]:
+def showcase_lines(summary: RunSummary, limit: int = 40) -> list[str]:
     """Lines of the generated sample, safe to print; at most ``limit`` of them."""
-    text = summary.get("showcase")
+    text = summary.showcase
     if not text:
         return []
     lines = clean(text, lines=True).strip("\n").split("\n")

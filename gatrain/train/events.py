@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from gatrain.train.records import RunSummary, StepRecord
+
 
 @dataclass(frozen=True)
 class RunInfo:
@@ -41,16 +43,8 @@ class Sink(Protocol):
 
     def start(self, info: RunInfo) -> None: ...
 
-    def step(self, record: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl: ``step``, ``loss``, ``grad_norm``, ``lr``, ``samples``, ``tokens``
-        (where it applies), ``samples_per_s``, ``step_s``, ``peak_memory_bytes``, ``window``; with several loss
-        terms also ``loss_terms``, the mean of each by name, whose sum is ``loss``. ``skipped`` says why the step
-        made no update (else None), ``skipped_steps`` how many have been, ``loss_scale`` is fp16's. ``lr`` is the
-        rate used, None for a step that was skipped. ``dropped_samples`` of the window are in no batch;
-        ``unreadable_samples`` of them could not be read, and ``unreadable`` names each of those with the reason.
-
-        Records arrive in order, several at once when the metrics leave the device.
-        """
+    def step(self, record: StepRecord) -> None:
+        """The numbers of one step. Several arrive at once, in order, when the metrics leave the device."""
 
     def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Numbers of the held-out split after ``step`` by name: ``loss``, where any sample has a weight, and
@@ -61,7 +55,5 @@ class Sink(Protocol):
     def notice(self, text: str) -> None:
         """Something a person should know, such as a short last window or a save that failed."""
 
-    def end(self, summary: Mapping[str, Any]) -> None:
-        """The run is over: ``status`` (completed or stopped), ``step``, ``loss``, ``eval_loss``,
-        ``evaluation`` (all its numbers), ``showcase`` (text or None), ``elapsed_s``, and ``failed``: a line
-        for each thing beside the training that failed."""
+    def end(self, summary: RunSummary) -> None:
+        """The run is over."""

@@ -1,0 +1,81 @@
+"""What a person should know of a step: said at its first time, and again only where it has grown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from gatrain.train.records import StepRecord
+from gatrain.train.step_metrics import PendingStep
+
+MOST_NAMED = 3
+
+
+@dataclass
+class Notices:
+    """What was told so far.
+
+    Args:
+        tell: hears each notice.
+        effective_batch: samples of a full window.
+        metrics_file: where every skipped sample is listed.
+    """
+
+    tell: Callable[[str], None]
+    effective_batch: int
+    metrics_file: str
+    _short_window_told: bool = False
+    _dropped: int = 0
+    _dropped_told: int = 0
+    _unreadable_told: int = 0
+
+    def unreadable(self, step: PendingStep, record: StepRecord) -> None:
+        """Say it at the first sample, and again when there are ten times as many since the run began."""
+        found = record.unreadable
+        count = step.before.unreadable + len(found)
+        if found and count >= 10 * self._unreadable_told:
+            self._unreadable_told = count
+            more = f"; and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
+            self.tell(
+                f"{count} samples up to step {record.step} could not be read and have weight zero: losses and "
+                f"gradients are the exact means over the others. {'; '.join(found[:MOST_NAMED])}{more}. All are "
+                f"listed in {self.metrics_file}."
+            )
+
+    def window(self, step: PendingStep, record: StepRecord) -> None:
+        """Of a window that is finite: what collate left out, and that it is empty or short."""
+        counts = step.result.counts
+        self._tell_of_dropped(record.step, record.dropped_samples - record.unreadable_samples)
+        if step.result.is_empty:
+            self.tell(
+                f"step {record.step}: every label of the window is masked; no update was made."
+                if counts["samples"] or not counts["unreadable"]
+                else f"step {record.step}: no sample of the window can be read; no update was made."
+            )
+            return
+        given = int(counts["samples"] + counts["dropped"])
+        if given < self.effective_batch and not self._short_window_told:
+            self._short_window_told = True
+            self.tell(
+                f"step {record.step} ends an epoch with a window of {given} samples, as every epoch will; "
+                "its gradient is the exact mean over those."
+            )
+
+    def thawed(self, step: int, names: list[str]) -> None:
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            self.tell(
+                f"step {step}: {names[0]}{more}, frozen when the run started, wants a gradient now. "
+                "The optimizer does not hold what was frozen then: it is NOT trained. Let the factory return the "
+                "model with it unfrozen, and start a new run."
+            )
+
+    def _tell_of_dropped(self, step: int, dropped: int) -> None:
+        """Say it at the first sample that collate drops, and again when there are ten times as many."""
+        self._dropped += dropped
+        if self._dropped and self._dropped >= 10 * self._dropped_told:
+            self._dropped_told = self._dropped
+            self.tell(
+                f"collate dropped {self._dropped} samples up to step {step}: losses and gradients are the exact "
+                "means over the others, and the count of samples leaves them out."
+            )

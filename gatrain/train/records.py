@@ -1,0 +1,95 @@
+"""What the training loop hands to loggers: one record for each step, and one for the run at its end."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """The numbers of one optimizer step, over all ranks. `to_dict` is its line in metrics.jsonl.
+
+    Records arrive in order, several at once when the metrics leave the device.
+    """
+
+    step: int
+    """From 1: windows consumed, those without an update included."""
+    loss: float | None
+    """Mean over the window; None where no sample of it has a weight."""
+    grad_norm: float
+    """Of the whole reduced gradient, before clipping."""
+    lr: float | None
+    """The rate used; None for a step that made no update."""
+    samples: int
+    """Trained on so far, this step included."""
+    samples_per_s: float
+    step_s: float
+    window: str
+    """Hash of the window's sample ids: the same whatever the split."""
+    dropped_samples: int = 0
+    """Samples of the window that are in no batch."""
+    unreadable_samples: int = 0
+    """Those of them that could not be read."""
+    tokens: int | None = None
+    """Trained on so far; None where samples have no tokens."""
+    tokens_per_s: float | None = None
+    peak_memory_bytes: int | None = None
+    """The largest of any rank so far."""
+    skipped: str | None = None
+    """Why the step made no update."""
+    skipped_steps: int = 0
+    """How many have made none so far."""
+    loss_scale: float | None = None
+    """Of fp16."""
+    loss_terms: Mapping[str, float] = field(default_factory=dict)
+    """The mean of each term where there are several; their sum is `loss`."""
+    unreadable: tuple[str, ...] = ()
+    """Each sample that could not be read, with the reason."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What hooks measured, by name."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; mappings and lists that are empty are left out."""
+        return _without_empty(self, "loss_terms", "unreadable", "metrics")
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """How a run ended. `to_dict` is summary.json."""
+
+    status: str
+    """``completed`` or ``stopped``."""
+    step: int
+    total_steps: int
+    loss: float | None
+    """Of the last step that had one."""
+    eval_loss: float | None
+    evaluation: Mapping[str, Any]
+    """All numbers of the last evaluation."""
+    updates: int
+    skipped_steps: int
+    unreadable_samples: int
+    showcase: str | None
+    """What `gatrain.Task.showcase` gave: a generated sample, say."""
+    elapsed_s: float
+    baseline: Mapping[str, Any] | None = None
+    """``name`` and ``loss`` of what a model without training reaches."""
+    left_out: str | None = None
+    unreadable: tuple[str, ...] = ()
+    """Each sample that could not be read in any part of the run, with the reason."""
+    weights: str | None = None
+    """Path of the trained weights, relative to the run folder."""
+    failed: tuple[str, ...] = ()
+    """A line for each thing beside the training that failed."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return _without_empty(self)
+
+
+def _without_empty(record: StepRecord | RunSummary, *names: str) -> dict[str, Any]:
+    found = {each.name: getattr(record, each.name) for each in dataclasses.fields(record)}
+    return {name: value for name, value in found.items() if value or name not in names}

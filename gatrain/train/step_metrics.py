@@ -1,0 +1,134 @@
+"""The metrics of steps wait on the device and leave it together: the one place where the loop waits for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gatrain.train.accumulate import WindowResult
+from gatrain.train.engine import Engine
+from gatrain.train.meter import Mark, Meter
+from gatrain.train.records import StepRecord
+from gatrain.train.saved_state import Progress
+
+
+@dataclass(frozen=True)
+class PendingStep:
+    """A step whose metrics are still on the device."""
+
+    index: int
+    result: WindowResult
+    norm: Tensor
+    """Of the gradient before clipping: a scalar on the device."""
+    start: Mark
+    end: Mark
+    before: Progress
+    lr: float
+    loss_scale: Tensor | None
+    unreadable: Sequence[str]
+    """Samples of this rank's part that were skipped, each with the reason."""
+
+
+class StepMetrics:
+    """The steps whose metrics are still on the device, on this rank."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.meter = Meter(engine.device)
+        self._engine = engine
+        self._pending: list[PendingStep] = []
+
+    def __len__(self) -> int:
+        return len(self._pending)
+
+    def add(self, step: PendingStep) -> None:
+        self._pending.append(step)
+
+    def take(self) -> list[tuple[PendingStep, StepRecord]]:
+        """Bring the metrics of the pending steps to the host, in order. Collective; waits for the device once."""
+        pending, self._pending = self._pending, []
+        if not pending:
+            return []
+        engine = self._engine
+        engine.gradient.check_counts()
+        names = list(pending[0].result.weight_totals)
+        zero = torch.zeros((), dtype=torch.float64, device=engine.device)
+        losses = [p.result.local_loss_sums.get(name, zero) for p in pending for name in names]
+        scales = [p.loss_scale.double() for p in pending if p.loss_scale is not None]
+        norms = [p.norm.double() for p in pending]
+        values = torch.stack([*losses, *norms, *scales]).tolist()  # the device is waited for here
+        local, values = values[: len(losses)], values[len(losses) :]
+        norms_read, scales_read = values[: len(norms)], values[len(norms) :] or [None] * len(pending)
+        memory = self._peak_memory_of_ranks()
+        sums = engine.ranks.sum(local)
+        unreadable = self._unreadable_of_ranks(pending)
+        found = []
+        for nth, step in enumerate(pending):
+            totals = step.result.weight_totals
+            terms = {
+                name: sums[nth * len(names) + place] / totals[name]
+                for place, name in enumerate(names)
+                if totals[name]
+            }
+            found.append(
+                (step, self._record(step, terms, norms_read[nth], scales_read[nth], memory, unreadable[nth]))
+            )
+        return found
+
+    def _record(
+        self,
+        step: PendingStep,
+        terms: dict[str, float],
+        norm: float,
+        loss_scale: float | None,
+        memory: int,
+        unreadable: list[str],
+    ) -> StepRecord:
+        counts, before = step.result.counts, step.before
+        loss, is_empty = sum(terms.values()), step.result.is_empty
+        step_s = self.meter.seconds(step.start, step.end)
+        skipped = None
+        if is_empty:
+            skipped = "no label" if counts["samples"] else "no sample that can be read"
+        elif not (math.isfinite(loss) and math.isfinite(norm)):
+            skipped = NOT_FINITE
+        return StepRecord(
+            step=step.index + 1,
+            loss=None if is_empty else loss,
+            grad_norm=norm,
+            lr=step.lr if skipped is None else None,
+            samples=before.samples + int(counts["samples"]),
+            dropped_samples=int(counts["dropped"]),
+            unreadable_samples=int(counts["unreadable"]),
+            tokens=before.tokens + int(counts["tokens"]) if counts["has_tokens"] else None,
+            samples_per_s=counts["samples"] / step_s,
+            tokens_per_s=counts["tokens"] / step_s if counts["has_tokens"] else None,
+            step_s=step_s,
+            peak_memory_bytes=memory,
+            window=f"{int(counts['digest']):013x}",
+            skipped=skipped,
+            skipped_steps=before.skipped + (skipped is not None),
+            loss_scale=loss_scale,
+            loss_terms=terms if len(step.result.weight_totals) > 1 else {},
+            unreadable=tuple(unreadable),
+        )
+
+    def _unreadable_of_ranks(self, pending: list[PendingStep]) -> list[list[str]]:
+        """What was skipped on any rank, for each pending step; the ranks talk only where there is something."""
+        if not any(item.result.counts["unreadable"] for item in pending):
+            return [[] for _ in pending]
+        parts = self._engine.ranks.gather([item.unreadable for item in pending])
+        return [[text for rank in parts for text in rank[nth]] for nth in range(len(pending))]
+
+    def _peak_memory_of_ranks(self) -> int:
+        ranks = self._engine.ranks
+        slots = [0.0] * ranks.world_size
+        slots[ranks.rank] = float(self.meter.peak_memory_bytes())
+        return int(max(ranks.sum(slots)))
+
+
+NOT_FINITE = "not finite"
+"""Why a step made no update, in `StepRecord.skipped`."""
