@@ -151,6 +151,8 @@ class RunConfig:
     """How gradients are reduced: ``overlap`` (in the last backward) or ``window`` (at once, after agreement)."""
     device: str = "auto"
     """``cpu``, ``cuda``, or ``auto``: the GPUs if there are any."""
+    scheduler: Any = "auto"
+    """Who says in which job this process is: ``auto`` (Slurm's, if any), your own by ``_target_``, or null."""
 
 
 def validate(config: RunConfig) -> None:

@@ -16,8 +16,18 @@ from typing import Any
 
 from gatrain.errors import ConfigError, nearest
 
-SHIPPED: dict[str, dict[str, str]] = {}
+SHIPPED: dict[str, dict[str, str]] = {
+    "scheduler": {
+        "auto": "gatrain.launch.schedulers.Auto",
+        "slurm": "gatrain.launch.schedulers.slurm.Slurm",
+    },
+}
 """For each door, by its configuration key: the short names with what they stand for."""
+
+
+def is_shipped(dotted: str) -> bool:
+    """Whether a dotted name is that of a shipped part."""
+    return any(dotted in parts.values() for parts in SHIPPED.values())
 
 
 def node_of(key: str, value: Any, where: str = "") -> dict[str, Any]:

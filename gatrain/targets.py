@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gatrain import imports, target_rules, trust
+from gatrain import doors, imports, target_rules, trust
 from gatrain.errors import ConfigError, nearest
 
 BY_NAME = frozenset(
@@ -285,7 +285,7 @@ def _refused_name(name: str, *, is_module: bool = False) -> str | None:
     if _is_stdlib(top):
         return f"{top} belongs to Python's standard library"
     if top == "gatrain":
-        if name in target_rules.PUBLIC or is_module:
+        if name in target_rules.PUBLIC or doors.is_shipped(name) or is_module:
             return None
         return "of gatrain itself recipes may name its models, data sources and tasks: " + ", ".join(
             sorted(public.rpartition(".")[2] for public in target_rules.PUBLIC)

@@ -148,7 +148,8 @@ class SlurmCluster:
         ports = _free_ports(1 + len(NODES))
         host = socket.gethostname().partition(".")[0]
         nodes = [
-            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 State=UNKNOWN"
+            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 RealMemory=1000 "
+            "Feature=new,fast State=UNKNOWN"
             for name, port in zip(NODES, ports[1:], strict=True)
         ]
         version = subprocess.run(["slurmctld", "-V"], capture_output=True, text=True, check=True).stdout

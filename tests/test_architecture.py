@@ -22,7 +22,7 @@ ROOMS: dict[str, set[str]] = {
     "trust": set(),
     "target_rules": set(),
     "imports": set(),
-    "targets": {"imports", "target_rules"},
+    "targets": {"doors", "imports", "target_rules"},
     "config": set(),
     "assets": set(),
     "doors": set(),
@@ -64,7 +64,7 @@ ROOMS: dict[str, set[str]] = {
         "states",
         "tasks",
     },
-    "launch": {"causes", "offspring", "rundir", "plan", "scratch"},
+    "launch": {"causes", "doors", "imports", "offspring", "rundir", "plan", "scratch"},
     "rank": {"hardware", "launch"},
     "report": {
         "commands",

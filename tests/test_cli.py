@@ -16,16 +16,17 @@ import typer
 from gatrain import cli
 from gatrain.errors import EXIT_CODES, LaunchError
 from gatrain.fit.heartbeat import beating, wait_for_node_0
-from gatrain.launch.nodes import Nodes
+from gatrain.launch.world import Nodes
 from gatrain.rundir import RunDir, write_json
 
 SURFACE = {
     "fit": {"--retune", "--overwrite", "--trust"},
-    "autotune": {"--json", "--retune", "--plot", "--trust"},
+    "autotune": {"--nproc", "--json", "--retune", "--plot", "--trust"},
     "plan": {"--gpu", "--gpus", "--nproc", "--json", "--trust"},
     "launch": {
         "--nproc", "--nnodes", "--node-rank", "--rdzv-endpoint", "--max-restarts",
-        "--slurm", "--partition", "--time", "--nodes", "--gpus-per-node", "--dry-run",
+        "--slurm", "--dry-run", "--nodes", "--gpus-per-node", "--cpus-per-gpu", "--mem",
+        "--partition", "--time", "--account", "--qos", "--constraint",
         "--retune", "--overwrite", "--trust",
     },
     "resume": {

@@ -22,8 +22,8 @@ from gatrain.errors import DataError, Interrupted, LaunchError, WorkerError
 from gatrain.launch import protocol
 from gatrain.launch.failure import Exit, first_cause
 from gatrain.launch.local import run_workers
-from gatrain.launch.nodes import Nodes
 from gatrain.launch.reasons import describe
+from gatrain.launch.world import Nodes
 from gatrain.rundir import RunDir, write_json
 
 REPO = Path(__file__).resolve().parents[1]
@@ -73,7 +73,7 @@ import json, sys
 from pathlib import Path
 from gatrain.errors import GatrainError
 from gatrain.launch.local import run_workers
-from gatrain.launch.nodes import Nodes
+from gatrain.launch.world import Nodes
 try:
     run_workers("the_worker", Path(sys.argv[1]), Nodes(**json.loads(sys.argv[2])), device="cpu")
 except GatrainError as error:

@@ -20,7 +20,7 @@ from gatrain.cli import machine
 from gatrain.data.cache import build_once
 from gatrain.errors import ConfigError, GatrainError, LaunchError, RunFolderError
 from gatrain.launch.join import check_name
-from gatrain.launch.nodes import Nodes, parse_endpoint
+from gatrain.launch.world import Nodes, parse_endpoint
 from gatrain.rundir import open_run_dir
 
 SMALL = (

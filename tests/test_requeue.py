@@ -15,17 +15,27 @@ from gatrain.compose import Composed, compose
 from gatrain.errors import ConfigError, RunFolderError
 from gatrain.fit import requeue
 from gatrain.fit.claim import choose_folder, claimed, folder_for_job
-from gatrain.launch.nodes import Nodes
-from gatrain.launch.slurm import SlurmJob
-from gatrain.launch.torchrun import GivenWorld
+from gatrain.launch.schedulers import Auto, Job
+from gatrain.launch.torchrun import TorchrunWorld
+from gatrain.launch.world import Nodes, WorldRequest
 from gatrain.rundir import RunDir
 
-JOB = SlurmJob(job_id=77, nnodes=1, node_list="localhost", in_step=False)
 SMALL = (
     "recipe=llm", "model.layers=1", "model.heads=2", "model.width=16", "data.context=16", "data.vocab_size=300",
     "batch.effective=4", "batch.micro=4", "checkpointing=none", "compile=false", "sync=window", "train.steps=2",
     "schedule.warmup_steps=0", "data.path=corpus.txt", "train.check=off",
 )  # fmt: skip
+
+
+def job() -> Job:
+    found = Auto().detect(os.environ)
+    assert found is not None
+    return found
+
+
+def choose(composed: Composed, nodes: Nodes | None = None) -> tuple[Path, bool]:
+    request = WorldRequest(job=Auto().detect(os.environ))
+    return choose_folder(composed, nodes or Nodes(1), Path.cwd(), request)
 
 
 @pytest.fixture
@@ -62,17 +72,17 @@ def test_each_training_of_a_requeued_job_finds_its_own_folder(
     low, high = (compose(["recipe=llm", f"optimizer.lr={rate}"]) for rate in (1e-3, 3e-2))
     parent = tmp_path / "outputs" / "llm"
     slurm(0)
-    assert choose_folder(low, Nodes(1), tmp_path) == (parent / "job-77", False)
+    assert choose(low) == (parent / "job-77", False)
     started(parent / "job-77", low)
     slurm(1)
-    assert choose_folder(low, Nodes(1), tmp_path) == (parent / "job-77", True)
-    path, named = choose_folder(high, Nodes(1), tmp_path)
+    assert choose(low) == (parent / "job-77", True)
+    path, named = choose(high)
     assert not named
     with claimed(path, named, requeue.commands.Again((), tmp_path)) as claim:
         assert claim.run_dir.path == parent / "job-77-2"
     started(parent / "job-77-2", high)
-    assert choose_folder(high, Nodes(1), tmp_path) == (parent / "job-77-2", True)
-    assert choose_folder(compose(["recipe=padded"]), Nodes(1), tmp_path)[0].parent.name == "padded"
+    assert choose(high) == (parent / "job-77-2", True)
+    assert choose(compose(["recipe=padded"]))[0].parent.name == "padded"
 
 
 def test_two_trainings_with_the_same_settings_each_go_on(
@@ -84,12 +94,11 @@ def test_two_trainings_with_the_same_settings_each_go_on(
         for name in ("job-77", "job-77-2")
     )
     slurm(1)
-    job = SlurmJob(77, 1, "localhost", False, restarts=1)
-    assert choose_folder(composed, Nodes(1), tmp_path)[0] == first
-    requeue.mark(RunDir(first), job)
-    assert choose_folder(composed, Nodes(1), tmp_path)[0] == second
-    requeue.mark(RunDir(second), job)
-    assert choose_folder(composed, Nodes(1), tmp_path)[0] == first  # a loop that tries again
+    assert choose(composed)[0] == first
+    requeue.mark(RunDir(first), job())
+    assert choose(composed)[0] == second
+    requeue.mark(RunDir(second), job())
+    assert choose(composed)[0] == first  # a loop that tries again
 
 
 def test_what_an_environment_variable_says_tells_two_trainings_apart(
@@ -100,28 +109,28 @@ def test_what_an_environment_variable_says_tells_two_trainings_apart(
     slurm(1)
     monkeypatch.setenv("LR", "1.0")
     composed = compose(["recipe=llm", "optimizer.lr=${oc.env:LR}"])
-    assert not choose_folder(composed, Nodes(1), tmp_path)[1]
+    assert not choose(composed)[1]
 
 
 def test_runs_of_another_job_are_left_alone(slurm: Callable[[int], None], tmp_path: Path) -> None:
     composed = compose(["recipe=llm"])
     started(tmp_path / "outputs" / "llm" / "job-77", composed, slurm_job=76)
     slurm(1)
-    assert not choose_folder(composed, Nodes(1), tmp_path)[1]
+    assert not choose(composed)[1]
 
 
 def test_a_folder_named_by_the_clock_is_found_again(slurm: Callable[[int], None], tmp_path: Path) -> None:
     composed = compose(["recipe=llm", "run.dir=out/${now:%f}"])
     first = started(tmp_path / "out" / "000001", composed)
     slurm(0)
-    assert choose_folder(composed, Nodes(1), tmp_path)[0] != first
+    assert choose(composed)[0] != first
     slurm(1)
-    assert choose_folder(compose(["recipe=llm", "run.dir=out/${now:%f}"]), Nodes(1), tmp_path) == (
+    assert choose(compose(["recipe=llm", "run.dir=out/${now:%f}"])) == (
         first,
         True,
     )
     with pytest.raises(ConfigError, match="differs between them"):
-        choose_folder(composed, Nodes(1, 2, 0, "localhost:29500"), tmp_path)
+        choose(composed, Nodes(1, 2, 0, "localhost:29500"))
 
 
 def test_a_named_folder_of_other_settings_is_refused_with_the_differences(
@@ -147,15 +156,20 @@ def test_torchrun_restarts_go_on_with_the_run_of_their_own_settings(
     slurm: Callable[[int], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    world = GivenWorld(0, 1, 0, 1, "127.0.0.1", 29500, True, "job", attempt=1)
+    world = TorchrunWorld(0, 1, 0, 1, "127.0.0.1", 29500, True, "job", attempt=1)
     world.folder.mkdir()
     llm, padded = compose(["recipe=llm"]), compose(["recipe=padded"])
     folders = {each.recipe: started(tmp_path / each.recipe, each) for each in (llm, padded)}
     for folder in folders.values():
         world.note_run(folder)
-    assert choose_folder(llm, Nodes(1), tmp_path, world) == (folders["llm"], True)
-    assert choose_folder(padded, Nodes(1), tmp_path, world) == (folders["padded"], True)
-    assert not choose_folder(compose(["recipe=llm", "train.seed=9"]), Nodes(1), tmp_path, world)[1]
+    assert choose_folder(llm, Nodes(1), tmp_path, WorldRequest(torchrun=world)) == (folders["llm"], True)
+    assert choose_folder(padded, Nodes(1), tmp_path, WorldRequest(torchrun=world)) == (
+        folders["padded"],
+        True,
+    )
+    assert not choose_folder(
+        compose(["recipe=llm", "train.seed=9"]), Nodes(1), tmp_path, WorldRequest(torchrun=world)
+    )[1]
 
 
 def test_several_nodes_get_one_folder_chosen_before_they_start(
@@ -163,13 +177,13 @@ def test_several_nodes_get_one_folder_chosen_before_they_start(
 ) -> None:
     slurm(0)
     low, high = (compose(["recipe=llm", f"optimizer.lr={rate}"]) for rate in (1e-3, 3e-2))
-    first = folder_for_job(low, JOB, tmp_path)
+    first = folder_for_job(low, job(), tmp_path)
     assert first == tmp_path / "outputs" / "llm" / "job-77"
     started(first, low)
-    assert folder_for_job(high, JOB, tmp_path) == first.with_name("job-77-2")
+    assert folder_for_job(high, job(), tmp_path) == first.with_name("job-77-2")
     slurm(1)
-    assert folder_for_job(low, JOB, tmp_path) == first
-    assert folder_for_job(compose(["recipe=llm", "run.name=x"]), JOB, tmp_path) is None
+    assert folder_for_job(low, job(), tmp_path) == first
+    assert folder_for_job(compose(["recipe=llm", "run.name=x"]), job(), tmp_path) is None
 
 
 def test_a_path_that_is_too_long_is_refused_before_anything(
@@ -181,8 +195,8 @@ def test_a_path_that_is_too_long_is_refused_before_anything(
         (["run.dir=" + "/d" * 1950], "has 3900 bytes"),
     ):
         with pytest.raises(RunFolderError, match=part):
-            choose_folder(compose(["recipe=llm", *words]), Nodes(1), tmp_path)
-    choose_folder(compose(["recipe=llm", "run.name=" + "é" * 127]), Nodes(1), tmp_path)
+            choose(compose(["recipe=llm", *words]))
+    choose(compose(["recipe=llm", "run.name=" + "é" * 127]))
 
 
 def test_two_trainings_in_one_requeued_job_for_real(slurm: Callable[[int], None], tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from gatrain.compose import compose
 from gatrain.data.cache import build_once
 from gatrain.errors import ConfigError, RunFolderError
 from gatrain.fit import _working_dir, submit
+from gatrain.launch.schedulers.sbatch import Resources
 from gatrain.rundir import RunDir, write_json
 from gatrain.tune.runner import TrialRunner
 
@@ -94,9 +95,11 @@ def test_a_run_folder_cannot_choose_whose_modules_are_imported(
 def test_a_batch_file_holds_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"\+data.token=<redacted>.*\+data.token='\$\{oc.env:MY_SECRET\}'"):
-        submit.submit(["recipe=vision", "+data.token=S3CRET"], dry_run=True)
+        submit.submit(["recipe=vision", "+data.token=S3CRET"], Resources(), dry_run=True)
     monkeypatch.setenv("MY_SECRET", "S3CRET")
-    script = submit.submit(["recipe=vision", "+data.token=${oc.env:MY_SECRET}"], dry_run=True).script
+    script = submit.submit(
+        ["recipe=vision", "+data.token=${oc.env:MY_SECRET}"], Resources(), dry_run=True
+    ).script
     assert "S3CRET" not in script
 
 

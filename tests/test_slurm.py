@@ -16,8 +16,9 @@ import pytest
 from slurm_cluster import SlurmCluster, missing
 
 from gatrain.errors import LaunchError
-from gatrain.launch import slurm
-from gatrain.launch.slurm import BatchJob, SlurmJob, detect, nodes_from_slurm, sbatch_script, submit
+from gatrain.launch.schedulers import slurm
+from gatrain.launch.schedulers.sbatch import Resources, batch_file, submit
+from gatrain.launch.schedulers.slurm import Slurm, SlurmJob
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -26,7 +27,6 @@ BATCH_SHELL = {
     "SLURM_JOB_NUM_NODES": "2",
     "SLURM_JOB_NODELIST": "gpu[1-2]",
     "SLURM_NODEID": "0",
-    "SLURM_GPUS_ON_NODE": "4",
 }
 STEP = BATCH_SHELL | {
     "SLURM_STEP_ID": "3",
@@ -38,48 +38,62 @@ STEP = BATCH_SHELL | {
 }
 
 
+def detect(environ: dict[str, str]) -> SlurmJob:
+    job = Slurm().detect(environ)
+    assert job is not None
+    return job
+
+
 def test_detect_tells_shell_from_step() -> None:
-    assert detect({}) is None
-    shell = SlurmJob(job_id=41, nnodes=2, node_list="gpu[1-2]", in_step=False, gpus_per_node=4)
+    assert Slurm().detect({}) is None
+    shell = SlurmJob("slurm", "41", 2, on_every_node=False, node_list="gpu[1-2]")
     assert detect(BATCH_SHELL) == shell
+    assert shell.needs_other_nodes
     # the shell of `salloc` may itself be a special step
     assert detect(BATCH_SHELL | {"SLURM_STEP_ID": "4294967290"}) == shell
-    assert detect(STEP) == SlurmJob(41, 2, "gpu[1-2]", True, 1, 2, 3, 5, 4)
+    step = SlurmJob("slurm", "41", 2, 1, restarts=5, node_list="gpu[1-2]", tasks=2, step_id=3)
+    assert detect(STEP) == step
+    assert not step.needs_other_nodes
     with pytest.raises(LaunchError, match="SLURM_JOB_ID='x' is not a number"):
         detect({"SLURM_JOB_ID": "x"})
 
 
-@pytest.mark.parametrize(("text", "count"), [("8", 8), ("a100:4", 4), ("a100:2,v100:1", 3), ("all", None)])
-def test_gpus_per_node(text: str, count: int | None) -> None:
-    job = detect({"SLURM_JOB_ID": "1", "SLURM_GPUS_PER_NODE": text})
-    assert job is not None
-    assert job.gpus_per_node == count
-
-
 def test_the_world_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    job = detect(STEP)
-    assert job is not None
     monkeypatch.setattr(slurm, "first_address", lambda nodes: "10.0.0.7")
-    nodes = nodes_from_slurm(job, 4)
+    nodes = detect(STEP).nodes(4)
     assert (nodes.nproc, nodes.nnodes, nodes.node_rank) == (4, 2, 1)
     assert nodes.endpoint == f"10.0.0.7:{15000 + (41 * 131 + 3) % 15000}"
     assert nodes.run_id == "slurm-41-3-5"
     with pytest.raises(LaunchError, match="--ntasks-per-node=1"):
-        nodes_from_slurm(SlurmJob(1, 2, "a", True, tasks=8), 4)
+        SlurmJob("slurm", "1", 2, node_list="a", tasks=8).nodes(4)
 
 
 def test_the_batch_file_is_valid_bash_and_quotes_everything(tmp_path: Path) -> None:
     odd = 'it\'s $HOME; "x" `y`'
-    job = BatchJob("my-run", tmp_path / "50% of it's.log", 2, "gpu", "1-02:30:00", 4, 12, "lab")
-    text = sbatch_script(job, ["python", "-m", "gatrain", odd], cwd=tmp_path / odd)
+    asked = Resources(
+        "gpu",
+        "1-02:30:00",
+        2,
+        4,
+        cpus_per_gpu=12,
+        mem="64G",
+        account="lab",
+        qos="long",
+        constraint="a|[b*2&c]",
+    )
+    output = tmp_path / "50% of it's.log"
+    text = batch_file("my run", output, asked, ["python", "-m", "gatrain", odd], cwd=tmp_path / odd)
     for line in (
-        "#SBATCH --job-name=my-run",
+        "#SBATCH --job-name=my_run",
         "#SBATCH --partition=gpu",
         "#SBATCH --account=lab",
         "#SBATCH --time=1-02:30:00",
         "#SBATCH --nodes=2",
         "#SBATCH --gpus-per-node=4",
-        "#SBATCH --cpus-per-task=12",
+        "#SBATCH --cpus-per-gpu=12",
+        "#SBATCH --mem=64G",
+        "#SBATCH --qos=long",
+        '#SBATCH --constraint="a|[b*2&c]"',
         f'#SBATCH --output="{tmp_path}/50%% of it\'s.log"',
         "#SBATCH --signal=B:USR1@120",
         "#SBATCH --requeue",
@@ -87,37 +101,42 @@ def test_the_batch_file_is_valid_bash_and_quotes_everything(tmp_path: Path) -> N
         assert f"\n{line}\n" in text
     step = next(line for line in text.splitlines() if line.startswith("srun"))
     assert shlex.split(step.removesuffix(" &")) == [
-        *("srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=12"),
+        *("srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1"),
         *("--kill-on-bad-exit=1", "python", "-m", "gatrain", odd),
     ]
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
-    plain = sbatch_script(BatchJob("x", tmp_path / "log", requeue=False), ["true"], cwd=tmp_path)
-    assert "scontrol requeue" not in plain
+    plain = batch_file("x", tmp_path / "log", Resources(), ["true"], cwd=tmp_path)
     assert "None" not in plain
+    assert "#SBATCH --nodes=1\n" in plain
 
 
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("name", "a b"),
-        ("name", "x\n#SBATCH --uid=0"),
+        ("qos", "x\n#SBATCH --uid=0"),
+        ("constraint", "a|b #"),
+        ("constraint", "-C"),
+        ("mem", "64 G"),
+        ("mem", "lots"),
+        ("cpus_per_gpu", 0),
         ("partition", "-p"),
         ("account", "$(id)"),
         ("time", "soon"),
         ("time", "1:00\n"),
         ("nodes", 0),
         ("gpus_per_node", 0),
-        ("output", Path("a\nb")),
     ],
 )
 def test_odd_values_are_refused(option: str, value: object) -> None:
-    with pytest.raises(LaunchError):
-        BatchJob(**{"name": "x", "output": Path("log"), option: value})  # type: ignore[arg-type]
+    with pytest.raises(LaunchError, match=f"--{option.replace('_', '-')}"):
+        Resources(**{option: value})  # type: ignore[arg-type]
 
 
 def test_line_breaks_in_arguments_are_refused(tmp_path: Path) -> None:
     with pytest.raises(LaunchError, match="line break"):
-        sbatch_script(BatchJob("x", tmp_path), ["a\nb"], cwd=tmp_path)
+        batch_file("x", tmp_path, Resources(), ["a\nb"], cwd=tmp_path)
+    with pytest.raises(LaunchError, match="line break"):
+        batch_file("x", tmp_path / "a\nb", Resources(), ["true"], cwd=tmp_path)
 
 
 def test_submit_without_slurm_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -131,8 +150,8 @@ def test_an_allocation_shell_becomes_srun(tmp_path: Path) -> None:
     fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\nexit 42\n')
     fake.chmod(0o755)
     code = (
-        "import os\nfrom gatrain.launch.slurm import detect, relaunch_under_srun\n"
-        "relaunch_under_srun(['launch', 'a b'], detect(os.environ))"
+        "import os\nfrom gatrain.launch.schedulers import Auto\n"
+        "Auto().detect(os.environ).start_on_every_node(['launch', 'a b'])"
     )
     environ = os.environ | BATCH_SHELL | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run([sys.executable, "-c", code], env=environ, cwd=REPO, capture_output=True, text=True)
@@ -166,9 +185,9 @@ import os, sys
 from pathlib import Path
 from gatrain.errors import GatrainError
 from gatrain.launch.local import run_workers
-from gatrain.launch.slurm import detect, nodes_from_slurm
+from gatrain.launch.schedulers import Auto
 try:
-    run_workers("the_worker", Path(sys.argv[1]), nodes_from_slurm(detect(os.environ), 1), device="cpu")
+    run_workers("the_worker", Path(sys.argv[1]), Auto().detect(os.environ).nodes(1), device="cpu")
 except GatrainError as error:
     print(error)
     sys.exit(error.exit_code)
@@ -197,9 +216,11 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def send(run: Path) -> int:
-    job = BatchJob("tiny", run / "job.log", nodes=2, time="5")
+    command = [sys.executable, "node.py", str(run)]
     script = run / "job.sh"
-    script.write_text(sbatch_script(job, [sys.executable, "node.py", str(run)], cwd=run.parent))
+    script.write_text(
+        batch_file("tiny", run / "job.log", Resources(nodes=2, time="5"), command, cwd=run.parent)
+    )
     return submit(script)
 
 
@@ -231,7 +252,19 @@ def test_the_time_limit_saves_and_queues_again(cluster: SlurmCluster, run: Path)
 @pytest.mark.skipif(importlib.util.find_spec("gatrain.cli") is None, reason="there is no command line yet")
 def test_gatrain_launch_submits_a_job_that_trains(cluster: SlurmCluster, run: Path) -> None:
     command = [sys.executable, "-m", "gatrain", "launch", "--slurm", "--nodes", "2", "--nproc", "1"]
-    command += ["--partition", "test", "--time", "5", "recipe=vision", "train.steps=2", "batch.effective=8"]
+    command += [
+        "--partition",
+        "test",
+        "--time",
+        "5",
+        "--mem",
+        "100M",
+        "--account",
+        "lab",
+        "--constraint",
+        "new&fast",
+    ]
+    command += ["--qos", "normal", "recipe=vision", "train.steps=2", "batch.effective=8"]
     command += ["batch.micro=4", "device=cpu", "compile=false", "run.dir=trained"]
     subprocess.run(command, cwd=run.parent, check=True, timeout=120)
     for job in list(cluster.jobs()):

@@ -66,7 +66,7 @@ import json, sys
 from pathlib import Path
 from gatrain.errors import GatrainError
 from gatrain.launch.local import run_workers
-from gatrain.launch.nodes import Nodes
+from gatrain.launch.world import Nodes
 try:
     run_workers("the_worker", Path("run"), Nodes(int(sys.argv[1])), device="cpu")
 except GatrainError as error:

@@ -194,8 +194,8 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "with a colon": T("os:system", TOUCH),
     "not text": {"_target_": ["os.system"]},
     # gatrain's own
-    "slurm": T("gatrain.launch.slurm.submit", S),
-    "slurm, private": T("gatrain.launch.slurm._slurm", "touch", X),
+    "slurm": T("gatrain.launch.schedulers.sbatch.submit", S),
+    "slurm, any program": T("gatrain.launch.schedulers.slurm.run", "touch", X),
     "write_text": T("gatrain.rundir.write_text", T("pathlib.Path", X), "x"),
     "atomic file": T("gatrain.rundir.atomic_file", X),
     "remove_run": T("gatrain.fit.claim.remove_run", "."),
@@ -203,7 +203,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "offspring": T("gatrain.offspring.start", ["-c", CODE]),
     "build": T("gatrain.build.instantiate", "k", {"_target": "x"}),
     "trust": T("gatrain.trust.accept", ["os.system"]),
-    "subprocess of gatrain": T("gatrain.launch.slurm.subprocess.run", ["touch", X]),
+    "subprocess of gatrain": T("gatrain.launch.schedulers.slurm.subprocess.run", ["touch", X]),
     "base of a task": T("gatrain.tasks.Task.build_model"),
     # what unpickles
     "torch.load": T("torch.load", P, weights_only=False),

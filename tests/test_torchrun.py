@@ -18,7 +18,7 @@ from test_runs import MODULE, RECIPE, environment, gatrain, metrics, weights
 from gatrain import cli
 from gatrain.errors import ConfigError, LaunchError
 from gatrain.launch import torchrun
-from gatrain.launch.torchrun import GivenWorld, detect
+from gatrain.launch.torchrun import TorchrunWorld, detect
 
 TORCHRUN = {
     "RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "1",
@@ -28,7 +28,7 @@ TORCHRUN = {
 
 
 def test_torchruns_variables_name_the_world() -> None:
-    assert detect(TORCHRUN) == GivenWorld(
+    assert detect(TORCHRUN) == TorchrunWorld(
         1, 4, 1, 2, "10.0.0.1", 29500, has_store=True, run_id="job-7", attempt=1, is_last_attempt=False
     )
 
@@ -36,7 +36,7 @@ def test_torchruns_variables_name_the_world() -> None:
 def test_pods_without_torchrun_are_nodes() -> None:
     pod = {"RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "master-0", "MASTER_PORT": "23456"}
     world = detect(pod)
-    assert world == GivenWorld(0, None, 1, 3, "master-0", 23456, has_store=False, run_id="env")
+    assert world == TorchrunWorld(0, None, 1, 3, "master-0", 23456, has_store=False, run_id="env")
     assert world is not None
     assert world.endpoint() == "master-0:23456"
 
@@ -97,7 +97,7 @@ def test_the_others_of_a_node_end_with_the_code_of_the_first(
 ) -> None:
     monkeypatch.setattr(torchrun.signal, "signal", lambda *anything: None)  # threads may not
     monkeypatch.setattr(torchrun.tempfile, "gettempdir", lambda: str(tmp_path))
-    first = GivenWorld(0, 3, 0, 1, "127.0.0.1", 1, has_store=True, run_id="none")
+    first = TorchrunWorld(0, 3, 0, 1, "127.0.0.1", 1, has_store=True, run_id="none")
     # another torchrun of the same name has ended with 0 a moment ago: its word must not be taken
     old = first.folder
     old.mkdir(mode=0o700)
@@ -174,7 +174,9 @@ def test_torchrun_trains_one_run_equal_to_launch_and_saves_on_a_signal(folder: P
 
 
 def test_options_that_contradict_torchrun_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_given", GivenWorld(0, 2, 0, 1, "127.0.0.1", 1, has_store=True, run_id="none"))
+    monkeypatch.setattr(
+        cli, "_given", TorchrunWorld(0, 2, 0, 1, "127.0.0.1", 1, has_store=True, run_id="none")
+    )
     assert cli._world_request(nproc=2).nproc == cli._world_request().nproc == 2
     with pytest.raises(ConfigError, match="--nproc 3 is torchrun's to say"):
         cli._world_request(nproc=3)

@@ -18,7 +18,7 @@ from gatrain import batch, codec, dependencies, hardware, main_memory, tune
 from gatrain.config import AdamWConfig, BatchConfig, RunConfig, SGDConfig, TrainConfig, TuneConfig
 from gatrain.errors import ConfigError, DoesNotFitError, Interrupted, LaunchError, PlanError, WorkerError
 from gatrain.hardware import Hardware
-from gatrain.launch.nodes import Nodes
+from gatrain.launch.world import Nodes
 from gatrain.nvml import Gpu
 from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, StepSettings, make_plan
 from gatrain.tune import cache, curve, finalists, protocol, search

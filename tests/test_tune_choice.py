@@ -18,7 +18,7 @@ from test_tune import CPU, CUDA, WAY, Machine, config_of, curve_of, gpu, no_tria
 from gatrain import batch, codec, tune, units
 from gatrain.config import AdamWConfig, SGDConfig
 from gatrain.errors import Interrupted, WorkerError
-from gatrain.launch.nodes import Nodes
+from gatrain.launch.world import Nodes
 from gatrain.plan import FAILED, FITS, Plan, make_plan
 from gatrain.tune import advice, curve, explain, finalists, memory_model, protocol, search
 from gatrain.tune.curve import Curve, Measurement

@@ -17,7 +17,7 @@ from test_tune_real import MODULE
 
 from gatrain.config import BatchConfig, RunConfig, TrainConfig
 from gatrain.errors import ConfigError, WorkerError
-from gatrain.launch.nodes import Nodes
+from gatrain.launch.world import Nodes
 from gatrain.plan import FITS, StepSettings
 from gatrain.rundir import RunDir
 from gatrain.tune.curve import Curve
@@ -141,7 +141,7 @@ def test_a_host_that_was_not_needed_leaves_nothing(project: Path) -> None:
 
 def test_ranks_die_with_the_command_that_started_them(project: Path) -> None:
     script = (
-        "from pathlib import Path; from gatrain.launch.nodes import Nodes; "
+        "from pathlib import Path; from gatrain.launch.world import Nodes; "
         "from gatrain.tune.processes import TrialHost; import time; "
         f"host = TrialHost(Nodes(2), 'cpu', Path({str(project)!r})); host.start(); "
         "print(host._process.pid, flush=True); time.sleep(600)"

@@ -17,7 +17,7 @@ from gatrain import tune
 from gatrain.config import BatchConfig, RunConfig, TrainConfig, TuneConfig
 from gatrain.errors import ConfigError, DoesNotFitError, WorkerError
 from gatrain.inspection import RunFacts
-from gatrain.launch.nodes import Nodes
+from gatrain.launch.world import Nodes
 from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, SKIPPED
 
 FACTS = RunFacts(64, 0, "data", 36, 144, ("none",))

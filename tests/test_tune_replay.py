@@ -18,7 +18,7 @@ from test_tune_rise import FakeGpu
 
 from gatrain import batch, codec, tune
 from gatrain.config import RunConfig
-from gatrain.launch.nodes import Nodes
+from gatrain.launch.world import Nodes
 from gatrain.plan import FITS, Plan, StepSettings
 from gatrain.tune import finalists, protocol
 from gatrain.tune.curve import Curve, Measurement

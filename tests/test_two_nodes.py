@@ -15,7 +15,7 @@ from test_tune_real import MODULE
 
 from gatrain.errors import LaunchError
 from gatrain.hardware import Hardware, weakest
-from gatrain.launch.nodes import Nodes
+from gatrain.launch.world import Nodes
 from gatrain.nvml import Gpu
 from gatrain.plan import DOES_NOT_FIT, FAILED, FITS
 

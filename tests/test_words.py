@@ -251,9 +251,9 @@ def test_hydras_multirun_option_is_answered_with_a_loop_that_works(cwd: Path) ->
 
 def test_options_of_sbatch_are_answered_with_a_way(cwd: Path) -> None:
     for option, part in (
-        ("--account", "SBATCH_ACCOUNT"),
+        ("--reservation", "SBATCH_RESERVATION"),
         ("--cpus-per-task", "--dry-run"),
-        ("--qos=high", "SBATCH_QOS"),
+        ("--gres=gpu:1", "SBATCH_GRES"),
     ):
         done = subprocess.run(
             [sys.executable, "-m", "gatrain", "launch", "--slurm", option, "recipe=llm"],

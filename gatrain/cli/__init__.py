@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -21,9 +21,12 @@ from gatrain.errors import ConfigError, DataError, GatrainError, Interrupted, Ve
 
 if TYPE_CHECKING:
     from gatrain.compose import Composed
-    from gatrain.fit import Outcome, WorldRequest
+    from gatrain.fit import Outcome
+    from gatrain.fit.job import StartNodes
     from gatrain.fit.submit import Submission
-    from gatrain.launch.torchrun import GivenWorld
+    from gatrain.launch.schedulers import Job
+    from gatrain.launch.torchrun import TorchrunWorld
+    from gatrain.launch.world import WorldRequest
 
 COMMANDS = ("fit", "autotune", "plan", "launch", "resume", "verify", "recipes", "show", "doctor")
 
@@ -57,6 +60,10 @@ _Trust = Annotated[
     ),
 ]
 _MaxRestarts = Annotated[int, typer.Option("--max-restarts", help="Restarts after a failed rank.")]
+
+
+def _slurm_option(option: str, text: str) -> Any:
+    return typer.Option(option, rich_help_panel="Slurm", help=text)
 
 
 EXIT_CODE_HELP = {
@@ -118,15 +125,17 @@ def fit(
     from gatrain import fit as work
 
     request = _world_request()
-    _reach_all_nodes(context, request, overrides)
     with terminal.Progress() as progress:
-        outcome = work.fit(overrides or [], request, progress.listener(), retune, overwrite)
+        outcome = work.fit(
+            overrides or [], request, progress.listener(), retune, overwrite, _start_nodes(context, progress)
+        )
     _print_outcome(outcome)
 
 
 @app.command()
 def autotune(
     overrides: _Overrides = None,
+    nproc: _Nproc = None,
     as_json: _Json = False,
     retune: _Retune = False,
     plot: Annotated[
@@ -143,7 +152,7 @@ def autotune(
         plan_plot.check_can_draw(plot)
     with terminal.Progress() as progress:
         prepared = work.autotune(
-            overrides or [], _world_of_one_node(), progress.listener(print_plan=not as_json), retune
+            overrides or [], _world_request(nproc), progress.listener(print_plan=not as_json), retune
         )
     if plot is not None:
         plan_plot.save_plan_plot(prepared.plan, plot)
@@ -201,14 +210,21 @@ def launch(
     node_rank: _NodeRank = 0,
     endpoint: _Endpoint = None,
     max_restarts: _MaxRestarts = 0,
-    slurm: Annotated[bool, typer.Option("--slurm", help="Write an sbatch script and submit it.")] = False,
-    partition: Annotated[str | None, typer.Option("--partition", help="Slurm partition.")] = None,
-    time_limit: Annotated[
-        str | None, typer.Option("--time", help="Slurm time limit, such as 04:00:00.")
+    slurm: Annotated[bool, _slurm_option("--slurm", "Write a batch file and submit it.")] = False,
+    dry_run: Annotated[bool, _slurm_option("--dry-run", "Print the batch file only.")] = False,
+    nodes: Annotated[int | None, _slurm_option("--nodes", "Nodes, by default 1.")] = None,
+    gpus_per_node: Annotated[int | None, _slurm_option("--gpus-per-node", "GPUs of each node.")] = None,
+    cpus_per_gpu: Annotated[int | None, _slurm_option("--cpus-per-gpu", "CPU cores for each GPU.")] = None,
+    mem: Annotated[
+        str | None, _slurm_option("--mem", "Main memory of each node, such as 64G; 0 for all of it.")
     ] = None,
-    nodes: Annotated[int | None, typer.Option("--nodes", help="Slurm nodes, by default 1.")] = None,
-    gpus_per_node: Annotated[int | None, typer.Option("--gpus-per-node", help="Slurm GPUs per node.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="With --slurm: print the script only.")] = False,
+    partition: Annotated[str | None, _slurm_option("--partition", "Partition (queue).")] = None,
+    time_limit: Annotated[str | None, _slurm_option("--time", "Time limit, such as 04:00:00.")] = None,
+    account: Annotated[str | None, _slurm_option("--account", "Account that is charged.")] = None,
+    qos: Annotated[str | None, _slurm_option("--qos", "Quality of service.")] = None,
+    constraint: Annotated[
+        str | None, _slurm_option("--constraint", "Features that nodes must have, such as 'a100|h100'.")
+    ] = None,
     retune: _Retune = False,
     overwrite: _Overwrite = False,
     trusted: _Trust = None,
@@ -216,42 +232,40 @@ def launch(
     """Train on a stated number of processes, on several nodes, or through Slurm."""
     from gatrain import fit as work
 
-    only_slurm = {
-        "--partition": partition, "--time": time_limit, "--nodes": nodes,
-        "--gpus-per-node": gpus_per_node, "--dry-run": dry_run or None,
+    resources: dict[str, Any] = {
+        "nodes": nodes, "gpus_per_node": gpus_per_node, "cpus_per_gpu": cpus_per_gpu, "mem": mem,
+        "partition": partition, "time": time_limit, "account": account, "qos": qos, "constraint": constraint,
     }  # fmt: skip
     if slurm:
         from gatrain.fit import submit
+        from gatrain.launch.schedulers.sbatch import Resources
 
-        if _given is not None:
+        if _torchrun is not None:
             raise ConfigError("--slurm submits a job, once: start gatrain launch --slurm without torchrun.")
         if nnodes != 1 or node_rank or endpoint is not None:
             raise ConfigError(
                 "--slurm finds nodes, ranks and endpoint by itself. Use --nodes for their number."
             )
-        _print_submission(
-            submit.submit(
-                overrides or [],
-                partition=partition,
-                time_limit=time_limit,
-                nodes=nodes,
-                gpus_per_node=gpus_per_node,
-                nproc=nproc,
-                max_restarts=max_restarts,
-                retune=retune,
-                overwrite=overwrite,
-                dry_run=dry_run,
-            )
+        submission = submit.submit(
+            overrides or [],
+            Resources(**resources),
+            nproc=nproc,
+            max_restarts=max_restarts,
+            retune=retune,
+            overwrite=overwrite,
+            dry_run=dry_run,
         )
+        _print_submission(submission)
         return
-    for option, value in only_slurm.items():
+    for name, value in (resources | {"dry_run": dry_run or None}).items():
         if value is not None:
-            hint = " Did you mean '--nnodes'?" if option == "--nodes" else ""
-            raise ConfigError(f"{option} belongs to --slurm, which is not given.{hint}")
+            hint = " Did you mean '--nnodes'?" if name == "nodes" else ""
+            raise ConfigError(f"--{name.replace('_', '-')} belongs to --slurm, which is not given.{hint}")
     request = _world_request(nproc, nnodes, node_rank, endpoint, max_restarts)
-    _reach_all_nodes(context, request, overrides)
     with terminal.Progress() as progress:
-        outcome = work.fit(overrides or [], request, progress.listener(), retune, overwrite)
+        outcome = work.fit(
+            overrides or [], request, progress.listener(), retune, overwrite, _start_nodes(context, progress)
+        )
     _print_outcome(outcome)
 
 
@@ -288,10 +302,15 @@ def resume(
     from gatrain import fit as work
 
     request = _world_request(nproc, nnodes, node_rank, endpoint, max_restarts)
-    _reach_all_nodes(context, request, None)
     with terminal.Progress() as progress:
         outcome = work.resume(
-            run_dir, overrides or [], request, progress.listener(), from_start, accept_changes or []
+            run_dir,
+            overrides or [],
+            request,
+            progress.listener(),
+            from_start,
+            accept_changes or [],
+            _start_nodes(context, progress),
         )
     _print_outcome(outcome)
 
@@ -380,7 +399,7 @@ def doctor(overrides: _Overrides = None, as_json: _Json = False, trusted: _Trust
         terminal.print_lines(report.lines())
 
 
-_given: GivenWorld | None = None
+_torchrun: TorchrunWorld | None = None
 """The torchrun that has started this process among others."""
 
 
@@ -396,55 +415,35 @@ def _world_request(
     Raises:
         ConfigError: the options contradict torchrun.
     """
-    from gatrain.fit import WorldRequest
+    from gatrain.launch.world import WorldRequest
 
-    if _given is None:
+    if _torchrun is None:
         return WorldRequest(nproc, nnodes, node_rank, endpoint, max_restarts)
     theirs = {
-        "--nproc": (nproc, (None, _given.nproc)),
-        "--nnodes": (nnodes, (1, _given.nnodes)),
-        "--node-rank": (node_rank, (0, _given.node_rank)),
+        "--nproc": (nproc, (None, _torchrun.nproc)),
+        "--nnodes": (nnodes, (1, _torchrun.nnodes)),
+        "--node-rank": (node_rank, (0, _torchrun.node_rank)),
         "--rdzv-endpoint": (endpoint, (None,)),
         "--max-restarts": (max_restarts, (0,)),
     }
     for option, (value, allowed) in theirs.items():
         if value not in allowed:
             raise ConfigError(
-                f"{option} {value} is torchrun's to say, which has started {_given.nproc or 1} process(es) on "
-                f"each of {_given.nnodes} node(s): leave it out here, or start gatrain launch without torchrun."
+                f"{option} {value} is torchrun's to say, which has started {_torchrun.nproc or 1} process(es) on "
+                f"each of {_torchrun.nnodes} node(s): leave it out here, or start gatrain launch without torchrun."
             )
-    return WorldRequest.of(_given)
+    return WorldRequest.of(_torchrun)
 
 
-def _world_of_one_node() -> WorldRequest | None:
-    """For commands that do not span nodes, under torchrun."""
-    if _given is not None and _given.nnodes > 1:
-        raise ConfigError(
-            "autotune measures on one node. Under torchrun on several, gatrain fit makes the plan for all of them."
-        )
-    return None if _given is None else _world_request()
+def _start_nodes(context: typer.Context, progress: terminal.Progress) -> StartNodes:
+    """How this command is started on every node of a job."""
 
+    def start(job: Job, words: Sequence[str]) -> NoReturn:
+        progress.stop()
+        machine.restore_temporary_folder()
+        job.start_on_every_node([*context.obj, *words])
 
-def _reach_all_nodes(context: typer.Context, request: WorldRequest, overrides: list[str] | None) -> None:
-    """In the first shell of a Slurm allocation of several nodes, start again on each of them."""
-    from gatrain.fit import needs_srun
-
-    job = needs_srun(request)
-    if job is None:
-        return
-    from gatrain.commands import OVERWRITE, setting
-    from gatrain.compose import compose
-    from gatrain.fit.claim import folder_for_job
-    from gatrain.launch.slurm import relaunch_under_srun
-
-    words = []
-    if overrides is not None:
-        composed = compose(overrides)  # a mistake is told once here, not once by each node
-        folder = folder_for_job(composed, job, Path.cwd().resolve())
-        if folder is not None and OVERWRITE not in context.obj:
-            words = [setting("run.dir", str(folder))]
-    machine.restore_temporary_folder()
-    relaunch_under_srun([*context.obj, *words], job)
+    return start
 
 
 def _print_outcome(outcome: Outcome) -> None:
@@ -491,7 +490,7 @@ def _run_settled(arguments: list[str]) -> int:
 
 def _run_within_torchrun(arguments: list[str]) -> int:
     """Where torchrun started several of these processes, they become one run instead of as many runs."""
-    global _given
+    global _torchrun
     from gatrain.launch import torchrun
 
     if arguments[0] == "launch" and "--nproc" in arguments and torchrun.is_left_over(os.environ):
@@ -502,15 +501,15 @@ def _run_within_torchrun(arguments: list[str]) -> int:
         torchrun.forget(os.environ)
         return _run(arguments)
     try:
-        _given = torchrun.detect(os.environ)
-        if _given is None:
+        _torchrun = torchrun.detect(os.environ)
+        if _torchrun is None:
             return _run(arguments)
-        if _given.local_rank:
-            return torchrun.follow(_given)
+        if _torchrun.local_rank:
+            return torchrun.follow(_torchrun)
         torchrun.forget(os.environ)
         # what is no training is done once, on node 0
-        here = _given.node_rank == 0 or arguments[0] in ("fit", "launch", "resume", "autotune")
-        return torchrun.lead(_given, lambda: _run(arguments) if here else 0)
+        here = _torchrun.node_rank == 0 or arguments[0] in ("fit", "launch", "resume", "autotune")
+        return torchrun.lead(_torchrun, lambda: _run(arguments) if here else 0)
     except GatrainError as error:
         terminal.print_error(str(error))
         return int(error.exit_code)

@@ -16,6 +16,7 @@ from gatrain import codec, units
 from gatrain.assets import cache_place, safe_cache
 from gatrain.config import RunConfig
 from gatrain.errors import GatrainError
+from gatrain.fit.job import find_job
 from gatrain.hardware import Hardware, choose_precision, detect_hardware
 from gatrain.recorded import versions
 
@@ -40,7 +41,8 @@ class Report:
     cache: str
     cache_bytes: int
     disk_free_bytes: int
-    slurm_job: str | None
+    job: str | None
+    """The scheduler's name, and the id of the job that this process runs in."""
     problems: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -67,8 +69,8 @@ class Report:
         for gpu in self.hardware["gpus"]:
             free, total = units.size(gpu["free_bytes"]), units.size(gpu["total_bytes"])
             rows.append((f"gpu {gpu['index']}", f"{gpu['name']}, {free} free of {total}"))
-        if self.slurm_job:
-            rows.append(("slurm job", self.slurm_job))
+        if self.job:
+            rows.append(("job", self.job))
         width = max(len(name) for name, _ in rows)
         lines = [f"{name:<{width}}  {value}" for name, value in rows]
         lines.append("")
@@ -93,6 +95,11 @@ def examine(overrides: Sequence[str] = ()) -> Report:
     except GatrainError as error:
         problems.append(str(error))
         hardware = detect_hardware("cpu")
+    job = None
+    try:
+        job = find_job(config, Path.cwd().resolve())
+    except GatrainError as error:
+        problems.append(str(error))
     precision, precision_reason = choose_precision(config, hardware)
     free = min((gpu.free_bytes for gpu in hardware.gpus), default=hardware.memory_bytes)
     found = versions() | {"cuda": hardware.cuda, "nccl": _nccl()}
@@ -110,7 +117,7 @@ def examine(overrides: Sequence[str] = ()) -> Report:
         cache=str(cache_place()),
         cache_bytes=_size(cache_place()),
         disk_free_bytes=disk,
-        slurm_job=os.environ.get("SLURM_JOB_ID"),
+        job=f"{job.scheduler} {job.id}" if job is not None else None,
         problems=problems + _problems(hardware, found, disk),
     )
 

@@ -27,8 +27,8 @@ def _no_multirun(arguments: Sequence[str]) -> str:
 
 
 _SBATCH = {
-    "account": "ACCOUNT", "qos": "QOS", "constraint": "CONSTRAINT", "reservation": "RESERVATION", "gres": "GRES",
-    "mem": "MEM_PER_NODE", "array": "ARRAY_INX", "exclusive": "EXCLUSIVE", "mem-per-cpu": "MEM_PER_CPU",
+    "reservation": "RESERVATION", "gres": "GRES", "array": "ARRAY_INX", "exclusive": "EXCLUSIVE",
+    "mem-per-cpu": "MEM_PER_CPU",
     "cpus-per-task": None, "exclude": None, "nodelist": None, "mail-user": None, "mail-type": None, "license": None,
 }  # fmt: skip
 """Options of sbatch that gatrain has none for, and the variable by which sbatch takes the same, if any."""

@@ -39,12 +39,11 @@ from gatrain.fit import record, requeue
 from gatrain.fit.changes import Changes, write_record
 from gatrain.fit.claim import choose_folder, claimed, set_aside
 from gatrain.fit.heartbeat import Heartbeat, beating, wait_for_node_0
+from gatrain.fit.job import StartNodes, find_job, reach_every_node
 from gatrain.hardware import Hardware, detect_hardware, weakest
 from gatrain.inspection import begin_inspection, check_modules
-from gatrain.launch import slurm
 from gatrain.launch.join import MeetingPoint, check_name
-from gatrain.launch.nodes import Nodes
-from gatrain.launch.torchrun import GivenWorld
+from gatrain.launch.world import Nodes, WorldRequest
 from gatrain.plan import Plan
 from gatrain.rundir import RunDir, locked, open_run_dir, read_json, write_json, write_text
 from gatrain.secrets import redact
@@ -54,51 +53,11 @@ WORKER = "gatrain.worker"
 RESUME_KEYS = (
     "train.steps", "train.epochs", "train.log_every", "train.data_workers", "train.check", "train.nonfinite",
     "train.nonfinite_limit", "optimizer.lr", "optimizer.clip_norm", "save", "eval", "tune",
-    "batch.micro", "checkpointing", "compile", "sync", "data.broken",
+    "batch.micro", "checkpointing", "compile", "sync", "data.broken", "scheduler",
 )  # fmt: skip
 """What may change when a run goes on: how long it trains, what it writes, how a window is computed, and what
 helps past a window that is not finite or a sample that cannot be read."""
 _REPLAN_KEYS = ("tune", "batch.micro", "checkpointing", "compile", "sync")
-
-
-@dataclass(frozen=True)
-class WorldRequest:
-    """What was asked of the world; the rest is found out here."""
-
-    nproc: int | None = None
-    """Processes on this node; None takes every visible GPU, or one process on a CPU."""
-    nnodes: int = 1
-    node_rank: int = 0
-    endpoint: str | None = None
-    max_restarts: int = 0
-    given: GivenWorld | None = None
-    """The world of a torchrun that was started by somebody else; the fields above are then its."""
-
-    @classmethod
-    def of(cls, given: GivenWorld) -> WorldRequest:
-        """The request that joins the processes which torchrun has started."""
-        return cls(given.nproc, given.nnodes, given.node_rank, given.endpoint(), given=given)
-
-    def __post_init__(self) -> None:
-        if self.max_restarts < 0:
-            raise LaunchError(f"--max-restarts {self.max_restarts} is below 0.")
-        self.nodes(self.nproc if self.nproc is not None else 1)  # ranges are checked before anything else
-
-    def words(self) -> list[str]:
-        """The command and the options that ask for this world."""
-        options: list[str] = []
-        for option, value, default in (
-            ("--nproc", self.nproc, None),
-            ("--nnodes", self.nnodes, 1),
-            ("--node-rank", self.node_rank, 0),
-            ("--rdzv-endpoint", self.endpoint, None),
-            ("--max-restarts", self.max_restarts, 0),
-        ):
-            options += [option, str(value)] if value != default else []
-        return ["launch", *options] if options else ["fit"]
-
-    def nodes(self, nproc: int) -> Nodes:
-        return Nodes(nproc, self.nnodes, self.node_rank, self.endpoint)
 
 
 @dataclass(frozen=True)
@@ -146,10 +105,16 @@ def autotune(
     """
     request, listener = request or WorldRequest(), listener or Listener()
     scratch.sweep()
+    cwd = Path.cwd().resolve()
     composed = compose(overrides)
-    check_modules(composed.config, Path.cwd())
+    check_modules(composed.config, cwd)
+    request = replace(request, job=find_job(composed.config, cwd))
     hardware, nodes = find_world(composed.config, request)
-    plan, facts = _plan(composed.config, composed.yaml, hardware, nodes, listener, Path.cwd(), retune)
+    if nodes.nnodes > 1:
+        raise ConfigError(
+            "autotune measures on one node. On several, gatrain fit makes the plan for all of them."
+        )
+    plan, facts = _plan(composed.config, composed.yaml, hardware, nodes, listener, cwd, retune)
     listener.planned(plan, None)
     return Prepared(composed, hardware, nodes, plan, facts.data)
 
@@ -160,10 +125,12 @@ def fit(
     listener: Listener | None = None,
     retune: bool = False,
     overwrite: bool = False,
+    start_nodes: StartNodes | None = None,
 ) -> Outcome:
     """Train a recipe to its end. On several nodes every node calls this; node 0 prepares for all.
 
     Args:
+        start_nodes: called in the only process of a job of several nodes, to start this command on each of them.
         retune: measure again, whatever is remembered.
         overwrite: replace the run that the folder holds, once this one is ready to begin.
 
@@ -176,8 +143,10 @@ def fit(
     composed = compose(overrides)
     _remark(composed, listener)
     check_modules(composed.config, cwd)
+    request = replace(request, job=find_job(composed.config, cwd))
+    reach_every_node(request, start_nodes, composed, cwd, overwrite)
     hardware, nodes = find_world(composed.config, request)
-    path, named = choose_folder(composed, nodes, cwd, request.given)
+    path, named = choose_folder(composed, nodes, cwd, request)
     if overwrite and not named:
         raise ConfigError(
             f"{OVERWRITE} needs the folder that it may replace: run.dir=FOLDER or run.name=NAME."
@@ -185,11 +154,11 @@ def fit(
     _check_endpoint(nodes, request)
     if nodes.node_rank > 0:
         return _follow(RunDir(path), nodes, hardware, request, listener, cwd)
-    is_again, is_there = _is_started_again(request), named and RunDir(path).has_run()
+    is_again, is_there = request.was_started_again, named and RunDir(path).has_run()
     if is_again and is_there and not (overwrite and _is_older(path, request)):
         requeue.check_same(RunDir(path), composed)
         if RunDir(path).saved_entries():
-            requeue.mark(RunDir(path), slurm.detect(os.environ))
+            requeue.mark(RunDir(path), request.job)
             return resume(path, (), request, listener)
         overwrite = True  # the first attempt ended before it had saved anything
     elif is_again:
@@ -207,14 +176,14 @@ def fit(
         if replaced := claim.clear():
             listener.said(f"Replaced in {run_dir.path}: {replaced}.")
         lines = [f"recipe={composed.recipe}", *map(redact, composed.overrides)]
-        env = record.environment(composed.recipe, composed.recipe_file, lines, again)
+        env = record.environment(composed.recipe, composed.recipe_file, lines, again, request.job)
         write_json(run_dir.env, env | {"settings": requeue.digest(composed.config)})
         write_text(run_dir.overrides, "\n".join(lines) + "\n")
         _write_plan(run_dir, plan, hardware)
         write_record(run_dir, composed, plan, facts, cwd)
         listener.planned(plan, run_dir.path)
-        if request.given is not None:
-            request.given.note_run(run_dir.path)
+        if request.torchrun is not None:
+            request.torchrun.note_run(run_dir.path)
         guardian.forget_claim(run_dir.path)  # from here on it tells of a run, however that ends
         heart.ready()
         return _launch(run_dir, nodes, hardware, request, cwd)
@@ -227,12 +196,14 @@ def resume(
     listener: Listener | None = None,
     from_start: bool = False,
     accepted: Sequence[str] = (),
+    start_nodes: StartNodes | None = None,
 ) -> Outcome:
     """Go on with a run at the window after its newest valid saved state, on this world size or another.
 
     Args:
         from_start: begin at step 0 instead; the states and metrics that there are get other names.
         accepted: keys of what may be another than when the run was started, such as ``data.contents``.
+        start_nodes: as for `fit`.
 
     Raises:
         SavedStateError: data, code, settings or plan are not what they were, and that was not accepted.
@@ -241,13 +212,17 @@ def resume(
     request, listener = request or WorldRequest(), listener or Listener()
     scratch.sweep()
     run_dir = open_run_dir(path)
-    if from_start and _is_started_again(request) and _has_whole_state(run_dir):
-        from_start = False  # the first attempt of this job has begun at step 0; its states are gone on from
     overrides = [word for word in overrides if not _changes_nothing(run_dir, word)]
     changed = _check_resume_keys(overrides, accepted)
     options = [*request.words()[1:], *(["--from-start"] if from_start else [])]
     changes = Changes(run_dir, overrides, accepted, RESUME_KEYS, options)
     config, config_yaml = changes.reloaded.config, changes.reloaded.yaml
+    cwd = _working_dir(run_dir)
+    if request.job is None:  # `fit` may have asked already
+        request = replace(request, job=find_job(config, cwd))
+    reach_every_node(request, start_nodes, None, cwd, overwrite=False)
+    if from_start and request.was_started_again and _has_whole_state(run_dir):
+        from_start = False  # the first attempt of this job has begun at step 0; its states are gone on from
     if not run_dir.saved_entries() and not from_start:
         if run_dir.lock.exists():
             with locked(run_dir):  # a run that is under way has another story to tell
@@ -259,7 +234,6 @@ def resume(
     is_complete = summary.get("status") == "completed" and not summary.get("failed")
     if is_complete and not overrides and not from_start and not changes.differences:
         return Outcome(run_dir.path, summary, already_complete=True)
-    cwd = _working_dir(run_dir)
     check_modules(config, cwd)
     request = _as_many_as_before(run_dir, config, request)
     hardware, nodes = find_world(config, request)
@@ -313,7 +287,7 @@ def find_world(config: RunConfig, request: WorldRequest) -> tuple[Hardware, Node
             f"--nproc {nproc} asks for more processes than this machine has GPUs "
             f"({hardware.describe()}). Use --nproc {len(hardware.gpus)} or less, or device=cpu."
         )
-    nodes = _within_slurm(request, nproc) or request.nodes(nproc)
+    nodes = request.nodes(nproc)
     if isinstance(config.batch.micro, int):
         batch.check_micro_batch(config.batch.effective, nodes.world_size, config.batch.micro)
     return hardware, nodes
@@ -321,25 +295,10 @@ def find_world(config: RunConfig, request: WorldRequest) -> tuple[Hardware, Node
 
 def _check_endpoint(nodes: Nodes, request: WorldRequest) -> None:
     """Tell that nobody has the name, or that the port is taken, before anything slow."""
-    if request.given is None:  # the names that others give, such as a cluster's, may come later
+    if request.torchrun is None:  # the names that others give, such as a cluster's, may come later
         check_name(nodes)
     if nodes.nnodes > 1 and nodes.node_rank == 0:
         MeetingPoint(nodes).close()
-
-
-def needs_srun(request: WorldRequest) -> slurm.SlurmJob | None:
-    """The Slurm job in whose first shell this process runs, if it has more nodes that must be started too."""
-    job = slurm.detect(os.environ)
-    named = request.nnodes > 1 or request.endpoint is not None or request.given is not None
-    return job if job is not None and not job.in_step and job.nnodes > 1 and not named else None
-
-
-def _within_slurm(request: WorldRequest, nproc: int) -> Nodes | None:
-    """The nodes of the Slurm job step that this process belongs to, unless the user named nodes."""
-    if request.nnodes > 1 or request.endpoint is not None or request.given is not None:
-        return None
-    job = slurm.detect(os.environ)
-    return slurm.nodes_from_slurm(job, nproc) if job is not None and job.in_step else None
 
 
 def _plan(
@@ -437,20 +396,11 @@ class _Ended:
     weights: str | None = None
 
 
-def _is_started_again(request: WorldRequest) -> bool:
-    """Whether a scheduler has started this command before: Slurm's requeue, or a restart by torchrun."""
-    if request.given is not None and request.given.attempt:
-        return True
-    job = slurm.detect(os.environ)
-    return job is not None and job.restarts > 0
-
-
 def _is_older(path: Path, request: WorldRequest) -> bool:
     """Whether the run that lies there is not of the job that was started again."""
-    if request.given is not None and request.given.attempt:
-        return not request.given.earlier_runs()
-    job, env = slurm.detect(os.environ), RunDir(path).env
-    return job is None or not env.is_file() or read_json(env).get("slurm_job") != job.job_id
+    if request.torchrun is not None and request.torchrun.attempt:
+        return not request.torchrun.earlier_runs()
+    return request.job is None or not requeue.is_of(RunDir(path), request.job)
 
 
 def _write_plan(run_dir: RunDir, plan: Plan, hardware: Hardware) -> None:
@@ -467,7 +417,13 @@ def _launch(run_dir: RunDir, nodes: Nodes, hardware: Hardware, request: WorldReq
     run_dir.summary.unlink(missing_ok=True) if nodes.node_rank == 0 else None
     try:
         run_workers(
-            WORKER, run_dir.path, nodes, device=hardware.device, max_restarts=request.max_restarts, cwd=cwd
+            WORKER,
+            run_dir.path,
+            nodes,
+            device=hardware.device,
+            max_restarts=request.max_restarts,
+            cwd=cwd,
+            in_job=request.job is not None,
         )
     except (WorkerError, DataError) as error:
         if how := _how_to_go_on(run_dir, is_mended=isinstance(error, WorkerError)):
@@ -546,9 +502,8 @@ def _check_resume_keys(overrides: Sequence[str], accepted: Sequence[str] = ()) -
 
 def _as_many_as_before(run_dir: RunDir, config: RunConfig, request: WorldRequest) -> WorldRequest:
     """Unless told otherwise, take as many processes as before; all GPUs if it was all, or if fewer are left."""
-    job = slurm.detect(os.environ)
-    in_step = job is not None and job.in_step
-    if request.nproc is not None or request.nnodes > 1 or in_step or not run_dir.hardware.is_file():
+    has_step = request.job is not None and request.job.on_every_node  # its resources say how many
+    if request.nproc is not None or request.nnodes > 1 or has_step or not run_dir.hardware.is_file():
         return request
     before = _hardware_before(run_dir)
     if before is None:

@@ -16,9 +16,8 @@ from gatrain.compose import Composed
 from gatrain.errors import ConfigError, ExactnessError, GatrainError, RunFolderError, WorkerError
 from gatrain.fit import requeue
 from gatrain.fit.overwrite import completed_at, described, is_ours, remove
-from gatrain.launch import slurm
-from gatrain.launch.nodes import Nodes
-from gatrain.launch.torchrun import GivenWorld
+from gatrain.launch.schedulers import Job
+from gatrain.launch.world import Nodes, WorldRequest
 from gatrain.rundir import RunDir, locked
 
 LONGEST_INSIDE_BYTES = 200
@@ -26,18 +25,18 @@ LONGEST_INSIDE_BYTES = 200
 
 
 def choose_folder(
-    composed: Composed, nodes: Nodes, cwd: Path, given: GivenWorld | None = None
+    composed: Composed, nodes: Nodes, cwd: Path, request: WorldRequest | None = None
 ) -> tuple[Path, bool]:
-    """Return the run folder, and whether its name is fixed (a name of ours may be changed to be free).
+    """Return the run folder, and whether it must be that one (a name made here may get a number to be free).
 
     Args:
-        given: the torchrun that started these processes, which may do so again for the same run.
+        request: with the job or the torchrun of this process, which may start it again for the same run.
 
     Raises:
         ConfigError: a name that is none, or several nodes without a folder that they share.
         RunFolderError: the path is longer than a file system takes.
     """
-    path, named = _choose(composed, nodes, cwd, given)
+    path, named = _choose(composed, nodes, cwd, request or WorldRequest())
     check_length(path)
     return path, named
 
@@ -65,25 +64,24 @@ def check_length(path: Path) -> None:
         )
 
 
-def _choose(composed: Composed, nodes: Nodes, cwd: Path, given: GivenWorld | None) -> tuple[Path, bool]:
-    run = composed.config.run
+def _choose(composed: Composed, nodes: Nodes, cwd: Path, request: WorldRequest) -> tuple[Path, bool]:
+    run, job, given = composed.config.run, request.job, request.torchrun
     if run.dir is not None:
         if not str(run.dir).strip():
             raise ConfigError("run.dir= is empty. Give a folder, or leave it out.")
-        return _again_at(cwd / _home(run.dir), composed, nodes), True
+        return _again_at(cwd / _home(run.dir), composed, nodes, job), True
     if given is not None and (earlier := requeue.first_of(given.earlier_runs(), composed.config)) is not None:
         return earlier, True
     parent = cwd / "outputs" / composed.recipe
     if run.name is not None:
         if not re.fullmatch(r"[^/\\\0]+", run.name) or run.name in (".", ".."):
             raise ConfigError(f"run.name={run.name!r} must be a plain name. Use run.dir=FOLDER for a path.")
-        return _again_at(parent / run.name, composed, nodes), True
-    job = slurm.detect(os.environ)
+        return _again_at(parent / run.name, composed, nodes, job), True
     if job is not None:
         # a requeued job keeps its number, and every node of a job must come to the same name
         if job.restarts and (own := requeue.own_run(parent, job, composed.config)) is not None:
             return own, True
-        return parent / f"job-{job.job_id}", nodes.nnodes > 1
+        return parent / job.run_name, nodes.nnodes > 1
     if nodes.nnodes > 1 and given is not None and re.fullmatch(r"[\w.-]+", given.run_id) and given.is_named:
         return parent / f"torchrun-{given.run_id}", True
     if nodes.nnodes > 1:
@@ -94,11 +92,11 @@ def _choose(composed: Composed, nodes: Nodes, cwd: Path, given: GivenWorld | Non
     return parent / time.strftime("%Y-%m-%d_%H-%M-%S"), False
 
 
-def folder_for_job(composed: Composed, job: slurm.SlurmJob, cwd: Path) -> Path | None:
+def folder_for_job(composed: Composed, job: Job, cwd: Path) -> Path | None:
     """The folder for a run on all nodes of a job, chosen once before it starts there; None where it is named."""
     if composed.config.run.dir is not None or composed.config.run.name is not None:
         return None
-    path, named = choose_folder(composed, Nodes(1), cwd)
+    path, named = choose_folder(composed, Nodes(1), cwd, WorldRequest(job=job))
     return path if named else _free(path)
 
 
@@ -111,7 +109,7 @@ def _home(folder: str) -> Path:
         ) from error
 
 
-def _again_at(path: Path, composed: Composed, nodes: Nodes) -> Path:
+def _again_at(path: Path, composed: Composed, nodes: Nodes, job: Job | None) -> Path:
     """A folder that is named by the clock has another name at each start, and on each node."""
     if not {"run.dir", "run.name"} & set(composed.timed):
         return path
@@ -120,7 +118,6 @@ def _again_at(path: Path, composed: Composed, nodes: Nodes) -> Path:
             f"{nodes.nnodes} nodes need a run folder that all of them name alike, and ${{now:...}} differs between "
             "them. Give run.dir=FOLDER without it."
         )
-    job = slurm.detect(os.environ)
     own = requeue.own_run(path.parent, job, composed.config) if job is not None and job.restarts else None
     return own or path
 

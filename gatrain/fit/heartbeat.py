@@ -22,7 +22,7 @@ from gatrain import codec
 from gatrain.errors import LaunchError, RunFolderError
 from gatrain.hardware import Hardware
 from gatrain.launch import protocol
-from gatrain.launch.nodes import Nodes
+from gatrain.launch.world import Nodes
 from gatrain.rundir import RunDir, read_json, write_json
 
 BEAT_S = 2.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import socket
 import sys
@@ -12,26 +11,29 @@ from pathlib import Path
 from typing import Any
 
 from gatrain.commands import Again
-from gatrain.launch import slurm
+from gatrain.launch.schedulers import Job
 from gatrain.recorded import versions
 from gatrain.secrets import redact
 
 
-def environment(recipe: str, recipe_file: Path, overrides: Sequence[str], again: Again) -> dict[str, Any]:
+def environment(
+    recipe: str, recipe_file: Path, overrides: Sequence[str], again: Again, job: Job | None
+) -> dict[str, Any]:
     """Return the contents of ``env.json``.
 
     Args:
         again: the command that starts the run, and where.
+        job: the job that the command runs in.
     """
-    job = slurm.detect(os.environ)
     return {
         "recipe": recipe,
         "recipe_file": str(recipe_file),
         "overrides": [redact(word) for word in overrides],
         "working_dir": str(again.cwd),
         "command": [redact(word) for word in again.words],
-        "slurm_job": job.job_id if job is not None else None,
-        "slurm_restarts": job.restarts if job is not None else None,
+        "scheduler": job.scheduler if job is not None else None,
+        "job": job.id if job is not None else None,
+        "job_restarts": job.restarts if job is not None else None,
         "argv": [redact(word) for word in sys.argv],
         "versions": versions(),
         "platform": platform.platform(),

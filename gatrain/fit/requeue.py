@@ -18,7 +18,7 @@ from gatrain import commands
 from gatrain.compose import Composed, load_config
 from gatrain.config import RunConfig
 from gatrain.errors import ConfigError, RunFolderError
-from gatrain.launch.slurm import SlurmJob
+from gatrain.launch.schedulers import Job
 from gatrain.rundir import RunDir, read_json, write_json
 from gatrain.secrets import redact_value
 
@@ -27,11 +27,11 @@ _SHOWN = 4
 
 
 def settings(config: RunConfig) -> dict[str, Any]:
-    """Every setting that makes it this training, by dotted key; where it is kept does not count."""
+    """Every setting that makes it this training, by dotted key; where it runs and is kept does not count."""
     return {
         key: redact_value(key, value)
         for key, value in _leaves(asdict(config))
-        if key.partition(".")[0] != "run"
+        if key.partition(".")[0] not in ("run", "scheduler")
     }
 
 
@@ -41,7 +41,7 @@ def digest(config: RunConfig) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def own_run(parent: Path, job: SlurmJob, config: RunConfig) -> Path | None:
+def own_run(parent: Path, job: Job, config: RunConfig) -> Path | None:
     """The folder below ``parent`` in which an earlier attempt of this job trained with these settings.
 
     Of several the first that this attempt has not yet gone on with.
@@ -49,11 +49,18 @@ def own_run(parent: Path, job: SlurmJob, config: RunConfig) -> Path | None:
     wanted, found = digest(config), []
     with contextlib.suppress(OSError):
         for folder in sorted(parent.iterdir()):
-            env = _env(RunDir(folder))
-            if env.get("slurm_job") == job.job_id and is_same(RunDir(folder), wanted):
-                taken = env.get("slurm_restarts") == job.restarts
+            run_dir, env = RunDir(folder), _env(RunDir(folder))
+            if is_of(run_dir, job) and is_same(run_dir, wanted):
+                taken = env.get("job_restarts", env.get("slurm_restarts")) == job.restarts
                 found.append((taken, str(env.get("started")), len(folder.name), folder))
     return min(found)[-1] if found else None
+
+
+def is_of(run_dir: RunDir, job: Job) -> bool:
+    """Whether the run was begun within this job."""
+    env = _env(run_dir)
+    known = env.get("job") or env.get("slurm_job")  # the latter of an older gatrain
+    return known is not None and str(known) == job.id and env.get("scheduler", "slurm") == job.scheduler
 
 
 def first_of(folders: Iterable[Path], config: RunConfig) -> Path | None:
@@ -99,11 +106,11 @@ def check_same(run_dir: RunDir, composed: Composed) -> None:
     )
 
 
-def mark(run_dir: RunDir, job: SlurmJob | None) -> None:
+def mark(run_dir: RunDir, job: Job | None) -> None:
     """Note that this attempt of the job has gone on with the run."""
     if job is not None:
         with contextlib.suppress(OSError, RunFolderError):
-            write_json(run_dir.env, read_json(run_dir.env) | {"slurm_restarts": job.restarts})
+            write_json(run_dir.env, read_json(run_dir.env) | {"job_restarts": job.restarts})
 
 
 def _env(run_dir: RunDir) -> dict[str, Any]:

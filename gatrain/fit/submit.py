@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -17,7 +16,8 @@ from gatrain.compose import compose
 from gatrain.errors import ConfigError, RunFolderError
 from gatrain.fit.claim import check_free, check_length
 from gatrain.imports import SAFE_PATH
-from gatrain.launch import slurm
+from gatrain.launch.schedulers import sbatch
+from gatrain.launch.schedulers.sbatch import Resources
 from gatrain.rundir import RunDir, write_text
 from gatrain.secrets import redact
 
@@ -35,11 +35,8 @@ class Submission:
 
 def submit(
     overrides: Sequence[str],
+    resources: Resources,
     *,
-    partition: str | None = None,
-    time_limit: str | None = None,
-    nodes: int | None = None,
-    gpus_per_node: int | None = None,
     nproc: int | None = None,
     max_restarts: int = 0,
     retune: bool = False,
@@ -67,35 +64,23 @@ def submit(
     )
     run_dir = RunDir(cwd / Path(folder).expanduser())
     check_length(run_dir.path)
-    name = re.sub(r"[^A-Za-z0-9_.-]", "_", f"gatrain-{composed.recipe}")
-    job = slurm.BatchJob(
-        name=name,
-        output=run_dir.path / OUTPUT,
-        nodes=1 if nodes is None else nodes,
-        partition=partition,
-        time=time_limit,
-        gpus_per_node=gpus_per_node,
-    )
-    per_node = nproc if nproc is not None else gpus_per_node
+    per_node = nproc if nproc is not None else resources.gpus_per_node
     if isinstance(config.batch.micro, int):
-        batch.check_micro_batch(config.batch.effective, job.nodes * (per_node or 1), config.batch.micro)
+        batch.check_micro_batch(
+            config.batch.effective, (resources.nodes or 1) * (per_node or 1), config.batch.micro
+        )
     words = [word for word in overrides if not word.startswith(("run.dir=", "run.name="))]
     words.append(commands.setting("run.dir", folder))
     options = [] if nproc is None else ["--nproc", str(nproc)]
     options += ["--max-restarts", str(max_restarts)] if max_restarts else []
     options += ["--retune"] if retune else []
-    asked = {
-        "--partition": partition,
-        "--time": time_limit,
-        "--nodes": nodes,
-        "--gpus-per-node": gpus_per_node,
-    }
-    given = [word for option, value in asked.items() if value is not None for word in (option, str(value))]
-    again = Again(("launch", "--slurm", *given, *options, *map(redact, overrides)), cwd)
+    again = Again(("launch", "--slurm", *resources.words(), *options, *map(redact, overrides)), cwd)
     check_free(run_dir, again, overwrite)
     options += [OVERWRITE] if overwrite else []
-    script = slurm.sbatch_script(
-        job,
+    script = sbatch.batch_file(
+        f"gatrain-{composed.recipe}",
+        run_dir.path / OUTPUT,
+        resources,
         [sys.executable, SAFE_PATH, "-m", "gatrain", "launch", *options, *trust.options(), *words],
         cwd=cwd,
     )
@@ -110,7 +95,7 @@ def _submit(script: str, run_dir: RunDir) -> int:
     try:
         run_dir.path.mkdir(parents=True, exist_ok=True)
         write_text(path, script, mode=0o700)  # overrides may hold secrets
-        return slurm.submit(path)
+        return sbatch.submit(path)
     except OSError as error:
         raise RunFolderError(
             f"the run folder {run_dir.path} cannot be written: {error.strerror}. "

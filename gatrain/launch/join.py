@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from gatrain.errors import LaunchError
 from gatrain.launch import protocol
 from gatrain.launch.net import LOOPBACK, address_towards, check_resolves, listen
-from gatrain.launch.nodes import Nodes, parse_endpoint
+from gatrain.launch.world import Nodes, parse_endpoint
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import TCPStore

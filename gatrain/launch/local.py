@@ -20,8 +20,8 @@ from gatrain.imports import SAFE_PATH
 from gatrain.launch import protocol
 from gatrain.launch.failure import Exit, first_cause, is_only_consequence
 from gatrain.launch.join import MeetingPoint
-from gatrain.launch.nodes import Nodes
 from gatrain.launch.watch import SURVIVORS_S, Watch, interrupted, name_of
+from gatrain.launch.world import Nodes
 from gatrain.rundir import RunDir, read_json
 
 
@@ -34,6 +34,7 @@ def run_workers(
     device: str | None = None,
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
+    in_job: bool = False,
 ) -> None:
     """Run ``python -m MODULE FOLDER`` on each rank of this node and wait for the end.
 
@@ -50,6 +51,7 @@ def run_workers(
         device: ``cpu`` or ``cuda``; None takes CUDA where a rank sees a GPU.
         env: additions to the environment of the ranks.
         cwd: working directory of the ranks, also on their import path; None is the current one.
+        in_job: whether a scheduler may send signals here, which goes from a polite one to a stronger one.
 
     Raises:
         LaunchError: the ranks could not be started: port in use, nodes missing.
@@ -70,7 +72,7 @@ def run_workers(
         contextlib.closing(meeting),
         scratch.folder("gatrain_") as private,
         offspring.stopping_together(),
-        Watch(private, meeting, grace_s) as watch,
+        Watch(private, meeting, grace_s, in_job) as watch,
         _working_directory(cwd),
         _environment(
             _rank_environment(nodes, meeting, device, env or {})

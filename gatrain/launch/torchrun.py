@@ -46,7 +46,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 @dataclass(frozen=True)
-class GivenWorld:
+class TorchrunWorld:
     """The world as torchrun described it to this process. Every node has the same number of processes."""
 
     local_rank: int
@@ -132,7 +132,7 @@ def is_left_over(environ: Mapping[str, str]) -> bool:
     return "LOCAL_RANK" in environ and not {"LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID"} & environ.keys()
 
 
-def detect(environ: Mapping[str, str]) -> GivenWorld | None:
+def detect(environ: Mapping[str, str]) -> TorchrunWorld | None:
     """Read torchrun's variables; None where this process is not one of several that somebody started.
 
     Raises:
@@ -149,7 +149,7 @@ def detect(environ: Mapping[str, str]) -> GivenWorld | None:
         "LOCAL_RANK" not in environ and not is_torchrun
     ):  # one process in each pod, which starts the ranks there
         address, port = environ["MASTER_ADDR"], _number(environ, "MASTER_PORT")
-        return GivenWorld(0, None, rank, world_size, address, port, has_store=False, run_id="env")
+        return TorchrunWorld(0, None, rank, world_size, address, port, has_store=False, run_id="env")
     if "LOCAL_WORLD_SIZE" not in environ:
         raise LaunchError(
             f"RANK={rank} and WORLD_SIZE={world_size} say that this is one of {world_size} processes, but "
@@ -169,7 +169,7 @@ def detect(environ: Mapping[str, str]) -> GivenWorld | None:
             "torchrun --virtual-local-rank shows each process one GPU only: leave it out, gatrain gives "
             "every rank its own."
         )
-    return GivenWorld(
+    return TorchrunWorld(
         local_rank=local_rank,
         nproc=nproc,
         node_rank=rank // nproc,
@@ -193,7 +193,7 @@ def forget(environ: MutableMapping[str, str]) -> None:
             del environ[name]
 
 
-def lead(world: GivenWorld, work: Callable[[], int]) -> int:
+def lead(world: TorchrunWorld, work: Callable[[], int]) -> int:
     """Run ``work`` on this node's first process, and let the others end with its exit code, which is returned."""
     folder, pid = _own_folder(world), os.getpid()
     if world.attempt == 0:
@@ -214,7 +214,7 @@ def lead(world: GivenWorld, work: Callable[[], int]) -> int:
     return code
 
 
-def follow(world: GivenWorld) -> int:
+def follow(world: TorchrunWorld) -> int:
     """Wait on one of a node's other processes for the first one, and return its exit code.
 
     Signals are ignored: torchrun sends them to the first one too, which saves before it ends.
@@ -256,7 +256,7 @@ def _exit_code(folder: Path, pid: int) -> int | None:
     return None
 
 
-def _own_folder(world: GivenWorld) -> Path:
+def _own_folder(world: TorchrunWorld) -> Path:
     """Make the folder; nobody else may have made it, or be able to write there."""
     folder = world.folder
     folder.mkdir(mode=0o700, exist_ok=True)

@@ -43,6 +43,8 @@ class Watch:
     state_folder: Path
     meeting: MeetingPoint
     grace_s: float
+    in_job: bool = False
+    """Whether a scheduler's job is known, whatever the environment says."""
     stop_signal: int | None = None
     stop_since: float = 0.0
     kill_signal: int | None = None
@@ -128,7 +130,7 @@ class Watch:
             self.stop_signal == signal.SIGHUP
         ):  # a closed terminal, then the end of the session or of the machine
             return signum == signal.SIGINT
-        if any(name in os.environ for name in SCHEDULERS):
+        if self.in_job or any(name in os.environ for name in SCHEDULERS):
             return signum == self.stop_signal  # one of another kind is the limit after its early notice
         return True
 

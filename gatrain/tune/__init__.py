@@ -19,7 +19,7 @@ from typing import Any
 from gatrain import batch
 from gatrain.config import RunConfig
 from gatrain.hardware import Hardware
-from gatrain.launch.nodes import Nodes
+from gatrain.launch.world import Nodes
 from gatrain.plan import Plan, make_plan
 from gatrain.tune import knobs
 from gatrain.tune.estimate import DataInfo, check_state_fits, state_bytes

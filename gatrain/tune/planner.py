@@ -17,7 +17,7 @@ from gatrain import batch, units
 from gatrain.config import RunConfig
 from gatrain.errors import ExactnessError, GatrainError, Interrupted
 from gatrain.hardware import Hardware
-from gatrain.launch.nodes import Nodes
+from gatrain.launch.world import Nodes
 from gatrain.plan import FAILED, FITS, SKIPPED, Plan, StepSettings
 from gatrain.tune import cache, curve, explain, finalists, memory_model, protocol, refusal, search
 from gatrain.tune.curve import Curve, Measurement

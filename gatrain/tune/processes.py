@@ -27,7 +27,7 @@ from gatrain import offspring, scratch
 from gatrain.assets import cache_dir
 from gatrain.errors import EXIT_CODES, GatrainError, LaunchError, RunFolderError
 from gatrain.launch.net import LOOPBACK, listen
-from gatrain.launch.nodes import Nodes, parse_endpoint
+from gatrain.launch.world import Nodes, parse_endpoint
 from gatrain.rundir import RunDir, read_json, write_json
 from gatrain.tune.protocol import ANSWERED, FAILED, POLL_S, REQUESTS, WORLD
 

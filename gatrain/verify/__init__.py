@@ -19,7 +19,7 @@ from gatrain.config import RunConfig
 from gatrain.hardware import Hardware, choose_precision, detect_hardware
 from gatrain.inspection import inspect_run
 from gatrain.launch.local import run_workers
-from gatrain.launch.nodes import Nodes
+from gatrain.launch.world import Nodes
 from gatrain.rundir import read_json, write_json, write_text
 from gatrain.verify.report import Case, VerifyReport
 

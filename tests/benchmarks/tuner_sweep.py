@@ -217,7 +217,7 @@ class Bench:
 
     def _runner(self) -> Any:
         from gatrain.compose import compose
-        from gatrain.launch.nodes import Nodes
+        from gatrain.launch.world import Nodes
         from gatrain.tune.processes import TrialHost
         from gatrain.tune.runner import TrialRunner
 
