@@ -97,6 +97,8 @@ ROOMS: dict[str, set[str]] = {
     "predict": {
         "batch",
         "build",
+        "child",
+        "codec",
         "compose",
         "config",
         "hardware",

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from gatrain import cli
+from gatrain import cli, codec
 from gatrain.compose import compose
 from gatrain.errors import ConfigError, GatrainError
 from gatrain.predict import GPUS, child, find_gpu, predict, trace_in_child
@@ -669,5 +669,5 @@ def test_lengths_that_vary_make_usual_batches_shorter() -> None:
     assert result.usual_length(1) == pytest.approx(2.25 / 4)
     assert result.usual_length(1) < result.usual_length(4) < result.usual_length(64)
     assert result.usual_length(64) == pytest.approx(1.0)
-    assert TraceResult.from_dict(json.loads(json.dumps(result.to_dict()))) == result
+    assert codec.decode(TraceResult, json.loads(json.dumps(codec.encode(result)))) == result
     assert TraceResult(1, 1, [], []).usual_length(8) == 1.0

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from gatrain import batch, units
+from gatrain import batch, codec, units
 from gatrain.config import RunConfig
 from gatrain.plan import FITS, Plan, Trial, make_plan
 from gatrain.predict import overheads, roofline
@@ -70,9 +70,8 @@ class GpuForecast:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
-        data = asdict(self)
-        data["plan"] = None if self.plan is None else self.plan.to_dict()
-        return {"label": "predicted", "fits": self.fits, **data}
+        plan = None if self.plan is None else self.plan.to_dict()
+        return {"label": "predicted", "fits": self.fits, **codec.encode(self), "plan": plan}
 
 
 class Forecaster:

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from gatrain.errors import ConfigError
 from gatrain.hardware import BF16_CAPABILITY, native_precision
@@ -54,10 +53,6 @@ class GpuModel:
     def precision(self) -> str:
         """What ``precision=auto`` means on this GPU."""
         return native_precision(self.capability)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form."""
-        return asdict(self)
 
 
 def _gpu(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -13,7 +11,7 @@ from gatrain import batch
 from gatrain.config import RunConfig
 from gatrain.predict.timeline import Held, LinearStep, Peak, Recording, Work
 
-CONFIG, REQUEST, RESULT = "config.yaml", "request.json", "result.json"
+CONFIG, REQUEST = "config.yaml", "request.json"
 
 
 @dataclass(frozen=True)
@@ -145,47 +143,6 @@ class TraceResult:
         ends = [(nth / count) ** micro_batch for nth in range(count + 1)]
         shares = (above - below for below, above in pairwise(ends))
         return sum(part * share for part, share in zip(self.lengths, shares, strict=True))
-
-    def to_dict(self) -> dict[str, Any]:
-        names = ("parameters", "gradient_bytes", "offered", "lengths")
-        data: dict[str, Any] = {name: getattr(self, name) for name in names}
-        traces = [
-            {
-                "mode": trace.mode,
-                "model": trace.model,
-                "optimizer": trace.optimizer,
-                "pieces": [
-                    [p.start, p.low.to_dict(), None if p.high is None else p.high.to_dict()]
-                    for p in trace.pieces
-                ],
-                "straightness": trace.straightness,
-                "seconds": trace.seconds,
-                "gradients": trace.gradients,
-            }
-            for trace in self.traces
-        ]
-        return {**data, "traces": traces}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> TraceResult:
-        traces = [
-            ModeTrace(
-                **{
-                    **trace,
-                    "pieces": [
-                        Piece(
-                            start,
-                            Recording.from_dict(low),
-                            None if high is None else Recording.from_dict(high),
-                        )
-                        for start, low, high in trace["pieces"]
-                    ],
-                }
-            )
-            for trace in data["traces"]
-        ]
-        known = {field.name for field in dataclasses.fields(cls)} - {"traces"}
-        return cls(**{name: data[name] for name in known}, traces=traces)
 
 
 def largest(limit: int, fits: Any) -> int:

@@ -13,8 +13,7 @@ ResNet-50 at 512 images comes down to 45 % of the bandwidth, and small eager mic
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from gatrain.predict.gpus import GpuModel
 from gatrain.predict.timeline import Work
@@ -57,9 +56,6 @@ class Range:
     def middle(self) -> float:
         """The geometric mean of the ends."""
         return math.sqrt(self.low * self.high)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def micro_step_seconds(work: Work, gpu: GpuModel, precision: str, *, may_compile: bool) -> Range:

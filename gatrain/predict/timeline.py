@@ -7,10 +7,8 @@ size; at others it is read as if what its size divides grew with the batch.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from gatrain.predict.allocator import Block, CachingAllocator
 
@@ -57,22 +55,6 @@ class Recording:
     batch_bytes: int
     largest_elements: int = 0
     """Elements of the largest tensor: where they pass 2**31, code may go another way."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "micro_batch": self.micro_batch,
-            "phases": self.phases,
-            "batch_bytes": self.batch_bytes,
-            "largest_elements": self.largest_elements,
-            "work": dataclasses.asdict(self.work),
-        }
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Recording:
-        phases = {name: [(int(n), int(size)) for n, size in rows] for name, rows in data["phases"].items()}
-        work = Work(**data["work"])
-        work.products = [(flops, moved) for flops, moved in work.products]
-        return cls(data["micro_batch"], phases, work, data["batch_bytes"], data["largest_elements"])
 
 
 @dataclass(frozen=True)

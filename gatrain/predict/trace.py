@@ -8,26 +8,27 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import math
 import os
-import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gatrain import build, imports, offspring
+from gatrain import build, child, codec
 from gatrain.compose import load_config
 from gatrain.config import RunConfig
 from gatrain.errors import ConfigError, GatrainError
 from gatrain.predict import request
+from gatrain.predict.child import FAILED
 from gatrain.predict.emulate import emulate_cuda
 from gatrain.predict.request import ModeTrace, Piece, TraceRequest, TraceResult
 from gatrain.predict.timeline import Held, LinearStep, Recording, same_events
 from gatrain.predict.tracer import Batches, StepTracer, model_without_memory
-from gatrain.rundir import read_json, write_json
 from gatrain.tasks.base import Task
 from gatrain.train.checkpointing import available_modes
 from gatrain.train.lengths import Lengths, notice_lengths
@@ -175,28 +176,24 @@ def _lengths(task: Task, noticed: Lengths) -> list[float]:
     return [float(lengths[(2 * n + 1) * len(lengths) // (2 * steps)] / lengths[-1]) for n in range(steps)]
 
 
-def _main(folder: Path) -> None:
-    result: dict[str, Any]
+def _work(folder: Path, words: list[str]) -> dict[str, Any]:
+    config = load_config(folder / request.CONFIG)
+    asked = codec.decode(
+        list[TraceRequest], json.loads((folder / request.REQUEST).read_text(encoding="utf-8"))
+    )
     try:
-        config = load_config(folder / request.CONFIG)
-        asked = [TraceRequest(**each) for each in read_json(folder / request.REQUEST)["requests"]]
-        result = {"results": [found.to_dict() for found in trace_all(config, asked)]}
-    except GatrainError as error:
-        result = {"error": str(error), "exit_code": error.exit_code}
+        return {"results": codec.encode(trace_all(config, asked))}
+    except GatrainError:
+        raise
     except Exception as error:
         if os.environ.get("GATRAIN_DEBUG"):
-            raise
+            traceback.print_exc()
         text = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-        result = {
-            "error": f"the model cannot be traced without data: {text} Models whose shapes depend on values "
-            "(.item(), masks that select) need a real trial: gatrain autotune, on a machine with the GPU.",
-            "exit_code": GatrainError.exit_code,
-        }
-    write_json(folder / request.RESULT, result)
+        raise GatrainError(
+            f"the model cannot be traced without data: {text} Models whose shapes depend on values "
+            "(.item(), masks that select) need a real trial: gatrain autotune, on a machine with the GPU."
+        ) from error
 
 
 if __name__ == "__main__":
-    offspring.die_with_parent()
-    imports.use_working_folder()
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # nothing here may touch a GPU
-    _main(Path(sys.argv[1]))
+    child.main(_work, FAILED)
