@@ -21,9 +21,11 @@ from gatrain.plan import StepSettings
 from gatrain.signatures import believed_parameters, certain_parameters, mistake
 from gatrain.tasks.base import Task
 from gatrain.tasks.parts import map_style
+from gatrain.train import order
 from gatrain.train.engine import Engine, StepClock
 from gatrain.train.ranks import Ranks
 from gatrain.train.seeding import DATA, MODEL, seeded
+from gatrain.train.windows import WindowSchedule
 
 NODES = ("model", "data", "loss", "task")
 
@@ -42,7 +44,7 @@ def check_targets(config: RunConfig) -> None:
             node,
             target,
             set(_keywords(node)),
-            {"model", "data", "loss"} if path == "task" else set(),
+            {"model", "data", "loss"} if path == "task" else doors.GIVEN.get(path, set()),
         )
 
 
@@ -86,6 +88,44 @@ def build_task_and_source(config: RunConfig) -> tuple[Task, Any]:
     if task.eval_data is not None:
         map_style(task.eval_data, "eval_data")
     return task, given.get("data")
+
+
+def window_schedule(config: RunConfig, task: Task, effective_batch: int | None = None) -> WindowSchedule:
+    """The windows of a run. ``effective_batch`` stands for the configured one, where only a look is wanted.
+
+    Raises:
+        ConfigError: the order cannot be made, or is none.
+        DataError: no window could be filled.
+    """
+    data, seed, total = task.train_data, config.train.seed, len(task.train_data)
+    effective = effective_batch or config.batch.effective
+    own = order.of_data(data)
+    if config.order == "shuffle":
+        made = None if own is None else own(seed)
+    elif own is not None:
+        raise ConfigError(
+            f"order={config.order!r} has no meaning for a {type(data).__name__}, which has an order of its "
+            "own. Leave order out."
+        )
+    else:
+        made = _part("order", config.order, data=data, seed=seed, effective_batch=effective)
+        if not isinstance(made, order.Order):
+            raise ConfigError(
+                f"order gave a {type(made).__name__}, which has no method ids(epoch, positions) that gives the "
+                "numbers of the samples at these positions."
+            )
+    samples = getattr(made, "samples", total)
+    return WindowSchedule(samples, effective, seed, config.train.drop_last, made, total)
+
+
+def _part(key: str, value: Any, **given: Any) -> Any:
+    """The one object of a door, with those of the keywords ``given`` that it takes."""
+    node = doors.node_of(key, value)
+    target = targets.admit(key, node)
+    parameters = certain_parameters(target) if callable(target) else None
+    if parameters is not None and not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        given = {name: each for name, each in given.items() if name in parameters}
+    return instantiate(key, node, **given)
 
 
 def build_model(task: Task, seed: int, device: torch.device, *, in_place: bool = False) -> nn.Module:

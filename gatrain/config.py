@@ -149,6 +149,9 @@ class RunConfig:
     """torch.compile of the loss computation: true, false, or ``auto`` (on a GPU, when trials show a gain)."""
     sync: str = "auto"
     """How gradients are reduced: ``overlap`` (in the last backward) or ``window`` (at once, after agreement)."""
+    order: Any = "shuffle"
+    """The order of samples: ``shuffle``, ``sequential``, ``{name: weighted, weights: ...}``, ``grouped`` (by
+    length), or your own by ``_target_``."""
     device: str = "auto"
     """``cpu``, ``cuda``, or ``auto``: the GPUs if there are any."""
     scheduler: Any = "auto"

@@ -21,8 +21,17 @@ SHIPPED: dict[str, dict[str, str]] = {
         "auto": "gatrain.launch.schedulers.Auto",
         "slurm": "gatrain.launch.schedulers.slurm.Slurm",
     },
+    "order": {
+        "shuffle": "gatrain.train.order.shuffle.Shuffle",
+        "sequential": "gatrain.train.order.sequential.Sequential",
+        "weighted": "gatrain.train.order.weighted.Weighted",
+        "grouped": "gatrain.train.order.grouped.Grouped",
+    },
 }
 """For each door, by its configuration key: the short names with what they stand for."""
+
+GIVEN: dict[str, set[str]] = {"order": {"data", "seed", "effective_batch"}}
+"""For each door: keywords that gatrain adds, those of them that the part takes."""
 
 
 def is_shipped(dotted: str) -> bool:
@@ -63,7 +72,7 @@ def node_of(key: str, value: Any, where: str = "") -> dict[str, Any]:
 
 
 def nodes_of(key: str, values: Any) -> list[tuple[str, dict[str, Any]]]:
-    """Of a door that takes a list: each part's place in the configuration, and its node (`node_of`).
+    """Each part of a door with its place in the configuration: its node (`node_of`). One part needs no list.
 
     Raises:
         ConfigError: it is no list, or an item names no part.
@@ -71,7 +80,7 @@ def nodes_of(key: str, values: Any) -> list[tuple[str, dict[str, Any]]]:
     if values is None:
         return []
     if isinstance(values, str | Mapping):
-        values = [values]
+        return [(key, node_of(key, values))]
     if not isinstance(values, list | tuple):
         raise ConfigError(
             f"{key}={values!r} is not a list. Write for example {key}=[{next(iter(SHIPPED[key]))}]."

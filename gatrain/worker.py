@@ -26,7 +26,7 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
     from gatrain.report import make_sinks, save_plots
     from gatrain.report.data_lines import left_out
     from gatrain.report.jsonl import read_lines, unreadable
-    from gatrain.train import out_of_memory, samples
+    from gatrain.train import order, out_of_memory, samples
     from gatrain.train.aftermath import Aftermath
     from gatrain.train.check import check_before_first_step
     from gatrain.train.checkpointing import available_modes
@@ -38,16 +38,13 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
     from gatrain.train.run_folder import RunFolder
     from gatrain.train.saved_state import Progress
     from gatrain.train.seeding import PROCESS, seed_everything
-    from gatrain.train.windows import WindowSchedule
 
     run_dir = RunDir(folder)
     stored = reload(run_dir.config, ())
     config, plan = stored.config, run_dir.load_plan()
     told = _compare(run_dir, stored.leaves, plan.precision) if rank.rank == 0 else []
     task, source = build.build_task_and_source(config)
-    schedule = WindowSchedule(
-        len(task.train_data), config.batch.effective, config.train.seed, config.train.drop_last
-    )
+    schedule = build.window_schedule(config, task)
     total_steps = schedule.steps(config.train.steps, config.train.epochs)
     clock = StepClock(config.schedule, total_steps, config.batch.effective)
     noticed = notice_lengths(task, config.train.seed) if plan.compile else None
@@ -128,6 +125,10 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
                 f"optimizer.weight_decay does not apply to {', '.join(spared[:3])}{more}: the model lists "
                 f"{'it' if len(spared) == 1 else 'them'} in no_weight_decay()"
             )
+        if config.order == "shuffle" and (unused := order.unused_sampler(task.train_data, source)):
+            sinks.notice(unused)
+        if sentence := getattr(schedule.order, "sentence", ""):
+            sinks.notice(sentence)
         if noticed is not None and noticed.sentence:
             sinks.notice(noticed.sentence)
         for problem in problems:

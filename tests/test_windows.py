@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from gatrain import windows
 from gatrain.errors import DataError
-from gatrain.train.windows import WindowSchedule, digest, permutation
+from gatrain.train.order.permutation import permutation
+from gatrain.train.windows import WindowSchedule, digest
 
 
 @settings(max_examples=60, deadline=None)

@@ -120,7 +120,7 @@ class WindowLoader:
         """This rank's part of a window: the place of its first sample, and (epoch, sample) by micro-batch."""
         first, ids = window.slice_of(self._ranks.rank, self._ranks.world_size, self._shares)
         sizes = batch.micro_batch_sizes(len(ids), self._micro_batch)
-        keys = iter([(window.epoch, sample) for sample in ids.tolist()])
+        keys = iter(window.keys(first, len(ids)))
         return first, [list(itertools.islice(keys, size)) for size in sizes]
 
     def _micro_batches(self, keys: Iterator[list[Key]]) -> Iterator[MicroBatch]:

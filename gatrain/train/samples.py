@@ -28,7 +28,7 @@ from gatrain.train.micro_batches import MicroBatch
 from gatrain.train.sample_names import names_of
 
 Key = tuple[int, int]
-"""(epoch, sample id)."""
+"""(epoch, sample id); in an order that draws a sample several times in an epoch, the draw stands for the epoch."""
 
 T = TypeVar("T")
 

@@ -1,10 +1,6 @@
 """Windows: which samples make up optimizer step ``n``, for any world size.
 
-A window depends on (number of samples, seed, effective batch, n) alone. The order of an epoch is a keyed
-permutation that is computed by index, so that a billion samples cost neither memory nor start-up time: a
-Feistel network over the next even power of two, walked until it lands inside the range (cycle walking;
-Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002), with the SplitMix64 finaliser
-(Steele, Lea and Flood, OOPSLA 2014) as the round function.
+A window depends on (samples, their order, seed, effective batch, n) alone, and is computed by its index.
 """
 
 from __future__ import annotations
@@ -14,47 +10,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from gatrain import batch
 from gatrain.errors import DataError
-from gatrain.train.seeding import derive_seed, mix64
+from gatrain.train.order import Ids as Ids
+from gatrain.train.order import Order, checked_ids
+from gatrain.train.order.permutation import permutation
+from gatrain.train.seeding import mix64
 
-Ids = npt.NDArray[np.int64]
-_ROUNDS = 8
 MOST_EXACT_PAIRS = 2**20
 """Samples whose `digest` is the same whichever ranks' parts are added as float64."""
-
-
-def permutation(samples: int, seed: int, epoch: int, positions: Ids) -> Ids:
-    """Sample ids at ``positions`` of the epoch's order.
-
-    Args:
-        samples: size of the training data, at least 1.
-        seed: run seed.
-        epoch: pass over the data; every epoch has an order of its own.
-        positions: int64, shape [n], each in [0, samples).
-
-    Returns:
-        int64, shape [n]: over all positions each id appears exactly once.
-    """
-    half_bits = max(1, math.ceil(math.log2(max(samples, 2)) / 2))
-    half = np.uint64(half_bits)
-    mask = np.uint64((1 << half_bits) - 1)
-    keys = [np.uint64(derive_seed(seed, epoch, round_)) for round_ in range(_ROUNDS)]
-
-    def encrypt(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-        left, right = words >> half, words & mask
-        for key in keys:
-            left, right = right, left ^ (mix64(right + key) & mask)
-        return (left << half) | right
-
-    result = encrypt(positions.astype(np.uint64))
-    outside = result >= samples
-    while outside.any():  # at most 4x the range, so a few rounds on average
-        result[outside] = encrypt(result[outside])
-        outside = result >= samples
-    return result.astype(np.int64)
 
 
 def digest(first_position: int, ids: Ids) -> int:
@@ -74,6 +39,15 @@ class Window:
     index: int
     epoch: int
     ids: Ids
+    draws: Ids | None = None
+    """Numbers that key the augmentation of each, where the epoch does not tell two draws of a sample apart."""
+
+    def keys(self, first: int, count: int) -> list[tuple[int, int]]:
+        """(epoch or draw, sample id) of ``count`` samples from position ``first``."""
+        ids = self.ids[first : first + count].tolist()
+        if self.draws is None:
+            return [(self.epoch, sample) for sample in ids]
+        return list(zip(self.draws[first : first + count].tolist(), ids, strict=True))
 
     def slice_of(
         self, rank: int, world_size: int, plan_shares: Sequence[int] | None = None
@@ -101,6 +75,10 @@ class WindowSchedule:
     seed: int
     drop_last: bool = False
     """Leave out the short window at the end of each epoch; its samples have their turn in another epoch."""
+    order: Order | None = None
+    """None shuffles: `gatrain.train.order.permutation`."""
+    data_samples: int | None = None
+    """Samples of the data, where an epoch has another number of positions than that."""
 
     def __post_init__(self) -> None:
         if self.samples < self.effective_batch:
@@ -122,7 +100,12 @@ class WindowSchedule:
         epoch, nth = divmod(index, self.per_epoch)
         first = nth * self.effective_batch
         positions = np.arange(first, min(first + self.effective_batch, self.samples), dtype=np.int64)
-        return Window(index, epoch, permutation(self.samples, self.seed, epoch, positions))
+        if self.order is None:
+            return Window(index, epoch, permutation(self.samples, self.seed, epoch, positions))
+        total = self.samples if self.data_samples is None else self.data_samples
+        ids = checked_ids(self.order.ids(epoch, positions), positions, total, self.order)
+        draws = getattr(self.order, "draws", None)
+        return Window(index, epoch, ids, None if draws is None else draws(epoch, positions))
 
     def steps(self, steps: int | None, epochs: float | None) -> int:
         """Number of windows to train: ``steps``, or as many as cover ``epochs``."""
@@ -141,16 +124,18 @@ def windows(
     world_size: int = 1,
     start: int = 0,
     drop_last: bool = False,
+    order: Order | None = None,
 ) -> Iterator[list[int]]:
     """Yield, without end, the sample ids of this rank for window ``start``, ``start`` + 1, ...
 
     The library form for people who keep their own loop: every world size sees the same windows. ``drop_last``
-    leaves out the short window at the end of each epoch.
+    leaves out the short window at the end of each epoch. ``order`` is any object with ``ids(epoch, positions)``,
+    such as `gatrain.train.order.sequential.Sequential`; None shuffles.
 
     Raises:
         DataError: fewer samples than ``effective_batch``.
     """
-    schedule = WindowSchedule(samples, effective_batch, seed, drop_last)
+    schedule = WindowSchedule(samples, effective_batch, seed, drop_last, order)
     index = start
     while True:
         yield schedule.window(index).slice_of(rank, world_size)[1].tolist()

@@ -29,7 +29,6 @@ from gatrain.train.micro_batches import LoadedWindow, MicroBatch
 from gatrain.train.modules import batch_norms
 from gatrain.train.precision import autocast_for
 from gatrain.train.ranks import Ranks
-from gatrain.train.windows import WindowSchedule
 from gatrain.verify.limits import coarsest
 from gatrain.verify.mutations import SixteenBitSums
 from gatrain.verify.paths import FP32, FP64, NoticeCasts, Path, trained_path
@@ -78,7 +77,7 @@ class Verification:
         """What is known to make the result depend on the split."""
         self._precision = precision
         self._checkpointing = checkpointing
-        schedule = WindowSchedule(len(self.task.train_data), config.batch.effective, config.train.seed)
+        schedule = build.window_schedule(config, self.task)
         self.ids: list[int] = schedule.window(0).ids.tolist()
         # read once: every case must see the same random augmentation
         self._samples: dict[int, Any] = {}

@@ -29,7 +29,6 @@ from gatrain.train.check import check_before_first_step
 from gatrain.train.checkpointing import available_modes
 from gatrain.train.engine import Engine
 from gatrain.train.lengths import notice_lengths
-from gatrain.train.windows import WindowSchedule
 from gatrain.tune import curve, protocol
 from gatrain.tune.curve import Measurement
 from gatrain.tune.memory_model import between, fit_line
@@ -198,7 +197,7 @@ def _check_loss(engine: Engine, config: RunConfig) -> list[str]:
     """Measuring what may not be split would be in vain. A few samples only: nobody knows yet what fits.
     Collective."""
     samples = len(engine.task.train_data)
-    schedule = WindowSchedule(samples, min(config.batch.effective, samples), config.train.seed)
+    schedule = build.window_schedule(config, engine.task, min(config.batch.effective, samples))
     return check_before_first_step(engine, config, schedule, 0, CHECKED, lenient=True)
 
 
