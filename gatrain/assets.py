@@ -128,6 +128,20 @@ def list_recipes(cwd: Path) -> list[Recipe]:
     return sorted(found.values(), key=lambda recipe: (recipe.yours, recipe.name))
 
 
+def groups(cwd: Path) -> list[str]:
+    """Names of the config groups: the folders of ``conf``, such as ``optimizer``."""
+    return sorted(
+        {each.name for folder in search_folders("conf", cwd) for each in folder.iterdir() if each.is_dir()}
+    )
+
+
+def group_options(group: str, cwd: Path) -> list[str]:
+    """What a config group offers: the files in its folder, without their suffix."""
+    return sorted(
+        {path.stem for folder in search_folders("conf", cwd) for path in (folder / group).glob("*.yaml")}
+    )
+
+
 def find_recipe(given: str, cwd: Path) -> Recipe:
     """Resolve ``recipe=...``: the name of a recipe, or the path of a YAML file.
 

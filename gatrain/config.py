@@ -36,6 +36,7 @@ class TrainConfig:
     epochs: float | None = None
     """Passes over the training data, fractions allowed; rounded up to whole windows."""
     seed: int = 0
+    """Of the weights, the order of samples and all that is drawn at random."""
     log_every: int = 10
     """Optimizer steps between two readings of the metrics from the device (at the latest after 256)."""
     data_workers: int = 0
@@ -58,6 +59,7 @@ class TrainConfig:
 @dataclass(frozen=True)
 class OptimizerConfig:
     name: str = "adamw"
+    """Which one; choose it with its own settings by optimizer=NAME."""
     lr: float = 1e-3
     """Peak learning rate. It belongs to the effective batch, so the split never changes it."""
     weight_decay: float = 0.0
@@ -69,14 +71,18 @@ class OptimizerConfig:
 @dataclass(frozen=True)
 class AdamWConfig(OptimizerConfig):
     betas: tuple[float, float] = (0.9, 0.999)
+    """Decay per step of the running means of the gradient and of its square."""
     eps: float = 1e-8
+    """Added to the denominator."""
 
 
 @dataclass(frozen=True)
 class SGDConfig(OptimizerConfig):
     name: str = "sgd"
     momentum: float = 0.0
+    """Decay per step of the running sum of the gradients; 0 for none."""
     nesterov: bool = False
+    """Nesterov's form of momentum."""
 
 
 OPTIMIZERS: dict[str, type[OptimizerConfig]] = {"adamw": AdamWConfig, "sgd": SGDConfig}
@@ -85,6 +91,7 @@ OPTIMIZERS: dict[str, type[OptimizerConfig]] = {"adamw": AdamWConfig, "sgd": SGD
 @dataclass(frozen=True)
 class ScheduleConfig:
     name: str = "constant"
+    """Which one; choose it with its own settings by schedule=NAME."""
     warmup_steps: int = 0
     """Optimizer steps of linear warm-up. Give this or ``warmup_samples``."""
     warmup_samples: int | None = None
@@ -124,14 +131,19 @@ class RunFolderConfig:
     dir: str | None = None
     """Folder of this run; null means ``outputs/<recipe>/<name or time>``."""
     name: str | None = None
+    """Name of the run's folder below ``outputs/<recipe>``, instead of the time."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
     model: Any = None
+    """The model: a mapping with the ``_target_`` of a class or function, and its arguments."""
     data: Any = None
+    """The data, in the same way."""
     loss: Any = None
+    """The loss, in the same way, where the task takes one."""
     task: Any = None
+    """What is computed of model and data (a `gatrain.tasks.Task`), in the same way."""
     batch: BatchConfig = field(default_factory=BatchConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=AdamWConfig)

@@ -26,6 +26,8 @@ ROOMS: dict[str, set[str]] = {
     "config": set(),
     "assets": set(),
     "doors": set(),
+    "settings": {"config", "doors"},
+    "json_schema": {"doors", "settings"},
     "main_memory": set(),
     "nvml": set(),
     "hardware": {"config", "main_memory", "nvml", "schema"},
@@ -47,7 +49,7 @@ ROOMS: dict[str, set[str]] = {
     "states": {"codec", "commands", "rundir"},
     "commands": {"rundir"},
     "recorded": {"commands", "data.compare", "data.report", "rundir"},
-    "compose": {"config", "assets", "rundir"},
+    "compose": {"settings", "config", "assets", "rundir"},
     "train": {
         "assets",
         "commands",
@@ -111,7 +113,7 @@ ROOMS: dict[str, set[str]] = {
     "worker": {"build", "compose", "rank", "recorded", "report", "train"},
     "verify": {"batch", "build", "compose", "inspection", "launch", "rank", "train", "tune"},
     "fit": {"commands", "disk", "compose", "inspection", "launch", "recorded", "states", "tune"},
-    "cli": {"assets", "data_view", "imports", "fit", "report", "verify"},
+    "cli": {"assets", "doors", "json_schema", "settings", "data_view", "imports", "fit", "report", "verify"},
     "start": {"cli", "imports"},
 }
 OPEN = {"errors", "labels", "units", "secrets", "trust", "__version__"}

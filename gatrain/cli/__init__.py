@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from gatrain import __version__, offspring, secrets, trust
-from gatrain.cli import machine, streams, terminal
+from gatrain.cli import completion, machine, streams, terminal
+from gatrain.cli.settings_help import Command
 from gatrain.errors import ConfigError, DataError, GatrainError, Interrupted, VerifyError
 
 if TYPE_CHECKING:
@@ -28,11 +29,19 @@ if TYPE_CHECKING:
     from gatrain.launch.torchrun import TorchrunWorld
     from gatrain.launch.world import WorldRequest
 
-COMMANDS = ("fit", "autotune", "plan", "launch", "resume", "verify", "recipes", "show", "doctor")
+COMMANDS = ("fit", "autotune", "plan", "launch", "resume", "verify", "recipes", "show", "schema", "doctor")
+
+COMPLETES = "_GATRAIN_COMPLETE"
+"""Set by the shell's completion."""
 
 _Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="recipe=NAME KEY=VALUE", help="A recipe and overrides.", show_default=False),
+    typer.Argument(
+        metavar="recipe=NAME KEY=VALUE",
+        help="A recipe and overrides.",
+        show_default=False,
+        autocompletion=completion.words,
+    ),
 ]
 _Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")
@@ -67,7 +76,7 @@ def _slurm_option(option: str, text: str) -> Any:
 
 
 EXIT_CODE_HELP = {
-    0: "it went well",
+    0: "success",
     1: "any other error",
     2: "a wrong key, value, recipe, option or _target_",
     3: "batch numbers that cannot multiply out",
@@ -90,7 +99,6 @@ def _exit_codes() -> str:
 
 
 app = typer.Typer(
-    add_completion=False,
     rich_markup_mode="rich",
     epilog=_exit_codes(),
     help="Name the effective batch size; gatrain trains at exactly that size, as fast as this hardware can.",
@@ -113,7 +121,7 @@ def _root(
     pass
 
 
-@app.command()
+@app.command(cls=Command)
 def fit(
     context: typer.Context,
     overrides: _Overrides = None,
@@ -132,7 +140,7 @@ def fit(
     _print_outcome(outcome)
 
 
-@app.command()
+@app.command(cls=Command)
 def autotune(
     overrides: _Overrides = None,
     nproc: _Nproc = None,
@@ -165,7 +173,7 @@ def autotune(
         terminal.print_lines(plan_plot.plan_plot_lines(prepared.plan, terminal.width()))
 
 
-@app.command()
+@app.command(cls=Command)
 def plan(
     overrides: _Overrides = None,
     gpu: Annotated[str | None, typer.Option("--gpu", help="A kind of GPU, such as 'H100 80GB'.")] = None,
@@ -201,7 +209,7 @@ def plan(
         raise typer.Exit(DoesNotFitError.exit_code)
 
 
-@app.command()
+@app.command(cls=Command)
 def launch(
     context: typer.Context,
     overrides: _Overrides = None,
@@ -269,12 +277,15 @@ def launch(
     _print_outcome(outcome)
 
 
-@app.command()
+@app.command(cls=Command)
 def resume(
     context: typer.Context,
     run_dir: Annotated[Path, typer.Argument(help="The run folder, such as outputs/llm/2026-01-31_12-00-00.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Such as train.steps=2000.")
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE", help="Such as train.steps=2000.", autocompletion=completion.words
+        ),
     ] = None,
     nproc: _Nproc = None,
     nnodes: _Nnodes = 1,
@@ -298,7 +309,7 @@ def resume(
         ),
     ] = None,
 ) -> None:
-    """Go on with a run at the exact window, on any number of processes."""
+    """Resume a run from its next step, on any number of processes."""
     from gatrain import fit as work
 
     request = _world_request(nproc, nnodes, node_rank, endpoint, max_restarts)
@@ -315,7 +326,7 @@ def resume(
     _print_outcome(outcome)
 
 
-@app.command()
+@app.command(cls=Command)
 def verify(overrides: _Overrides = None, as_json: _Json = False, trusted: _Trust = None) -> None:
     """Prove on this recipe that split gradients equal the gradient of the whole batch."""
     from gatrain.compose import compose
@@ -333,7 +344,7 @@ def verify(overrides: _Overrides = None, as_json: _Json = False, trusted: _Trust
         raise typer.Exit(VerifyError.exit_code)
 
 
-@app.command()
+@app.command(cls=Command)
 def recipes() -> None:
     """List the recipes: the shipped ones and those in ./recipes."""
     from gatrain import assets
@@ -342,7 +353,7 @@ def recipes() -> None:
     terminal.print_lines(views.recipe_lines(assets.list_recipes(Path.cwd())))
 
 
-@app.command()
+@app.command(cls=Command)
 def show(
     overrides: _Overrides = None,
     as_json: _Json = False,
@@ -367,7 +378,7 @@ def show(
     if as_json:
         terminal.print_json(views.config_dict(composed))
     else:
-        terminal.print_lines(views.config_lines(composed))
+        terminal.print_lines(views.config_lines(composed, terminal.width()))
 
 
 def _show_data(composed: Composed, as_json: bool, check: bool) -> None:
@@ -387,7 +398,15 @@ def _show_data(composed: Composed, as_json: bool, check: bool) -> None:
         raise typer.Exit(DataError.exit_code)
 
 
-@app.command()
+@app.command(cls=Command)
+def schema() -> None:
+    """Print a JSON schema of recipes: an editor then completes keys and marks what is no value."""
+    from gatrain.json_schema import recipe_schema
+
+    terminal.print_json(recipe_schema())
+
+
+@app.command(cls=Command)
 def doctor(overrides: _Overrides = None, as_json: _Json = False, trusted: _Trust = None) -> None:
     """Report hardware and versions, what would be chosen and why, and any problem found."""
     from gatrain.cli.examine import examine
@@ -469,6 +488,8 @@ def _print_submission(submission: Submission) -> None:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit with its code; every error is one message on standard error."""
+    if COMPLETES in os.environ:  # a shell asks; Typer answers it and ends the process
+        app(prog_name="gatrain")
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     secrets.note_words(arguments)
     secrets.mask_command_line(arguments)

@@ -36,20 +36,39 @@ def recipe_lines(recipes: Sequence[Recipe]) -> list[str]:
     return [*lines, "", "Start one: gatrain fit recipe=NAME"]
 
 
-def config_lines(composed: Composed) -> list[str]:
+def config_lines(composed: Composed, columns: int = 80) -> list[str]:
     """``key = value`` with the source of each value; references such as ``${oc.env:X}`` stay references."""
     rows = [
         (key, _value(redact_value(key, value)), _source(composed.sources[key]))
         for key, value in composed.leaves.items()
     ]
-    key_width = max(len(key) for key, _, _ in rows)
-    value_width = min(40, max(len(value) for _, value, _ in rows))
     lines = [f"recipe {composed.recipe}: {composed.recipe_file}"]
     if composed.shadows is not None:
         lines.append(f"(it hides the shipped recipe {composed.shadows})")
     lines += [f"note: {remark}" for remark in composed.remarks]
-    lines.append("")
-    lines += [f"{key:<{key_width}}  {value:<{value_width}}  {source}".rstrip() for key, value, source in rows]
+    return [*lines, "", *_table(rows, columns)]
+
+
+def _table(rows: Sequence[tuple[str, str, str]], columns: int) -> list[str]:
+    """Keys, values and sources side by side; what is too wide goes on below, never inside of a word."""
+    key_width = min(max(len(key) for key, _, _ in rows), columns // 3)
+    source_width = min(max(len(source) for _, _, source in rows), columns // 3)
+    value_width = min(max(len(value) for _, value, _ in rows), columns - key_width - source_width - 4)
+    lines = []
+    for key, value, source in rows:
+        # a key or a word that is wider than its column has a line of its own
+        head = [key] if len(key) <= key_width else [key, ""]
+        values = textwrap.wrap(value, value_width, break_long_words=False, break_on_hyphens=False) or [""]
+        if len(head) == 2:
+            lines.append(head[0])
+        for nth, part in enumerate(values):
+            first = head[-1] if nth == 0 else ""
+            last = source if nth == 0 else ""
+            line = f"{first:<{key_width}}  {part:<{value_width}}"
+            if last and (len(part) > value_width or len(line) + 2 + len(last) > columns):
+                lines += [line.rstrip(), f"{'':<{key_width}}  <- {last}"]
+            else:
+                lines.append(f"{line}  {last}".rstrip())
     return lines
 
 

@@ -21,6 +21,7 @@ from omegaconf.errors import (
     ValidationError,
 )
 
+from gatrain import settings
 from gatrain.compose import defaults_list, schema, words
 from gatrain.compose.declared import Text
 from gatrain.compose.words import OPEN_NODES
@@ -337,7 +338,7 @@ def _value_or_key(error: OmegaConfBaseException) -> str:
         return f"{full_key}: {sentence}" if full_key else sentence
     given = error.value
     shown = f"{full_key}={given}" if isinstance(given, str | int | float | bool) else full_key
-    return f"{shown} does not fit: {full_key} takes {schema.describe(hint)}. ({sentence}.)"
+    return f"{shown} does not fit: {full_key} takes {settings.describe(hint)}. ({sentence}.)"
 
 
 def _unknown_key(error: OmegaConfBaseException, word: str | None) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import types
 import typing
 from typing import Any
 
@@ -92,22 +91,3 @@ def hint_of(full_key: str) -> Any:
 
 
 _OPTIMIZER = typing.get_type_hints(RunConfig)["optimizer"]
-
-_NAMES = {
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    bool: "true or false",
-    types.NoneType: "null",
-}
-
-
-def describe(hint: Any) -> str:
-    """Say in words what a type takes."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(describe(part) for part in typing.get_args(hint))
-    if typing.get_origin(hint) is tuple:
-        return f"a list of {len(typing.get_args(hint))} numbers"
-    if dataclasses.is_dataclass(hint):
-        return "keys with values: " + ", ".join(field.name for field in dataclasses.fields(hint))
-    return _NAMES.get(hint, str(hint))
