@@ -11,18 +11,34 @@ if TYPE_CHECKING:
     from gatrain.tasks.base import Task as Task
     from gatrain.train.accumulate import WindowResult as WindowResult
     from gatrain.train.accumulate import accumulate as accumulate
+    from gatrain.train.hook import Hook as Hook
+    from gatrain.train.hook import HookRun as HookRun
+    from gatrain.train.hook import TrainedStep as TrainedStep
     from gatrain.train.main_gradients import MasterWeights as MasterWeights
     from gatrain.train.windows import windows as windows
 
 _LIBRARY = {
     "Task": "gatrain.tasks.base",
     "accumulate": "gatrain.train.accumulate",
+    "Hook": "gatrain.train.hook",
+    "HookRun": "gatrain.train.hook",
+    "TrainedStep": "gatrain.train.hook",
     "MasterWeights": "gatrain.train.main_gradients",
     "WindowResult": "gatrain.train.accumulate",
     "windows": "gatrain.train.windows",
 }
 
-__all__ = ["MasterWeights", "Task", "WindowResult", "__version__", "accumulate", "windows"]
+__all__ = [
+    "Hook",
+    "HookRun",
+    "MasterWeights",
+    "Task",
+    "TrainedStep",
+    "WindowResult",
+    "__version__",
+    "accumulate",
+    "windows",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -23,6 +23,8 @@ from gatrain.tasks.base import Task
 from gatrain.tasks.parts import map_style
 from gatrain.train import order
 from gatrain.train.engine import Engine, StepClock
+from gatrain.train.hook import Hook
+from gatrain.train.hooks import named
 from gatrain.train.ranks import Ranks
 from gatrain.train.seeding import DATA, MODEL, seeded
 from gatrain.train.windows import WindowSchedule
@@ -46,6 +48,21 @@ def check_targets(config: RunConfig) -> None:
             set(_keywords(node)),
             {"model", "data", "loss"} if path == "task" else doors.GIVEN.get(path, set()),
         )
+    _check_values(config)
+
+
+def _check_values(config: RunConfig) -> None:
+    """Let the shipped parts of a list look at their values and at the configuration, before anything runs.
+
+    Raises:
+        ConfigError: one cannot be so.
+    """
+    for key in ("hooks",):
+        for where, node in doors.nodes_of(key, getattr(config, key)):
+            if doors.is_shipped(node["_target_"]):
+                check = getattr(instantiate(where, node), "check", None)
+                if check is not None:
+                    check(config)
 
 
 def nodes_of(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -126,6 +143,25 @@ def _part(key: str, value: Any, **given: Any) -> Any:
     if parameters is not None and not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
         given = {name: each for name, each in given.items() if name in parameters}
     return instantiate(key, node, **given)
+
+
+def build_hooks(config: RunConfig) -> dict[str, Hook]:
+    """Make the hooks of a run, by name: a shipped one's own, or that of the class.
+
+    Raises:
+        ConfigError: one cannot be made, or is no hook.
+    """
+    shipped = {dotted: name for name, dotted in doors.SHIPPED["hooks"].items()}
+    made = []
+    for where, node in doors.nodes_of("hooks", config.hooks):
+        hook = instantiate(where, node)
+        if not isinstance(hook, Hook):
+            raise ConfigError(
+                f"{where}._target_={node['_target_']} gave a {type(hook).__name__}, not a gatrain.Hook. "
+                "Subclass gatrain.Hook."
+            )
+        made.append((shipped.get(node["_target_"], node["_target_"].rpartition(".")[2]), hook))
+    return named(made)
 
 
 def build_model(task: Task, seed: int, device: torch.device, *, in_place: bool = False) -> nn.Module:

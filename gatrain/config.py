@@ -164,6 +164,9 @@ class RunConfig:
     order: Any = "shuffle"
     """The order of samples: ``shuffle``, ``sequential``, ``{name: weighted, weights: ...}``, ``grouped`` (by
     length), or your own by ``_target_``."""
+    hooks: Any = field(default_factory=list)
+    """What sees each update and evaluation, in this order: ``ema``, ``early_stopping``, ``keep_best``, or your own
+    `gatrain.Hook` by ``_target_``; with values as ``{name: ema, decay: 0.99}``."""
     device: str = "auto"
     """``cpu``, ``cuda``, or ``auto``: the GPUs if there are any."""
     scheduler: Any = "auto"

@@ -21,6 +21,11 @@ SHIPPED: dict[str, dict[str, str]] = {
         "auto": "gatrain.launch.schedulers.Auto",
         "slurm": "gatrain.launch.schedulers.slurm.Slurm",
     },
+    "hooks": {
+        "ema": "gatrain.hooks.ema.EMA",
+        "early_stopping": "gatrain.hooks.early_stopping.EarlyStopping",
+        "keep_best": "gatrain.hooks.keep_best.KeepBest",
+    },
     "order": {
         "shuffle": "gatrain.train.order.shuffle.Shuffle",
         "sequential": "gatrain.train.order.sequential.Sequential",

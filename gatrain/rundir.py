@@ -89,6 +89,15 @@ class RunDir:
     def saved(self) -> Path:
         return self.path / "saved"
 
+    def state(self, step: int) -> Path:
+        """The saved state of a step."""
+        return self.saved / f"step_{step:08d}"
+
+    @property
+    def kept(self) -> Path:
+        """States that a hook wanted to stay, each in a folder of its own."""
+        return self.path / "kept"
+
     @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
@@ -271,6 +280,7 @@ def _ours(folder: Path) -> list[Path]:
     names = (
         "config.yaml", "overrides.txt", "plan.json", "hardware.json", "env.json", "metrics.jsonl",
         "evaluations.jsonl", "logs", "saved", "tensorboard", "summary.json", "recorded.json", "data.json",
+        "kept",
     )  # fmt: skip
     return [folder / name for name in names] if folder.name != "logs" else sorted(folder.iterdir())
 

@@ -22,7 +22,7 @@ from typing import Any
 from gatrain import codec, commands, schema
 from gatrain.errors import RunFolderError, SavedStateError
 from gatrain.rundir import STATE_NAME as STATE_NAME
-from gatrain.rundir import RunDir, fsync, list_states, open_to_read, read_json
+from gatrain.rundir import RunDir, fsync, list_states, make_folders, open_to_read, read_json
 
 MODEL, OPTIMIZER, PROGRESS, MANIFEST = (
     "model.safetensors",
@@ -31,6 +31,12 @@ MODEL, OPTIMIZER, PROGRESS, MANIFEST = (
     "manifest.json",
 )
 FILES = (MODEL, OPTIMIZER, PROGRESS)
+"""What every state has; parts and further weights come beside them."""
+FURTHER_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
+RESERVED = ("model", "optimizer", "progress", "manifest", "hooks", "data")
+"""Names of files and parts that no further weights have."""
+_FURTHER = re.compile(rf"{FURTHER_NAME.pattern}\.(safetensors|json)")
+MOST_FURTHER = 64
 TEMPORARY = ".writing-"
 MOST_MANIFEST_BYTES = 2**16
 
@@ -76,6 +82,8 @@ class Contents:
     """Its state that is no tensor, as ``<parameter>/<key>``."""
     tensors: int | None
     """How many tensors its state has; None in states of before this was written down."""
+    parts: tuple[str, ...] = ()
+    """Names of the further parts, each with a JSON file and a safetensors file."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +118,8 @@ def find_damage(path: Path, name: str | None = None) -> str | None:
         return problem
     try:
         manifest = _manifest(path)
-        for file in FILES:
-            if manifest[file].sha256 != fingerprint(path / file)["sha256"]:
+        for file, known in manifest.items():
+            if known.sha256 != fingerprint(path / file)["sha256"]:
                 return f"{file} does not match its checksum"
     except (OSError, RunFolderError, ValueError) as error:
         return _unreadable(error)
@@ -128,9 +136,9 @@ def damage_at_a_glance(path: Path, name: str | None = None) -> str | None:
         return "is no folder"
     try:
         manifest = _manifest(path)
-        for file in FILES:
+        for file, known in manifest.items():
             with open(open_to_read(path / file), "rb") as opened:
-                if os.fstat(opened.fileno()).st_size != manifest[file].bytes:
+                if os.fstat(opened.fileno()).st_size != known.bytes:
                     return f"{file} does not match its checksum, nor its size"
     except (OSError, RunFolderError, ValueError) as error:
         return _unreadable(error)
@@ -138,7 +146,9 @@ def damage_at_a_glance(path: Path, name: str | None = None) -> str | None:
     try:
         if manifest[PROGRESS].sha256 != fingerprint(path / PROGRESS)["sha256"]:
             return f"{PROGRESS} does not match its checksum"
-        read_contents(path, name)
+        contents = read_contents(path, name)
+        if absent := [file for part in contents.parts for file in _files_of(part) if file not in manifest]:
+            return f"{absent[0]} is missing"
     except (OSError, RunFolderError, ValueError) as error:
         return _unreadable(error)
     return None
@@ -152,6 +162,9 @@ def read_contents(path: Path, name: str | None = None) -> Contents:
         ValueError: something in it is not possible.
     """
     data = read_json(path / PROGRESS)
+    parts = codec.decode(list[str], data.pop("parts", []))
+    if len(parts) > MOST_FURTHER or not all(_FURTHER.fullmatch(tensors_file(part)) for part in parts):
+        raise ValueError(f"{PROGRESS} names parts that no state has")
     aliases = codec.decode(dict[str, str], data.pop("aliases", None))
     optimizer = codec.decode(dict[str, Any], data.pop("optimizer", None))
     # states of before there were updates: one each step
@@ -163,7 +176,9 @@ def read_contents(path: Path, name: str | None = None) -> Contents:
         raise ValueError(f"{PROGRESS} is of step {progress.step}")
     tensors = codec.decode(int | None, optimizer.get("tensors"))  # type: ignore[arg-type]
     values = codec.decode(dict[str, Any], optimizer.get("values"))
-    return Contents(progress, aliases, codec.decode(str, optimizer.get("class")), values, tensors)
+    return Contents(
+        progress, aliases, codec.decode(str, optimizer.get("class")), values, tensors, tuple(parts)
+    )
 
 
 def _check(progress: Progress) -> None:
@@ -194,7 +209,33 @@ def _manifest(path: Path) -> dict[str, _File]:
         ValueError: something else is in it, or something is missing.
     """
     found = read_json(path / MANIFEST, MOST_MANIFEST_BYTES)
-    return {file: codec.decode(_File, found.get(file)) for file in FILES}
+    further = [file for file in found if file not in FILES]
+    if len(further) > MOST_FURTHER or not all(map(_FURTHER.fullmatch, further)):
+        raise ValueError(f"{MANIFEST} names files that no state has")
+    return {file: codec.decode(_File, found.get(file)) for file in (*FILES, *further)}
+
+
+def tensors_file(part: str) -> str:
+    """The file with the tensors of a further part, or with further weights of that name."""
+    return f"{part}.safetensors"
+
+
+def text_file(part: str) -> str:
+    """The file with what a further part has beside tensors."""
+    return f"{part}.json"
+
+
+def _files_of(part: str) -> tuple[str, str]:
+    return text_file(part), tensors_file(part)
+
+
+def read_part(path: Path, name: str) -> Any:
+    """What a part has beside its tensors.
+
+    Raises:
+        RunFolderError: it is missing or no JSON.
+    """
+    return read_json(path / text_file(name))
 
 
 def _unreadable(error: Exception) -> str:
@@ -284,7 +325,13 @@ def remember_whole(path: Path) -> None:
 
 def _signature(path: Path) -> _Signature | None:
     found = []
-    for name in (MANIFEST, *FILES):
+    try:
+        names = sorted(os.listdir(path))
+    except OSError:
+        return None
+    if not {MANIFEST, *FILES} <= set(names):
+        return None
+    for name in names:
         try:
             each = os.lstat(path / name)
         except OSError:
@@ -339,6 +386,33 @@ def put_in_place(temporary: Path, final: Path, tell: Callable[[str], None]) -> N
         temporary = aside
     fsync(final.parent)
     shutil.rmtree(temporary, ignore_errors=True)
+
+
+def keep_state(state: Path, folder: Path) -> None:
+    """Let a saved state stay in ``folder`` as the only one there, whatever becomes of ``state``: by hard links, so
+    that it takes no space of its own while both are there, or by copies where the file system has no links.
+
+    Raises:
+        OSError: it cannot be written; what was there stays.
+    """
+    temporary, final = folder / f"{TEMPORARY}{state.name}", folder / state.name
+    make_folders(folder)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        for file in sorted(state.iterdir()):
+            try:
+                os.link(file, temporary / file.name)
+            except OSError:
+                shutil.copyfile(file, temporary / file.name)
+        fsync(temporary)
+        put_in_place(temporary, final, lambda text: None)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for _, path in list_states(folder):
+        if path != final and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def finish_interrupted(folder: Path) -> None:

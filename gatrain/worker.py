@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from gatrain.config import RunConfig
     from gatrain.tasks.base import Task
     from gatrain.train.engine import Engine
+    from gatrain.train.events import Sink
+    from gatrain.train.hook import HookRun
     from gatrain.train.saved_state import Progress
 
 
@@ -32,6 +35,7 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
     from gatrain.train.checkpointing import available_modes
     from gatrain.train.engine import StepClock
     from gatrain.train.events import RunInfo
+    from gatrain.train.hooks import Hooks, fingerprint_of
     from gatrain.train.lengths import notice_lengths
     from gatrain.train.loop import Trainer
     from gatrain.train.remainders import Splits, check_windows
@@ -50,6 +54,9 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
     noticed = notice_lengths(task, config.train.seed) if plan.compile else None
     with out_of_memory.told(config, plan, run_dir, rank.device.type, modes=()):
         engine = build.build_engine(task, config, plan.settings, rank.device, clock)
+    hooks = Hooks(build.build_hooks(config), engine.ranks, fingerprint_of(config.hooks))
+    if hooks.needs_verdict:
+        engine.guard.decide_at_once()
     _stop_if_asked(rank)
 
     fresh = Progress(
@@ -57,7 +64,7 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
     )
     # what draws outside a seeded step repeats as well
     seed_everything(config.train.seed, PROCESS, rank.rank)
-    progress, problems = _go_on(engine, run_dir, fresh, total_steps)
+    progress, problems, parts = _go_on(engine, run_dir, fresh, total_steps)
     if progress.step:
         with samples.read_in_a_process(config.train.data_workers > 0):
             # contents may have to be read whole, while the others wait
@@ -133,6 +140,10 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
             sinks.notice(noticed.sentence)
         for problem in problems:
             sinks.notice(problem)
+        for text in hooks.start(
+            partial(_hook_run, engine, progress, total_steps, run_dir, sinks), parts.get("hooks")
+        ):
+            sinks.notice(text)
         folder_watch = RunFolder(run_dir, sinks.notice, sinks.put_back) if rank.rank == 0 else None
         trainer = Trainer(
             engine=engine,
@@ -147,6 +158,7 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
             pause_requested=lambda: rank.pause_requested,
             pause=rank.pause,
             aftermath=aftermath,
+            hooks=hooks,
             # rank 0 comes here after the baseline and after whatever loggers do to start
             run_folder=folder_watch,
             evaluation_is_missing=engine.ranks.alone(
@@ -187,8 +199,35 @@ def _stop_if_asked(rank: rank_process.Rank) -> None:
         raise Interrupted("stopped before the first step")
 
 
-def _go_on(engine: Engine, run_dir: RunDir, fresh: Progress, total_steps: int) -> tuple[Progress, list[str]]:
-    """Fill model and optimizer from the newest state that can be used; also tell what is wrong with newer ones.
+def _hook_run(
+    engine: Engine, progress: Progress, total_steps: int, run_dir: RunDir, sinks: Sink, **asks: Any
+) -> HookRun:
+    """What hooks see of the run."""
+    from gatrain.train.hook import HookRun
+
+    names = dict(engine.model.named_parameters())
+    stepped = {id(p) for group in engine.optimizer.param_groups for p in group["params"]}
+    trained = {name: engine.masters.of(parameter) for name, parameter in names.items()}
+    return HookRun(
+        model=engine.model,
+        task=engine.task,
+        step=progress.step,
+        total_steps=total_steps,
+        rank=engine.ranks.rank,
+        world_size=engine.ranks.world_size,
+        run_dir=run_dir.path,
+        trained={name: weight for name, weight in trained.items() if id(weight) in stepped},
+        evaluates=engine.task.eval_data is not None,
+        notice=sinks.notice,
+        **asks,
+    )
+
+
+def _go_on(
+    engine: Engine, run_dir: RunDir, fresh: Progress, total_steps: int
+) -> tuple[Progress, list[str], dict[str, Any]]:
+    """Fill model and optimizer from the newest state that can be used; also tell what is wrong with newer ones,
+    and give the state's further parts.
 
     Where there never was a state the run begins. Collective.
 
@@ -212,12 +251,12 @@ def _go_on(engine: Engine, run_dir: RunDir, fresh: Progress, total_steps: int) -
     if path is None:
         if problems:
             raise states.none_usable(run_dir.saved, problems)
-        return fresh, []
+        return fresh, [], {}
     loaded = mine.pop() if mine else saved_state.read(path, *parts)
     progress = loaded.fill(*parts)
     if engine.scaler and progress.scaler:
         engine.scaler.load_state_dict(progress.scaler)
-    return progress, problems
+    return progress, problems, loaded.parts
 
 
 def _compare(run_dir: RunDir, leaves: Mapping[str, Any], precision: str) -> list[str]:

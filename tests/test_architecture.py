@@ -66,6 +66,7 @@ ROOMS: dict[str, set[str]] = {
         "states",
         "tasks",
     },
+    "hooks": {"config", "train"},
     "launch": {"causes", "doors", "imports", "offspring", "rundir", "plan", "scratch"},
     "rank": {"hardware", "launch"},
     "report": {
@@ -123,6 +124,7 @@ THIRD_PARTY = {
     "hydra": {"compose"},
     "omegaconf": {"build", "compose"},
     "torch": {
+        "hooks",
         "build", "construction", "data", "hardware", "inspection", "launch", "models", "predict", "rank", "report",
         "tasks", "train", "tune", "verify", "worker",
     },

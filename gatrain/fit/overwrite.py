@@ -74,7 +74,7 @@ def remove(run_dir: RunDir) -> None:
             f"the earlier run in {run_dir.path} cannot be removed: {error.strerror}: {error.filename}. "
             "Choose another folder with run.dir=FOLDER."
         ) from error
-    for folder in (run_dir.saved, run_dir.logs, run_dir.tensorboard):
+    for folder in (run_dir.saved, run_dir.logs, run_dir.tensorboard, *_kept(run_dir), run_dir.kept):
         with contextlib.suppress(OSError):
             folder.rmdir()  # where files of somebody's own lie it stays
 
@@ -85,10 +85,15 @@ def _written(run_dir: RunDir) -> list[Path]:
         (run_dir.saved, _STATES),
         (run_dir.logs, _LOGS),
         (run_dir.tensorboard, _TENSORBOARD),
+        *((folder, _STATES) for folder in _kept(run_dir)),
     ):
         inside = sorted(folder.iterdir()) if folder.is_dir() else []
         found += [path for path in inside if re.fullmatch(names, path.name)]
     return found + [run_dir.path / name for name in _FILES]
+
+
+def _kept(run_dir: RunDir) -> list[Path]:
+    return sorted(path for path in run_dir.kept.iterdir() if path.is_dir()) if run_dir.kept.is_dir() else []
 
 
 def _lines(path: Path) -> int:

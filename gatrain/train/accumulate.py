@@ -285,6 +285,8 @@ class PlainAccumulation:
     def _run_micro_steps(self, window: LoadedWindow, scale: Mapping[str, float]) -> None:
         last = len(window.micro_batches) - 1
         try:
+            if window.failure is not None:
+                raise window.failure
             staged = [self._stage(micro_batch.batch) for micro_batch in window.micro_batches[:1]]
             for index in range(len(window.micro_batches)):
                 batch = staged.pop()()

@@ -40,6 +40,15 @@ class Guard:
         """On the device: 1.0 after a window that was not finite."""
         self._kept: dict[torch.dtype, Tensor] = {}
 
+    @property
+    def stopped(self) -> Tensor | None:
+        """On the device: above 0 from the first window on that was not finite. None where the host knows."""
+        return None if self._at_once else self._stopped
+
+    def decide_at_once(self) -> None:
+        """From here on read the verdict on the host at each window."""
+        self._at_once = True
+
     def keep_buffers(self) -> None:
         """Remember the buffers before a window: its forward moves BatchNorm's statistics, NaN included."""
         for dtype, buffers in _by_dtype(self._model.buffers()).items():

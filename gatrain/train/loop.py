@@ -18,10 +18,13 @@ from gatrain.train.aftermath import Aftermath
 from gatrain.train.engine import Engine
 from gatrain.train.evaluate import EvaluationError, EvaluationStopped, evaluate
 from gatrain.train.events import Sink
+from gatrain.train.hook import TrainedStep
+from gatrain.train.hooks import Hooks
 from gatrain.train.loader import WindowLoader
 from gatrain.train.micro_batches import LoadedWindow
 from gatrain.train.nonfinite_policy import NonFinitePolicy, remedies
 from gatrain.train.notices import Notices
+from gatrain.train.ranks import Ranks
 from gatrain.train.records import RunSummary, StepRecord
 from gatrain.train.run_folder import RunFolder
 from gatrain.train.saved_state import Progress
@@ -58,9 +61,11 @@ class Trainer:
     pause: Callable[[], None] = lambda: None
     run_folder: RunFolder | None = None
     """On rank 0."""
+    hooks: Hooks = field(default_factory=lambda: Hooks({}, Ranks()))
     evaluation_is_missing: bool = False
     """The run goes on at a step whose evaluation was cut short, or never begun."""
     _evaluation: dict[str, Any] = field(default_factory=dict)
+    _evaluated_step: int = -1
     _last_loss: float | None = None
     _last_skipped: str = ""
 
@@ -68,7 +73,13 @@ class Trainer:
         self._metrics = StepMetrics(self.engine)
         self._notices = Notices(self.sinks.notice, self.schedule.effective_batch, self.run_dir.metrics.name)
         self._saver = StateSaver(
-            self.engine, self.config, self.run_dir, self.sinks, self.run_folder, saved_step=self.progress.step
+            self.engine,
+            self.config,
+            self.run_dir,
+            self.sinks,
+            self.run_folder,
+            self.hooks,
+            self.progress.step,
         )
         self._nonfinite = NonFinitePolicy(self.engine, self.config, self._window_again)
 
@@ -82,15 +93,18 @@ class Trainer:
         began = time.perf_counter()
         try:
             stopped = self._train()
+            self.hooks.settle()
         except Exception as error:
             self._save_what_was_trained(error)
             raise
         self._flush()
         self._saver.save_last(self.progress)  # before anything else of the user's runs
-        if self.progress.step >= self.total_steps:
+        is_done = self.hooks.ended or self.progress.step >= self.total_steps
+        if is_done:
             self._refuse_what_learnt_nothing()
-        stopped = stopped or not self._evaluate()
-        completed = not stopped and self.progress.step >= self.total_steps
+        stopped = stopped or not (self._evaluated_step == self.progress.step or self._evaluate())
+        completed = not stopped and is_done
+        self.hooks.end(self.progress.step, completed)
         sample_output = self._sample_output() if completed else None
         return RunSummary(
             status="completed" if completed else "stopped",
@@ -104,13 +118,18 @@ class Trainer:
             unreadable_samples=self.progress.unreadable,
             showcase=sample_output,
             elapsed_s=time.perf_counter() - began,
+            stopped_early=self.hooks.reason()
+            if completed and self.progress.step < self.total_steps
+            else None,
         )
 
     def _train(self) -> bool:
         """Run the steps; returns whether a stop was asked for."""
-        missing = self.evaluation_is_missing and self._evaluates_after(self.progress.step)
-        if missing and not self._evaluate():
+        missing = self.evaluation_is_missing or self.hooks.have_missed_evaluation(self.progress.step)
+        if missing and self._evaluates_after(self.progress.step) and not self._evaluate():
             return True
+        if self.hooks.ended:
+            return False
         meter, log_every = self._metrics.meter, self.config.train.log_every
         previous = meter.mark()
         for loaded in self._loader(self.progress.step, self.total_steps, self.config.train.data_workers):
@@ -120,20 +139,24 @@ class Trainer:
             result, norm = self.engine.step(self._with_requests(loaded), before.updates)
             end = meter.mark()
             scale = self.engine.scaler.now() if self.engine.scaler else None
-            self._metrics.add(
-                PendingStep(loaded.index, result, norm, previous, end, before, lr, scale, loaded.skipped)
-            )
+            done = PendingStep(loaded.index, result, norm, previous, end, before, lr, scale, loaded.skipped)
+            self._metrics.add(done)
             previous = end
             self._check_window(loaded, result)
             del loaded  # its memory may be wanted for the next one
             self._advance(result)
+            if self.hooks and self.progress.updates > before.updates:
+                done.metrics.update(self.hooks.update(self._trained_step(done)))
             step = self.progress.step
             stop, pauses = result.counts["stop"] > 0, result.counts["pause"] > 0
+            self.hooks.ended = self.hooks.ended or result.counts["end"] > 0
             save_due = stop or result.counts["save"] > 0 or _is_due(step, self.config.save.every)
             eval_due = self._evaluates_after(step) and not stop
             log_due = step == 1 or step % log_every == 0 or len(self._metrics) >= MOST_PENDING
             if result.skipped or save_due or eval_due or log_due:
                 self._flush()
+            if save_due or eval_due or pauses:
+                self.hooks.settle()
             if save_due:
                 self._saver.save(self.progress)
                 # a signal that came while the state was written: it is saved already
@@ -144,8 +167,8 @@ class Trainer:
                 self.pause()
             if save_due or eval_due or pauses:
                 previous = meter.mark()  # pauses are not part of the next step
-            if stop:
-                return True
+            if stop or self.hooks.ended:
+                return stop
         return False
 
     # --- windows
@@ -171,10 +194,23 @@ class Trainer:
         evaluates = self._evaluates_after(self.progress.step + 1)
         loaded.counts.update(
             stop=self.stop_requested(),
+            end=bool(self.hooks.stop_reason),
             pause=self.pause_requested(),
             save=self.engine.ranks.rank == 0 and self._saver.is_wanted(before_evaluation=evaluates),
         )
-        return loaded
+        return dataclasses.replace(loaded, failure=self.hooks.failure) if self.hooks.failure else loaded
+
+    def _trained_step(self, done: PendingStep) -> TrainedStep:
+        return TrainedStep(
+            model=self.engine.model,
+            step=self.progress.step,
+            updates=self.progress.updates,
+            lr=done.lr,
+            grad_norm=done.norm,
+            loss_sums=done.result.local_loss_sums,
+            weights=done.result.weight_totals,
+            left_out=self.engine.guard.stopped,
+        )
 
     def _window_again(self, index: int) -> LoadedWindow:
         """This rank's part of a window, read once more."""
@@ -267,12 +303,13 @@ class Trainer:
         Only where every rank has left the training at the same place, with weights as after the last step.
         """
         in_window = bool(getattr(error, "before_update", False))
+        after_step = error in self.hooks.raised
         while_reading = self.engine.ranks.world_size == 1 and isinstance(error, DataError)
-        if not (in_window or while_reading) or self.progress.step == self._saver.saved_step:
+        if not (in_window or while_reading or after_step) or self.progress.step == self._saver.saved_step:
             return
         with contextlib.suppress(Exception):
             self.engine.optimizer.zero_grad(set_to_none=True)  # memory may be what is missing
-            if in_window:
+            if in_window and not after_step:
                 self.engine.guard.restore_buffers()
             self._flush()
             self._saver.save(self.progress)
@@ -296,27 +333,37 @@ class Trainer:
 
     def _evaluate(self) -> bool:
         """Evaluate; False where a stop was asked for meanwhile. An error of it costs this evaluation alone."""
-        clock = self._saver.clock
+        clock, step = self._saver.clock, self.progress.step
         began = clock.now()
         try:
-            found = evaluate(
-                self.engine,
-                samples=self.config.eval.samples,
-                micro_batch=self.plan.micro_batch,
-                workers=self.config.train.data_workers,
-                stop_requested=self.stop_requested,
-                describe=self.aftermath.describe,
-            )
+            found = self._evaluate_weights()
+            for name, weights in self.hooks.other_weights() if found else ():
+                with self.hooks.in_place(name, weights):
+                    found |= {f"{name}.{key}": value for key, value in _numbers(self._evaluate_weights())}
         except EvaluationStopped:
             return False
         except EvaluationError as error:
-            self.aftermath.add("the evaluation", str(error), f"after step {self.progress.step}")
+            self.aftermath.add("the evaluation", str(error), f"after step {step}")
             found = {}
         clock.evaluated(began)
-        self._evaluation = found
+        self._evaluation, self._evaluated_step = found, step
         if found:
-            self.sinks.evaluation(self.progress.step, found)
+            self.sinks.evaluation(step, found)
+            self.hooks.evaluated(step, found)
+            for name in self.hooks.settle():
+                self._saver.keep(self.progress, name)
         return True
+
+    def _evaluate_weights(self) -> dict[str, Any]:
+        """The numbers of the weights that the model has now. Collective."""
+        return evaluate(
+            self.engine,
+            samples=self.config.eval.samples,
+            micro_batch=self.plan.micro_batch,
+            workers=self.config.train.data_workers,
+            stop_requested=self.stop_requested,
+            describe=self.aftermath.describe,
+        )
 
     def _sample_output(self) -> str | None:
         shown = None
@@ -324,6 +371,10 @@ class Trainer:
             with self.aftermath.guard("the sample of what was learnt (showcase)"):
                 shown = self.engine.showcase()
         return shown
+
+
+def _numbers(evaluation: dict[str, Any]) -> list[tuple[str, float]]:
+    return [(key, value) for key, value in evaluation.items() if isinstance(value, float)]
 
 
 def _is_due(step: int, every: int) -> bool:

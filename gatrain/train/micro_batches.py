@@ -49,6 +49,8 @@ class LoadedWindow:
     """Host numbers to be summed over the ranks with the weights. The loader's: ``samples`` that reached a batch and
     ``dropped`` ones that are in none, ``unreadable`` ones of them, the ``digest`` of what was read, and input
     ``tokens``. The loop adds its own, such as a stop request."""
+    failure: Exception | None = None
+    """An error of this rank outside of the window: raised in place of its passes, where all ranks agree on it."""
     index: int = 0
     epoch: int = 0
     window_samples: int = 0

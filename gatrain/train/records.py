@@ -75,6 +75,8 @@ class RunSummary:
     showcase: str | None
     """What `gatrain.Task.showcase` gave: a generated sample, say."""
     elapsed_s: float
+    stopped_early: str | None = None
+    """Why a hook ended the run before its last step."""
     baseline: Mapping[str, Any] | None = None
     """``name`` and ``loss`` of what a model without training reaches."""
     left_out: str | None = None

@@ -11,7 +11,7 @@ import inspect
 import os
 import shutil
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ from gatrain import schema
 from gatrain.errors import RunFolderError, SavedStateError
 from gatrain.rundir import fsync, list_states, write_json
 from gatrain.states import (
-    FILES,
     MANIFEST,
     MODEL,
     OPTIMIZER,
@@ -37,19 +36,65 @@ from gatrain.states import (
     finish_interrupted,
     put_in_place,
     read_contents,
+    read_part,
     remember_whole,
     remove_old,
+    tensors_file,
+    text_file,
 )
 from gatrain.states import Progress as Progress
 from gatrain.states import find_damage as find_damage
 from gatrain.states import newest_valid as newest_valid
 from gatrain.train.main_gradients import MasterWeights
+from gatrain.train.parts import join, split
 from gatrain.train.seeding import kept_random_state
 
 _MASTER = "master"
 """Key of a 16-bit parameter's fp32 master weight, beside the optimizer's own."""
 _DIFFERENCES = 5
 """Of a model or an optimizer that a message lists."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A state on the host, ready to be written: all that needs the device is done."""
+
+    progress: Progress
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    """File name -> tensors by name. What was on a CPU already is not copied: write it before the next step."""
+    texts: Mapping[str, Any]
+    """File name -> what it holds as JSON."""
+
+
+def snapshot(
+    progress: Progress,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    masters: MasterWeights | None = None,
+    parts: Mapping[str, Any] | None = None,
+    exports: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> Snapshot:
+    """Bring one state to the host. Called by rank 0 only. Waits for the device.
+
+    Args:
+        masters: what the optimizer steps in place of 16-bit parameters.
+        parts: further parts by name (`gatrain.train.parts` says what one may hold).
+        exports: further weights of the model, each by the name of its file.
+
+    Raises:
+        SavedStateError: a part holds what no file can hold.
+    """
+    weights, aliases = _unique_tensors(model.state_dict())
+    state, scalars = _optimizer_state(model, optimizer, masters)
+    tensors = {MODEL: weights, OPTIMIZER: state}
+    written = {**vars(progress), "aliases": aliases, "optimizer": scalars}
+    texts: dict[str, Any] = {PROGRESS: written}
+    for name, values in (exports or {}).items():
+        tensors[tensors_file(name)] = _unique_tensors(values)[0]
+    for name, part in (parts or {}).items():
+        texts[text_file(name)], tensors[tensors_file(name)] = split(part, name)
+        written.setdefault("parts", []).append(name)
+    return Snapshot(progress, tensors, texts)
 
 
 def save(
@@ -61,14 +106,19 @@ def save(
     masters: MasterWeights | None = None,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Path:
+    """`snapshot` and `write` in one, of a state without further parts."""
+    return write(folder, snapshot(progress, model, optimizer, masters), keep, tell)
+
+
+def write(folder: Path, state: Snapshot, keep: int, tell: Callable[[str], None] = lambda text: None) -> Path:
     """Write one saved state under ``folder`` and remove those beyond the newest ``keep`` whole ones (0 keeps all).
 
-    Called by rank 0 only. Waits for the device. ``masters`` are what the optimizer steps in place of 16-bit
-    parameters. ``tell`` hears of what was in the way.
+    Called by rank 0 only. ``tell`` hears of what was in the way.
 
     Raises:
         OSError: it could not be written (disk full); earlier states are untouched and nothing is left over.
     """
+    progress = state.progress
     final = folder / f"step_{progress.step:08d}"
     temporary = folder / f"{TEMPORARY}{final.name}-{os.getpid()}"
     if not folder.is_dir():
@@ -78,15 +128,12 @@ def save(
         shutil.rmtree(path, ignore_errors=True)
     try:
         temporary.mkdir()
-        tensors, aliases = _unique_tensors(model)
-        save_file(tensors, temporary / MODEL, metadata={"format": "pt"})
-        state, scalars = _optimizer_state(model, optimizer, masters)
-        save_file(state, temporary / OPTIMIZER)
-        write_json(
-            temporary / PROGRESS, {**vars(progress), "aliases": aliases, "optimizer": scalars}, exact=True
-        )
-        _follow_umask(temporary)
-        manifest = {name: fingerprint(temporary / name) for name in FILES}
+        for name, tensors in state.tensors.items():
+            save_file(dict(tensors), temporary / name, metadata={"format": "pt"})
+        for name, text in state.texts.items():
+            write_json(temporary / name, text, exact=True)
+        _follow_umask(temporary, state.tensors)
+        manifest = {name: fingerprint(temporary / name) for name in (*state.tensors, *state.texts)}
         for name in manifest:
             fsync(temporary / name)
         write_json(temporary / MANIFEST, manifest, exact=True)
@@ -124,6 +171,8 @@ class Loaded:
     """(parameter that is stepped, key, value)."""
     masters: dict[Tensor, Tensor]
     """16-bit parameter of the model -> fp32 weight."""
+    parts: dict[str, Any]
+    """Further parts by name, as they were given to `snapshot`."""
 
     def fill(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, masters: MasterWeights | None
@@ -219,7 +268,15 @@ def read(
         tensors,
         _optimizer_values(path, model, optimizer, masters, state, contents),
         weights,
+        {name: _part(path, name) for name in contents.parts},
     )
+
+
+def _part(path: Path, name: str) -> Any:
+    try:
+        return join(read_part(path, name), _tensors_of(path / tensors_file(name)))
+    except (RunFolderError, ValueError) as error:
+        raise SavedStateError(f"{path} has a part {name!r} that cannot be read ({error}).") from error
 
 
 def _tensors_of(path: Path) -> dict[str, Tensor]:
@@ -415,19 +472,19 @@ def _listed(differences: list[str]) -> str:
 # --- writing --------------------------------------------------------------------------------------------
 
 
-def _follow_umask(temporary: Path) -> None:
+def _follow_umask(temporary: Path, names: Iterable[str]) -> None:
     """safetensors makes its files private; these get the permissions of any other file here."""
     mode = stat.S_IMODE((temporary / PROGRESS).stat().st_mode)
-    for name in (MODEL, OPTIMIZER):
+    for name in names:
         (temporary / name).chmod(mode)
 
 
-def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The state dict with each tensor once, and the names under which tied ones appear again."""
+def _unique_tensors(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A state dict with each tensor once, and the names under which tied ones appear again."""
     seen: dict[tuple[Any, ...], str] = {}
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
-    for name, value in model.state_dict().items():
+    for name, value in state.items():
         if not isinstance(value, Tensor):
             raise SavedStateError(f"the model's state {name!r} is a {type(value).__name__}, not a tensor.")
         place = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)

@@ -10,9 +10,11 @@ from gatrain import disk
 from gatrain.config import RunConfig
 from gatrain.errors import ExactnessError, SavedStateError
 from gatrain.rundir import RunDir
+from gatrain.states import keep_state
 from gatrain.train import nonfinite, saved_state
 from gatrain.train.engine import Engine
 from gatrain.train.events import Sink
+from gatrain.train.hooks import Hooks
 from gatrain.train.nonfinite_policy import remedies
 from gatrain.train.rescue import rescue
 from gatrain.train.run_folder import RunFolder
@@ -34,6 +36,7 @@ class StateSaver:
     run_dir: RunDir
     sinks: Sink
     run_folder: RunFolder | None
+    hooks: Hooks
     saved_step: int = -1
     _disk_error: OSError | None = None
     """Why the last save failed, on rank 0."""
@@ -67,6 +70,21 @@ class StateSaver:
         """Whether the state of this step is on the disk, saved now if it was not."""
         known = self.run_dir.saved_steps() if self.engine.ranks.rank == 0 else []
         return self.engine.ranks.share_object(progress.step in known) or self.save(progress)
+
+    def keep(self, progress: Progress, name: str) -> None:
+        """Let the state of this step stay in the run folder's ``kept/name``, in place of what was kept there."""
+
+        def link() -> None:
+            try:
+                keep_state(self.run_dir.state(progress.step), self.run_dir.kept / name)
+            except OSError as error:
+                self.sinks.notice(
+                    f"could not keep the state of step {progress.step} in {self.run_dir.kept / name}: "
+                    f"{disk.reason(error)}. What was kept there before is still there."
+                )
+
+        if self.saved_step == progress.step or self.save(progress):
+            self.engine.ranks.alone(link)
 
     def save_last(self, progress: Progress) -> None:
         """Write the state that a run ends with, somewhere else if need be.
@@ -104,6 +122,7 @@ class StateSaver:
             return False
         self.clock.saved(began)
         self.sinks.saved(progress.step, path)
+        self.hooks.saved(progress.step, path)
         self._tell_of_slowness()
         if self.run_folder is not None:
             self.run_folder.state_is_saved(progress.step)
@@ -111,15 +130,15 @@ class StateSaver:
 
     def _write_to(self, folder: Path, progress: Progress) -> Path:
         scaler = self.engine.scaler.state_dict() if self.engine.scaler else None
-        return saved_state.save(
-            folder,
+        state = saved_state.snapshot(
             dataclasses.replace(progress, scaler=scaler),
             self.engine.model,
             self.engine.optimizer,
-            self.config.save.keep,
             self.engine.masters,
-            self.sinks.notice,
+            self.hooks.parts(),
+            self.hooks.exports(),
         )
+        return saved_state.write(folder, state, self.config.save.keep, self.sinks.notice)
 
     def _tell_of_slowness(self) -> None:
         if self.clock.is_too_slow() and not self._slowness_told:

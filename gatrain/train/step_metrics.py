@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ class PendingStep:
     loss_scale: Tensor | None
     unreadable: Sequence[str]
     """Samples of this rank's part that were skipped, each with the reason."""
+    metrics: dict[str, Tensor | float] = field(default_factory=dict)
+    """What hooks measured: scalars on the device or the host."""
 
 
 class StepMetrics:
@@ -59,9 +62,18 @@ class StepMetrics:
         losses = [p.result.local_loss_sums.get(name, zero) for p in pending for name in names]
         scales = [p.loss_scale.double() for p in pending if p.loss_scale is not None]
         norms = [p.norm.double() for p in pending]
-        values = torch.stack([*losses, *norms, *scales]).tolist()  # the device is waited for here
-        local, values = values[: len(losses)], values[len(losses) :]
-        norms_read, scales_read = values[: len(norms)], values[len(norms) :] or [None] * len(pending)
+        measured = [v for p in pending for v in p.metrics.values() if isinstance(v, Tensor)]
+        extra = [value.to(engine.device, torch.float64) for value in measured]
+        values = iter(
+            torch.stack([*losses, *norms, *scales, *extra]).tolist()
+        )  # the device is waited for here
+        local = list(islice(values, len(losses)))
+        norms_read = list(islice(values, len(norms)))
+        scales_read = list(islice(values, len(scales))) or [None] * len(pending)
+        metrics = [
+            {name: next(values) if isinstance(v, Tensor) else v for name, v in p.metrics.items()}
+            for p in pending
+        ]
         memory = self._peak_memory_of_ranks()
         sums = engine.ranks.sum(local)
         unreadable = self._unreadable_of_ranks(pending)
@@ -73,9 +85,8 @@ class StepMetrics:
                 for place, name in enumerate(names)
                 if totals[name]
             }
-            found.append(
-                (step, self._record(step, terms, norms_read[nth], scales_read[nth], memory, unreadable[nth]))
-            )
+            record = self._record(step, terms, norms_read[nth], scales_read[nth], memory, unreadable[nth])
+            found.append((step, replace(record, metrics=metrics[nth]) if metrics[nth] else record))
         return found
 
     def _record(

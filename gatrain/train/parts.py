@@ -1,0 +1,83 @@
+"""A part of a saved state as files: nested mappings and lists of tensors and JSON values, and never a pickle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from gatrain.errors import SavedStateError
+
+TENSOR = "__tensor__"
+"""Key of the mapping that stands in the JSON for a tensor; its value is the tensor's name in the other file."""
+
+
+def split(state: Any, where: str) -> tuple[Any, dict[str, Tensor]]:
+    """Take a part apart: what JSON holds, and the tensors by their place, on the host.
+
+    Args:
+        state: mappings with text as keys, lists, tuples, tensors, numbers, text, booleans and None.
+        where: whose state it is, for messages.
+
+    Raises:
+        SavedStateError: something else is in it; says where.
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def value(each: Any, place: str) -> Any:
+        if isinstance(each, Tensor):
+            name = place or "tensor"
+            while name in tensors:  # {"a/b": x, "a": {"b": y}}
+                name += "'"
+            tensors[name] = each.detach().cpu().contiguous()
+            return {TENSOR: name}
+        if each is None or isinstance(each, bool | str) or type(each) in (int, float):
+            return each
+        if isinstance(each, list | tuple):
+            return [value(item, f"{place}/{nth}" if place else str(nth)) for nth, item in enumerate(each)]
+        if isinstance(each, Mapping):
+            for key in each:
+                if not isinstance(key, str) or key == TENSOR:
+                    raise SavedStateError(
+                        f"the state of {where} has the key {key!r}{_at(place)}: keys are text. Convert it in "
+                        "state_dict() and back in load_state_dict()."
+                    )
+            return {key: value(item, f"{place}/{key}" if place else key) for key, item in each.items()}
+        raise SavedStateError(
+            f"the state of {where} holds a {type(each).__name__}{_at(place)}. A saved state takes tensors, "
+            "numbers, text, booleans, None, and lists and mappings of these: convert it in state_dict()."
+        )
+
+    return value(state, ""), tensors
+
+
+def join(data: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The inverse of `split`; tuples come back as lists.
+
+    Raises:
+        ValueError: a tensor is missing, is there twice, or belongs to nothing.
+    """
+    used: set[str] = set()
+
+    def value(each: Any) -> Any:
+        if isinstance(each, list):
+            return [value(item) for item in each]
+        if not isinstance(each, dict):
+            return each
+        if TENSOR not in each:
+            return {key: value(item) for key, item in each.items()}
+        name = each[TENSOR]
+        if len(each) != 1 or not isinstance(name, str) or name not in tensors or name in used:
+            raise ValueError(f"it names a tensor {str(name)[:60]!r} that it does not have")
+        used.add(name)
+        return tensors[name]
+
+    joined = value(data)
+    if left := tensors.keys() - used:
+        raise ValueError(f"the tensor {min(left)[:60]!r} belongs to nothing")
+    return joined
+
+
+def _at(place: str) -> str:
+    return f" at {place}" if place else ""
