@@ -9,8 +9,86 @@ never a rounding.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from gatrain.errors import PlanError
+
+MAX_EXTRA_SIZES = 6
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a full window of samples is shared out over the ranks; a micro-batch then cuts each share.
+
+    Raises:
+        ValueError: the shares are not those of so many samples and ranks.
+    """
+
+    effective_batch: int
+    world_size: int
+    shares: tuple[int, ...] = ()
+    """Samples of each rank; left out, they differ by at most one."""
+
+    def __post_init__(self) -> None:
+        if self.effective_batch < 1 or self.world_size < 1:
+            raise ValueError(
+                f"effective_batch is {self.effective_batch} and world_size {self.world_size}, not 1 or more"
+            )
+        if not self.shares:
+            object.__setattr__(self, "shares", tuple(rank_shares(self.effective_batch, self.world_size)))
+        if len(self.shares) != self.world_size or sum(self.shares) != self.effective_batch:
+            raise ValueError(
+                f"shares of {sum(self.shares)} samples over {len(self.shares)} ranks are none of the effective "
+                f"batch {self.effective_batch} over {self.world_size}"
+            )
+        if min(self.shares) < 0:
+            raise ValueError(f"shares has {min(self.shares)} samples")
+
+    @property
+    def share(self) -> int:
+        """Samples of the busiest rank: the largest micro-batch that can be of use."""
+        return max(self.shares)
+
+    @property
+    def is_even(self) -> bool:
+        """Whether the ranks are equal, up to one sample."""
+        return max(self.shares) - min(self.shares) <= 1
+
+    def sizes(self, micro_batch: int) -> list[list[int]]:
+        """Sizes of all micro-batches, by rank."""
+        return split_shares(self.shares, micro_batch)
+
+    def accumulation_steps(self, micro_batch: int) -> int:
+        """Micro-steps of the busiest rank."""
+        return -(-self.share // micro_batch)
+
+    def candidates(self) -> list[int]:
+        """Micro-batches worth measuring, rising: see `candidate_sizes`."""
+        return candidate_sizes(self.share)
+
+    def equation(self, micro_batch: int) -> str:
+        """The split written out, e.g. ``512 = 2 ranks x 16 accumulation steps x 16``."""
+        return equation(self.effective_batch, self.sizes(micro_batch))
+
+    def in_proportion(self, weights: Sequence[int]) -> Split:
+        """The same window with shares in proportion to ``weights``; as it is where even ones are as good."""
+        shares = proportional_shares(self.effective_batch, weights)
+        if max(shares) - min(shares) <= 1:
+            return Split(self.effective_batch, self.world_size)
+        return Split(self.effective_batch, self.world_size, tuple(shares))
+
+    def check_micro_batch(self, micro_batch: int) -> None:
+        """Refuse a fixed micro-batch that no rank could fill.
+
+        Raises:
+            PlanError: it exceeds the largest share; the message names what is allowed.
+        """
+        if micro_batch > self.share:
+            raise PlanError(
+                f"batch.micro={micro_batch} is larger than a rank's share of the effective batch: "
+                f"{self.effective_batch} samples over {self.world_size} rank(s) leave at most {self.share} each. "
+                f"Use batch.micro={self.share} or less, or batch.micro=auto."
+            )
 
 
 def rank_shares(window: int, world_size: int) -> list[int]:
@@ -71,32 +149,36 @@ def even_size(share: int, micro_batch: int) -> int:
     return -(-share // -(-share // micro_batch)) if share else micro_batch
 
 
-def largest_share(effective_batch: int, world_size: int) -> int:
-    """Samples of the busiest rank: the largest micro-batch that can be of use."""
-    return -(-effective_batch // world_size)
-
-
 def split_shares(shares: Sequence[int], micro_batch: int) -> list[list[int]]:
     """Sizes of all micro-batches, by rank, where each rank computes the share given for it."""
     return [micro_batch_sizes(share, micro_batch) for share in shares]
 
 
-def check_micro_batch(effective_batch: int, world_size: int, micro_batch: int) -> None:
-    """Refuse a fixed micro-batch that no rank could fill.
+def candidate_sizes(share: int) -> list[int]:
+    """Micro-batch sizes worth measuring for a share of ``share`` samples, rising; 1 and ``share`` are among
+    them.
 
-    Raises:
-        PlanError: ``micro_batch`` exceeds the largest share; the message names what is allowed.
+    Powers of two, as the share is really cut by them, cover the curve; the share itself means no accumulation; a
+    few divisors and near-equal cuts (``share / k`` rounded up) avoid a small remainder. Sizes close to another are
+    left out.
     """
-    share = largest_share(effective_batch, world_size)
-    if micro_batch > share:
-        raise PlanError(
-            f"batch.micro={micro_batch} is larger than a rank's share of the effective batch: "
-            f"{effective_batch} samples over {world_size} rank(s) leave at most {share} each. "
-            f"Use batch.micro={share} or less, or batch.micro=auto."
-        )
+    powers = (2**power for power in range(share.bit_length()))
+    sizes = {1, share, *(even_size(share, power) for power in powers if power <= share)}
+    lowest = max(6, share // 32)
+    divisors = [share // k for k in range(2, 65) if share % k == 0]
+    cuts = [-(-share // k) for k in range(2, 5)]
+    extras = 0
+    for size in (*divisors, *cuts):
+        # a cut that leaves a remainder must fill a real gap to be worth its time
+        apart = 1.2 if size in divisors else 1.4
+        spaced = all(max(size, other) >= apart * min(size, other) for other in sizes)
+        if size >= lowest and spaced and extras < MAX_EXTRA_SIZES:
+            sizes.add(size)
+            extras += 1
+    return sorted(sizes)
 
 
-def equation(effective_batch: int, micro_batches: list[list[int]]) -> str:
+def equation(effective_batch: int, micro_batches: Sequence[Sequence[int]]) -> str:
     """Write the split as a sum that a person can check.
 
     >>> equation(512, [[16] * 16] * 2)
@@ -110,7 +192,7 @@ def equation(effective_batch: int, micro_batches: list[list[int]]) -> str:
             f"{effective_batch} = {ranks} rank{'s' * (ranks > 1)} x "
             f"{steps} accumulation step{'s' * (steps > 1)} x {size}"
         )
-    groups: list[tuple[list[int], int]] = []
+    groups: list[tuple[Sequence[int], int]] = []
     for sizes in micro_batches:
         if groups and groups[-1][0] == sizes:
             groups[-1] = (sizes, groups[-1][1] + 1)
@@ -120,7 +202,7 @@ def equation(effective_batch: int, micro_batches: list[list[int]]) -> str:
     return f"{effective_batch} = " + " + ".join(terms)
 
 
-def _sum_of(sizes: list[int]) -> str:
+def _sum_of(sizes: Sequence[int]) -> str:
     if not sizes:
         return "0"
     parts = []

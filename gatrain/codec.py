@@ -19,6 +19,8 @@ from typing import Any, Literal, TypeVar
 from gatrain.schema import LARGEST, shown
 
 T = TypeVar("T")
+INLINE = {"inline": True}
+"""Metadata of a field that holds a dataclass whose own fields stand in the JSON beside the others, below no key."""
 
 _DICTS = (dict, collections.abc.Mapping)
 _LISTS = (list, collections.abc.Sequence)
@@ -32,7 +34,11 @@ def encode(value: Any) -> Any:
     Dataclasses become objects with all their fields, tuples and sets lists. Anything else stays as it is.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {each.name: encode(getattr(value, each.name)) for each in dataclasses.fields(value)}
+        found: dict[str, Any] = {}
+        for each in dataclasses.fields(value):
+            coded = encode(getattr(value, each.name))
+            found |= coded if each.metadata == INLINE else {each.name: coded}
+        return found
     if isinstance(value, Mapping):
         return {name: encode(each) for name, each in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
@@ -111,26 +117,28 @@ class _Decoder:
                 continue
         return self.value(others[-1], data, place)
 
-    def dataclass(self, kind: type[Any], data: Any, place: str) -> Any:
+    def dataclass(self, kind: type[Any], data: Any, place: str, is_inline: bool = False) -> Any:
         if not isinstance(data, dict):
             raise ValueError(f"{_named(place)} is {shown(data)}, not an object")
         hints = _hints(typing.cast("Hashable", kind))
         values = {}
         for each in dataclasses.fields(kind):
             below = f"{place}.{each.name}" if place else each.name
-            if each.name in data:
+            if each.metadata == INLINE:
+                values[each.name] = self.dataclass(hints[each.name], data, place, is_inline=True)
+            elif each.name in data:
                 values[each.name] = self.value(hints[each.name], data[each.name], below)
             elif each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING:
                 raise ValueError(f"{below} is missing")
-        extra = [name for name in data if name not in hints]
-        if extra and not self.unknown_keys:
-            raise ValueError(f"{_named(place)} has the unknown key {shown(extra[0])}")
-        found = kind(**values)
-        if callable(getattr(kind, "check", None)):
-            try:
+        extra = set(data) - _keys(kind)
+        if extra and not self.unknown_keys and not is_inline:
+            raise ValueError(f"{_named(place)} has the unknown key {shown(min(extra))}")
+        try:
+            found = kind(**values)
+            if callable(getattr(kind, "check", None)):
                 found.check()
-            except ValueError as error:
-                raise ValueError(f"{place}: {error}" if place else str(error)) from error
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}" if place else str(error)) from error
         return found
 
     def sequence(self, origin: Any, arguments: tuple[Any, ...], data: Any, place: str) -> Any:
@@ -149,6 +157,15 @@ class _Decoder:
 @functools.cache
 def _hints(kind: Hashable) -> dict[str, Any]:
     return typing.get_type_hints(kind)
+
+
+def _keys(kind: Any) -> set[str]:
+    """The keys that a dataclass has in JSON."""
+    found: set[str] = set()
+    for each in dataclasses.fields(kind):
+        below = _hints(kind)[each.name] if each.metadata == INLINE else None
+        found |= _keys(below) if below is not None else {each.name}
+    return found
 
 
 def _named(place: str) -> str:

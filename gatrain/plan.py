@@ -3,45 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gatrain import batch, codec, schema
+from gatrain import codec, schema
+from gatrain.batch import Split
 from gatrain.config import CHECKPOINTING, PRECISIONS, SYNCS
 
 FITS, DOES_NOT_FIT, FAILED, SKIPPED = "fits", "does_not_fit", "failed", "skipped"
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One candidate and what was measured of it, on the slowest rank.
-
-    ``outcome`` is one of ``fits``, ``does_not_fit``, ``failed`` (with ``error``) and ``skipped`` (predicted not
-    to fit, or out of time; ``error`` says which). Times are seconds, memory is bytes; None where not measured.
-    """
-
-    micro_batch: int
-    precision: str
-    checkpointing: str
-    compile: bool
-    outcome: str
-    peak_memory_bytes: int | None = None
-    micro_step_s: float | None = None
-    reduce_s: float | None = None
-    optimizer_s: float | None = None
-    samples_per_s: float | None = None
-    """Samples per second over all ranks, whole optimizer steps included."""
-    step_s: float | None = None
-    """Predicted seconds of one optimizer step at the effective batch with this micro-batch."""
-    confirmed_step_s: float | None = None
-    """Median seconds of whole optimizer steps at the effective batch (all micro-steps, the
-    reduction, the update), timed in turn with the other finalists; None for all but finalists."""
-    confirmed_steps: int | None = None
-    """Whole steps behind that median."""
-    loss: float | None = None
-    """Loss of the trial's samples per unit of weight: equal samples must give equal losses."""
-    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +22,13 @@ class StepSettings:
     checkpointing: str
     compile: bool
     sync: str
+    knobs: Mapping[str, bool | int | float | str] = field(default_factory=dict, hash=False)
+    """Values of further knobs (`gatrain.knob`) by their names; one that is not named is left alone."""
+
+    @property
+    def knob_text(self) -> str:
+        """The further knobs, such as ``attention=flash``; empty where there are none."""
+        return ", ".join(f"{name}={value}" for name, value in sorted(self.knobs.items()))
 
     def check(self) -> None:
         """
@@ -64,17 +41,125 @@ class StepSettings:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How one effective batch is computed. ``micro_batches[rank]`` lists that rank's micro-batch sizes."""
+class Measurement:
+    """One micro-batch size, measured on all ranks: the slowest rank's seconds, the largest peak in bytes.
 
-    effective_batch: int
-    world_size: int
+    ``outcome`` is one of ``fits``, ``does_not_fit``, ``failed`` (with ``error``) and ``skipped`` (predicted not to
+    fit, or out of time; ``error`` says which). None where not measured.
+    """
+
     micro_batch: int
-    micro_batches: list[list[int]]
-    precision: str
-    checkpointing: str
-    compile: bool
-    sync: str
+    outcome: str
+    peak_memory_bytes: int | None = None
+    micro_step_s: float | None = None
+    reduce_s: float | None = None
+    optimizer_s: float | None = None
+    loss: float | None = None
+    """Loss per unit weight of one fixed sample, repeated ``micro_batch`` times."""
+    reference_loss: float | None = None
+    """The same of the smallest size that this process measured."""
+    loss_noise: float = 0.0
+    """Standard deviation of ``reference_loss`` over random seeds: above zero where there is dropout."""
+    repeated_loss: float | None = None
+    """``loss`` once more with the same seed, where it disagrees with the reference."""
+    error: str | None = None
+    rank_s: tuple[float, ...] = ()
+    """Each rank's own ``micro_step_s``, in rank order."""
+    fragmentation_bytes: int = 0
+    """Part of the peak that no tensor filled."""
+    compile_s: float | None = None
+    """Seconds of the first micro-step of this size, compilation included, on the slowest rank."""
+    is_estimate: bool = False
+    """Not measured: see `gatrain.tune.search.extended`."""
+    noise: float | None = None
+    """Relative standard error of ``micro_step_s``, from the spread of the repeats on the noisiest rank."""
+    host_bytes: int | None = None
+    """Main memory of one micro-batch before it goes to the device."""
+    spread: float | None = None
+    """Part by which repeats differ on that rank, and their fastest and slowest."""
+    range_s: tuple[float, float] | None = None
+    again: int = 0
+    """How often the size was measured again, because its repeats differ or other sizes contradict it."""
+
+    def with_repeat(self, other: Measurement) -> Measurement:
+        """This size measured again: the faster counts, as whatever disturbs only adds; a failure always counts."""
+        if other.outcome != FITS or self.micro_step_s is None or other.micro_step_s is None:
+            return other
+        kept = min(self, other, key=lambda m: m.micro_step_s or 0.0)
+        ranges = [m.range_s for m in (self, other) if m.range_s is not None]
+        return dataclasses.replace(
+            kept,
+            peak_memory_bytes=max(self.peak_memory_bytes or 0, other.peak_memory_bytes or 0) or None,
+            fragmentation_bytes=max(self.fragmentation_bytes, other.fragmentation_bytes),
+            compile_s=max(self.compile_s or 0.0, other.compile_s or 0.0),
+            range_s=(min(low for low, _ in ranges), max(high for _, high in ranges)) if ranges else None,
+            again=self.again + 1,
+        )
+
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: a number that was never measured.
+        """
+        schema.one_of((FITS, DOES_NOT_FIT, FAILED, SKIPPED), outcome=self.outcome)
+        schema.at_least(1, micro_batch=self.micro_batch)
+        names = (
+            "peak_memory_bytes", "micro_step_s", "reduce_s", "optimizer_s", "fragmentation_bytes", "compile_s",
+            "host_bytes", "again",
+        )  # fmt: skip
+        schema.at_least(0, **{name: getattr(self, name) for name in names})
+        for seconds in (*self.rank_s, *(self.range_s or ())):
+            schema.at_least(0, seconds=seconds)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One measured size, how it was computed, and what it means for the plan's effective batch."""
+
+    settings: StepSettings = field(metadata=codec.INLINE)
+    measured: Measurement = field(metadata=codec.INLINE)
+    samples_per_s: float | None = None
+    """Samples per second over all ranks, full optimizer steps included."""
+    step_s: float | None = None
+    """Modelled seconds of one optimizer step at the effective batch with this micro-batch."""
+    confirmed_step_s: float | None = None
+    """Median seconds of full optimizer steps at the effective batch (all micro-steps, the
+    reduction, the update), timed in turn with the other finalists; None for all but finalists."""
+    confirmed_steps: int | None = None
+    """Full steps behind that median."""
+
+    @property
+    def micro_batch(self) -> int:
+        return self.measured.micro_batch
+
+    @property
+    def outcome(self) -> str:
+        return self.measured.outcome
+
+    @property
+    def error(self) -> str | None:
+        return self.measured.error
+
+    @property
+    def peak_memory_bytes(self) -> int | None:
+        return self.measured.peak_memory_bytes
+
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: a number that was never measured.
+        """
+        names = ("samples_per_s", "step_s", "confirmed_step_s", "confirmed_steps")
+        schema.at_least(0, **{name: getattr(self, name) for name in names})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How one effective batch is computed: the split, the micro-batch that cuts it, and the settings of a step."""
+
+    split: Split = field(metadata=codec.INLINE)
+    micro_batch: int
+    settings: StepSettings = field(metadata=codec.INLINE)
     reason: str
     trials: list[Trial] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -84,35 +169,47 @@ class Plan:
     memory_budget_bytes: int | None = None
     """Peak memory that the plan may come to on the weakest rank: ``tune.memory_fraction`` of what was free."""
 
-    def __post_init__(self) -> None:
-        total = sum(map(sum, self.micro_batches))
-        if total != self.effective_batch:  # a programmer's error: the arithmetic in batch.py forbids it
-            raise AssertionError(f"plan sums to {total}, not to the effective batch {self.effective_batch}")
+    @property
+    def effective_batch(self) -> int:
+        return self.split.effective_batch
+
+    @property
+    def world_size(self) -> int:
+        return self.split.world_size
+
+    @property
+    def micro_batches(self) -> list[list[int]]:
+        """``micro_batches[rank]`` lists that rank's micro-batch sizes."""
+        return self.split.sizes(self.micro_batch)
 
     @property
     def accumulation_steps(self) -> int:
         """K: micro-steps per optimizer step on the rank that has most."""
-        return max(map(len, self.micro_batches))
-
-    @property
-    def shares(self) -> list[int]:
-        """Samples of each rank in a full window; they differ by more than one where the ranks' speeds do."""
-        return [sum(sizes) for sizes in self.micro_batches]
+        return self.split.accumulation_steps(self.micro_batch)
 
     @property
     def equation(self) -> str:
         """The split written out, e.g. ``512 = 2 ranks x 16 accumulation steps x 16``."""
-        return batch.equation(self.effective_batch, self.micro_batches)
+        return self.split.equation(self.micro_batch)
 
-    @property
-    def settings(self) -> StepSettings:
-        """What the training core needs to know besides the split."""
-        return StepSettings(self.precision, self.checkpointing, self.compile, self.sync)
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: a range that no plan has.
+        """
+        schema.at_least(1, micro_batch=self.micro_batch)
+        schema.at_least(
+            0, predicted_peak_bytes=self.predicted_peak_bytes, memory_budget_bytes=self.memory_budget_bytes
+        )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form; ``accumulation_steps`` and ``equation`` are included for readers."""
-        derived = {"accumulation_steps": self.accumulation_steps, "equation": self.equation}
-        return {**dataclasses.asdict(self), **derived}
+        """JSON-ready form, with what follows from it included for readers."""
+        derived = {
+            "micro_batches": self.micro_batches,
+            "accumulation_steps": self.accumulation_steps,
+            "equation": self.equation,
+        }
+        return {**codec.encode(self), **derived}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Plan:
@@ -121,77 +218,23 @@ class Plan:
         Raises:
             ValueError: a type, a range, or a sum that no plan has; says which.
         """
-        try:
-            # a trial's loss may be infinite or no number: nothing depends on it
-            found = codec.decode(cls, data, finite=False)
-        except AssertionError as error:
-            raise ValueError(str(error)) from error
-        found._check_ranges()
-        return found
-
-    def _check_ranges(self) -> None:
-        schema.at_least(1, effective_batch=self.effective_batch, micro_batch=self.micro_batch)
-        schema.at_least(
-            0,
-            predicted_peak_bytes=self.predicted_peak_bytes,
-            memory_budget_bytes=self.memory_budget_bytes,
-        )
-        if self.world_size != len(self.micro_batches):
+        if not isinstance(data, dict) or "micro_batches" not in data:
+            raise ValueError("micro_batches is missing")
+        sizes = codec.decode(list[list[int]], data["micro_batches"])
+        if data.get("world_size") != len(sizes):
+            raise ValueError(f"world_size is not {len(sizes)}, the number of lists in micro_batches")
+        # plans of earlier versions hold no shares, but the micro-batches that add up to them, and one sync for all
+        upgraded = {"shares": [sum(rank) for rank in sizes], **data}
+        if isinstance(data.get("trials"), list):
+            same = {"sync": data.get("sync")}
+            upgraded["trials"] = [same | each if isinstance(each, dict) else each for each in data["trials"]]
+        # a trial's loss may be infinite or no number: nothing depends on it
+        found = codec.decode(cls, upgraded, finite=False)
+        steps = [
+            -(-share // found.micro_batch) for share in found.split.shares
+        ]  # before any list so long is made
+        if steps != list(map(len, sizes)) or found.micro_batches != sizes:
             raise ValueError(
-                f"world_size is {self.world_size}, with micro_batches of {len(self.micro_batches)}"
+                f"micro_batches is not how a micro-batch of {found.micro_batch} cuts {found.split}"
             )
-        sizes = [size for rank in self.micro_batches for size in rank]
-        if not all(1 <= size <= self.micro_batch for size in sizes):
-            raise ValueError(f"micro_batches has sizes outside of 1 to {self.micro_batch}")
-        self.settings.check()
-        for trial in self.trials:
-            StepSettings(trial.precision, trial.checkpointing, trial.compile, self.sync).check()
-            schema.one_of((FITS, DOES_NOT_FIT, FAILED, SKIPPED), outcome=trial.outcome)
-            schema.at_least(1, micro_batch=trial.micro_batch)
-            times = ("micro_step_s", "reduce_s", "optimizer_s", "samples_per_s", "step_s", "confirmed_step_s")
-            counts = ("peak_memory_bytes", "confirmed_steps")
-            schema.at_least(0, **{name: getattr(trial, name) for name in (*times, *counts)})
-
-
-def make_plan(
-    *,
-    effective_batch: int,
-    world_size: int,
-    micro_batch: int,
-    precision: str,
-    checkpointing: str,
-    compile: bool,
-    sync: str,
-    reason: str,
-    trials: list[Trial] | None = None,
-    notes: list[str] | None = None,
-    shares: Sequence[int] | None = None,
-    predicted_peak_bytes: int | None = None,
-    memory_budget_bytes: int | None = None,
-) -> Plan:
-    """Build the plan for a micro-batch; the split itself comes from `gatrain.batch`.
-
-    Args:
-        shares: samples of each rank where they are not to be equal.
-
-    Raises:
-        PlanError: the micro-batch is larger than a rank's share.
-    """
-    if shares is None:
-        batch.check_micro_batch(effective_batch, world_size, micro_batch)
-        shares = batch.rank_shares(effective_batch, world_size)
-    return Plan(
-        effective_batch=effective_batch,
-        world_size=world_size,
-        micro_batch=micro_batch,
-        micro_batches=batch.split_shares(shares, micro_batch),
-        precision=precision,
-        checkpointing=checkpointing,
-        compile=compile,
-        sync=sync,
-        reason=reason,
-        trials=trials or [],
-        notes=notes or [],
-        predicted_peak_bytes=predicted_peak_bytes,
-        memory_budget_bytes=memory_budget_bytes,
-    )
+        return found

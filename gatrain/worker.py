@@ -46,12 +46,12 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
     run_dir = RunDir(folder)
     stored = reload(run_dir.config, ())
     config, plan = stored.config, run_dir.load_plan()
-    told = _compare(run_dir, stored.leaves, plan.precision) if rank.rank == 0 else []
+    told = _compare(run_dir, stored.leaves, plan.settings.precision) if rank.rank == 0 else []
     task, source = build.build_task_and_source(config)
     schedule = build.window_schedule(config, task)
     total_steps = schedule.steps(config.train.steps, config.train.epochs)
     clock = StepClock(config.schedule, total_steps, config.batch.effective)
-    noticed = notice_lengths(task, config.train.seed) if plan.compile else None
+    noticed = notice_lengths(task, config.train.seed) if plan.settings.compile else None
     with out_of_memory.told(config, plan, run_dir, rank.device.type, modes=()):
         engine = build.build_engine(task, config, plan.settings, rank.device, clock)
     hooks = Hooks(build.build_hooks(config), engine.ranks, fingerprint_of(config.hooks))
@@ -88,7 +88,7 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
             schedule,
             engine.ranks.world_size,
             plan.micro_batch,
-            plan.shares if plan.world_size == engine.ranks.world_size else None,
+            plan.split.shares if plan.world_size == engine.ranks.world_size else None,
         ),
         progress.step,
         total_steps,
@@ -111,10 +111,10 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
             world_size=rank.world_size,
             effective_batch=plan.effective_batch,
             equation=plan.equation,
-            precision=plan.precision,
-            checkpointing=plan.checkpointing,
-            compile=plan.compile,
-            sync=plan.sync,
+            precision=plan.settings.precision,
+            checkpointing=plan.settings.checkpointing,
+            compile=plan.settings.compile,
+            sync=plan.settings.sync,
             parameters=sum(p.numel() for p in engine.model.parameters()),
             train_samples=schedule.samples,
             eval_samples=len(task.eval_data) if task.eval_data is not None else 0,

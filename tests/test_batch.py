@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gatrain import batch
-from gatrain.plan import StepSettings, make_plan
+from gatrain.batch import Split
+from gatrain.plan import Plan, StepSettings
 
 SHARES = st.integers(0, 5000)
 SIZES = st.integers(1, 600)
@@ -48,13 +49,9 @@ def test_the_evened_size_gives_the_same_cut(share: int, micro_batch: int) -> Non
 @given(st.integers(1, 3000), st.integers(1, 9), st.integers(1, 3000))
 def test_the_equation_that_is_shown_multiplies_out(effective: int, world_size: int, micro_batch: int) -> None:
     way = StepSettings("fp32", "none", False, "window")
-    most = batch.largest_share(effective, world_size)
-    plan = make_plan(
-        effective_batch=effective,
-        world_size=world_size,
-        micro_batch=min(micro_batch, most),
-        reason="",
-        **vars(way),
+    most = Split(effective, world_size).share
+    plan = Plan(
+        split=Split(effective, world_size), micro_batch=min(micro_batch, most), settings=way, reason=""
     )
     left, right = plan.equation.split(" = ")
     for words in ("ranks", "rank", "accumulation steps", "accumulation step"):

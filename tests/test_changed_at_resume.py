@@ -265,7 +265,9 @@ def test_a_restarted_rank_compares_settings_plan_code_and_versions_itself(run: P
     run_dir = RunDir(run)
 
     def compare() -> list[str]:
-        return worker._compare(run_dir, reload(run_dir.config, ()).leaves, run_dir.load_plan().precision)
+        return worker._compare(
+            run_dir, reload(run_dir.config, ()).leaves, run_dir.load_plan().settings.precision
+        )
 
     assert compare() == []
     stored = json.loads(run_dir.recorded.read_text())

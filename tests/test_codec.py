@@ -34,6 +34,12 @@ class Whole:
     anything: Any = None
 
 
+@dataclass(frozen=True)
+class Flat:
+    part: Part = field(metadata=codec.INLINE)
+    name: str = "f"
+
+
 WHOLE = Whole(
     "a",
     (Part(1), Part(2, "large")),
@@ -70,6 +76,16 @@ def test_what_was_encoded_is_decoded_to_the_same() -> None:
 def test_the_first_wrong_place_is_named(data: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         codec.decode(Whole, data)
+
+
+def test_an_inline_dataclass_has_its_fields_beside_the_others() -> None:
+    flat = Flat(Part(2, "large"))
+    assert codec.encode(flat) == {"size": 2, "kind": "large", "name": "f"}
+    assert codec.decode(Flat, codec.encode(flat), unknown_keys=False) == flat
+    with pytest.raises(ValueError, match="size is 0"):
+        codec.decode(Flat, {"size": 0})
+    with pytest.raises(ValueError, match="unknown key 'odd'"):
+        codec.decode(Flat, {"size": 1, "odd": 0}, unknown_keys=False)
 
 
 def test_keys_of_a_newer_version_are_passed_over_unless_they_are_refused() -> None:

@@ -15,10 +15,11 @@ from gatrain import codec, facts, fit
 from gatrain.compose import compose
 from gatrain.fit.heartbeat import _Beat
 from gatrain.launch.failure import first_cause
+from gatrain.plan import Measurement
 from gatrain.report.jsonl import keep_until, read_lines
 from gatrain.rundir import RunDir, write_json
 from gatrain.tune import cache
-from gatrain.tune.curve import Curve, Measurement
+from gatrain.tune.curve import Curve
 
 MARKER = "executed"
 DEEP = b"[" * 200_000

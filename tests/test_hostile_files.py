@@ -11,29 +11,38 @@ from typing import Any
 import pytest
 
 from gatrain import codec
+from gatrain.batch import Split
 from gatrain.errors import DamagedFileError, RunFolderError
 from gatrain.fit.claim import set_aside
-from gatrain.plan import Plan, make_plan
+from gatrain.plan import Plan, StepSettings
 from gatrain.rundir import RunDir, locked, read_json, write_json, write_text
 
 
 def plan_dict(**changes: Any) -> dict[str, Any]:
-    plan = make_plan(
-        effective_batch=12,
-        world_size=2,
-        micro_batch=3,
-        precision="fp32",
-        checkpointing="none",
-        compile=False,
-        sync="window",
-        reason="a test",
-    )
+    settings = StepSettings("fp32", "none", compile=False, sync="window")
+    plan = Plan(split=Split(12, 2), micro_batch=3, settings=settings, reason="a test")
     return {**json.loads(json.dumps(plan.to_dict())), **changes}
 
 
 def test_a_plan_comes_back_from_json_as_it_was() -> None:
     assert Plan.from_dict(plan_dict()).micro_batches == [[3, 3], [3, 3]]
     assert Plan.from_dict(plan_dict(of_a_newer_version=1)).micro_batch == 3
+
+
+def test_a_plan_of_an_earlier_version_is_read() -> None:
+    """It has no shares and no knobs, and its trials hold fewer numbers."""
+    trial = {
+        "micro_batch": 4,
+        "precision": "fp32",
+        "checkpointing": "none",
+        "compile": False,
+        "outcome": "fits",
+    }
+    found = plan_dict(micro_batch=4, micro_batches=[[4, 3], [3, 2]], trials=[trial | {"step_s": 0.1}])
+    del found["shares"], found["knobs"]
+    plan = Plan.from_dict(found)
+    assert plan.split == Split(12, 2, (7, 5))
+    assert plan.trials[0].settings.sync == "window"
 
 
 @pytest.mark.parametrize(
@@ -43,7 +52,9 @@ def test_a_plan_comes_back_from_json_as_it_was() -> None:
         {"micro_batch": True}, {"micro_batch": "3"}, {"micro_batch": None},
         {"micro_batches": [[24], [-12]]}, {"micro_batches": [[3, 3], [3, 4]]}, {"micro_batches": []},
         {"micro_batches": [[12], []], "world_size": 1}, {"micro_batches": [[6], [6]]}, {"micro_batches": "3333"},
-        {"micro_batches": [3, 3, 3, 3]}, {"world_size": "many"}, {"world_size": -1},
+        {"micro_batches": [3, 3, 3, 3]}, {"micro_batches": [[4, 2], [3, 3]]}, {"shares": [7, 5]},
+        {"effective_batch": 10**15, "micro_batches": [[10**15]], "shares": [10**15], "world_size": 1},
+        {"world_size": "many"}, {"world_size": -1},
         {"effective_batch": 13}, {"effective_batch": -12}, {"effective_batch": 12.5},
         {"precision": "fp12"}, {"precision": "auto"}, {"precision": None}, {"sync": "evil"}, {"checkpointing": "x"},
         {"compile": "yes"}, {"compile": 1}, {"reason": 7}, {"trials": 3}, {"trials": [{"micro_batch": -1}]},

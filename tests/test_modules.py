@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from gatrain.batch import Split
 from gatrain.config import AdamWConfig, OptimizerConfig, SGDConfig
 from gatrain.errors import ConfigError, PlanError
 from gatrain.facts import RunFacts
-from gatrain.plan import StepSettings, make_plan
+from gatrain.plan import Plan, StepSettings
 from gatrain.tasks import Supervised
 from gatrain.train import remainders
 from gatrain.train.engine import Engine
@@ -81,16 +82,13 @@ def test_a_model_in_evaluation_mode_is_named_where_that_changes_something(
 
 def test_batch_norm_is_said_in_one_line_where_it_depends_on_the_split() -> None:
     way = StepSettings("fp32", "none", False, "window")
-    whole, split = (
-        make_plan(effective_batch=9, world_size=1, micro_batch=size, reason="", **vars(way))
-        for size in (9, 4)
-    )
+    whole, split = (Plan(split=Split(9, 1), micro_batch=size, settings=way, reason="") for size in (9, 4))
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     assert norm_note(batch_norms(model), whole) is None  # it sees the whole batch
     note = norm_note(batch_norms(model), split)
     assert note is not None
     assert "(3 samples)" in note
-    ranks = make_plan(effective_batch=8, world_size=2, micro_batch=4, reason="", **vars(way))
+    ranks = Plan(split=Split(8, 2), micro_batch=4, settings=way, reason="")
     assert norm_note(["1"], ranks) is not None  # each rank by itself
     assert norm_note(["1"], ranks, synchronises=True) is None  # all ranks together see the whole batch
     assert norm_note(batch_norms(model.eval()), split) is None  # running statistics depend on no split

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from gatrain import accumulate
+from gatrain import accumulate, batch
 from gatrain.config import RunConfig, SGDConfig
 from gatrain.errors import ConfigError, ExactnessError, PeerFailed
 from gatrain.plan import StepSettings
@@ -396,7 +396,7 @@ def _told_of_varying() -> list[str]:
         engine = Engine(task, model, way, SGDConfig(lr=1e-9), Ranks.current(), torch.device("cpu"))
         this = Rank(rank, rank, 2, 2, torch.device("cpu"))
         timer = WholeStepTimer(RunConfig(), TrialBatches(task), this, Peers(this), engine, {})
-        failure = timer._varying(Finalist(way, 4, (8, 8)))
+        failure = timer._varying(Finalist(way, 4, batch.Split(16, 2)))
         told.append(failure.text if failure else "")
         assert all(p.grad is None for p in model.parameters())
         assert float(engine.last_loss_sums()[1]) == 0

@@ -18,8 +18,9 @@ from rich.console import Console, ConsoleDimensions
 from rich.text import Text
 
 from gatrain import units
+from gatrain.batch import Split
 from gatrain.errors import ConfigError
-from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, SKIPPED, Plan, Trial, make_plan
+from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, SKIPPED, Measurement, Plan, StepSettings, Trial
 from gatrain.report import (
     Fanout,
     JsonlSink,
@@ -603,19 +604,16 @@ def test_make_sinks(tmp_path: Path) -> None:
 
 def a_plan() -> Plan:
     def trial(micro: int, outcome: str, rate: float | None = None, **more: Any) -> Trial:
-        facts: dict[str, Any] = {"precision": "bf16", "checkpointing": "none", "compile": True, **more}
-        if rate is not None:
-            facts.update(samples_per_s=rate, step_s=512 / rate, peak_memory_bytes=micro * 2**30)
-        return Trial(micro, outcome=outcome, **facts)
+        settings = StepSettings("bf16", more.pop("checkpointing", "none"), compile=True, sync="window")
+        if rate is None:
+            return Trial(settings, Measurement(micro, outcome, **more))
+        measured = Measurement(micro, outcome, peak_memory_bytes=micro * 2**30, **more)
+        return Trial(settings, measured, samples_per_s=rate, step_s=512 / rate)
 
-    return make_plan(
-        effective_batch=512,
-        world_size=2,
+    return Plan(
+        split=Split(512, 2),
         micro_batch=32,
-        precision="bf16",
-        checkpointing="none",
-        compile=True,
-        sync="window",
+        settings=StepSettings("bf16", "none", compile=True, sync="window"),
         reason="the fastest [of] four",
         notes=["A note."],
         trials=[
@@ -691,10 +689,8 @@ def test_a_narrow_terminal_gets_fewer_columns_not_torn_ones() -> None:
 
 
 def test_a_plan_without_trials_still_explains_itself() -> None:
-    plan = make_plan(
-        effective_batch=23, world_size=3, micro_batch=5, precision="fp32", checkpointing="full",
-        compile=False, sync="overlap", reason="given by hand",
-    )  # fmt: skip
+    settings = StepSettings("fp32", "full", compile=False, sync="overlap")
+    plan = Plan(split=Split(23, 3), micro_batch=5, settings=settings, reason="given by hand")
     assert plan_lines(plan) == [
         "23 = 2 ranks x (2 x 4) + 1 rank x (4 + 3)",
         "fp32, full checkpointing, not compiled, sync overlap",
@@ -768,10 +764,8 @@ def test_the_plans_curve_in_a_terminal_and_in_a_file(tmp_path: Path) -> None:
     ]
     assert sum(line.count("*") for line in lines if "┤" in line or "│" in line) == 2
     assert max(map(len, lines)) <= 70
-    empty = make_plan(
-        effective_batch=4, world_size=1, micro_batch=2, precision="fp32", checkpointing="none",
-        compile=False, sync="window", reason="by hand",
-    )  # fmt: skip
+    settings = StepSettings("fp32", "none", compile=False, sync="window")
+    empty = Plan(split=Split(4, 1), micro_batch=2, settings=settings, reason="by hand")
     assert plan_plot_lines(empty) == []
     pytest.importorskip("matplotlib")
     plan_plot.save_plan_plot(a_plan(), tmp_path / "curve.png")

@@ -15,14 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gatrain import batch, codec, dependencies, hardware, main_memory, tune
+from gatrain.batch import Split
 from gatrain.config import AdamWConfig, BatchConfig, RunConfig, SGDConfig, TrainConfig, TuneConfig
 from gatrain.errors import ConfigError, DoesNotFitError, Interrupted, LaunchError, PlanError, WorkerError
 from gatrain.hardware import Hardware
 from gatrain.launch.world import Nodes
 from gatrain.nvml import Gpu
-from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, StepSettings, make_plan
+from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, Measurement, Plan, StepSettings
 from gatrain.tune import cache, curve, finalists, protocol, search
-from gatrain.tune.curve import Curve, Measurement
+from gatrain.tune.curve import Curve
 from gatrain.units import GIB
 
 WAY = StepSettings("fp32", "none", False, "window")
@@ -138,11 +139,9 @@ def plan_on(machine: Machine, config: RunConfig, **options: Any) -> Any:
 @settings(max_examples=300, deadline=None)
 @given(effective=st.integers(1, 2000), world_size=st.integers(1, 9), data=st.data())
 def test_any_choice_sums_to_the_effective_batch(effective: int, world_size: int, data: st.DataObject) -> None:
-    share = batch.largest_share(effective, world_size)
-    micro_batch = data.draw(st.sampled_from(search.candidate_sizes(share)) | st.integers(1, share))
-    plan = make_plan(
-        effective_batch=effective, world_size=world_size, micro_batch=micro_batch, reason="", **vars(WAY)
-    )
+    share = Split(effective, world_size).share
+    micro_batch = data.draw(st.sampled_from(batch.candidate_sizes(share)) | st.integers(1, share))
+    plan = Plan(split=Split(effective, world_size), micro_batch=micro_batch, settings=WAY, reason="")
     shares = [sum(sizes) for sizes in plan.micro_batches]
     assert sum(shares) == effective
     assert max(shares) - min(shares) <= 1
@@ -151,11 +150,11 @@ def test_any_choice_sums_to_the_effective_batch(effective: int, world_size: int,
 
 @given(st.integers(1, 100_000))
 def test_candidate_sizes_are_few_rise_and_hold_one_and_the_share(share: int) -> None:
-    sizes = search.candidate_sizes(share)
+    sizes = batch.candidate_sizes(share)
     assert sizes == sorted(set(sizes))
     assert sizes[0] == 1
     assert sizes[-1] == share
-    assert len(sizes) <= share.bit_length() + 1 + search.MAX_EXTRA_SIZES
+    assert len(sizes) <= share.bit_length() + 1 + batch.MAX_EXTRA_SIZES
 
 
 @settings(max_examples=100, deadline=None)
@@ -172,9 +171,9 @@ def test_the_choice_is_the_fastest_of_a_synthetic_curve(
     def seconds(size: int) -> float:
         return fixed_s + sample_s * size * (1 + max(0, size - best) / 20)  # slower per sample above `best`
 
-    share = batch.largest_share(effective, world_size)
+    share = Split(effective, world_size).share
     measured = curve_of({size: seconds(size) for size in range(1, share + 1)})
-    chosen = search.choose(search.candidates(measured, effective, world_size))
+    chosen = search.choose(search.candidates(measured, Split(effective, world_size)))
 
     def step_s(size: int) -> float:
         return sum(map(seconds, batch.micro_batch_sizes(share, size))) + measured.step_overhead_s
@@ -190,21 +189,21 @@ def curve_of(seconds: dict[int, float], **others: Any) -> Curve:
 
 def test_within_the_noise_fewer_accumulation_steps_win() -> None:
     level = curve_of({8: 0.0800, 16: 0.1601, 32: 0.3202})
-    assert search.choose(search.candidates(level, 32, 1)).micro_batch == 32
+    assert search.choose(search.candidates(level, Split(32, 1))).micro_batch == 32
     rising = curve_of({8: 0.0800, 16: 0.1600, 32: 0.3400})
-    assert search.choose(search.candidates(rising, 32, 1)).micro_batch == 16
+    assert search.choose(search.candidates(rising, Split(32, 1))).micro_batch == 16
 
 
 def test_the_remainder_is_part_of_the_cost() -> None:
     # 24 = 16 + 8 costs two full micro-steps on a machine whose time hardly depends on the size
     flat = curve_of({1: 0.10, 8: 0.101, 12: 0.102, 16: 0.103})
-    assert search.choose(search.candidates(flat, 24, 1)).micro_batch == 12
+    assert search.choose(search.candidates(flat, Split(24, 1))).micro_batch == 12
 
 
 def test_a_size_that_crashes_is_no_remainder_either() -> None:
     crashed = Measurement(1, FAILED, error="Expected more than 1 value per channel")
     without_one = Curve(WAY, (crashed, *curve_of({2: 0.02, 4: 0.03, 8: 0.04}).measurements), curve.SHARE)
-    sizes = [c.micro_batch for c in search.candidates(without_one, 9, 1)]
+    sizes = [c.micro_batch for c in search.candidates(without_one, Split(9, 1))]
     assert sizes
     assert all(1 not in batch.micro_batch_sizes(9, size) for size in sizes)
 
@@ -273,38 +272,38 @@ def test_checkpointing_is_tried_where_memory_limits_and_taken_where_it_is_faster
     )
     plan = plan_on(machine, config_of(64))
     assert [asked.settings.checkpointing for asked in machine.asked] == ["none", "selective", "full"]
-    assert (plan.checkpointing, plan.micro_batch) == ("full", 64)
+    assert (plan.settings.checkpointing, plan.micro_batch) == ("full", 64)
     # time in proportion to the samples: recomputation can only lose, so it is not even tried
     machine = Machine(seconds=lambda size: 0.01 * size, largest={"none": 4, "selective": 8, "full": 64})
     plan = plan_on(machine, config_of(64), retune=True)
     assert {asked.settings.checkpointing for asked in machine.asked} == {"none"}
-    assert plan.checkpointing == "none"
+    assert plan.settings.checkpointing == "none"
 
 
 def test_checkpointing_is_tried_where_nothing_fits() -> None:
     plan = plan_on(Machine(largest={"none": 0, "selective": 0, "full": 2}), config_of(8))
-    assert (plan.checkpointing, plan.micro_batch) == ("full", 2)
+    assert (plan.settings.checkpointing, plan.micro_batch) == ("full", 2)
 
 
 def test_compilation_is_measured_for_the_best_few_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gatrain.tune.knobs.can_compile", lambda: True)
     machine = Machine(compiled=0.7)
     plan = plan_on(machine, config_of(64), hardware=CUDA)
-    assert plan.compile
-    assert plan.precision == "bf16"
+    assert plan.settings.compile
+    assert plan.settings.precision == "bf16"
     assert [asked.settings.compile for asked in machine.asked] == [False, True]
     assert machine.asked[1].sizes == (64,)
-    assert not plan_on(Machine(compiled=1.0), config_of(64), hardware=CUDA, retune=True).compile
+    assert not plan_on(Machine(compiled=1.0), config_of(64), hardware=CUDA, retune=True).settings.compile
 
 
 def test_compilation_that_is_asked_for_is_not_measured_along_the_whole_curve() -> None:
     machine = Machine(compiled=1.5)
     plan = plan_on(machine, config_of(64, compile=True))
-    assert (plan.compile, plan.micro_batch) == (True, 64)
+    assert (plan.settings.compile, plan.micro_batch) == (True, 64)
     assert [len(asked.sizes) for asked in machine.asked] == [7, 1]
     assert machine.asked[1].sizes == (64,)
     again = tune.make_plan_for(config_of(64, compile=True), Info(), CPU, Nodes(1), run=no_trial)
-    assert (again.compile, again.micro_batch) == (True, 64)
+    assert (again.settings.compile, again.micro_batch) == (True, 64)
 
 
 def test_nothing_fits() -> None:
@@ -349,7 +348,7 @@ def no_trial(folder: Path) -> None:
 def test_a_fixed_micro_batch_needs_no_trial() -> None:
     plan = tune.make_plan_for(config_of(23, micro=2), Info(), CPU, Nodes(3), run=no_trial)
     assert plan.micro_batches == [[2, 2, 2, 2], [2, 2, 2, 2], [2, 2, 2, 1]]
-    assert (plan.precision, plan.checkpointing, plan.compile, plan.sync) == ("fp32", "none", False, "window")
+    assert plan.settings == StepSettings("fp32", "none", compile=False, sync="window")
     assert "batch.micro=2 was asked for" in plan.reason
 
 
@@ -362,7 +361,7 @@ def test_a_fixed_micro_batch_that_does_not_divide_is_evened_out(monkeypatch: pyt
 
 def test_no_candidate_is_named_by_a_size_that_its_split_does_not_have() -> None:
     level = curve_of({1: 0.1, 2: 0.11, 4: 0.12, 8: 0.13})
-    for option in search.candidates(level, 9, 1):
+    for option in search.candidates(level, Split(9, 1)):
         assert max(batch.micro_batch_sizes(9, option.micro_batch)) == option.micro_batch
         assert option.accumulation_steps == len(batch.micro_batch_sizes(9, option.micro_batch))
 
@@ -376,7 +375,7 @@ def test_a_fixed_micro_batch_on_a_gpu_decides_only_the_rest(monkeypatch: pytest.
     monkeypatch.setattr("gatrain.tune.knobs.can_compile", lambda: True)
     machine = Machine(largest={"none": 2, "selective": 2, "full": 64}, compiled=0.5)
     plan = plan_on(machine, config_of(64, micro=16), hardware=CUDA)
-    assert (plan.micro_batch, plan.checkpointing, plan.compile) == (16, "full", True)
+    assert (plan.micro_batch, plan.settings.checkpointing, plan.settings.compile) == (16, "full", True)
     assert all(asked.sizes == (16,) for asked in machine.asked)
     fixed = config_of(64, micro=16, checkpointing="none", compile=False)
     assert tune.make_plan_for(fixed, Info(), CUDA, Nodes(1), run=no_trial).micro_batch == 16
@@ -389,9 +388,9 @@ def test_16_bit_parameters_are_named_and_count_their_masters() -> None:
     assert tune.state_bytes(config_of(optimizer=SGDConfig()), 2000 + 400, 1000) == 10_000 + 800
     plan = tune.make_plan_for(config_of(64, micro=16), half, CPU, Nodes(2), run=no_trial)
     assert "All 1,000 parameters are bf16" in plan.notes[0]
-    assert plan.sync == "window"
+    assert plan.settings.sync == "window"
     overlap = dataclasses.replace(config_of(64, micro=16), sync="overlap")
-    assert tune.make_plan_for(overlap, half, CPU, Nodes(2), run=no_trial).sync == "overlap"
+    assert tune.make_plan_for(overlap, half, CPU, Nodes(2), run=no_trial).settings.sync == "overlap"
 
 
 @pytest.mark.parametrize(
@@ -475,7 +474,7 @@ def test_a_size_between_two_that_fit_is_measured_before_it_is_chosen() -> None:
 )
 def test_a_size_that_was_not_measured_never_wins(effective: int, measured: dict[int, float]) -> None:
     known = curve_of(dict(sorted(measured.items())))
-    options = search.candidates(known, effective, 1)
+    options = search.candidates(known, Split(effective, 1))
     if not any(option.measured for option in options):
         with pytest.raises(ValueError, match="no candidate"):
             search.choose(options)

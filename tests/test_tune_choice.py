@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from test_tune import CPU, CUDA, WAY, Machine, config_of, curve_of, gpu, no_trial, plan_on
 
 from gatrain import batch, codec, tune, units
+from gatrain.batch import Split
 from gatrain.config import AdamWConfig, SGDConfig
 from gatrain.errors import Interrupted, WorkerError
 from gatrain.launch.world import Nodes
-from gatrain.plan import FAILED, FITS, Plan, make_plan
+from gatrain.plan import FAILED, FITS, Measurement, Plan
 from gatrain.tune import advice, curve, explain, finalists, memory_model, protocol, search
-from gatrain.tune.curve import Curve, Measurement
+from gatrain.tune.curve import Curve
 from gatrain.tune.finalists import Confirmation, Finalist, WholeSteps
 from gatrain.tune.search import Candidate
 from gatrain.units import GIB
@@ -54,7 +55,7 @@ class WholeMachine(Machine):
         if self.crash_in_whole_steps:
             raise WorkerError("the rank was killed (SIGKILL)")
         entries = tuple(WholeSteps(f, tuple(self.whole_s(f, nth) for nth in range(5))) for f in named)
-        found = Confirmation(asked.whole.effective_batch, asked.whole.world_size, entries)
+        found = Confirmation(entries)
         with open(folder / protocol.LINES, "a") as file:
             file.write(json.dumps({"event": "whole", "confirmation": codec.encode(found)}) + "\n")
 
@@ -137,7 +138,7 @@ def test_close_calls_between_ways_of_computing_share_one_set_of_processes(
         compiled=0.98,
     )
     plan = plan_on(machine, config_of(64), hardware=CUDA)
-    assert plan.compile
+    assert plan.settings.compile
     assert {f.settings.compile for f in machine.timed[-1]} == {False, True}
     assert machine.asked[-1].sizes == ()
 
@@ -149,9 +150,9 @@ def test_the_overlapped_reduction_is_a_finalist_on_several_gpus() -> None:
     )
     config = config_of(64, compile=False)
     plan = plan_on(machine, config, hardware=two, nodes=Nodes(2))
-    assert plan.sync == "overlap"
+    assert plan.settings.sync == "overlap"
     asked = config_of(64, compile=False, sync="window")
-    assert plan_on(machine, asked, hardware=two, nodes=Nodes(2), retune=True).sync == "window"
+    assert plan_on(machine, asked, hardware=two, nodes=Nodes(2), retune=True).settings.sync == "window"
 
 
 def test_the_overlapped_reduction_is_never_chosen_where_the_used_parameters_vary() -> None:
@@ -170,7 +171,7 @@ def test_the_overlapped_reduction_is_never_chosen_where_the_used_parameters_vary
     machine = Dropping(lambda f, nth: 0.5 if f.settings.sync == "overlap" else 0.6, seconds=level)
     plan = plan_on(machine, config_of(64, compile=False), hardware=two, nodes=Nodes(2))
     assert any(finalist.settings.sync == "overlap" for finalist in machine.timed[-1])
-    assert plan.sync == "window"
+    assert plan.settings.sync == "window"
     assert any("not compared" in note and "layers.1.weight by 3 of 12" in note for note in plan.notes)
 
 
@@ -210,7 +211,7 @@ def test_the_verdict_is_never_much_slower_than_the_best_and_ignores_a_drift(
     medians: list[float], drift: list[float]
 ) -> None:
     timed = [
-        (Candidate(WAY, 2**nth, 8 - nth, 1.0, True), _steps(2**nth, [median * d for d in drift]))
+        (Candidate(WAY, 2**nth, Split(8, 1), 1.0, True), _steps(2**nth, [median * d for d in drift]))
         for nth, median in enumerate(medians)
     ]
     verdict = finalists.verdict(timed)
@@ -221,14 +222,14 @@ def test_the_verdict_is_never_much_slower_than_the_best_and_ignores_a_drift(
 
 
 def _steps(size: int, seconds: Sequence[float]) -> WholeSteps:
-    return WholeSteps(Finalist(WAY, size, (8,)), tuple(seconds))
+    return WholeSteps(Finalist(WAY, size, Split(8, 1)), tuple(seconds))
 
 
 def test_however_noisy_a_clearly_slower_finalist_never_wins() -> None:
     wild = [0.5, 1.5, 1.0, 2.0, 0.7]
     timed = [
-        (Candidate(WAY, 8, 8, 1.0, True), _steps(8, [1.0] * 5)),
-        (Candidate(WAY, 64, 1, 1.0, True), _steps(64, [1.05 * w for w in wild])),
+        (Candidate(WAY, 8, Split(64, 1), 1.0, True), _steps(8, [1.0] * 5)),
+        (Candidate(WAY, 64, Split(64, 1), 1.0, True), _steps(64, [1.05 * w for w in wild])),
     ]
     verdict = finalists.verdict(timed)
     assert verdict is not None
@@ -317,11 +318,11 @@ def test_a_better_effective_batch_is_near_and_really_better(
     measured = curve_of({2**p: fixed_s + sample_s * 2**p for p in range(largest + 1)})
 
     def per_sample(batch_size: int) -> float:
-        share = batch.largest_share(batch_size, world_size)
+        share = Split(batch_size, world_size).share
         sizes = range(1, min(share, 2**largest) + 1)
         return min(search.share_seconds(measured, share, size) for size in sizes) / batch_size
 
-    for better in advice.better_batches(measured, effective, world_size):
+    for better in advice.better_batches(measured, Split(effective, world_size)):
         assert abs(better.effective_batch - effective) <= advice.REACH * effective
         assert better.gain >= advice.WORTH_SAYING
         assert per_sample(better.effective_batch) < per_sample(effective)
@@ -329,10 +330,10 @@ def test_a_better_effective_batch_is_near_and_really_better(
 
 def test_advice_names_the_nearest_batch_that_splits_better() -> None:
     flat = curve_of(dict.fromkeys((1, 2, 4, 8, 16), 0.1))  # only full micro-steps pay
-    (below,) = [b for b in advice.better_batches(flat, 33, 1) if b.effective_batch < 33]
+    (below,) = [b for b in advice.better_batches(flat, Split(33, 1)) if b.effective_batch < 33]
     assert below.effective_batch == 32
     assert below.gain == pytest.approx(1 - (2 / 32) / (3 / 33))
-    assert advice.better_batches(flat, 32, 1) == []
+    assert advice.better_batches(flat, Split(32, 1)) == []
 
 
 @given(st.floats(0.5, 0.99999), st.integers(1, 512), st.integers(1, 512))
@@ -349,11 +350,9 @@ def test_advice_is_short_and_fits_the_case() -> None:
     measured = curve_of({1: 0.02, 2: 0.03, 4: 0.05, 8: 0.11})
 
     def said(effective: int, world_size: int = 1, **case: Any) -> str:
-        options = search.candidates(measured, effective, world_size)
+        options = search.candidates(measured, Split(effective, world_size))
         case = {"optimizer": AdamWConfig(), "on_gpu": True, **case}
-        lines = advice.sentences(
-            measured, search.choose(options), effective_batch=effective, world_size=world_size, **case
-        )
+        lines = advice.sentences(measured, search.choose(options), **case)
         assert len(lines) <= advice.MOST_SENTENCES
         assert all(line.endswith(".") for line in lines)
         return "\n".join(lines)
@@ -366,7 +365,7 @@ def test_advice_is_short_and_fits_the_case() -> None:
     assert "One more GPU" not in said(64, on_gpu=False)
     assert "betas" not in said(64, optimizer=SGDConfig())
     assert "betas" not in said(64, 2)
-    assert advice.next_gpu_step_s(measured, 2, 2) is None
+    assert advice.next_gpu_step_s(measured, Split(2, 2)) is None
 
 
 # ---- unequal ranks --------------------------------------------------------------------------------------
@@ -417,16 +416,16 @@ def unequal(factors: Sequence[float], seconds: Callable[[int], float] = level) -
 def test_unequal_shares_are_taken_only_where_they_are_faster(effective: int, factors: list[float]) -> None:
     measured = unequal(factors)
     world_size = len(factors)
-    options = search.candidates(measured, effective, world_size)
+    options = search.candidates(measured, Split(effective, world_size))
     if not options:
         return
     chosen = search.choose(options)
-    if chosen.shares:
-        assert sum(chosen.shares) == effective
-        equal = [option.step_s for option in options if not option.shares and option.measured]
+    if not chosen.split.is_even:
+        assert sum(chosen.split.shares) == effective
+        equal = [option.step_s for option in options if option.split.is_even and option.measured]
         assert chosen.step_s < min(equal, default=float("inf"))  # only what was measured is chosen
     if min(factors) > max(factors) / (1 + curve.UNEQUAL) * (1 + 1e-9):
-        assert not chosen.shares
+        assert chosen.split.is_even
 
 
 def test_a_gpu_of_half_the_speed_computes_half_as_much() -> None:
@@ -435,10 +434,10 @@ def test_a_gpu_of_half_the_speed_computes_half_as_much() -> None:
     machine.rank_factors = (0.5, 1.0)
     config = config_of(48, compile=False, sync="window")
     plan = plan_on(machine, config, hardware=pair, nodes=Nodes(2))
-    assert plan.shares == [32, 16]
+    assert plan.split.shares == (32, 16)
     assert sum(map(sum, plan.micro_batches)) == 48
     assert any("ranks are unequal" in note for note in plan.notes)
-    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))).shares == [32, 16]
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))).split == plan.split
 
 
 def test_noise_makes_no_rank_unequal() -> None:
@@ -463,11 +462,11 @@ def test_compiled_sizes_that_are_estimated_keep_the_ranks_apart() -> None:
 
 
 def test_a_plan_with_shares_still_multiplies_out() -> None:
-    plan = make_plan(effective_batch=10, world_size=2, micro_batch=4, shares=[7, 3], reason="", **vars(WAY))
+    plan = Plan(split=Split(10, 2, (7, 3)), micro_batch=4, settings=WAY, reason="")
     assert plan.micro_batches == [[4, 3], [3]]
     assert plan.equation == "10 = 1 rank x (4 + 3) + 1 rank x (3)"
-    with pytest.raises(AssertionError, match="sums to 9"):
-        make_plan(effective_batch=10, world_size=2, micro_batch=4, shares=[6, 3], reason="", **vars(WAY))
+    with pytest.raises(ValueError, match="shares of 9 samples over 2 ranks"):
+        Split(10, 2, (6, 3))
 
 
 # ---- compiled sizes: few, and none for a smaller batch ---------------------------------------------------
@@ -500,19 +499,19 @@ def compiling(compiled_s: Callable[[int], float], monkeypatch: pytest.MonkeyPatc
 def test_compiled_sizes_climb_while_they_gain(monkeypatch: pytest.MonkeyPatch) -> None:
     machine, plan = compiling(lambda size: 0.05 + 0.004 * size, monkeypatch)
     assert machine.compiled_sizes == [64, 128, 256, 512]
-    assert (plan.compile, plan.micro_batch) == (True, 512)
+    assert (plan.settings.compile, plan.micro_batch) == (True, 512)
 
 
 def test_compiled_sizes_stop_where_they_do_not_gain(monkeypatch: pytest.MonkeyPatch) -> None:
     machine, plan = compiling(lambda size: 0.004 * size, monkeypatch)
     assert machine.compiled_sizes == [64, 128, 256]  # one without a gain may be noise, two are not
-    assert plan.compile
+    assert plan.settings.compile
 
 
 def test_one_noisy_compiled_size_does_not_end_the_climb(monkeypatch: pytest.MonkeyPatch) -> None:
     machine, plan = compiling(lambda size: (0.05 + 0.004 * size) * (1.1 if size == 128 else 1.0), monkeypatch)
     assert machine.compiled_sizes == [64, 128, 256, 512]
-    assert (plan.compile, plan.micro_batch) == (True, 512)
+    assert (plan.settings.compile, plan.micro_batch) == (True, 512)
 
 
 def test_compiled_sizes_descend_where_larger_ones_are_slower(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -526,12 +525,12 @@ def test_another_effective_batch_compiles_only_what_it_will_use(monkeypatch: pyt
     for effective in (384, 256):
         plan = tune.make_plan_for(config_of(effective), _info(), CUDA, Nodes(1), run=no_trial)
         assert sum(map(sum, plan.micro_batches)) == effective
-        assert plan.compile
+        assert plan.settings.compile
     # below all compiled sizes the uncompiled curve says how much compiling promises: one size is measured
     machine.asked.clear()
     plan = plan_on(machine, config_of(24), hardware=CUDA)
     assert [asked.sizes for asked in machine.asked if asked.sizes] == [(24,)]
-    assert (plan.compile, plan.micro_batch) == (True, 24)
+    assert (plan.settings.compile, plan.micro_batch) == (True, 24)
 
 
 def test_ways_of_reducing_that_do_not_fit_beside_each_other_are_not_compared_and_it_is_said() -> None:
@@ -541,7 +540,7 @@ def test_ways_of_reducing_that_do_not_fit_beside_each_other_are_not_compared_and
     two = dataclasses.replace(CUDA, gpus=[tight, tight])
     machine = WholeMachine(lambda f, nth: 0.5, seconds=lambda size: 0.1 + 0.001 * size)
     plan = plan_on(machine, config_of(64, compile=False), hardware=two, nodes=Nodes(2))
-    assert plan.sync == "window"
+    assert plan.settings.sync == "window"
     assert not machine.timed
     assert any("was not compared" in note and "sync=overlap" in note for note in plan.notes)
 
@@ -569,7 +568,7 @@ def test_where_memory_keeps_larger_compiled_sizes_away_smaller_ones_are_not_trie
     machine = Compiling(lambda size: 0.004 * size, seconds=lambda size: max(0.16, 0.01 * size), largest=64)
     plan = plan_on(machine, config_of(512), hardware=CUDA)
     assert machine.compiled_sizes == [64, 128, 103]  # and not 32, but one between what fits and what does not
-    assert (plan.compile, plan.micro_batch) == (True, 64)
+    assert (plan.settings.compile, plan.micro_batch) == (True, 64)
 
 
 def test_a_first_compiled_size_that_does_not_fit_ends_the_climb(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -589,7 +588,7 @@ def test_a_first_compiled_size_that_does_not_fit_ends_the_climb(monkeypatch: pyt
         (64,),
         (128,),
     ]
-    assert (plan.compile, plan.micro_batch) == (True, 64)
+    assert (plan.settings.compile, plan.micro_batch) == (True, 64)
 
 
 def test_recomputation_is_judged_where_nothing_fits_uncompiled() -> None:
@@ -602,7 +601,7 @@ def test_recomputation_is_judged_where_nothing_fits_uncompiled() -> None:
             super().__call__(folder)
 
     plan = plan_on(Fused(), config_of(8, compile=True))
-    assert plan.compile
+    assert plan.settings.compile
     assert sum(map(sum, plan.micro_batches)) == 8
 
 
@@ -625,8 +624,8 @@ def test_the_plan_names_the_main_memory_that_loading_holds() -> None:
         Measurement(size, FITS, size, 0.01 * size, host_bytes=size * units.MIB) for size in (1, 2, 4, 8)
     )
     measured = Curve(WAY, rows, curve.SHARE)
-    chosen = search.candidates(measured, 512, 2, 8)[0]
-    (told,) = explain.loading(measured, chosen, 512, 2, workers=8)
+    chosen = search.candidates(measured, Split(512, 2), 8)[0]
+    (told,) = explain.loading(measured, chosen, workers=8)
     assert "up to 768 MiB" in told
     assert "two windows of 256 MiB, and 32 micro-batches of 8 MiB" in told
-    assert explain.loading(measured, chosen, 16, 2, workers=0) == []
+    assert explain.loading(measured, dataclasses.replace(chosen, split=Split(16, 2)), workers=0) == []

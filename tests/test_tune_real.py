@@ -114,10 +114,10 @@ def test_a_plan_from_real_trials_and_the_same_from_the_cache(
     fitting = [trial for trial in plan.trials if trial.outcome == FITS]
     assert {1, 2} <= {trial.micro_batch for trial in fitting}
     for trial in fitting:
-        assert trial.micro_step_s > 0
+        assert trial.measured.micro_step_s > 0
         assert trial.optimizer_s > 0
         assert trial.peak_memory_bytes > 2**20
-        assert trial.loss == pytest.approx(fitting[0].loss, rel=1e-5)
+        assert trial.measured.loss == pytest.approx(fitting[0].measured.loss, rel=1e-5)
     assert "takes" in plan.reason
     started = time.perf_counter()
     again = plan_in(project, what="print")

@@ -19,9 +19,9 @@ from test_tune_rise import FakeGpu
 from gatrain import batch, codec, tune
 from gatrain.config import RunConfig
 from gatrain.launch.world import Nodes
-from gatrain.plan import FITS, Plan, StepSettings
+from gatrain.plan import FITS, Measurement, Plan, StepSettings
 from gatrain.tune import finalists, protocol
-from gatrain.tune.curve import Curve, Measurement
+from gatrain.tune.curve import Curve
 from gatrain.tune.finalists import Confirmation, WholeSteps
 from gatrain.units import GIB
 
@@ -97,10 +97,10 @@ class Replay:
         lines += [*device.said, {"event": "end", "stopped": stopped}]
         if asked.whole is not None:
             entries = tuple(
-                WholeSteps(f, tuple(self._whole(f, asked.whole.effective_batch) for _ in range(3)))
+                WholeSteps(f, tuple(self._whole(f, f.split.effective_batch) for _ in range(3)))
                 for f in asked.whole.finalists
             )
-            found = Confirmation(asked.whole.effective_batch, 1, entries)
+            found = Confirmation(entries)
             lines.append({"event": "whole", "confirmation": codec.encode(found)})
         with open(folder / protocol.LINES, "a") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
@@ -127,8 +127,8 @@ def plan_of(replay: Replay, effective: int, *, retune: bool = True) -> Plan:
 
 def was_measured(plan: Plan) -> bool:
     return any(
-        (t.micro_batch, t.checkpointing, t.compile, t.outcome)
-        == (plan.micro_batch, plan.checkpointing, plan.compile, FITS)
+        (t.micro_batch, t.settings.checkpointing, t.settings.compile, t.outcome)
+        == (plan.micro_batch, plan.settings.checkpointing, plan.settings.compile, FITS)
         and t.peak_memory_bytes is not None
         for t in plan.trials
     )

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gatrain.plan import DOES_NOT_FIT, FITS, SKIPPED, StepSettings
+from gatrain.plan import DOES_NOT_FIT, FITS, SKIPPED, Measurement, StepSettings
 from gatrain.tune import curve, explain, protocol
-from gatrain.tune.curve import Curve, Measurement
+from gatrain.tune.curve import Curve
 from gatrain.tune.trials import measure, session
 from gatrain.units import MIB
 

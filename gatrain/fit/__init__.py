@@ -289,7 +289,7 @@ def find_world(config: RunConfig, request: WorldRequest) -> tuple[Hardware, Node
         )
     nodes = request.nodes(nproc)
     if isinstance(config.batch.micro, int):
-        batch.check_micro_batch(config.batch.effective, nodes.world_size, config.batch.micro)
+        batch.Split(config.batch.effective, nodes.world_size).check_micro_batch(config.batch.micro)
     return hardware, nodes
 
 

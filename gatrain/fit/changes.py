@@ -39,7 +39,7 @@ def write_record(run_dir: RunDir, composed: Composed, plan: Plan, facts: RunFact
     new = Recorded(
         settings=records.public(stored.leaves),
         references={**composed.references, **stored.references},
-        precision=plan.precision,
+        precision=plan.settings.precision,
         code=records.code_of(facts.code, cwd),
         versions=records.versions(),
     )
@@ -117,8 +117,8 @@ class Changes:
             progress(f"note: {self.run_dir.recorded.name} is missing: settings and code are not compared")
         else:
             self.differences += records.code_differences(self.recorded, cwd)
-            if plan is not None and plan.precision != self.recorded.precision and not self.replans:
-                was, now = self.recorded.precision, plan.precision
+            if plan is not None and plan.settings.precision != self.recorded.precision and not self.replans:
+                was, now = self.recorded.precision, plan.settings.precision
                 self.differences.append(Difference("precision", was, now, self.run_dir.plan.name))
         try:
             with begin_inspection(self.reloaded.yaml, cwd, config=self.reloaded.config) as inspection:
@@ -148,7 +148,7 @@ class Changes:
         new = Recorded(
             settings=settings,
             references=self.references | self.reloaded.references,
-            precision=plan.precision,
+            precision=plan.settings.precision,
             code=records.code_of(facts.code, cwd),
             versions=records.versions(),
         )

@@ -80,7 +80,7 @@ def predict(
     if nproc < 1:
         raise ConfigError(f"--nproc {nproc} is below 1, the smallest number of processes.")
     if isinstance(config.batch.micro, int):
-        batch.check_micro_batch(config.batch.effective, nproc, config.batch.micro)
+        batch.Split(config.batch.effective, nproc).check_micro_batch(config.batch.micro)
     began = time.perf_counter()
     precisions = {gpu: _precision(config, gpu) for gpu in gpus}
     memory_bytes = max(gpu.memory_bytes for gpu in gpus)

@@ -8,7 +8,7 @@ from typing import Any
 
 from gatrain import batch, codec, units
 from gatrain.config import RunConfig
-from gatrain.plan import FITS, Plan, Trial, make_plan
+from gatrain.plan import FITS, Measurement, Plan, StepSettings, Trial
 from gatrain.predict import overheads, roofline
 from gatrain.predict.gpus import GpuModel
 from gatrain.predict.request import ModeTrace, TraceResult, largest
@@ -97,7 +97,7 @@ class Forecaster:
         self._precision = precision
         self._sync = sync
         self._effective = config.batch.effective
-        self._share = batch.largest_share(self._effective, world_size)
+        self._share = batch.Split(self._effective, world_size).share
 
     def on(self, gpu: GpuModel) -> GpuForecast:
         """The answer for one kind of GPU."""
@@ -161,12 +161,8 @@ class Forecaster:
         assert chosen.step_s is not None
         trials = [
             Trial(
-                micro_batch=mode.proposed.micro_batch,
-                precision=self._precision,
-                checkpointing=mode.checkpointing,
-                compile=False,
-                outcome=FITS,
-                peak_memory_bytes=mode.proposed.peak_bytes,
+                self._settings(mode),
+                Measurement(mode.proposed.micro_batch, FITS, peak_memory_bytes=mode.proposed.peak_bytes),
             )
             for mode in modes
             if mode.proposed is not None
@@ -177,18 +173,17 @@ class Forecaster:
             f"checkpointing {chosen.checkpointing} fits in {units.size(chosen.proposed.peak_bytes)} and should "
             f"take {seconds(chosen.step_s)} per optimizer step; gatrain autotune on that GPU measures it"
         )
-        return make_plan(
-            effective_batch=self._effective,
-            world_size=self._world_size,
+        return Plan(
+            split=batch.Split(self._effective, self._world_size),
             micro_batch=chosen.proposed.micro_batch,
-            precision=self._precision,
-            checkpointing=chosen.checkpointing,
-            compile=False,
-            sync=self._sync,
+            settings=self._settings(chosen),
             reason=reason,
             trials=trials,
             notes=["Every number of this plan is a prediction."],
         )
+
+    def _settings(self, mode: ModeForecast) -> StepSettings:
+        return StepSettings(self._precision, mode.checkpointing, compile=False, sync=self._sync)
 
 
 def _balanced(share: int, most: int, fits: Callable[[int], bool]) -> int:

@@ -54,7 +54,7 @@ def plan_plot_lines(plan: Plan, width: int = 80, height: int = 8) -> list[str]:
 
     Empty with fewer than two measured sizes: there is no curve to see.
     """
-    way = (plan.precision, plan.checkpointing, plan.compile)
+    way = _way(plan)
     measured = [t for t in plan.trials if t.outcome == plans.FITS and _way(t) == way]
     lines: list[str] = []
     for title, points in (
@@ -157,11 +157,12 @@ def plan_figure(plan: Plan) -> Any:
         1.15 * max(trial.samples_per_s or 0.0 for trial in measured),
         1.15 * max((trial.peak_memory_bytes or units.MIB) / units.GIB for trial in measured),
     )
-    chosen = (plan.precision, plan.checkpointing, plan.compile)
+    chosen = _way(plan)
     ways = sorted({_way(trial) for trial in tried}, key=lambda way: (way != chosen, way))
     refused_label: str | None = "does not fit"
     for index, way in enumerate(ways):
-        color, label = f"C{index}", f"{way[0]}, checkpointing {way[1]}{', compiled' * way[2]}"
+        words = [way[0], f"checkpointing {way[1]}", *(["compiled"] * way[2]), *([way[3]] * bool(way[3]))]
+        color, label = f"C{index}", ", ".join(words)
         same = sorted((t for t in tried if _way(t) == way), key=lambda trial: trial.micro_batch)
         rates = [(t.micro_batch, t.samples_per_s) for t in same if t in measured]
         peaks = [
@@ -199,5 +200,6 @@ def plan_figure(plan: Plan) -> Any:
     return figure
 
 
-def _way(trial: plans.Trial) -> tuple[str, str, bool]:
-    return trial.precision, trial.checkpointing, trial.compile
+def _way(of: plans.Trial | Plan) -> tuple[str, str, bool, str]:
+    way = of.settings
+    return way.precision, way.checkpointing, way.compile, way.knob_text

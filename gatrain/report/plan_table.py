@@ -40,14 +40,17 @@ _COLUMNS = (
     _Column("micro-\nbatch", lambda _, trial: f"{trial.micro_batch:,}", justify="right"),
     _Column("accum.\nsteps", lambda plan, trial: f"{_accumulation(plan, trial):,}", justify="right", rank=2),
     _Column(
-        "check-\npointing", lambda _, trial: trial.checkpointing, constant=lambda v: f"checkpointing {v}"
+        "check-\npointing",
+        lambda _, trial: trial.settings.checkpointing,
+        constant=lambda v: f"checkpointing {v}",
     ),
-    _Column("preci-\nsion", lambda _, trial: trial.precision, constant=lambda v: v),
+    _Column("preci-\nsion", lambda _, trial: trial.settings.precision, constant=lambda v: v),
     _Column(
         "com-\npiled",
-        lambda _, trial: "yes" if trial.compile else "no",
+        lambda _, trial: "yes" if trial.settings.compile else "no",
         constant=lambda v: "compiled" if v == "yes" else "not compiled",
     ),
+    _Column("\nknobs", lambda _, trial: trial.settings.knob_text or _NO_VALUE, optional=True),
     _Column("\nresult", lambda _, trial: _OUTCOMES.get(trial.outcome, trial.outcome)),
     _Column(
         "peak\nmemory",
@@ -137,10 +140,11 @@ def chosen_trial(plan: Plan) -> Trial | None:
 def sorted_trials(plan: Plan) -> list[Trial]:
     """All trials: the chosen way of computing first, then the other ways; in each by micro-batch."""
 
-    def order(trial: Trial) -> tuple[bool, int, str, bool, int]:
-        known = trial.checkpointing in _CHECKPOINTING
-        level = _CHECKPOINTING.index(trial.checkpointing) if known else len(_CHECKPOINTING)
-        return _variant(trial) != _variant(plan), level, trial.precision, not trial.compile, trial.micro_batch
+    def order(trial: Trial) -> tuple[bool, int, str, bool, str, int]:
+        way = trial.settings
+        level = _CHECKPOINTING.index(way.checkpointing)
+        is_other = _variant(trial) != _variant(plan)
+        return is_other, level, way.precision, not way.compile, way.knob_text, trial.micro_batch
 
     return sorted(plan.trials, key=order)
 
@@ -217,12 +221,13 @@ def _columns(plan: Plan, trials: list[Trial]) -> tuple[list[_Column], str]:
 def _sentences(plan: Plan, trials: list[Trial]) -> list[str]:
     lines = [text.clean(plan.equation)]
     how = [
-        text.clean(plan.precision),
+        text.clean(plan.settings.precision),
         "no checkpointing"
-        if plan.checkpointing == "none"
-        else f"{text.clean(plan.checkpointing)} checkpointing",
-        "compiled" if plan.compile else "not compiled",
-        f"sync {text.clean(plan.sync)}",
+        if plan.settings.checkpointing == "none"
+        else f"{text.clean(plan.settings.checkpointing)} checkpointing",
+        "compiled" if plan.settings.compile else "not compiled",
+        f"sync {text.clean(plan.settings.sync)}",
+        *([text.clean(plan.settings.knob_text)] if plan.settings.knobs else []),
     ]
     lines.append(", ".join(how))
     if plan.predicted_peak_bytes is not None and plan.memory_budget_bytes is not None:
@@ -254,11 +259,12 @@ def _causes(plan: Plan, trials: list[Trial]) -> list[str]:
 
 
 def _accumulation(plan: Plan, trial: Trial) -> int:
-    return -(-batch.largest_share(plan.effective_batch, plan.world_size) // trial.micro_batch)
+    return -(-batch.Split(plan.effective_batch, plan.world_size).share // trial.micro_batch)
 
 
-def _variant(of: Plan | Trial) -> tuple[str, str, bool]:
-    return of.precision, of.checkpointing, of.compile
+def _variant(of: Plan | Trial) -> tuple[str, str, bool, str]:
+    way = of.settings
+    return way.precision, way.checkpointing, way.compile, way.knob_text
 
 
 def _or_dash(value: float | None, write: Callable[[float], str]) -> str:

@@ -44,14 +44,14 @@ def _one(forecast: GpuForecast) -> list[str]:
         rate = forecast.samples_per_s
         lines += [
             "",
-            f"Proposed: {forecast.plan.equation}, checkpointing {forecast.plan.checkpointing}",
+            f"Proposed: {forecast.plan.equation}, checkpointing {forecast.plan.settings.checkpointing}",
             f"Predicted rate: {rate.low:,.3g} to {rate.high:,.3g} samples/s over all GPUs",
         ]
     return lines
 
 
 def _is_chosen(forecast: GpuForecast, mode: ModeForecast) -> bool:
-    return forecast.plan is not None and forecast.plan.checkpointing == mode.checkpointing
+    return forecast.plan is not None and forecast.plan.settings.checkpointing == mode.checkpointing
 
 
 def _table(prediction: Prediction) -> list[str]:

@@ -182,7 +182,7 @@ class Trainer:
             self.schedule,
             self.engine.ranks,
             micro_batch=self.plan.micro_batch,
-            shares=self.plan.shares if self.plan.world_size == self.engine.ranks.world_size else None,
+            shares=self.plan.split.shares if self.plan.world_size == self.engine.ranks.world_size else None,
             start=start,
             stop=stop,
             workers=workers,

@@ -47,19 +47,19 @@ def _advice(
     if not modes:
         yield "The model with its gradients and its optimizer's state does not fit, whatever the micro-batch."
     else:
-        in_use = f"checkpointing={plan.checkpointing}, precision={plan.precision}"
+        in_use = f"checkpointing={plan.settings.checkpointing}, precision={plan.settings.precision}"
         yield f"In use were micro-batches of at most {plan.micro_batch}, {in_use}."
     smaller = None
     if modes and plan.micro_batch > 1:
         smaller = f"batch.micro={plan.micro_batch // 2}"
-    elif "full" in modes and plan.checkpointing != "full":
+    elif "full" in modes and plan.settings.checkpointing != "full":
         smaller = "checkpointing=full"
     if smaller is not None:
         yield f"A smaller one gives the same result: {_command(run_dir, smaller)}"
     further = []
-    if "full" in modes and plan.checkpointing != "full" and smaller != "checkpointing=full":
+    if "full" in modes and plan.settings.checkpointing != "full" and smaller != "checkpointing=full":
         further.append("checkpointing=full")
-    if device == "cuda" and plan.precision == "fp32":
+    if device == "cuda" and plan.settings.precision == "fp32":
         further.append("a new run with precision=bf16")
     if config.train.data_workers:
         further.append(f"fewer than train.data_workers={config.train.data_workers}")

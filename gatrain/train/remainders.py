@@ -74,7 +74,7 @@ class Splits:
         dropping = self._with(dataclasses.replace(self.schedule, drop_last=True), self.micro_batch)
         if not self.schedule.drop_last and dropping._is_good(is_good):
             found.append("train.drop_last=true")
-        share = batch.largest_share(self.schedule.effective_batch, self.world_size)
+        share = batch.Split(self.schedule.effective_batch, self.world_size).share
         for micro_batch in range(self.micro_batch + 1, share + 1):
             if self._with(self.schedule, micro_batch)._is_good(is_good):
                 found.append(f"batch.micro={micro_batch}")
@@ -84,7 +84,7 @@ class Splits:
             if not 1 <= effective <= self.schedule.samples:
                 continue
             other = dataclasses.replace(self.schedule, effective_batch=effective)
-            most = min(batch.largest_share(effective, self.world_size), self.micro_batch + _LARGER)
+            most = min(batch.Split(effective, self.world_size).share, self.micro_batch + _LARGER)
             for micro_batch in range(min(self.micro_batch, most), most + 1):
                 if self._with(other, micro_batch)._is_good(is_good):
                     is_new = micro_batch != self.micro_batch
@@ -93,7 +93,7 @@ class Splits:
         return " or ".join(found)
 
     def _with(self, schedule: WindowSchedule, micro_batch: int) -> Splits:
-        most = batch.largest_share(schedule.effective_batch, self.world_size)
+        most = batch.Split(schedule.effective_batch, self.world_size).share
         shares = self.shares if schedule.effective_batch == self.schedule.effective_batch else None
         return Splits(schedule, self.world_size, min(micro_batch, most), shares)
 

@@ -16,11 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gatrain import batch
+from gatrain.batch import Split
 from gatrain.config import RunConfig
 from gatrain.hardware import Hardware
 from gatrain.launch.world import Nodes
-from gatrain.plan import Plan, make_plan
+from gatrain.plan import Plan
 from gatrain.tune import knobs
 from gatrain.tune.estimate import DataInfo, check_state_fits, state_bytes
 from gatrain.tune.planner import Planner
@@ -76,18 +76,15 @@ def make_plan_for(
     notes = [knobs.half_note(data_info.half_parameters, half, data_info.parameters)] if half else []
     notes += data_info.remarks
     fixed = question.fixed_micro_batch
+    split = Split(config.batch.effective, nodes.world_size)
     if fixed is not None:
-        batch.check_micro_batch(config.batch.effective, nodes.world_size, fixed)
+        split.check_micro_batch(fixed)
     check_state_fits(config, data_info, hardware, nodes.nproc)
     if fixed is not None and not question.needs_trials:
-        plan = make_plan(
-            effective_batch=config.batch.effective,
-            world_size=nodes.world_size,
+        plan = Plan(
+            split=split,
             micro_batch=fixed,
-            precision=question.base.precision,
-            checkpointing=question.base.checkpointing,
-            compile=question.base.compile,
-            sync=question.base.sync,
+            settings=question.base,
             reason=f"batch.micro={fixed} was asked for; {question.precision_reason}",
         )
     else:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gatrain import batch, units
+from gatrain import units
+from gatrain.batch import Split
 from gatrain.config import AdamWConfig, OptimizerConfig
 from gatrain.tune import search
 from gatrain.tune.curve import Curve
@@ -34,8 +35,6 @@ def sentences(
     curve: Curve,
     chosen: Candidate,
     *,
-    effective_batch: int,
-    world_size: int,
     optimizer: OptimizerConfig,
     on_gpu: bool,
 ) -> list[str]:
@@ -43,49 +42,54 @@ def sentences(
     said = []
     if chosen.accumulation_steps == 1:
         said.append("The whole share of each rank is computed at once: no accumulation is needed.")
-    better = better_batches(curve, effective_batch, world_size)
+    split = Split(chosen.split.effective_batch, chosen.split.world_size)
+    better = better_batches(curve, split)
     if better:
         words = " or ".join(
             f"batch.effective={b.effective_batch} ({b.gain:.1%} less time per sample)" for b in better
         )
         said.append(f"Another effective batch would split better: {words}; predicted, the micro-steps alone.")
-    if on_gpu and (faster := next_gpu_step_s(curve, effective_batch, world_size)) is not None:
-        unknown = " without the gradient reduction, which one GPU does not show" if world_size == 1 else ""
+    if on_gpu and (faster := next_gpu_step_s(curve, split)) is not None:
+        unknown = (
+            " without the gradient reduction, which one GPU does not show" if split.world_size == 1 else ""
+        )
         now = units.seconds(chosen.step_s)
         said.append(
             f"One more GPU: a step is predicted to take {units.seconds(faster)} instead of {now}{unknown}."
         )
-    if world_size == 1 and chosen.accumulation_steps > 1 and isinstance(optimizer, AdamWConfig):
-        said.append(small_batch_sentence(chosen.micro_batch, effective_batch, optimizer))
+    if split.world_size == 1 and chosen.accumulation_steps > 1 and isinstance(optimizer, AdamWConfig):
+        said.append(small_batch_sentence(chosen.micro_batch, split.effective_batch, optimizer))
     return said[:MOST_SENTENCES]
 
 
-def better_batches(curve: Curve, effective_batch: int, world_size: int) -> list[BetterBatch]:
+def better_batches(curve: Curve, split: Split) -> list[BetterBatch]:
     """The nearest effective batch below and above that splits clearly better, nearest first.
 
     Only micro-steps count: that a larger effective batch pays reduction and update less often is true of every
     one and says nothing about the split.
     """
-    now = _micro_seconds_per_sample(curve, effective_batch, world_size)
+    effective_batch = split.effective_batch
+    now = _micro_seconds_per_sample(curve, split)
     if now is None:
         return []
     found: dict[bool, BetterBatch] = {}
-    for other in _well_split(curve, effective_batch, world_size):
+    for other in _well_split(curve, split):
         is_above = other > effective_batch
         if is_above in found:
             continue
-        per_sample = _micro_seconds_per_sample(curve, other, world_size)
+        per_sample = _micro_seconds_per_sample(curve, Split(other, split.world_size))
         if per_sample is not None and per_sample < now * (1 - WORTH_SAYING):
             found[is_above] = BetterBatch(other, 1 - per_sample / now)
     return sorted(found.values(), key=lambda b: abs(b.effective_batch - effective_batch))
 
 
-def _well_split(curve: Curve, effective_batch: int, world_size: int) -> list[int]:
+def _well_split(curve: Curve, split: Split) -> list[int]:
     """Effective batches within `REACH` that are whole multiples of a measured size on every rank, nearest first."""
+    effective_batch = split.effective_batch
     reach = int(effective_batch * REACH)
     found: set[int] = set()
     for m in curve.fitting:
-        unit = m.micro_batch * world_size
+        unit = m.micro_batch * split.world_size
         first = -(-(effective_batch - reach) // unit) * unit
         nearest = round(effective_batch / unit) * unit
         candidates = range(
@@ -96,20 +100,20 @@ def _well_split(curve: Curve, effective_batch: int, world_size: int) -> list[int
     return sorted(found, key=lambda other: (abs(other - effective_batch), other))[:MOST_BATCHES]
 
 
-def _micro_seconds_per_sample(curve: Curve, effective_batch: int, world_size: int) -> float | None:
-    options = search.candidates(curve, effective_batch, world_size)
+def _micro_seconds_per_sample(curve: Curve, split: Split) -> float | None:
+    options = search.candidates(curve, split)
     if not options:
         return None
     best = min(option.step_s for option in options)
-    return (best - curve.step_overhead_s) / effective_batch
+    return (best - curve.step_overhead_s) / split.effective_batch
 
 
-def next_gpu_step_s(curve: Curve, effective_batch: int, world_size: int) -> float | None:
+def next_gpu_step_s(curve: Curve, split: Split) -> float | None:
     """Predicted seconds of a step at the same effective batch on one more GPU like the slowest; None if that
     would leave a GPU without work."""
-    if effective_batch <= world_size:
+    if split.effective_batch <= split.world_size:
         return None
-    share = batch.largest_share(effective_batch, world_size + 1)
+    share = Split(split.effective_batch, split.world_size + 1).share
     sizes = [m.micro_batch for m in curve.fitting if m.micro_batch <= share]
     if share <= curve.fitting[-1].micro_batch:
         sizes.append(share)

@@ -23,7 +23,7 @@ from gatrain.tune.curve import Curve
 from gatrain.tune.estimate import DataInfo
 from gatrain.tune.finalists import Confirmation
 
-VERSION = 2
+VERSION = 3
 """Of the file's form and of the way of measuring: raise it when old measurements should not count."""
 MAX_CONFIRMATIONS = 50
 """The newest interleaved runs that a file keeps."""

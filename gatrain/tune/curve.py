@@ -1,4 +1,4 @@
-"""What was measured, as data: a `Measurement` for each size, a `Curve` for each way to compute a micro-step.
+"""What was measured with one `StepSettings`: a curve of `gatrain.plan.Measurement` over micro-batch sizes.
 
 Nothing here depends on the effective batch, so a stored curve answers for every effective batch.
 """
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from gatrain import schema
-from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, SKIPPED, StepSettings
+from gatrain.plan import DOES_NOT_FIT, FITS, Measurement, StepSettings
 
 SHARE, MEMORY, TIME, SLOWER, LEVEL, BROKEN, INTERRUPTED = (
     "share",
@@ -33,74 +33,6 @@ FAR = 2.0
 """Factor by which a size may take longer per sample than a smaller one before it is measured again."""
 UNEQUAL, UNEQUAL_SIZES = 0.10, 3
 """Ranks whose micro-step times differ by more than this part, at each of so many sizes, are unequal."""
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One micro-batch size, measured on all ranks: the slowest rank's seconds, the largest peak in bytes."""
-
-    micro_batch: int
-    outcome: str
-    peak_memory_bytes: int | None = None
-    micro_step_s: float | None = None
-    reduce_s: float | None = None
-    optimizer_s: float | None = None
-    loss: float | None = None
-    """Loss per unit weight of one fixed sample, repeated ``micro_batch`` times."""
-    reference_loss: float | None = None
-    """The same of the smallest size that this process measured."""
-    loss_noise: float = 0.0
-    """Standard deviation of ``reference_loss`` over random seeds: above zero where there is dropout."""
-    repeated_loss: float | None = None
-    """``loss`` once more with the same seed, where it disagrees with the reference."""
-    error: str | None = None
-    rank_s: tuple[float, ...] = ()
-    """Each rank's own ``micro_step_s``, in rank order."""
-    fragmentation_bytes: int = 0
-    """Part of the peak that no tensor filled."""
-    compile_s: float | None = None
-    """Seconds of the first micro-step of this size, compilation included, on the slowest rank."""
-    is_estimate: bool = False
-    """Not measured: see `gatrain.tune.search.extended`."""
-    noise: float | None = None
-    """Relative standard error of ``micro_step_s``, from the spread of the repeats on the noisiest rank."""
-    host_bytes: int | None = None
-    """Main memory of one micro-batch before it goes to the device."""
-    spread: float | None = None
-    """Part by which repeats differ on that rank, and their fastest and slowest."""
-    range_s: tuple[float, float] | None = None
-    again: int = 0
-    """How often the size was measured again, because its repeats differ or other sizes contradict it."""
-
-    def with_repeat(self, other: Measurement) -> Measurement:
-        """This size measured again: the faster counts, as whatever disturbs only adds; a failure always counts."""
-        if other.outcome != FITS or self.micro_step_s is None or other.micro_step_s is None:
-            return other
-        kept = min(self, other, key=lambda m: m.micro_step_s or 0.0)
-        ranges = [m.range_s for m in (self, other) if m.range_s is not None]
-        return dataclasses.replace(
-            kept,
-            peak_memory_bytes=max(self.peak_memory_bytes or 0, other.peak_memory_bytes or 0) or None,
-            fragmentation_bytes=max(self.fragmentation_bytes, other.fragmentation_bytes),
-            compile_s=max(self.compile_s or 0.0, other.compile_s or 0.0),
-            range_s=(min(low for low, _ in ranges), max(high for _, high in ranges)) if ranges else None,
-            again=self.again + 1,
-        )
-
-    def check(self) -> None:
-        """
-        Raises:
-            ValueError: a number that was never measured.
-        """
-        schema.one_of((FITS, DOES_NOT_FIT, FAILED, SKIPPED), outcome=self.outcome)
-        schema.at_least(1, micro_batch=self.micro_batch)
-        names = (
-            "peak_memory_bytes", "micro_step_s", "reduce_s", "optimizer_s", "fragmentation_bytes", "compile_s",
-            "host_bytes", "again",
-        )  # fmt: skip
-        schema.at_least(0, **{name: getattr(self, name) for name in names})
-        for seconds in (*self.rank_s, *(self.range_s or ())):
-            schema.at_least(0, seconds=seconds)
 
 
 def doubtful(measurements: Iterable[Measurement], far: float = FAR) -> list[int]:

@@ -7,9 +7,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from gatrain import batch, units
+from gatrain import units
+from gatrain.batch import Split
 from gatrain.config import RunConfig
-from gatrain.plan import FITS, Plan, StepSettings, Trial, make_plan
+from gatrain.plan import FITS, Measurement, Plan, StepSettings, Trial
 from gatrain.train import read_ahead
 from gatrain.tune import advice, curve, search
 from gatrain.tune.curve import Curve
@@ -45,8 +46,6 @@ def make(
     used: Mapping[StepSettings, Curve],
     chosen_curve: Curve,
     *,
-    effective_batch: int,
-    world_size: int,
     config: RunConfig,
     on_gpu: bool,
     is_remembered: bool,
@@ -73,41 +72,33 @@ def make(
     budget = chosen_curve.budget_bytes or allowed_bytes
     # few sizes are compiled: how far the sizes go is for the curve without compilation to say
     plain = used.get(dataclasses.replace(chosen_curve.settings, compile=False), chosen_curve)
-    return make_plan(
-        effective_batch=effective_batch,
-        world_size=world_size,
+    return Plan(
+        split=chosen.split,
         micro_batch=chosen.micro_batch,
-        shares=chosen.shares or None,
+        settings=chosen.settings,
         reason=reason,
-        trials=rows(decision, used.values(), effective_batch, world_size),
+        trials=rows(decision, used.values()),
         notes=[
-            *observations(
-                decision, chosen_curve, plain, effective_batch, world_size, max_seconds, config.batch.micro
-            ),
-            *loading(chosen_curve, chosen, effective_batch, world_size, config.train.data_workers),
+            *observations(decision, chosen_curve, plain, max_seconds, config.batch.micro),
+            *loading(chosen_curve, chosen, config.train.data_workers),
             *advice.sentences(
                 chosen_curve,
                 chosen,
-                effective_batch=effective_batch,
-                world_size=world_size,
                 optimizer=config.optimizer,
                 on_gpu=on_gpu,
             ),
         ],
         predicted_peak_bytes=chosen_curve.peak_bytes(chosen.micro_batch),
         memory_budget_bytes=min(budget, allowed_bytes) if is_remembered else budget,
-        **dataclasses.asdict(chosen.settings),
     )
 
 
-def loading(
-    chosen_curve: Curve, chosen: Candidate, effective_batch: int, world_size: int, workers: int
-) -> list[str]:
+def loading(chosen_curve: Curve, chosen: Candidate, workers: int) -> list[str]:
     """What loading holds of each rank's main memory, where that is much."""
     measured = [m.host_bytes / m.micro_batch for m in chosen_curve.fitting if m.host_bytes]
     if not measured:
         return []
-    share = max(chosen.shares) if chosen.shares else batch.largest_share(effective_batch, world_size)
+    share = chosen.split.share
     micro_bytes, window_bytes = measured[-1] * chosen.micro_batch, measured[-1] * share
     held = read_ahead.held_bytes(workers, micro_bytes, window_bytes)
     if held < MUCH_MEMORY:
@@ -126,15 +117,13 @@ def observations(
     decision: Decision,
     chosen_curve: Curve,
     plain: Curve,
-    effective_batch: int,
-    world_size: int,
     max_seconds: float,
     asked_micro_batch: int | str,
 ) -> list[str]:
     """What happened on the way and what the plan is, apart from advice."""
     notes = list(decision.remarks)
     chosen = decision.chosen
-    share = max(chosen.shares) if chosen.shares else batch.largest_share(effective_batch, world_size)
+    share = chosen.split.share
     largest = chosen_curve.fitting[-1].micro_batch
     if chosen_curve.stopped == curve.TIME:
         notes.append(
@@ -166,12 +155,11 @@ def observations(
                 f"{search.name(option, chosen).capitalize()} fits as a micro-step but failed as a whole step "
                 f"({steps.error}), so it was not chosen."
             )
-    if chosen.shares:
-        equal_s = search.step_seconds(
-            chosen_curve, effective_batch, world_size, min(largest, chosen.micro_batch)
-        )
+    if not chosen.split.is_even:
+        even = Split(chosen.split.effective_batch, chosen.split.world_size)
+        equal_s = search.step_seconds(chosen_curve, even, min(largest, chosen.micro_batch))
         notes.append(
-            f"The ranks are unequal, so are their shares: {', '.join(map(str, chosen.shares))} samples. "
+            f"The ranks are unequal, so are their shares: {', '.join(map(str, chosen.split.shares))} samples. "
             f"Equal shares would take {units.seconds(equal_s)} per step by the same model, "
             f"these {units.seconds(chosen.step_s)}; the gradient is the same."
         )
@@ -208,34 +196,35 @@ def noisy(plain: Curve, chosen_curve: Curve, share: int) -> list[str]:
     ]
 
 
-def _differs(m: curve.Measurement) -> bool:
+def _differs(m: Measurement) -> bool:
     return m.range_s is not None and m.range_s[1] > (1 + curve.DIFFERS) * m.range_s[0]
 
 
 def rows(
     decision: Decision,
     curves: Iterable[Curve],
-    effective_batch: int,
-    world_size: int,
 ) -> list[Trial]:
-    """All trials; those of the finalists with what whole steps showed."""
-    found = [row for used in curves for row in search.trial_rows(used, effective_batch, world_size)]
+    """All trials; those of the finalists with what full steps showed."""
+    even = Split(decision.chosen.split.effective_batch, decision.chosen.split.world_size)
+    found = [row for used in curves for row in search.trial_rows(used, even)]
     # where both ways of reducing were timed, the row tells of the chosen one
     timed = [pair for pair in decision.timed if pair[1].seconds]
     timed.sort(key=lambda pair: pair[0].key == decision.chosen.key)
-    whole = {_place(option.settings, option.micro_batch): steps for option, steps in timed}
+    full = {(option.micro_batch, _without_sync(option.settings)): steps for option, steps in timed}
     confirmed = [
         dataclasses.replace(row, confirmed_step_s=steps.median_s, confirmed_steps=len(steps.seconds))
-        if row.outcome == FITS and (steps := whole.get(_place(row, row.micro_batch))) is not None
+        if row.outcome == FITS
+        and (steps := full.get((row.micro_batch, _without_sync(row.settings)))) is not None
         else row
         for row in found
     ]
     return sorted(confirmed, key=_order)
 
 
-def _place(way: StepSettings | Trial, micro_batch: int) -> tuple[int, str, str, bool]:
-    return micro_batch, way.precision, way.checkpointing, way.compile
+def _without_sync(settings: StepSettings) -> StepSettings:
+    return dataclasses.replace(settings, sync="")
 
 
 def _order(row: Trial) -> tuple[bool, int, int]:
-    return row.compile, ("none", "selective", "full").index(row.checkpointing), row.micro_batch
+    way = row.settings
+    return way.compile, ("none", "selective", "full").index(way.checkpointing), row.micro_batch

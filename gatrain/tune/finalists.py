@@ -13,7 +13,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gatrain import batch, schema
+from gatrain import schema
+from gatrain.batch import Split
 from gatrain.plan import StepSettings
 from gatrain.tune.search import Candidate, name, simplicity
 
@@ -32,11 +33,11 @@ EQUAL, MOST_EQUAL = 0.005, 0.03
 
 @dataclass(frozen=True)
 class Finalist:
-    """One candidate as the trial processes need it. ``shares`` are the samples of every rank of the world."""
+    """One candidate as the trial processes need it."""
 
     settings: StepSettings
     micro_batch: int
-    shares: tuple[int, ...]
+    split: Split
 
     def check(self) -> None:
         """
@@ -44,8 +45,6 @@ class Finalist:
             ValueError: a value that no candidate has.
         """
         schema.at_least(1, micro_batch=self.micro_batch)
-        for share in self.shares:
-            schema.at_least(0, share=share)
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,6 @@ class WholeSteps:
 class Confirmation:
     """One interleaved run of finalists for one effective batch on one world."""
 
-    effective_batch: int
-    world_size: int
     entries: tuple[WholeSteps, ...]
 
     def get(self, finalist: Finalist) -> WholeSteps | None:
@@ -79,7 +76,6 @@ class Confirmation:
         Raises:
             ValueError: a number that was never measured.
         """
-        schema.at_least(1, effective_batch=self.effective_batch, world_size=self.world_size)
         for seconds in (seconds for entry in self.entries for seconds in entry.seconds):
             schema.at_least(0, seconds=seconds)
 
@@ -119,16 +115,15 @@ def finalists(options: Sequence[Candidate]) -> list[Candidate]:
 
 
 def _differs(option: Candidate, other: Candidate) -> bool:
-    if (option.settings, bool(option.shares)) != (other.settings, bool(other.shares)):
+    if (option.settings, option.split) != (other.settings, other.split):
         return True
     low, high = sorted((option.micro_batch, other.micro_batch))
     return high > 1.05 * low
 
 
-def finalist_of(option: Candidate, effective_batch: int, world_size: int) -> Finalist:
-    """The candidate with the shares written out."""
-    shares = option.shares or tuple(batch.rank_shares(effective_batch, world_size))
-    return Finalist(option.settings, option.micro_batch, shares)
+def finalist_of(option: Candidate) -> Finalist:
+    """The candidate without what was modelled."""
+    return Finalist(option.settings, option.micro_batch, option.split)
 
 
 def affordable(step_s: Sequence[float], seconds: float) -> tuple[int, int]:

@@ -14,13 +14,14 @@ import math
 from pathlib import Path
 
 from gatrain import batch, units
+from gatrain.batch import Split
 from gatrain.config import RunConfig
 from gatrain.errors import ExactnessError, GatrainError, Interrupted
 from gatrain.hardware import Hardware
 from gatrain.launch.world import Nodes
-from gatrain.plan import FAILED, FITS, SKIPPED, Plan, StepSettings
+from gatrain.plan import FAILED, FITS, SKIPPED, Measurement, Plan, StepSettings
 from gatrain.tune import cache, curve, explain, finalists, memory_model, protocol, refusal, search
-from gatrain.tune.curve import Curve, Measurement
+from gatrain.tune.curve import Curve
 from gatrain.tune.estimate import DataInfo, memory_per_rank, state_bytes
 from gatrain.tune.explain import Decision
 from gatrain.tune.finalists import Confirmation, WholeSteps
@@ -77,15 +78,13 @@ class Planner:
         self._hardware = hardware
         self._question = question
         self._progress = progress
-        self._effective = config.batch.effective
-        self._world_size = nodes.world_size
+        self._split = Split(config.batch.effective, nodes.world_size)
         self._equal_steps = info.synchronises and nodes.world_size > 1
-        self._share = batch.largest_share(self._effective, self._world_size)
-        self._key = cache.fingerprint(config, info, hardware, self._world_size, cwd)
+        self._key = cache.fingerprint(config, info, hardware, nodes.world_size, cwd)
         self._curves: dict[StepSettings, Curve] = {} if retune else cache.load_curves(self._key)
         self._confirmations = [] if retune else cache.load_confirmations(self._key)
         self._free_bytes = memory_per_rank(hardware, nodes.nproc)
-        self._overlaps = hardware.device == "cuda" and self._world_size > 1 and question.tries_overlap
+        self._overlaps = hardware.device == "cuda" and nodes.world_size > 1 and question.tries_overlap
         self._fresh: set[StepSettings] = set()  # measured now
         self._fixed = question.fixed_micro_batch
         self._state_bytes = state_bytes(config, info.parameter_bytes, info.half_parameters)
@@ -165,7 +164,7 @@ class Planner:
 
     def _sizes(self) -> list[int]:
         fixed = self._question.fixed_micro_batch
-        return search.candidate_sizes(self._share) if fixed is None else [fixed]
+        return self._split.candidates() if fixed is None else [fixed]
 
     def _curve(self, way: StepSettings, sizes: list[int]) -> Curve:
         """The curve for one way of computing over rising sizes, from the cache if it can answer."""
@@ -239,7 +238,7 @@ class Planner:
         options = self._measured()
         limited = self._used[search.choose(options).settings] if options else base
         largest = limited.fitting[-1].micro_batch if limited.fitting else 0
-        if limited.stopped != curve.MEMORY or largest >= self._share:
+        if limited.stopped != curve.MEMORY or largest >= self._split.share:
             return
         gain = self._gain(limited, base) if limited.fitting and self._fixed is None else float("inf")
         for mode in limited.modes:
@@ -321,7 +320,7 @@ class Planner:
         known = self._used[way]
         if self._compile_s(way) > MAX_COMPILE_S:
             return
-        cuts = {batch.even_size(self._share, -(-self._share // k)) for k in range(1, 65)}
+        cuts = {batch.even_size(self._split.share, -(-self._split.share // k)) for k in range(1, 65)}
         lowest = STEP_UP * known.fitting[-1].micro_batch
         budget = known.budget_bytes or self._free_bytes
         for size in sorted(cuts, reverse=True):
@@ -379,10 +378,8 @@ class Planner:
         return [
             candidate
             for way in self._used
-            for candidate in search.candidates(
-                self._extended(way), self._effective, self._world_size, self._fixed
-            )
-            if not self._equal_steps or search.has_equal_steps(candidate, self._effective, self._world_size)
+            for candidate in search.candidates(self._extended(way), self._split, self._fixed)
+            if not self._equal_steps or search.has_equal_steps(candidate)
         ]
 
     def _measured(self) -> list[Candidate]:
@@ -416,10 +413,8 @@ class Planner:
 
     def _known_whole_steps(self, near: list[Candidate]) -> list[tuple[Candidate, WholeSteps]] | None:
         """What an interleaved run says of these candidates, the newest that has the best and another."""
-        named = [finalists.finalist_of(o, self._effective, self._world_size) for o in near]
+        named = [finalists.finalist_of(o) for o in near]
         for run in reversed(self._confirmations):
-            if (run.effective_batch, run.world_size) != (self._effective, self._world_size):
-                continue
             found = [
                 (o, steps) for o, f in zip(near, named, strict=True) if (steps := run.get(f)) is not None
             ]
@@ -435,10 +430,8 @@ class Planner:
         if count < 2:
             return
         asked = WholeSpec(
-            self._effective,
-            self._world_size,
             seconds,
-            tuple(finalists.finalist_of(o, self._effective, self._world_size) for o in near[:count]),
+            tuple(finalists.finalist_of(o) for o in near[:count]),
         )
         try:
             _, confirmation = self._runner.measure(near[0].settings, (), whole=asked)
@@ -456,8 +449,8 @@ class Planner:
         for option in near:
             known = self._curve_of(option)
             done = {m.micro_batch for m in known.fitting if not m.is_estimate}
-            shares = option.shares or batch.rank_shares(self._effective, self._world_size)
-            needed = {part for share in set(shares) for part, _ in search.parts(share, option.micro_batch)}
+            shares = set(option.split.shares)
+            needed = {part for share in shares for part, _ in search.parts(share, option.micro_batch)}
             cost_s = len(needed - done) * max((m.compile_s or 0.0 for m in known.fitting), default=0.0)
             if not option.settings.compile or cost_s <= left_s:
                 left_s -= cost_s if option.settings.compile else 0.0
@@ -490,8 +483,6 @@ class Planner:
             decision,
             self._used,
             self._curve_of(decision.chosen),
-            effective_batch=self._effective,
-            world_size=self._world_size,
             config=self._config,
             on_gpu=self._hardware.device == "cuda",
             is_remembered=not self._measured_anything,
@@ -500,5 +491,5 @@ class Planner:
         )
 
 
-def _rate(measurement: curve.Measurement) -> float:
+def _rate(measurement: Measurement) -> float:
     return measurement.micro_batch / (measurement.micro_step_s or float("inf"))

@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from gatrain import codec, units
-from gatrain.plan import StepSettings
+from gatrain.plan import Measurement, StepSettings
 from gatrain.rundir import read_json, write_json
-from gatrain.tune.curve import Measurement
 from gatrain.tune.finalists import Confirmation, Finalist
 
 SPEC, LINES, CONFIG = "trial_spec.json", "trials.jsonl", "config.yaml"
@@ -39,8 +38,6 @@ POLL_S = 0.01
 class WholeSpec:
     """Whole optimizer steps to time after the sizes; see `gatrain.tune.finalists`."""
 
-    effective_batch: int
-    world_size: int
     max_seconds: float
     finalists: tuple[Finalist, ...]
 

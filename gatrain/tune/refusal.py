@@ -8,9 +8,9 @@ from typing import NoReturn
 from gatrain import units
 from gatrain.config import RunConfig
 from gatrain.errors import DoesNotFitError, ExactnessError, WorkerError
-from gatrain.plan import DOES_NOT_FIT, FAILED, StepSettings
+from gatrain.plan import DOES_NOT_FIT, FAILED, Measurement, StepSettings
 from gatrain.tune import knobs
-from gatrain.tune.curve import Curve, Measurement
+from gatrain.tune.curve import Curve
 from gatrain.tune.knobs import Question
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from gatrain import codec, scratch, units
 from gatrain.config import RunConfig
 from gatrain.errors import DoesNotFitError, GatrainError, Interrupted, WorkerError
-from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, StepSettings
+from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, Measurement, StepSettings
 from gatrain.rundir import write_text
 from gatrain.tune import curve, knobs, protocol
-from gatrain.tune.curve import Curve, Measurement
+from gatrain.tune.curve import Curve
 from gatrain.tune.finalists import Confirmation
 from gatrain.tune.protocol import Answers, TrialSpec, WholeSpec
 

@@ -19,8 +19,9 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from gatrain import batch, units
-from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, StepSettings, Trial
-from gatrain.tune.curve import Curve, Measurement
+from gatrain.batch import Split
+from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, Measurement, StepSettings, Trial
+from gatrain.tune.curve import Curve
 
 NOISE = 0.01
 """Step times that differ by less than this part are taken as equal."""
@@ -28,7 +29,6 @@ LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 5e-2}
 """Relative difference between losses of equal samples that rounding in that precision cannot explain."""
 NEARLY = 1 / 16
 """A micro-batch that is smaller than a measured size by at most this part takes as long per sample."""
-MAX_EXTRA_SIZES = 6
 _CHECKPOINTING_ORDER = ("none", "selective", "full")
 
 
@@ -38,44 +38,23 @@ class Candidate:
 
     settings: StepSettings
     micro_batch: int
-    accumulation_steps: int
+    split: Split
     step_s: float
     measured: bool
     """False where the micro-step time lies on the line between two measured sizes: such a size is measured before
     it may be chosen."""
-    shares: tuple[int, ...] = ()
-    """Samples of each rank; empty where they are equal, up to one sample."""
     noise: float = 0.0
     """Relative standard error of the measured micro-step."""
 
     @property
-    def key(self) -> tuple[StepSettings, int, tuple[int, ...]]:
-        """What tells candidates for one effective batch apart."""
-        return self.settings, self.micro_batch, self.shares
+    def key(self) -> tuple[StepSettings, int, Split]:
+        """What tells candidates apart."""
+        return self.settings, self.micro_batch, self.split
 
-
-def candidate_sizes(share: int) -> list[int]:
-    """Micro-batch sizes worth measuring for a share of ``share`` samples, rising; 1 and ``share`` are among
-    them.
-
-    Powers of two, as the share is really cut by them, cover the curve; the share itself means no accumulation; a
-    few divisors and near-equal cuts (``share / k`` rounded up) avoid a small remainder. Sizes close to another are
-    left out.
-    """
-    powers = (2**power for power in range(share.bit_length()))
-    sizes = {1, share, *(batch.even_size(share, power) for power in powers if power <= share)}
-    lowest = max(6, share // 32)
-    divisors = [share // k for k in range(2, 65) if share % k == 0]
-    cuts = [-(-share // k) for k in range(2, 5)]
-    extras = 0
-    for size in (*divisors, *cuts):
-        # a cut that leaves a remainder must fill a real gap to be worth its time
-        apart = 1.2 if size in divisors else 1.4
-        spaced = all(max(size, other) >= apart * min(size, other) for other in sizes)
-        if size >= lowest and spaced and extras < MAX_EXTRA_SIZES:
-            sizes.add(size)
-            extras += 1
-    return sorted(sizes)
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-steps of the busiest rank."""
+        return self.split.accumulation_steps(self.micro_batch)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -161,25 +140,22 @@ def extended(compiled: Curve, plain: Curve) -> Curve:
     return dataclasses.replace(compiled, measurements=(*estimates, *compiled.measurements))
 
 
-def candidates(
-    curve: Curve, effective_batch: int, world_size: int, fixed: int | None = None
-) -> list[Candidate]:
-    """Every split of the effective batch that the curve can vouch for, with its cost.
+def candidates(curve: Curve, even: Split, fixed: int | None = None) -> list[Candidate]:
+    """Every way to compute a window that the curve can vouch for, with its cost.
 
-    With ``fixed`` it is the split by that micro-batch alone, if it was measured. Else, besides measured sizes,
-    these are the near-equal cuts of the share between them: smaller than a size that fits, so they fit as well.
-    Where the ranks are unequal, the same with shares in proportion to their speed.
+    With ``fixed`` it is that micro-batch alone, if it was measured. Else, besides measured sizes, these are the
+    near-equal cuts of the share between them: smaller than a size that fits, so they fit as well. Where the ranks
+    are unequal, the same with shares in proportion to their speed besides the ``even`` ones.
     """
     fitting = {m.micro_batch for m in curve.fitting}
     measured = {m.micro_batch: m for m in curve.fitting if not m.is_estimate}
     if not fitting:
         return []
     found = []
-    for shares in {(), unequal_shares(curve, effective_batch, world_size)}:
-        share = max(shares) if shares else batch.largest_share(effective_batch, world_size)
-        cuts = {-(-share // k) for k in range(1, 33)}
+    for split in {even, unequal(curve, even)}:
+        cuts = {-(-split.share // k) for k in range(1, 33)}
         # a size that does not divide the share is evened out, which gives one of the cuts
-        sizes = {_name_of(share, size, measured) for size in fitting | cuts if size <= share}
+        sizes = {_name_of(split.share, size, measured) for size in fitting | cuts if size <= split.share}
         sizes = {size for size in sizes if _is_vouched_for(curve, size)}
         if fixed is not None:
             sizes = fitting & {fixed}
@@ -187,16 +163,17 @@ def candidates(
             Candidate(
                 settings=curve.settings,
                 micro_batch=size,
-                accumulation_steps=-(-share // size),
-                step_s=step_seconds(curve, effective_batch, world_size, size, shares),
+                split=split,
+                step_s=step_seconds(curve, split, size),
                 measured=size in measured,
-                shares=shares,
                 noise=(measured[size].noise or 0.0) if size in measured else 0.0,
             )
             for size in sorted(sizes)
-            if not _uses_unusable(curve, shares or batch.rank_shares(effective_batch, world_size), size)
+            if not _uses_unusable(curve, split, size)
         ]
-    return sorted(found, key=lambda option: (option.micro_batch, option.shares))
+    return sorted(
+        found, key=lambda option: (option.micro_batch, not option.split.is_even, option.split.shares)
+    )
 
 
 def _name_of(share: int, size: int, measured: Collection[int]) -> int:
@@ -209,24 +186,20 @@ def _name_of(share: int, size: int, measured: Collection[int]) -> int:
     )
 
 
-def has_equal_steps(option: Candidate, effective_batch: int, world_size: int) -> bool:
+def has_equal_steps(option: Candidate) -> bool:
     """Whether all ranks have as many micro-steps, as SyncBatchNorm needs it."""
-    shares = option.shares or batch.rank_shares(effective_batch, world_size)
-    return len({len(sizes) for sizes in batch.split_shares(shares, option.micro_batch)}) == 1
+    return len(set(map(len, option.split.sizes(option.micro_batch)))) == 1
 
 
-def unequal_shares(curve: Curve, effective_batch: int, world_size: int) -> tuple[int, ...]:
-    """Shares in proportion to the ranks' measured speeds; empty where equal ones are as good."""
-    factors = _factors(curve, world_size)
-    if not factors:
-        return ()
-    shares = batch.proportional_shares(effective_batch, [round(1e6 / factor) for factor in factors])
-    return tuple(shares) if max(shares) - min(shares) > 1 else ()
+def unequal(curve: Curve, even: Split) -> Split:
+    """Shares in proportion to the ranks' measured speeds; ``even`` where these are as good."""
+    factors = _factors(curve, even)
+    return even.in_proportion([round(1e6 / factor) for factor in factors]) if factors else even
 
 
-def _factors(curve: Curve, world_size: int) -> tuple[float, ...]:
+def _factors(curve: Curve, split: Split) -> tuple[float, ...]:
     factors = curve.rank_factors
-    return factors if len(factors) == world_size else ()
+    return factors if len(factors) == split.world_size else ()
 
 
 def _is_vouched_for(curve: Curve, size: int) -> bool:
@@ -240,20 +213,17 @@ def _size(measurement: Measurement) -> int:
     return measurement.micro_batch
 
 
-def _uses_unusable(curve: Curve, shares: Iterable[int], size: int) -> bool:
-    """Whether any rank's split contains a size that is known to crash, such as BatchNorm's single sample."""
-    used = {part for share in set(shares) for part, _ in parts(share, size)}
+def _uses_unusable(curve: Curve, split: Split, size: int) -> bool:
+    """Whether any rank's part contains a size that is known to crash, such as BatchNorm's single sample."""
+    used = {part for share in set(split.shares) for part, _ in parts(share, size)}
     return bool(used & curve.unusable)
 
 
-def step_seconds(
-    curve: Curve, effective_batch: int, world_size: int, size: int, shares: Sequence[int] = ()
-) -> float:
-    """Predicted seconds of one optimizer step; see the module's docstring for the form."""
-    if not shares:
-        share = batch.largest_share(effective_batch, world_size)
-        return share_seconds(curve, share, size) + curve.step_overhead_s
-    by_rank = zip(_factors(curve, world_size), shares, strict=True)
+def step_seconds(curve: Curve, split: Split, size: int) -> float:
+    """Modelled seconds of one optimizer step; see the module's docstring for the form."""
+    if split.is_even:
+        return share_seconds(curve, split.share, size) + curve.step_overhead_s
+    by_rank = zip(_factors(curve, split), split.shares, strict=True)
     return (
         max(factor * share_seconds(curve, share, size) for factor, share in by_rank) + curve.step_overhead_s
     )
@@ -283,42 +253,25 @@ def choose(options: Sequence[Candidate]) -> Candidate:
 def simplicity(option: Candidate) -> tuple[bool, bool, int, int]:
     """Sorts the simpler candidate first."""
     return (
-        bool(option.shares),
+        not option.split.is_even,
         option.settings.compile,
         _CHECKPOINTING_ORDER.index(option.settings.checkpointing),
         option.accumulation_steps,
     )
 
 
-def trial_rows(curve: Curve, effective_batch: int, world_size: int) -> list[Trial]:
+def trial_rows(curve: Curve, even: Split) -> list[Trial]:
     """The curve as rows of the plan's table, with what each size means for this effective batch."""
-    unequal = unequal_shares(curve, effective_batch, world_size)
-    share = max(unequal) if unequal else batch.largest_share(effective_batch, world_size)
+    split = unequal(curve, even)
     rows = []
     for m in curve.measurements:
-        if m.micro_batch > share:
+        if m.micro_batch > split.share:
             continue  # measured for a larger effective batch
         step_s = rate = None
         if m.outcome == FITS and m.micro_step_s is not None:
-            step_s = step_seconds(curve, effective_batch, world_size, m.micro_batch, unequal)
-            rate = effective_batch / step_s if step_s > 0 else None
-        rows.append(
-            Trial(
-                micro_batch=m.micro_batch,
-                precision=curve.settings.precision,
-                checkpointing=curve.settings.checkpointing,
-                compile=curve.settings.compile,
-                outcome=m.outcome,
-                peak_memory_bytes=m.peak_memory_bytes,
-                micro_step_s=m.micro_step_s,
-                reduce_s=m.reduce_s,
-                optimizer_s=m.optimizer_s,
-                samples_per_s=rate,
-                step_s=step_s,
-                loss=m.loss,
-                error=m.error,
-            )
-        )
+            step_s = step_seconds(curve, split, m.micro_batch)
+            rate = split.effective_batch / step_s if step_s > 0 else None
+        rows.append(Trial(curve.settings, m, samples_per_s=rate, step_s=step_s))
     return rows
 
 
@@ -356,8 +309,8 @@ def name(option: Candidate, chosen: Candidate) -> str:
     steps = option.accumulation_steps
     text = f"micro-batch {option.micro_batch}" + (f" x {steps}" if steps > 1 else "")
     differing = []
-    if option.shares != chosen.shares:
-        differing.append("unequal shares" if option.shares else "equal shares")
+    if option.split != chosen.split:
+        differing.append("equal shares" if option.split.is_even else "unequal shares")
     if option.settings.sync != chosen.settings.sync:
         differing.append(f"sync {option.settings.sync}")
     if option.settings.checkpointing != chosen.settings.checkpointing:

@@ -75,7 +75,7 @@ def _planned(
     nodes = Nodes(max(1, len(hardware.gpus)))
     plan = remembered_plan(config, facts, hardware, nodes, cwd=cwd)
     if plan is not None:
-        settings = {"precision": plan.precision, "checkpointing": plan.checkpointing}
+        settings = {"precision": plan.settings.precision, "checkpointing": plan.settings.checkpointing}
         return plan.micro_batch, "the remembered plan", settings
     standing_in = "no plan yet (gatrain autotune makes one); a quarter of the window is used instead"
     return None, standing_in, settings

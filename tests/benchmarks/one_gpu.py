@@ -159,10 +159,10 @@ class OneGpu:
         curve, _ = runner.measure(way, sizes, rises=False)
         options = [o for o in search.candidates(curve, self._effective, 1) if o.measured]
         best = sorted(options, key=lambda o: o.step_s)[: FINALISTS + 1]
-        chosen = Finalist(plan.settings, plan.micro_batch, tuple(plan.shares))
-        rivals = [Finalist(o.settings, o.micro_batch, (self._effective,)) for o in best]
+        chosen = Finalist(plan.settings, plan.micro_batch, plan.split)
+        rivals = [Finalist(o.settings, o.micro_batch, o.split) for o in best]
         named = tuple(dict.fromkeys([chosen, *rivals]))[: FINALISTS + 1]
-        asked = WholeSpec(self._effective, 1, WHOLE_S, named)
+        asked = WholeSpec(WHOLE_S, named)
         _, confirmation = self._bench._runner().measure(chosen.settings, (), whole=asked)
         found: dict[str, Any] = {
             "sizes": [

@@ -232,12 +232,13 @@ class Bench:
 
     def _options(self, effective: int) -> list[Any]:
         from gatrain import codec
+        from gatrain.batch import Split
         from gatrain.tune import search
         from gatrain.tune.curve import Curve
 
         curves = codec.decode(list[Curve], list(self.found["curves"].values()), finite=False)
         judged = [search.reject_wrong_losses(curve) for curve in curves]
-        return [o for curve in judged for o in search.candidates(curve, effective, 1) if o.measured]
+        return [o for curve in judged for o in search.candidates(curve, Split(effective, 1)) if o.measured]
 
     # --- whole steps ------------------------------------------------------------------------------------
 
@@ -249,13 +250,13 @@ class Bench:
 
         for effective in self.effective_batches:
             plan = Plan.from_dict(self.part(effective)["plan"]["plan"])
-            chosen = Finalist(plan.settings, plan.micro_batch, tuple(plan.shares))
+            chosen = Finalist(plan.settings, plan.micro_batch, plan.split)
             best = sorted(self._options(effective), key=lambda o: o.step_s)[: FINALISTS + 1]
-            rivals = [Finalist(o.settings, o.micro_batch, (effective,)) for o in best]
+            rivals = [Finalist(o.settings, o.micro_batch, o.split) for o in best]
             named = tuple(dict.fromkeys([chosen, *rivals[:FINALISTS]]))
             if len(named) < 2:
                 named = (chosen, rivals[-1])
-            asked = WholeSpec(effective, 1, WHOLE_S, named)
+            asked = WholeSpec(WHOLE_S, named)
             _, confirmation = self._runner().measure(chosen.settings, (), whole=asked)
             if confirmation is None:
                 raise RuntimeError(f"whole steps at {effective} were not timed")

@@ -88,7 +88,7 @@ class WholeStepTimer:
             WholeSteps(each, () if failure else tuple(seconds[nth]), failure.text if failure else None)
             for nth, (each, failure) in enumerate(zip(named, failures, strict=True))
         ]
-        return Confirmation(asked.effective_batch, asked.world_size, tuple(entries))
+        return Confirmation(tuple(entries))
 
     def _warm_up(self, finalist: Finalist) -> tuple[Failure | None, float]:
         """The first step makes buffers and fills caches; one more where it compiled a size, since its time says
@@ -100,7 +100,9 @@ class WholeStepTimer:
             return failure, 0.0
         # every rank goes by all shares, so that all take as many steps
         sizes = {
-            part for share in finalist.shares for part in batch.micro_batch_sizes(share, finalist.micro_batch)
+            part
+            for share in finalist.split.shares
+            for part in batch.micro_batch_sizes(share, finalist.micro_batch)
         }
         known = self._warm.setdefault(finalist.settings, set())
         failure, seconds = self._step(finalist)
@@ -163,8 +165,8 @@ class WholeStepTimer:
         """This rank's micro-batches, read once: every finalist computes the same samples."""
         if finalist not in self._windows:
             rank = self._rank.rank
-            sizes = batch.micro_batch_sizes(finalist.shares[rank], finalist.micro_batch)
-            made = self._batches.window(finalist.shares, rank, sizes)
+            sizes = batch.micro_batch_sizes(finalist.split.shares[rank], finalist.micro_batch)
+            made = self._batches.window(finalist.split.shares, rank, sizes)
             pinned: dict[int, Batch] = {}  # equal sizes may share one host batch
             for host_batch, _ in made:
                 if id(host_batch) not in pinned:

@@ -23,13 +23,13 @@ import torch.distributed as dist
 from gatrain import units
 from gatrain.causes import user_frames
 from gatrain.errors import DoesNotFitError, GatrainError, is_out_of_memory
-from gatrain.plan import DOES_NOT_FIT, FAILED, FITS
+from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, Measurement
 from gatrain.rank import Rank
 from gatrain.tasks.base import Batch
 from gatrain.train.batches import bytes_of
 from gatrain.train.meter import Meter
 from gatrain.train.seeding import seed_everything
-from gatrain.tune.curve import DIFFERS, Measurement
+from gatrain.tune.curve import DIFFERS
 from gatrain.tune.search import disagrees
 from gatrain.tune.trials.batches import TrialBatches
 from gatrain.tune.trials.memory import Memory

@@ -21,7 +21,7 @@ from gatrain import build, codec, units
 from gatrain.compose import load_config
 from gatrain.config import RunConfig
 from gatrain.errors import DoesNotFitError, is_out_of_memory
-from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, SKIPPED, StepSettings
+from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, SKIPPED, Measurement, StepSettings
 from gatrain.rank import Rank
 from gatrain.rundir import RunDir, read_json
 from gatrain.tasks.base import Task
@@ -30,7 +30,6 @@ from gatrain.train.checkpointing import available_modes
 from gatrain.train.engine import Engine
 from gatrain.train.lengths import notice_lengths
 from gatrain.tune import curve, protocol
-from gatrain.tune.curve import Measurement
 from gatrain.tune.memory_model import between, fit_line
 from gatrain.tune.protocol import TrialSpec
 from gatrain.tune.trials.batches import TrialBatches
