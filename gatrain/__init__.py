@@ -9,12 +9,12 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from gatrain.tasks.base import Task as Task
-    from gatrain.train.accumulate import WindowResult as WindowResult
     from gatrain.train.accumulate import accumulate as accumulate
     from gatrain.train.hook import Hook as Hook
     from gatrain.train.hook import HookRun as HookRun
     from gatrain.train.hook import TrainedStep as TrainedStep
     from gatrain.train.main_gradients import MasterWeights as MasterWeights
+    from gatrain.train.window_result import WindowResult as WindowResult
     from gatrain.train.windows import windows as windows
 
 _LIBRARY = {
@@ -24,7 +24,7 @@ _LIBRARY = {
     "HookRun": "gatrain.train.hook",
     "TrainedStep": "gatrain.train.hook",
     "MasterWeights": "gatrain.train.main_gradients",
-    "WindowResult": "gatrain.train.accumulate",
+    "WindowResult": "gatrain.train.window_result",
     "windows": "gatrain.train.windows",
 }
 

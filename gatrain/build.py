@@ -7,7 +7,7 @@ import copy
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -23,11 +23,15 @@ from gatrain.tasks.base import Task
 from gatrain.tasks.parts import map_style
 from gatrain.train import order
 from gatrain.train.engine import Engine, StepClock
+from gatrain.train.gradient import GradientStrategy
 from gatrain.train.hook import Hook
 from gatrain.train.hooks import named
+from gatrain.train.parallel import Replicated
 from gatrain.train.ranks import Ranks
 from gatrain.train.seeding import DATA, MODEL, seeded
 from gatrain.train.windows import WindowSchedule
+
+T = TypeVar("T")
 
 NODES = ("model", "data", "loss", "task")
 
@@ -215,8 +219,52 @@ def build_engine(
         in_place: see `build_model`; for trials, where any weights serve.
     """
     model = build_model(task, config.train.seed, device, in_place=in_place)
-    nonfinite = config.train.nonfinite
-    return Engine(task, model, settings, config.optimizer, Ranks.current(), device, clock, nonfinite)
+    return Engine(
+        task,
+        model,
+        settings,
+        config.optimizer,
+        Ranks.current(),
+        device,
+        clock,
+        config.train.nonfinite,
+        strategy=build_strategy(config),
+        parallel=build_parallel(config),
+    )
+
+
+def build_strategy(config: RunConfig) -> GradientStrategy:
+    """Make the way from a window to its gradient.
+
+    Raises:
+        ConfigError: ``gradient`` names something else.
+    """
+    return _part_of("gradient", config.gradient, GradientStrategy)  # type: ignore[type-abstract]
+
+
+def build_parallel(config: RunConfig) -> Replicated:
+    """Make what lays the model on the ranks.
+
+    Raises:
+        ConfigError: ``parallel`` names something else.
+    """
+    return _part_of("parallel", config.parallel, Replicated)
+
+
+def _part_of(key: str, value: Any, kind: type[T]) -> T:
+    """Make a part that a door takes one of.
+
+    Raises:
+        ConfigError: it is of another kind.
+    """
+    made = _part(key, value)
+    if not isinstance(made, kind):
+        shipped = next(iter(doors.SHIPPED[key]))
+        raise ConfigError(
+            f"{key}={doors.node_of(key, value)['_target_']} gave a {type(made).__name__}, not a "
+            f"{kind.__module__}.{kind.__name__}. Subclass {kind.__name__}, or write {key}={shipped}."
+        )
+    return made
 
 
 def instantiate(key: str, node: dict[str, Any], **given: Any) -> Any:

@@ -167,6 +167,11 @@ class RunConfig:
     hooks: Any = field(default_factory=list)
     """What sees each update and evaluation, in this order: ``ema``, ``early_stopping``, ``keep_best``, or your own
     `gatrain.Hook` by ``_target_``; with values as ``{name: ema, decay: 0.99}``."""
+    gradient: Any = "plain"
+    """The way from a window to its gradient: ``plain``, or the ``_target_`` of your own
+    (`gatrain.train.gradient.GradientStrategy`)."""
+    parallel: Any = "replicated"
+    """How model and gradients lie on the ranks: ``replicated``, or the ``_target_`` of your own."""
     device: str = "auto"
     """``cpu``, ``cuda``, or ``auto``: the GPUs if there are any."""
     scheduler: Any = "auto"

@@ -32,6 +32,8 @@ SHIPPED: dict[str, dict[str, str]] = {
         "weighted": "gatrain.train.order.weighted.Weighted",
         "grouped": "gatrain.train.order.grouped.Grouped",
     },
+    "gradient": {"plain": "gatrain.train.gradient.plain.Plain"},
+    "parallel": {"replicated": "gatrain.train.parallel.Replicated"},
 }
 """For each door, by its configuration key: the short names with what they stand for."""
 

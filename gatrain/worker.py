@@ -65,6 +65,7 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
     # what draws outside a seeded step repeats as well
     seed_everything(config.train.seed, PROCESS, rank.rank)
     progress, problems, parts = _go_on(engine, run_dir, fresh, total_steps)
+    engine.step.number = progress.updates
     if progress.step:
         with samples.read_in_a_process(config.train.data_workers > 0):
             # contents may have to be read whole, while the others wait

@@ -153,7 +153,7 @@ def test_bf16_accumulates_in_fp32() -> None:
     batch = torch.randn(64, 5, generator=torch.Generator().manual_seed(0))
     fine, coarse = engine(lambda: nn.Linear(5, 5)), engine(lambda: nn.Linear(5, 5), precision="bf16")
     for one in (fine, coarse):
-        one.gradient(window(batch, [1] * 64))
+        one.step.gradient(window(batch, [1] * 64))
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in coarse.model.parameters())
     assert 1e-5 < relative_error(gradient(coarse.model), gradient(fine.model)) < 1e-2
 
@@ -164,7 +164,7 @@ def test_fp16_takes_one_scaling_decision_per_window() -> None:
     scale = one.scaler.get_scale()
     before = copy.deepcopy(one.model.state_dict())
     overflowing = torch.full((4, 5), 200.0)  # squares near the fp16 limit, times the scale of 65536
-    one.gradient(window(overflowing, [1, 1, 1, 1]))
+    one.step.gradient(window(overflowing, [1, 1, 1, 1]))
     one.update(0)
     assert one.scaler.get_scale() == scale / 2  # once, though all four micro-batches overflow
     assert all(torch.equal(before[k], v) for k, v in one.model.state_dict().items())
@@ -186,7 +186,7 @@ def test_compiled_steps_equal_eager_steps(factory, mode: str) -> None:  # type: 
     gradients = []
     for compile in (False, True):
         one = engine(factory, compile=compile, checkpointing=mode)
-        one.gradient(window(tokens, [2, 2, 1]))
+        one.step.gradient(window(tokens, [2, 2, 1]))
         gradients.append(gradient(one.model))
     assert relative_error(gradients[1], gradients[0]) < 1e-5
 

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gatrain import accumulate, batch
 from gatrain.errors import ExactnessError, PeerFailed
-from gatrain.train.accumulate import PlainAccumulation
+from gatrain.train.accumulate import gradient_step
 from gatrain.train.micro_batches import LoadedWindow, MicroBatch
 from gatrain.train.ranks import Ranks
 from gatrain.train.windows import WindowSchedule
@@ -294,7 +294,7 @@ def test_dropout_masks_are_keyed_by_window_rank_and_micro_step() -> None:
         model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 1))
         for p in model.parameters():
             nn.init.ones_(p)
-        strategy = PlainAccumulation(
+        step = gradient_step(
             model,
             lambda x: (model(x).sum(), float(len(x))),
             term_names=["loss"],
@@ -302,7 +302,7 @@ def test_dropout_masks_are_keyed_by_window_rank_and_micro_step() -> None:
             stage=lambda x: lambda: x,
         )
         torch.rand(3)  # whatever was drawn before must not matter
-        strategy(LoadedWindow([MicroBatch(torch.ones(2, 8), {"loss": 2.0})] * 2, seed=seed))
+        step.gradient(LoadedWindow([MicroBatch(torch.ones(2, 8), {"loss": 2.0})] * 2, seed=seed))
         return gradient(model)
 
     assert torch.equal(run((0, 7, 0)), run((0, 7, 0)))

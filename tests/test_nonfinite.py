@@ -171,7 +171,7 @@ def test_without_a_look_from_the_host_nothing_changes_from_the_bad_window_on() -
     one = engine(normalised)
     good = torch.randn(8, 5, generator=torch.Generator().manual_seed(0))
     one.optimizer = torch.optim.AdamW(one.model.parameters(), lr=0.1, fused=True)
-    one.guard = Guard(one.model, one.optimizer, CPU, at_once=False)
+    one.guard = one.step.guard = Guard(one.model, one.optimizer, CPU, at_once=False)
     one.step(window(good, [4, 4]), 0)
     before = everything(one)
     for batch in (good * float("inf"), good, good):
@@ -195,7 +195,7 @@ def test_a_window_that_overflows_in_fp16_is_computed_again_at_a_lower_scale() ->
     assert torch.isfinite(norm)
     assert 0 < linear.scaler.get_scale() < 65536
     result.ranks.sum([0.0])
-    linear.gradient.check_counts()  # the tries are counted as windows of their own
+    linear.step.counts.check()  # the tries are counted as windows of their own
 
 
 class Forgiving(Regression):

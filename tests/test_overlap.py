@@ -23,10 +23,11 @@ from gatrain.plan import StepSettings
 from gatrain.rank import Rank
 from gatrain.tasks import Supervised
 from gatrain.train import ranks as ranks_module
-from gatrain.train.accumulate import PlainAccumulation
+from gatrain.train.accumulate import gradient_step
 from gatrain.train.engine import Engine
 from gatrain.train.micro_batches import LoadedWindow, MicroBatch
 from gatrain.train.ranks import Ranks
+from gatrain.train.step import Step
 from gatrain.tune.finalists import VARYING, Finalist
 from gatrain.tune.trials.batches import TrialBatches
 from gatrain.tune.trials.full_step import WholeStepTimer
@@ -113,11 +114,11 @@ def bucket_bytes(count: int) -> Any:
 
 
 def _window(sync: str) -> Callable[[nn.Module, list[Any]], None]:
-    strategies: dict[int, PlainAccumulation] = {}
+    steps: dict[int, Step] = {}
 
     def run(model: nn.Module, parts: list[Any]) -> None:
-        if id(model) not in strategies:
-            strategies[id(model)] = PlainAccumulation(
+        if id(model) not in steps:
+            steps[id(model)] = gradient_step(
                 model,
                 lambda part: loss_sum(model, part),
                 term_names=["loss"],
@@ -126,7 +127,7 @@ def _window(sync: str) -> Callable[[nn.Module, list[Any]], None]:
                 stage=lambda part: lambda: part,
             )
         listed = [MicroBatch(part, {"loss": weight(part)}) for part in parts]
-        strategies[id(model)](LoadedWindow(listed))
+        steps[id(model)].gradient(LoadedWindow(listed))
 
     return run
 
@@ -302,7 +303,7 @@ def _refused() -> list[str]:
     attempt(lambda: accumulate(model, parts, loss_sum=failing, weight=weight))
     synchronised = nn.Sequential(nn.Linear(4, 4), nn.SyncBatchNorm(4)).double()
     attempt(lambda: _library(synchronised, parts))
-    import gatrain.train.accumulate as core
+    import gatrain.train.step as core
 
     core.synchronised_norms = lambda model, device: ["bn1"]  # as on a GPU
     attempt(lambda: _library(Skipping().double(), parts[: 1 + rank]))

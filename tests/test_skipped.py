@@ -22,7 +22,7 @@ from gatrain.data import ImageFolderData
 from gatrain.errors import BrokenSampleError, DataError
 from gatrain.tasks import Supervised
 from gatrain.train import samples
-from gatrain.train.accumulate import PlainAccumulation
+from gatrain.train.accumulate import gradient_step
 from gatrain.train.loader import WindowLoader
 from gatrain.train.ranks import Ranks
 from gatrain.train.windows import WindowSchedule
@@ -90,7 +90,7 @@ def gradients(root: str, micro: int, workers: int = 0) -> list[dict[str, Any]]:
     task, ranks = task_over(Path(root)), Ranks.current()
     schedule = WindowSchedule(len(task.train_data), WINDOW, SEED)
     model = net()
-    way = PlainAccumulation(
+    step = gradient_step(
         model,
         lambda batch: task.loss_sum(model, double(batch)),
         term_names=["loss"],
@@ -101,7 +101,7 @@ def gradients(root: str, micro: int, workers: int = 0) -> list[dict[str, Any]]:
     loader = WindowLoader(task, schedule, ranks, micro_batch=micro, start=0, stop=3, workers=workers)
     for loaded in loader:
         model.zero_grad()
-        result = way(loaded)
+        result, _ = step.gradient(loaded)
         counts = {name: result.counts[name] for name in ("samples", "dropped")}
         found.append({"gradient": gradient(model), "total": result.weight_totals["loss"], **counts})
     return found

@@ -17,9 +17,9 @@ from gatrain.construction import check_shapes, kept_defaults
 from gatrain.predict.recorder import Recorder
 from gatrain.predict.request import TraceRequest
 from gatrain.predict.timeline import MICRO_STEP, REDUCE, UPDATE, WORKSPACE, Events, Held, Recording
-from gatrain.tasks.base import Batch, Task
+from gatrain.tasks.base import Batch, Task, loss_sum_at
 from gatrain.train import samples
-from gatrain.train.accumulate import PlainAccumulation
+from gatrain.train.accumulate import gradient_step
 from gatrain.train.batches import map_tensors, tensors_of
 from gatrain.train.checkpointing import apply_checkpointing, blocks_of
 from gatrain.train.main_gradients import MasterWeights
@@ -27,6 +27,7 @@ from gatrain.train.optimizer import build_optimizer
 from gatrain.train.precision import autocast_for
 from gatrain.train.ranks import Ranks, buckets_of, flatten
 from gatrain.train.seeding import MODEL, seeded
+from gatrain.train.step import Step
 
 _CPU = torch.device("cpu")
 
@@ -66,7 +67,7 @@ class StepTracer:
         self._parameters = self._masters.trained
         self._optimizer = _fused(build_optimizer(config.optimizer, self._parameters))
         self._clip_norm = config.optimizer.clip_norm
-        self._accumulation: PlainAccumulation
+        self._step: Step
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(self._mark_gradient)
@@ -79,9 +80,9 @@ class StepTracer:
         before = [(block, block.__dict__.get("forward")) for block in blocks_of(self._model)]
         apply_checkpointing(self._model, mode)
         self._done = {}
-        self._accumulation = PlainAccumulation(
+        self._step = gradient_step(
             self._model,
-            lambda batch: self._task.loss_sum(self._model, batch),
+            lambda batch: loss_sum_at(self._task, self._model, batch, 0),
             term_names=self._task.loss_terms,
             ranks=Ranks(),
             stage=lambda batch: lambda: batch,
@@ -124,14 +125,14 @@ class StepTracer:
     def _record(self, micro_batch: int, quick: bool) -> Recording:
         batch = self._batches.fake(micro_batch)
         scale = dict.fromkeys(self._task.loss_terms, 1.0)
-        self._accumulation.take_sums()
+        self._step.counts.take()
         gc.collect()
         self._recorder.take()
         self._recorder.micro_batch = micro_batch
         phases: dict[str, Events] = {}
         batch_bytes = sum(self._recorder.adopt(tensors_of(batch)))
         with self._recorder, _no_collection():
-            self._accumulation.micro_step(batch, scale)
+            self._step.forward_backward(batch, scale)
             elements = self._recorder.largest_elements
             phases[MICRO_STEP], work = self._recorder.take()
             if not quick:
@@ -140,7 +141,7 @@ class StepTracer:
                 self._update()
                 phases[UPDATE], _ = self._recorder.take()
         self._optimizer.zero_grad(set_to_none=True)
-        self._accumulation.take_sums()
+        self._step.counts.take()
         return Recording(micro_batch, _renumbered(phases), work, batch_bytes, elements)
 
     def _reduce(self) -> None:

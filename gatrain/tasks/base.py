@@ -9,6 +9,7 @@ counts agree, so a loss that shifts, masks or averages differently from its coun
 from __future__ import annotations
 
 import abc
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -78,11 +79,15 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def loss_sum(self, model: nn.Module, batch: Batch) -> LossSums:
-        """Run the model and return the summed loss with the weight used. Runs under autocast."""
+        """Run the model and return the summed loss with the weight used. Runs under autocast.
+
+        A loss that changes in the course of training takes a third argument, ``step``: the number of updates made
+        before, the same for all micro-batches of a window (``def loss_sum(self, model, batch, step=0)``).
+        """
 
     def partly_compiled_loss_sum(
         self, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]
-    ) -> Callable[[nn.Module, Batch], LossSums]:
+    ) -> Callable[..., LossSums]:
         """`loss_sum` where the model's blocks are compiled one by one: what else is worth it goes through
         ``compiled``, such as a loss over large logits."""
         return self.loss_sum
@@ -160,6 +165,20 @@ def declares(owner: Any, trait: str, *methods: str) -> bool:
         if any(method in kind.__dict__ for method in methods):
             return False
     return True  # given by __getattr__, as wrappers do
+
+
+def asks_for_step(task: Task) -> bool:
+    """Whether `Task.loss_sum` takes the number of updates made before, as ``step``."""
+    try:
+        return "step" in inspect.signature(task.loss_sum).parameters
+    except (TypeError, ValueError):
+        return False
+
+
+def loss_sum_at(task: Task, model: nn.Module, batch: Batch, step: int) -> LossSums:
+    """`Task.loss_sum` after ``step`` updates."""
+    loss_sum: Callable[..., LossSums] = task.loss_sum
+    return loss_sum(model, batch, step=step) if asks_for_step(task) else loss_sum(model, batch)
 
 
 def named_weights(weights: Weights) -> dict[str, float]:

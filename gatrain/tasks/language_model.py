@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gatrain.errors import ConfigError
 from gatrain.labels import IGNORED
-from gatrain.tasks.base import Batch, LossSum, Task, declares
+from gatrain.tasks.base import Batch, LossSum, LossSums, Task, declares
 from gatrain.tasks.forms import fields_of, scores_of, shown
 from gatrain.tasks.parts import check_factory, declared_length, find_splits, make_model
 
@@ -109,7 +109,9 @@ class LanguageModel(Task):
 
     def partly_compiled_loss_sum(
         self, compiled: Callable[[Callable[..., Any]], Callable[..., Any]]
-    ) -> Callable[[nn.Module, Batch], LossSum]:
+    ) -> Callable[..., LossSums]:
+        if type(self).loss_sum is not LanguageModel.loss_sum:  # a subclass with a loss of its own
+            return super().partly_compiled_loss_sum(compiled)
         cross_entropy = compiled(summed_cross_entropy)  # else softmax and its gradient are kept in fp32
 
         def loss_sum(model: nn.Module, batch: Batch) -> LossSum:

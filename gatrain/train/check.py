@@ -340,7 +340,7 @@ class _Check:
             if way.frozen:
                 stack.enter_context(frozen_randomness(engine.model))
             stack.enter_context(watch)
-            sums = named_loss_sums(engine.task.loss_sum(engine.model, batch))
+            sums = named_loss_sums(engine.loss_sum(batch))
         losses, weights, has_graph = {}, {}, False
         for name, (total, weight) in sums.items():
             if not isinstance(total, Tensor) or total.numel() != 1:

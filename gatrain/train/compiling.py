@@ -9,6 +9,7 @@ one, ResNet-50's blocks saved at most a fifth of the compilation and took half a
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
-from gatrain.tasks.base import Batch, LossSums, Task
+from gatrain.tasks.base import Batch, LossSums, Task, asks_for_step
 from gatrain.train.checkpointing import blocks_of
 from gatrain.train.lengths import shapes_of
 
@@ -52,7 +53,7 @@ class CompiledLossSum:
         torch._dynamo.config.recompile_limit = max(limit, RECOMPILATIONS)
         self._task, self._model, self._backend = task, model, backend
         self._is_dynamic = bool(task.variable_length)
-        self._call: Callable[[Batch], LossSums] = _compiled(task, model, backend, self._is_dynamic)
+        self._call: Callable[..., LossSums] = _compiled(task, model, backend, self._is_dynamic)
         self._stopped = False
         self._shapes: set[tuple[tuple[int, ...], ...]] = set()
         self._lengths: set[tuple[tuple[int, ...], ...]] = set()
@@ -60,18 +61,19 @@ class CompiledLossSum:
         self.notices: list[str] = []
         """What a person has to know, in order; whoever tells it clears it."""
 
-    def __call__(self, batch: Batch) -> LossSums:
+    def __call__(self, batch: Batch, **told: int) -> LossSums:
+        """``told``: the ``step``, for a loss that asks for it (`gatrain.tasks.base.asks_for_step`)."""
         shapes = shapes_of(batch)
         if self._stopped or shapes in self._shapes:
-            return self._call(batch)
+            return self._call(batch, **told)
         self._shapes.add(shapes)
         if not self._is_dynamic:
             self._lengths.add(_without_count(shapes))
             if len(self._lengths) > MOST_LENGTHS or len(self._shapes) > MOST_SHAPES:
                 self._become_dynamic()
-            return self._call(batch)
+            return self._call(batch, **told)
         before = _compilations()
-        result = self._call(batch)
+        result = self._call(batch, **told)
         self._again += _compilations() > before
         if self._again > MOST_AGAIN:
             self._stop()
@@ -87,7 +89,7 @@ class CompiledLossSum:
 
     def _stop(self) -> None:
         self._stopped = True
-        self._call = lambda batch: self._task.loss_sum(self._model, batch)
+        self._call = functools.partial(self._task.loss_sum, self._model)
         self.notices.append(
             f"{len(self._shapes)} shapes of batches made torch compile {self._again} times and more, so nothing is "
             "compiled from here on; pad batches to fewer shapes, or set compile=false."
@@ -107,12 +109,14 @@ def _without_count(shapes: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...]
     return tuple(shape[1:] if shape and shape[0] == count else shape for shape in shapes)
 
 
-def _compiled(task: Task, model: nn.Module, backend: Any, is_dynamic: bool) -> Callable[[Batch], LossSums]:
+def _compiled(task: Task, model: nn.Module, backend: Any, is_dynamic: bool) -> Callable[..., LossSums]:
     def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         made = torch.compile(function, dynamic=None if is_dynamic else False, backend=backend)
         return _with_static_batch(made) if is_dynamic else made
 
     blocks = repeated_blocks(model)
+    if not blocks and asks_for_step(task):
+        blocks = [model]  # a number that changes with each step would compile the loss again and again
     if not blocks:
         return compiled(lambda batch: task.loss_sum(model, batch))
     # Dynamo looks at the gradient of a block's input, which is a result and has none (seen in 2.11 to 2.15)
@@ -120,11 +124,11 @@ def _compiled(task: Task, model: nn.Module, backend: Any, is_dynamic: bool) -> C
     loss_sum = task.partly_compiled_loss_sum(compiled)
     calls = [(block, compiled(block._call_impl)) for block in blocks]
 
-    def run(batch: Batch) -> LossSums:
+    def run(batch: Batch, **told: int) -> LossSums:
         for block, call in calls:
             block.__dict__["_compiled_call_impl"] = call  # what nn.Module.compile sets
         try:
-            return loss_sum(model, batch)
+            return loss_sum(model, batch, **told)
         finally:
             for block, _ in calls:
                 block.__dict__["_compiled_call_impl"] = None

@@ -13,7 +13,6 @@ from gatrain.config import RunConfig
 from gatrain.errors import DataError, ExactnessError
 from gatrain.plan import Plan
 from gatrain.rundir import RunDir
-from gatrain.train.accumulate import WindowResult
 from gatrain.train.aftermath import Aftermath
 from gatrain.train.engine import Engine
 from gatrain.train.evaluate import EvaluationError, EvaluationStopped, evaluate
@@ -30,6 +29,7 @@ from gatrain.train.run_folder import RunFolder
 from gatrain.train.saved_state import Progress
 from gatrain.train.state_saver import StateSaver
 from gatrain.train.step_metrics import NOT_FINITE, PendingStep, StepMetrics
+from gatrain.train.window_result import WindowResult
 from gatrain.train.windows import MOST_EXACT_PAIRS, WindowSchedule
 
 MOST_PENDING = 256

@@ -22,8 +22,10 @@ from gatrain.labels import IGNORED
 from gatrain.rundir import RunDir
 from gatrain.tasks.base import Batch, Samples
 from gatrain.train.batches import tensors_of
-from gatrain.train.engine import Engine, Rehearsal
+from gatrain.train.engine import Engine
+from gatrain.train.loss_scale import lowest_loss_scale
 from gatrain.train.micro_batches import LoadedWindow, MicroBatch
+from gatrain.train.rehearsal import Rehearsal, rehearse
 from gatrain.train.sample_names import names_of, sample_name
 from gatrain.train.samples import Key, make, read
 
@@ -105,7 +107,7 @@ class Search:
         if parameter is None:
             self._until = time.monotonic() + SEARCH_S
             try:
-                with self.engine.lowest_loss_scale(), _alone(self.engine):
+                with lowest_loss_scale(self.engine.scaler), _alone(self.engine):
                     self._search()
             except _OutOfTimeError:
                 problem = f"the search for the sample ended after {SEARCH_S:.0f} s"
@@ -198,7 +200,7 @@ class Search:
         if time.monotonic() > self._until:
             raise _OutOfTimeError
         scale = {name: 1 / total if total else 0.0 for name, total in self.totals.items()}
-        return self.engine.rehearse(batch, scale, self.window.seed_of(self._index), fp32=fp32)
+        return rehearse(self.engine.step, batch, scale, self.window.seed_of(self._index), fp32=fp32)
 
 
 class _OutOfTimeError(Exception):

@@ -45,6 +45,7 @@ class NonFinitePolicy:
     def judge(self, step: PendingStep, record: StepRecord) -> Verdict:
         """Put the buffers back as they were before the window, and find what made it not finite."""
         self.engine.guard.restore_buffers()
+        self.engine.step.number = step.before.updates  # which the loss may depend on
         window, seed = self.window_at(step.index), self.config.train.seed
         findings = nonfinite.Search(self.engine, window, step.result.weight_totals, seed).run()
         loss, norm = record.loss or 0.0, record.grad_norm

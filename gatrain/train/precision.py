@@ -27,10 +27,6 @@ class LossScaler(torch.amp.GradScaler):
         """The scale in use: a scalar on the device, for reading later."""
         return self.scale(self._one)
 
-    def forget_window(self) -> None:
-        """Drop what `unscale_` noted of a window that made no update."""
-        self.update(self.get_scale())
-
     def set_to(self, scale: float) -> None:
         """Go on with this scale, and count anew the updates after which it grows."""
         self.load_state_dict({**self.state_dict(), "scale": scale, "_growth_tracker": 0})

@@ -112,6 +112,21 @@ class Ranks:
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         return flags > 0
 
+    def gather_rows(self, tensor: Tensor) -> list[Tensor]:
+        """Every rank's tensor of shape [n, ...], in the order of the ranks; n may differ. On the device."""
+        if self.world_size == 1:
+            return [tensor]
+        slots = [0.0] * self.world_size
+        slots[self.rank] = float(len(tensor))
+        rows = [int(count) for count in self.sum(slots)]
+        if not max(rows):
+            return [tensor for _ in rows]
+        padded = tensor.new_zeros(max(rows), *tensor.shape[1:])
+        padded[: len(tensor)] = tensor.detach()
+        parts = [torch.empty_like(padded) for _ in rows]
+        dist.all_gather(parts, padded)
+        return [part[:count] for part, count in zip(parts, rows, strict=True)]
+
     def broadcast_from_first(self, tensors: Iterable[Tensor]) -> None:
         """Give every rank rank 0's values, in place."""
         if self.world_size == 1:

@@ -10,11 +10,11 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from gatrain.train.accumulate import WindowResult
 from gatrain.train.engine import Engine
 from gatrain.train.meter import Mark, Meter
 from gatrain.train.records import StepRecord
 from gatrain.train.saved_state import Progress
+from gatrain.train.window_result import WindowResult
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class StepMetrics:
         if not pending:
             return []
         engine = self._engine
-        engine.gradient.check_counts()
+        engine.step.counts.check()
         names = list(pending[0].result.weight_totals)
         zero = torch.zeros((), dtype=torch.float64, device=engine.device)
         losses = [p.result.local_loss_sums.get(name, zero) for p in pending for name in names]

@@ -2,50 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from torch import Tensor
-
-from gatrain.tasks.base import Batch, named_loss_sums
-from gatrain.train.accumulate import PlainAccumulation, WindowResult
+from gatrain.train.gradient.plain import Plain
 from gatrain.train.micro_batches import LoadedWindow
+from gatrain.train.step import Step
 
 
-class MeanOfMeans(PlainAccumulation):
+class MeanOfMeans(Plain):
     """Each micro-batch's own mean, divided by the number of micro-steps."""
 
-    def __call__(self, window: LoadedWindow) -> WindowResult:
-        self._micro_steps = len(window.micro_batches)
-        return super().__call__(window)
-
-    def micro_step(
-        self, batch: Batch, scale: Mapping[str, float], *, reduce_in_backward: bool = False
-    ) -> None:
-        exact = self._loss_sum
-
-        def mean(on_device: Batch) -> dict[str, tuple[Tensor, Tensor | float]]:
-            # the factor weight / T, which undoes the mean, is what is left out here
-            return {
-                name: (total / weight / self._micro_steps / scale[name], weight)
-                for name, (total, weight) in named_loss_sums(exact(on_device)).items()
-            }
-
-        self._loss_sum = mean
-        try:
-            super().micro_step(batch, scale, reduce_in_backward=reduce_in_backward)
-        finally:
-            self._loss_sum = exact
+    def __call__(self, window: LoadedWindow, step: Step) -> None:
+        for k, batch in step.batches(window):
+            weights = window.micro_batches[k].weights
+            step.forward_backward(
+                batch, {name: 1 / weight / len(window.micro_batches) for name, weight in weights.items()}
+            )
 
 
-class RanksAveraged(PlainAccumulation):
+class RanksAveraged(Plain):
     """Gradients averaged over the ranks where their sum is wanted."""
 
-    def micro_step(
-        self, batch: Batch, scale: Mapping[str, float], *, reduce_in_backward: bool = False
-    ) -> None:
-        averaged = {name: factor / self._ranks.world_size for name, factor in scale.items()}
-        super().micro_step(batch, averaged, reduce_in_backward=reduce_in_backward)
+    def __call__(self, window: LoadedWindow, step: Step) -> None:
+        step.scale = {name: factor / step.ranks.world_size for name, factor in step.scale.items()}
+        super().__call__(window, step)
 
 
-class SixteenBitSums(PlainAccumulation):
-    """Gradients of 16-bit parameters added up in 16 bits: whoever makes it gives it no main gradients."""
+class SixteenBitSums(Plain):
+    """Gradients of 16-bit parameters added up in 16 bits: whoever uses it makes no main gradients."""

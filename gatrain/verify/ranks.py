@@ -14,7 +14,7 @@ from gatrain.compose import load_config
 from gatrain.errors import GatrainError
 from gatrain.rundir import RunDir, read_json, write_json
 from gatrain.tasks.base import named_weights
-from gatrain.train.accumulate import PlainAccumulation
+from gatrain.train.gradient import GradientStrategy
 from gatrain.train.precision import forbid_tf32
 from gatrain.train.ranks import Ranks
 from gatrain.verify import limits
@@ -105,7 +105,7 @@ class Cases:
                 self._split("awkward split", path, [awkward]),
             ]
             if differ:
-                cases.append(self._split("mutation: mean of means", path, [awkward], MeanOfMeans))
+                cases.append(self._split("mutation: mean of means", path, [awkward], MeanOfMeans()))
         if self._proof.remembers:
             cases.append(self._state_row(self._proof.remembers, planned))
         trained = self._proof.trained
@@ -132,7 +132,7 @@ class Cases:
         cases = []
         for path in self._proving():
             cases.append(self._split("two processes", path, splits))
-            cases.append(self._split("mutation: ranks averaged", path, splits, RanksAveraged))
+            cases.append(self._split("mutation: ranks averaged", path, splits, RanksAveraged()))
         if self._proof.trained is not None:
             cases.append(self._summed("two processes, summed", self._proof.trained, splits))
         return cases
@@ -178,7 +178,7 @@ class Cases:
                     "mutation: 16-bit sums",
                     path,
                     splits,
-                    lambda: proof.split(path, splits, SixteenBitSums)[0],
+                    lambda: proof.split(path, splits, SixteenBitSums())[0],
                     total,
                     lambda error: limits.SUM,
                     mutation=True,
@@ -206,7 +206,7 @@ class Cases:
         name: str,
         path: Path,
         splits: list[list[int]],
-        strategy_class: type[PlainAccumulation] = PlainAccumulation,
+        mutation: GradientStrategy | None = None,
     ) -> dict[str, Any]:
         """The training core's gradient of a split against the one-shot gradient in the same path."""
         proof = self._proof
@@ -215,14 +215,14 @@ class Cases:
         found: dict[str, float] = {}
 
         def given() -> Tensor:
-            gradient, sums = proof.split(path, splits, strategy_class)
+            gradient, sums = proof.split(path, splits, mutation)
             found.update(sums)
             return gradient
 
         def limit(error: float) -> float:
             return limits.split_limit(path.name, proof.casts, error, self._rounding)
 
-        mutates = strategy_class is not PlainAccumulation
+        mutates = mutation is not None
         case = self._case(name, path, splits, given, wanted, limit, mutation=mutates)
         if case["error"] is None and not mutates:
             tolerance = 1e-9 if precision == "fp64" else max(1e-4, case["tolerance"])

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from gatrain import build
 from gatrain.config import RunConfig
 from gatrain.errors import DataError, GatrainError
-from gatrain.tasks.base import Batch, LossSum, Task, named_loss_sums, named_weights
+from gatrain.tasks.base import Batch, LossSum, Task, loss_sum_at, named_loss_sums, named_weights
 from gatrain.train import samples, seeding
-from gatrain.train.accumulate import PlainAccumulation
+from gatrain.train.accumulate import gradient_step
 from gatrain.train.batches import map_tensors, move_to, tensors_of
 from gatrain.train.checkpointing import apply_checkpointing
 from gatrain.train.frozen import frozen_randomness
+from gatrain.train.gradient import GradientStrategy
 from gatrain.train.held_state import HeldState, perturb
 from gatrain.train.main_gradients import MasterWeights, half_names, half_parameters
 from gatrain.train.micro_batches import LoadedWindow, MicroBatch
@@ -62,6 +63,7 @@ class Verification:
         self.device = device
         self.ranks = ranks
         self.task: Task = build.build_task(config)
+        self.strategy = build.build_strategy(config)
         self.notes: list[str] = []
         self.shorten = False
         self.paths: list[Path] = []
@@ -397,7 +399,7 @@ class Verification:
 
     def _terms(self, model: nn.Module, on_device: Batch) -> dict[str, LossSum]:
         seeding.seed_everything(self.config.train.seed)  # whole and pieces draw alike
-        return named_loss_sums(self.task.loss_sum(model, on_device))
+        return named_loss_sums(loss_sum_at(self.task, model, on_device, 0))
 
     def _one_shot_backward(
         self, model: nn.Module, whole: Batch, path: Path, factor: float = 1.0
@@ -427,12 +429,12 @@ class Verification:
         self,
         path: Path,
         splits: Sequence[Sequence[int]],
-        strategy_class: type[PlainAccumulation] = PlainAccumulation,
+        strategy: GradientStrategy | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
         """Gradient and loss sums of this rank's part of ``splits`` (and the others') through the training core."""
         micro_batches = self.pieces(splits)[self.ranks.rank]
         model = self.model(path)
-        masters = None if strategy_class is SixteenBitSums else MasterWeights(model)
+        masters = None if isinstance(strategy, SixteenBitSums) else MasterWeights(model)
 
         def compute(factor: float) -> tuple[Tensor, dict[str, float]]:
             parameters = masters.trained if masters is not None else list(model.parameters())
@@ -445,7 +447,7 @@ class Verification:
                     for name, (total, weight) in self._terms(model, on_device).items()
                 }
 
-            strategy = strategy_class(
+            step = gradient_step(
                 model,
                 loss_sums,
                 term_names=self.task.loss_terms,
@@ -454,8 +456,10 @@ class Verification:
                 stage=lambda host: lambda: self.on_device(host, path),
                 autocast=autocast_for(path.autocast, self.device),
                 main_gradients=masters,
+                strategy=strategy or self.strategy,
+                task=self.task,
             )
-            result = strategy(LoadedWindow(micro_batches))
+            result, _ = step.gradient(LoadedWindow(micro_batches))
             sums = {name: float(value) / factor for name, value in result.local_loss_sums.items()}
             return _flat(parameters), sums
 

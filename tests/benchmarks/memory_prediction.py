@@ -172,7 +172,7 @@ def measure(
     )
     window = LoadedWindow([MicroBatch(host, named_weights(task.weight(host)))] * MICRO_STEPS)
     for step in range(STEPS):
-        engine.gradient(window)
+        engine.step.gradient(window)
         engine.update(step)
     if not on_gpu:
         return {"seconds": time.perf_counter() - began}
@@ -187,7 +187,7 @@ def measure(
         "in_all": reserved + beside,
         "seconds": time.perf_counter() - began,
     }
-    return {**row, "events": allocations(lambda: engine.gradient(window))} if takes_events else row
+    return {**row, "events": allocations(lambda: engine.step.gradient(window))} if takes_events else row
 
 
 def allocations(call: Any) -> list[int]:

@@ -150,7 +150,7 @@ class WholeStepTimer:
         if failure is not None:  # on any rank: all forget the half step
             engine.optimizer.zero_grad(set_to_none=True)
             with contextlib.suppress(ExactnessError):
-                engine.gradient.check_counts()
+                engine.step.counts.check()
         return failure, max(self._peers.gather(taken[0] if taken else 0.0))
 
     def _engine(self, settings: StepSettings) -> Engine:

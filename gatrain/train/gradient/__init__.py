@@ -1,0 +1,77 @@
+"""The door `gradient`: ways from a window to its gradient, each a file that the step does not know.
+
+``gradient: plain`` is a backward for each micro-batch. Another one is a class of one's own, named by
+``gradient._target_`` and written from the means that `gatrain.train.step.Step` has: a strategy decides which passes
+are made and in which order; the step decides how a pass is computed, reduced and applied.
+"""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from gatrain.train.micro_batches import LoadedWindow
+
+if TYPE_CHECKING:
+    from gatrain.train.step import Step
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What a strategy computes for each micro-batch of a window: what the tuner reckons step times with."""
+
+    micro_steps: float = 1.0
+    """Passes forward and backward."""
+    forwards: float = 0.0
+    """Passes forward only."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """An update that was made, or left out."""
+
+    norm: Tensor
+    """L2 norm of the reduced gradient before clipping: a scalar on the device, the same on every rank."""
+    made: bool
+    """False where it was left out because the gradient or the loss is not finite; True too where only the device
+    knows as yet."""
+
+
+class GradientStrategy(abc.ABC):
+    """A way from a window to its gradient. Subclass it; ``gradient._target_`` names the subclass.
+
+    Every rank calls it for the same windows, each with micro-batches of its own, or with none at all.
+    """
+
+    exact: str
+    """One sentence: what the gradient is equal to, and for which losses and models."""
+    needs_whole_window: bool = False
+    """Whether the first backward needs every micro-batch of the window."""
+    needs_sum_over_samples: bool = True
+    """Whether only a loss that is a sum over samples is exact: then that is checked before the first step."""
+    overlaps: bool = False
+    """Whether its last backward on every rank is `Step.backward` with ``last``: then ``sync=overlap`` may start to
+    reduce in it. Otherwise gradients are reduced after it, whatever ``sync`` says."""
+    cost: StepCost = StepCost()
+
+    @abc.abstractmethod
+    def __call__(self, window: LoadedWindow, step: Step) -> Update | None:
+        """Add this rank's part of the window's gradient to the ``.grad`` of the parameters.
+
+        With the means of ``step``, above all:
+
+        - ``step.batches(window)``: index and batch on the device, one after the other, any number of times;
+        - ``step.seed(window, k)``: the random numbers of micro-step k, the same at each call;
+        - ``step.forward_backward(batch)``: one micro-batch's share, by the task's ``loss_sum``;
+        - ``step.autocast()``, ``step.model``, ``step.task`` and ``step.backward(scalar)``: other passes;
+        - ``step.scale``: 1/T of each loss term; ``step.counts.add(terms)`` for losses that it computes itself;
+        - ``step.gather(tensor)``, ``step.agree(flag)``: the only collectives; all ranks call them in one order;
+        - ``step.reset()``: forget what the window has come to so far.
+
+        Returns:
+            None: the step reduces ``.grad`` and makes the update. An `Update` where the strategy has made it itself
+            (with ``step.reduce`` and ``step.update``, or in its own way): the step then leaves it at that.
+        """

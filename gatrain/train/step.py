@@ -1,0 +1,231 @@
+"""The step: one window in, one update of the parameters out. Nothing here waits for the device.
+
+The target is ``sum_i w_i * grad(l_i) / T``, with T the sum of the weights over all micro-batches of all ranks.
+T is counted on the host before the first forward, each micro-batch's loss SUM is divided by it, and the ranks'
+gradients are added: whatever the split, ragged or empty, the result is the same up to the order of floating-point
+sums. The weights that the losses really used are compared with T.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gatrain.errors import ExactnessError
+from gatrain.tasks.base import Batch, LossSum, LossSums, Task, named_loss_sums
+from gatrain.train.counts import Counts
+from gatrain.train.gradient import GradientStrategy, Update
+from gatrain.train.guard import Guard
+from gatrain.train.loss_scale import try_lower_scales
+from gatrain.train.main_gradients import MasterWeights
+from gatrain.train.micro_batches import LoadedWindow
+from gatrain.train.modules import synchronised_norms
+from gatrain.train.parallel import Replicated
+from gatrain.train.seeding import seed_everything
+from gatrain.train.window_result import WindowResult
+
+
+class Step:
+    """From a window to the updated parameters, and the means that a `GradientStrategy` computes with.
+
+    Args:
+        model: on its device, as ``parallel.wrap`` gave it.
+        loss_sum: summed losses and the weights used, for one batch on the device.
+        term_names: names of the loss terms, the same on every rank; needed where a rank may be empty.
+        parallel: set up for the model.
+        strategy: the way from the window to the gradient.
+        stage: starts to move a host batch to the device; what it returns gives the batch there.
+        autocast: makes a context manager for the forward.
+        scaler: fp16 loss scaler; one scale for the whole window.
+        task: for strategies that compute other passes than ``loss_sum``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_sum: Callable[[Batch], LossSums],
+        *,
+        term_names: Sequence[str],
+        parallel: Replicated,
+        strategy: GradientStrategy,
+        stage: Callable[[Batch], Callable[[], Batch]],
+        autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+        scaler: torch.amp.GradScaler | None = None,
+        task: Task | None = None,
+    ) -> None:
+        self.model, self.task, self.loss_sum = model, task, loss_sum
+        self.parallel, self.ranks, self.strategy = parallel, parallel.ranks, strategy
+        self.stage, self.autocast, self.scaler = stage, autocast, scaler
+        self.device = parallel.parameters[0].device if parallel.parameters else torch.device("cpu")
+        norms = synchronised_norms(model, self.device) if self.ranks.world_size > 1 else []
+        self.counts = Counts(term_names, self.ranks, norms)
+        self.guard: Guard | None = None
+        self.number = 0
+        """Updates made before the one in hand, which set the learning rate and what a loss is told."""
+        self.scale: Mapping[str, float] = {}
+        """1/T of each loss term, for the window in hand; 0 for a term that no sample has."""
+        self._is_checked = False
+        self._before = self.counts.noted()
+        self._was_updated = False
+
+    def updates_with(
+        self,
+        optimizer: torch.optim.Optimizer,
+        masters: MasterWeights,
+        guard: Guard,
+        set_rates: Callable[[int], None],
+        clip_norm: float | None,
+    ) -> None:
+        """What `update` needs; the library form, verify and predictions make no updates."""
+        self.optimizer, self.masters, self.guard = optimizer, masters, guard
+        self._set_rates, self._clip_norm = set_rates, clip_norm
+
+    # --- from the window to the updated parameters --------------------------------------------------------
+
+    def __call__(self, window: LoadedWindow, number: int) -> tuple[WindowResult, Tensor]:
+        """One optimizer step. Collective.
+
+        Args:
+            window: this rank's part of it.
+            number: updates made before.
+
+        Returns:
+            The window's result and the norm of its gradient before clipping, a scalar on the device. A window
+            whose weights are all zero takes no step and has norm 0; one whose gradient is not finite changes
+            neither parameters nor optimizer nor buffers.
+        """
+        self.number = number
+        result, update = self.attempt(window)
+        if not update.made and self.scaler is not None:  # fp16: the gradient may fit at a lower loss scale
+            result, update = try_lower_scales(self, window, result, update)
+        result.skipped = not update.made
+        self.number += update.made and not result.is_empty
+        return result, update.norm
+
+    def attempt(self, window: LoadedWindow) -> tuple[WindowResult, Update]:
+        """The window's gradient and the update with it, or everything as before. Collective."""
+        assert self.guard is not None
+        self.guard.keep_buffers()
+        result, update = self.gradient(window)
+        if result.is_empty:
+            return result, Update(torch.zeros((), device=self.device), made=True)
+        update = update or self.update(result.loss_is_bad())
+        if not update.made:
+            self.guard.restore_buffers()
+        return result, update
+
+    def gradient(self, window: LoadedWindow) -> tuple[WindowResult, Update | None]:
+        """The exact gradient of the window in ``.grad``, reduced, the same on every rank. Collective.
+
+        Raises:
+            ExactnessError: the weights used differ from those counted (on a GPU `Counts.check` tells it later).
+        """
+        self._before, self._was_updated, update = self.counts.noted(), False, None
+        try:
+            totals, counts = self.counts.of(window)  # {term: T}: one host sum over the ranks
+            if any(totals.values()):
+                self.scale = {name: 1 / total if total else 0.0 for name, total in totals.items()}
+                self.parallel.begin_window()
+                try:
+                    if window.failure is not None:
+                        raise window.failure
+                    update = self.strategy(
+                        window, self
+                    )  # .grad of each parameter: this rank's part of the sum
+                except Exception as error:
+                    self.parallel.tell_of_failure(error)  # the others wait in the reduction
+                    error.before_update = not self._was_updated  # type: ignore[attr-defined]
+                    raise
+                if update is None:
+                    self.parallel.reduce()  # one host sum: nobody failed; then the all-reduce of .grad
+                if self.device.type == "cpu" or not self._is_checked:
+                    self.counts.check()
+                    self._is_checked = True
+        except Exception:
+            self.counts.put_back(self._before)  # those of a window that never came to be
+            raise
+        losses = self.counts.take_losses()  # {term: sum over this rank's samples}, scalars
+        return WindowResult(totals, counts, losses, self.ranks, self.device), update
+
+    def forward_backward(
+        self, batch: Batch, scale: Mapping[str, float] | None = None, *, last: bool = False
+    ) -> None:
+        """One micro-batch on the device; its gradients add up in ``.grad``.
+
+        Args:
+            batch: on the device.
+            scale: factor of each loss term; `scale`, 1/T, by default.
+            last: of this rank's window: lets the reduction start in this backward.
+        """
+        scale = self.scale if scale is None else scale
+        with (
+            self.parallel.micro_step()
+        ):  # DistributedDataParallel reads in the forward that it is not to reduce
+            with self.autocast():
+                terms = named_loss_sums(
+                    self.loss_sum(batch)
+                )  # {term: (sum over the samples [], weight used)}
+            self.backward(_share(terms, scale), last=last)
+        self.counts.add(terms)
+
+    def backward(self, share: Tensor, *, last: bool = False) -> None:
+        """Backward of this rank's share of the window's loss, a scalar: one pass of any kind."""
+        with self.parallel.backward(last):
+            (
+                share if self.scaler is None else self.scaler.scale(share)
+            ).backward()  # .grad += this pass's part
+        self.parallel.settle()
+
+    def update(self, loss_is_bad: Tensor | None = None) -> Update:
+        """Unscale, clip the whole reduced gradient, step the optimizer, drop the gradients."""
+        self._was_updated = True
+        self._set_rates(self.number)
+        self.masters.take_changes()
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        norm = self.parallel.clip(self._clip_norm)  # [], before clipping; the same on every rank
+        assert self.guard is not None
+        made = self.guard.step(norm, loss_is_bad)  # where norm and loss are finite; all ranks decide alike
+        if self.scaler is not None:
+            self.scaler.update(None if made else self.scaler.get_scale())  # without an update it stays
+        self.masters.copy_to_model()
+        self.optimizer.zero_grad(set_to_none=True)
+        return Update(norm, made)
+
+    # --- further means of strategies ----------------------------------------------------------------------
+
+    def batches(self, window: LoadedWindow) -> Iterator[tuple[int, Batch]]:
+        """Index and batch on the device of each micro-batch; the next one is copied while one is in use."""
+        micro_batches = window.micro_batches
+        staged = [self.stage(micro_batch.batch) for micro_batch in micro_batches[:1]]
+        for k in range(len(micro_batches)):
+            ready = staged.pop()()
+            if k + 1 < len(micro_batches):
+                staged.append(self.stage(micro_batches[k + 1].batch))
+            yield k, ready
+            del ready
+
+    def seed(self, window: LoadedWindow, k: int) -> None:
+        """Set the random generators to the numbers of micro-step k, the same ones however often it is computed."""
+        if (seed := window.seed_of(k)) is not None:
+            seed_everything(*seed)
+
+    def reset(self) -> None:
+        """Forget what the window has come to so far: gradients, sums, what its forwards wrote into buffers."""
+        self.parallel.drop_gradients()
+        self.counts.forget_passes(self._before)
+        if self.guard is not None:
+            self.guard.restore_buffers()
+
+
+def _share(terms: Mapping[str, LossSum], scale: Mapping[str, float]) -> Tensor:
+    """The sum over the loss terms of sum / T: a scalar with graph."""
+    for name in terms:
+        if name not in scale:
+            raise ExactnessError(f"loss_sum returned the term {name!r}, which weight() did not count.")
+    shares = [total * scale[name] for name, (total, _) in terms.items()]
+    return shares[0] if len(shares) == 1 else torch.stack(shares).sum()
