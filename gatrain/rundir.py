@@ -112,9 +112,9 @@ class RunDir:
         return self.path / ".lock"
 
     @property
-    def heartbeat(self) -> Path:
-        """Written again and again by node 0 of a run on several nodes, so that the others can follow it."""
-        return self.path / ".heartbeat.json"
+    def session(self) -> Path:
+        """Left by node 0 of a run on several nodes as long as it runs: the others see that the folder is shared."""
+        return self.path / ".session"
 
     def saved_steps(self) -> list[int]:
         """Steps whose saved state was finished once, oldest first; that it still is whole is not checked."""

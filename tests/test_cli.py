@@ -15,9 +15,6 @@ import typer
 
 from gatrain import cli
 from gatrain.errors import EXIT_CODES, LaunchError
-from gatrain.fit.heartbeat import beating, wait_for_node_0
-from gatrain.launch.world import Nodes
-from gatrain.rundir import RunDir, write_json
 
 SURFACE = {
     "fit": {"--retune", "--overwrite", "--trust"},
@@ -218,21 +215,6 @@ def test_a_run_from_start_to_resume(weird_tmp_path: Path) -> None:
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]
     assert json.loads((folder / "plan.json").read_text())["world_size"] == 2
-
-
-def test_another_node_trusts_only_a_heartbeat_that_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run_dir = RunDir(tmp_path)
-    nodes = Nodes(1, nnodes=2, endpoint="localhost:1", run_id="this-run")
-    with beating(run_dir, nodes) as heart:
-        heart.ready()
-        assert wait_for_node_0(run_dir) == "this-run"
-    assert not run_dir.heartbeat.exists()
-    monkeypatch.setenv("GATRAIN_JOIN_TIMEOUT_S", "0.5")
-    write_json(run_dir.heartbeat, {"state": "ready", "run_id": "old-run", "beat": "left over"})
-    with pytest.raises(LaunchError, match="not heard of"):
-        wait_for_node_0(run_dir)
 
 
 def test_a_run_that_is_stopped_while_it_prepares_leaves_nothing() -> None:

@@ -7,13 +7,16 @@ import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from gatrain import codec, facts, fit
 from gatrain.compose import compose
-from gatrain.fit.heartbeat import _Beat
+from gatrain.errors import LaunchError
+from gatrain.fit import preparation
+from gatrain.fit.preparation import State
 from gatrain.launch.failure import first_cause
 from gatrain.plan import Measurement
 from gatrain.report.jsonl import keep_until, read_lines
@@ -141,26 +144,22 @@ def test_what_cannot_be_read_is_made_anew(
 
 
 @pytest.mark.parametrize(
-    "data",
-    [{}, {"beat": 1, "state": "ready"}, {"beat": "a", "state": "evil"},
-     {"beat": "a", "state": "ready", "run_id": 3},
-     {"beat": "a", "state": "preparing", "trials": ["/"]}],
-    ids=str,
-)  # fmt: skip
-def test_an_odd_heartbeat_is_none(tmp_path: Path, data: dict[str, Any]) -> None:
-    write_json(tmp_path / "beat.json", data)
-    with pytest.raises(ValueError, match=r"not|missing"):
-        _Beat.read(tmp_path / "beat.json")
+    "data", [[], {"state": "evil"}, {"state": "preparing", "trials": ["/"]}, {"state": 3}], ids=str
+)
+def test_odd_words_of_node_0_are_refused(data: Any) -> None:
+    rendezvous: Any = SimpleNamespace(endpoint="a:1", read=lambda kind, node_rank: data)
+    with pytest.raises(LaunchError, match=r"what node 0 says at a:1 is not gatrain's"):
+        preparation._state(rendezvous)
 
 
-def test_a_heartbeat_sends_nobody_out_of_the_run_folder(tmp_path: Path) -> None:
+def test_node_0_sends_nobody_out_of_the_run_folder(tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path)
     for text, wanted in (
         ("/etc", None),
         ("..", None),
         ("/x/gatrain_host_1", str(tmp_path / "gatrain_host_1")),
     ):
-        assert _Beat("a", "preparing", trials=text).trials_in(run_dir) == wanted
+        assert State(trials=text).trials_in(run_dir) == wanted
 
 
 def test_metrics_are_cut_whatever_stands_between_the_lines(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_odd_states_are_passed_over_one_by_one_and_the_run_ends_the_same(
     (saved / f"step_{10**30}").mkdir()
     with (copied / "metrics.jsonl").open("ab") as file:
         file.write(payload.replace(b"\n", b"") + b"\n" + b"[" * 100_000 + b"\n")
-    for name in ("summary.json", ".heartbeat.json", "logs/error_rank_0.json", "evaluations.jsonl"):
+    for name in ("summary.json", ".session", "logs/error_rank_0.json", "evaluations.jsonl"):
         (copied / name).write_bytes(payload)
     code, printed = gatrain(copied.parent, "resume", "run")
     assert code == 0, printed

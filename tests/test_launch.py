@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -99,9 +100,8 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def launch(home: Path, mode: str = "", nproc: int = 2, **options: Any) -> Path:
     folder = home / "run, 'one' $$"
-    run_workers(
-        "the_worker", folder, Nodes(nproc), device="cpu", cwd=home, env={"TEST_MODE": mode}, **options
-    )
+    with mock.patch.dict(os.environ, TEST_MODE=mode):
+        run_workers("the_worker", folder, Nodes(nproc), device="cpu", cwd=home, **options)
     return folder
 
 

@@ -19,7 +19,7 @@ from gatrain import assets, imports
 from gatrain.cli import machine
 from gatrain.data.cache import build_once
 from gatrain.errors import ConfigError, GatrainError, LaunchError, RunFolderError
-from gatrain.launch.join import check_name
+from gatrain.launch.rendezvous import Rendezvous
 from gatrain.launch.world import Nodes, parse_endpoint
 from gatrain.rundir import open_run_dir
 
@@ -399,7 +399,7 @@ def test_who_asks_decides_whose_module_it_is(cwd: Path, monkeypatch: pytest.Monk
 def test_an_endpoint_that_nobody_has_is_told_at_once_on_every_node(node_rank: int) -> None:
     began = time.monotonic()
     with pytest.raises(LaunchError, match=r"cannot find 'nosuchhost\.invalid'"):
-        check_name(Nodes(1, 2, node_rank, "nosuchhost.invalid:29656"))
+        Rendezvous(Nodes(1, 2, node_rank, "nosuchhost.invalid:29656"))
     assert time.monotonic() - began < 20
 
 

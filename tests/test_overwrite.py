@@ -62,7 +62,7 @@ def test_a_failure_before_the_next_run_is_ready_leaves_the_earlier_one_whole(tmp
 
     def prepare() -> None:
         with claimed(run_dir.path, True, AGAIN, overwrite=True):
-            (run_dir.path / ".heartbeat.json").write_text("{}")
+            (run_dir.path / ".session").write_text("5e55")
             raise RuntimeError("the plan failed")
 
     with pytest.raises(RuntimeError):

@@ -71,11 +71,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def launch(folder: Path, command: str, **pod: object) -> subprocess.Popen[str]:
+def launch(folder: Path, **pod: object) -> subprocess.Popen[str]:
     variables = {f"POD_{name}": str(value) for name, value in pod.items()}
-    options = ["--nproc", "1"] if command == "launch" else []
     return subprocess.Popen(
-        [sys.executable, "-m", "gatrain", command, *options, "recipe=odd"],
+        [sys.executable, "-m", "gatrain", "launch", "--nproc", "1", "recipe=odd"],
         cwd=folder, env=os.environ | variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
@@ -83,17 +82,23 @@ def launch(folder: Path, command: str, **pod: object) -> subprocess.Popen[str]:
 def test_a_scheduler_of_ones_own_gives_nodes_name_and_restarts(folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         first = f"127.0.0.1:{probe.getsockname()[1]}"
-    nodes = [launch(folder, "launch", JOB="a-7", PODS=2, INDEX=index, FIRST=first) for index in (0, 1)]
-    printed = [node.communicate(timeout=200)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], "\n".join(printed)
+
+    def job(restarts: int) -> list[str]:
+        nodes = [
+            launch(folder, JOB="a-7", PODS=2, INDEX=index, FIRST=first, RESTARTS=restarts) for index in (0, 1)
+        ]
+        printed = [node.communicate(timeout=200)[0] for node in nodes]
+        assert [node.returncode for node in nodes] == [0, 0], "\n".join(printed)
+        return printed
+
+    job(0)
     run = folder / "outputs" / "odd" / "job-a-7"
     assert json.loads((run / "plan.json").read_text())["world_size"] == 2
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
     env = json.loads((run / "env.json").read_text())
     assert (env["scheduler"], env["job"], env["job_restarts"]) == ("pods", "a-7", 0)
-    # the same command, started again on what is now one node, goes on with the run of the first attempt
-    again = launch(folder, "fit", JOB="a-7", PODS=1, INDEX=0, RESTARTS=1)
-    assert "nothing is left to do" in again.communicate(timeout=100)[0]
+    # the same commands, started again, go on with the run of the first attempt, and no node waits in vain
+    assert "nothing is left to do" in job(1)[0]
     assert [path.name for path in run.parent.iterdir()] == [run.name]
 
 

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from test_tune_real import MODULE
 
+from gatrain import codec
 from gatrain.errors import LaunchError
+from gatrain.fit.preparation import Preparation, follow
 from gatrain.hardware import Hardware, weakest
+from gatrain.launch.rendezvous import Rendezvous
 from gatrain.launch.world import Nodes
 from gatrain.nvml import Gpu
 from gatrain.plan import DOES_NOT_FIT, FAILED, FITS
+from gatrain.rundir import RunDir
 
 RECIPE = """
 defaults: [base, {override optimizer: sgd}, _self_]
@@ -75,7 +83,7 @@ def test_what_fails_on_the_other_node_alone_counts_for_both(tmp_path: Path, what
     assert plan["micro_batch"] <= 3
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2  # and they trained by it
     assert not list(run.glob("gatrain_*"))
-    assert not list(run.glob(".node_*"))
+    assert not (run / ".session").exists()
 
 
 def test_a_second_run_answers_from_the_cache_on_two_nodes(tmp_path: Path) -> None:
@@ -101,7 +109,7 @@ def test_a_node_that_does_not_come_is_named(tmp_path: Path) -> None:
         timeout=60,
     )  # fmt: skip
     assert done.returncode == LaunchError.exit_code
-    assert "node rank 1 did not come within 2 s" in done.stderr
+    assert re.search(r"1 of 2 nodes met at \S+ within 2 s; missing: node rank 1\.", done.stderr)
     assert not (tmp_path / "run").exists()
 
 
@@ -126,11 +134,113 @@ def test_the_weakest_node_speaks_for_all() -> None:
         weakest(own, [Hardware("cpu", "no driver")])
 
 
-def test_one_node_waits_for_nobody(tmp_path: Path) -> None:
-    from gatrain.fit.heartbeat import beating
-    from gatrain.rundir import RunDir
+# --- the rendezvous -------------------------------------------------------------------------------------
 
-    with beating(RunDir(tmp_path), Nodes(2)) as heart:
-        assert heart.hardware_of_others() == []
-        heart.ready()
+CPU = Hardware("cpu", "")
+
+
+@contextlib.contextmanager
+def meeting(monkeypatch: pytest.MonkeyPatch, wait_s: float = 20) -> Iterator[list[Rendezvous]]:
+    """Both nodes' ends, in this process."""
+    monkeypatch.setenv("GATRAIN_JOIN_TIMEOUT_S", str(wait_s))
+    endpoint = f"127.0.0.1:{free_port()}"
+    ends = [Rendezvous(Nodes(1, 2, node_rank, endpoint)) for node_rank in (0, 1)]
+    with ends[0], ends[1]:
+        yield ends
+
+
+def test_one_node_waits_for_nobody(tmp_path: Path) -> None:
+    with Rendezvous(Nodes(2)) as rendezvous, Preparation(rendezvous, RunDir(tmp_path)) as prepared:
+        assert prepared.hardware_of_others() == []
+        prepared.ready()
     assert not list(tmp_path.iterdir())
+
+
+def test_the_other_node_gives_its_hardware_joins_the_trials_and_starts_when_all_is_ready(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    joined: list[str | None] = []
+    with meeting(monkeypatch) as (first, second), ThreadPoolExecutor(1) as pool:
+        other = pool.submit(follow, second, RunDir(tmp_path), CPU, joined.append)
+        with Preparation(first, RunDir(tmp_path)) as prepared:
+            assert prepared.hardware_of_others() == [CPU]
+            prepared.announce(tmp_path / "gatrain_host_1")
+            while str(tmp_path / "gatrain_host_1") not in joined:
+                assert not other.done()
+            prepared.ready()
+            assert other.result(20) is True
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_node_does_not_take_part_in_an_earlier_run_whose_end_it_has_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One script on each node, two trainings: node 1's second begins while node 0 still ends its first."""
+    with meeting(monkeypatch) as (first, second), ThreadPoolExecutor(1) as pool:
+        first.open()
+        first.give("state", {"state": "ready"})
+        second.open()
+        again = Rendezvous(second.nodes)
+        other = pool.submit(follow, again, RunDir(tmp_path), CPU, lambda trials: None)
+        with pytest.raises(TimeoutError):
+            other.result(1)
+        second.close()
+        first.close()  # as its process ends
+        with Rendezvous(first.nodes) as now, Preparation(now, RunDir(tmp_path)) as prepared:
+            prepared.hardware_of_others()
+            prepared.ready()
+            assert other.result(20) is True
+            again.close()
+
+
+def test_two_processes_of_one_node_rank_are_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with meeting(monkeypatch, 0.5) as (first, second):
+        first.open()
+        second.open()
+        with pytest.raises(LaunchError, match=r"a process with node rank 1 at .* already"):
+            Rendezvous(second.nodes).open()
+
+
+def test_a_folder_that_the_nodes_do_not_share_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gatrain.fit.preparation.SHARED_S", 0.5)
+    (tmp_path / "mine").mkdir()
+    with meeting(monkeypatch) as (first, second), ThreadPoolExecutor(1) as pool:
+        other = pool.submit(follow, second, RunDir(tmp_path), CPU, lambda trials: None)
+        with (
+            Preparation(first, RunDir(tmp_path / "mine")),
+            pytest.raises(LaunchError, match=r"on node 1 is another\. Give every node the same run\.dir"),
+        ):
+            other.result(20)
+
+
+def test_a_failure_of_either_node_is_told_on_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with meeting(monkeypatch) as (first, second), ThreadPoolExecutor(1) as pool:
+        other = pool.submit(follow, second, RunDir(tmp_path), CPU, lambda trials: None)
+        with Preparation(first, RunDir(tmp_path)) as prepared:
+            prepared.hardware_of_others()
+            first.report_failure("the model does not fit")
+            with pytest.raises(LaunchError, match="node 0 failed: the model does not fit"):
+                other.result(20)
+    with meeting(monkeypatch) as (first, second):
+        first.open()
+        second.open()
+        second.report_failure("no GPU")
+        with pytest.raises(LaunchError, match="node 1 failed: no GPU"):
+            Preparation(first, RunDir(tmp_path)).hardware_of_others()
+
+
+def test_nodes_of_unlike_size_are_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GATRAIN_JOIN_TIMEOUT_S", "20")
+    endpoint = f"127.0.0.1:{free_port()}"
+    with Rendezvous(Nodes(2, 2, 0, endpoint)) as first, Rendezvous(Nodes(3, 2, 1, endpoint)) as second:
+        first.open()
+        second.open()
+        second.give("hardware", codec.encode(CPU))
+        with pytest.raises(LaunchError, match=r"node 0 was started with --nproc 2, and node 1 .* --nproc 3"):
+            Preparation(first, RunDir(tmp_path)).hardware_of_others()

@@ -38,11 +38,11 @@ from gatrain.facts import RunFacts
 from gatrain.fit import record, requeue
 from gatrain.fit.changes import Changes, write_record
 from gatrain.fit.claim import choose_folder, claimed, set_aside
-from gatrain.fit.heartbeat import Heartbeat, beating, wait_for_node_0
 from gatrain.fit.job import StartNodes, find_job, reach_every_node
+from gatrain.fit.preparation import Preparation, dismiss, follow
 from gatrain.hardware import Hardware, detect_hardware, weakest
 from gatrain.inspection import begin_inspection, check_modules
-from gatrain.launch.join import MeetingPoint, check_name
+from gatrain.launch.rendezvous import Rendezvous
 from gatrain.launch.world import Nodes, WorldRequest
 from gatrain.plan import Plan
 from gatrain.rundir import RunDir, locked, open_run_dir, read_json, write_json, write_text
@@ -151,27 +151,26 @@ def fit(
         raise ConfigError(
             f"{OVERWRITE} needs the folder that it may replace: run.dir=FOLDER or run.name=NAME."
         )
-    _check_endpoint(nodes, request)
-    if nodes.node_rank > 0:
-        return _follow(RunDir(path), nodes, hardware, request, listener, cwd)
-    is_again, is_there = request.was_started_again, named and RunDir(path).has_run()
-    if is_again and is_there and not (overwrite and _is_older(path, request)):
-        requeue.check_same(RunDir(path), composed)
-        if RunDir(path).saved_entries():
-            requeue.mark(RunDir(path), request.job)
-            return resume(path, (), request, listener)
-        overwrite = True  # the first attempt ended before it had saved anything
-    elif is_again:
-        listener.progress("No earlier attempt of this job ran these settings: this run begins at step 0")
+    if nodes.node_rank == 0 and request.was_started_again:
+        if named and RunDir(path).has_run() and not (overwrite and _is_older(path, request)):
+            requeue.check_same(RunDir(path), composed)
+            if RunDir(path).saved_entries():
+                return _go_on(RunDir(path), nodes, request, listener)
+            overwrite = True  # the first attempt ended before it had saved anything
+        else:
+            listener.progress("No earlier attempt of this job ran these settings: this run begins at step 0")
     options = [*request.words(), *(["--retune"] if retune else [])]
     again = Again((*options, *map(redact, overrides)), cwd)
-    with (
-        claimed(path, named, again, overwrite) as claim,
-        beating(run_dir := claim.run_dir, nodes) as heart,
-    ):
-        hardware = weakest(hardware, heart.hardware_of_others())
+    with contextlib.ExitStack() as stack:
+        rendezvous = stack.enter_context(_rendezvous(nodes, request))
+        if nodes.node_rank > 0:
+            return _follow(rendezvous, RunDir(path), hardware, request, listener, cwd)
+        claim = stack.enter_context(claimed(path, named, again, overwrite))
+        run_dir = claim.run_dir
+        preparation = stack.enter_context(Preparation(rendezvous, run_dir))
+        hardware = weakest(hardware, preparation.hardware_of_others())
         plan, facts = _plan(
-            composed.config, composed.yaml, hardware, nodes, listener, cwd, retune, run_dir, heart
+            composed.config, composed.yaml, hardware, nodes, listener, cwd, retune, run_dir, preparation
         )
         if replaced := claim.clear():
             listener.said(f"Replaced in {run_dir.path}: {replaced}.")
@@ -185,8 +184,8 @@ def fit(
         if request.torchrun is not None:
             request.torchrun.note_run(run_dir.path)
         guardian.forget_claim(run_dir.path)  # from here on it tells of a run, however that ends
-        heart.ready()
-        return _launch(run_dir, nodes, hardware, request, cwd)
+        preparation.ready()
+        return _launch(run_dir, rendezvous, hardware, request, cwd)
 
 
 def resume(
@@ -237,10 +236,12 @@ def resume(
     check_modules(config, cwd)
     request = _as_many_as_before(run_dir, config, request)
     hardware, nodes = find_world(config, request)
-    _check_endpoint(nodes, request)
-    if nodes.node_rank > 0:
-        return _follow(run_dir, nodes, hardware, request, listener, cwd)
-    with locked(run_dir), beating(run_dir, nodes) as heart:
+    with contextlib.ExitStack() as stack:
+        rendezvous = stack.enter_context(_rendezvous(nodes, request))
+        if nodes.node_rank > 0:
+            return _follow(rendezvous, run_dir, hardware, request, listener, cwd)
+        stack.enter_context(locked(run_dir))
+        preparation = stack.enter_context(Preparation(rendezvous, run_dir))
         asks_again = changes.replans or any(_covers(known, key) for known in _REPLAN_KEYS for key in changed)
         plan = None if asks_again else _plan_of(run_dir, config)
         facts = changes.look(cwd, plan, listener.progress)
@@ -249,9 +250,11 @@ def resume(
         if facts.data is not None:
             listener.read(facts.data)
         if plan is None or _moved(run_dir, plan, hardware, nodes):
-            hardware = weakest(hardware, heart.hardware_of_others())
+            hardware = weakest(hardware, preparation.hardware_of_others())
             heard = replace(listener, read=lambda data: None)
-            plan, _ = _plan(config, config_yaml, hardware, nodes, heard, cwd, run_dir=run_dir, heart=heart)
+            plan, _ = _plan(
+                config, config_yaml, hardware, nodes, heard, cwd, run_dir=run_dir, preparation=preparation
+            )
             _write_plan(run_dir, plan, hardware)
         changes.write(plan, facts, cwd)
         if overrides or accepted:
@@ -261,8 +264,8 @@ def resume(
             with contextlib.suppress(OSError):
                 write_text(run_dir.overrides, run_dir.overrides.read_text(encoding="utf-8") + note)
         listener.planned(plan, run_dir.path)
-        heart.ready()
-        return _launch(run_dir, nodes, hardware, request, cwd)
+        preparation.ready()
+        return _launch(run_dir, rendezvous, hardware, request, cwd)
 
 
 def _remark(composed: Composed, listener: Listener) -> None:
@@ -293,12 +296,9 @@ def find_world(config: RunConfig, request: WorldRequest) -> tuple[Hardware, Node
     return hardware, nodes
 
 
-def _check_endpoint(nodes: Nodes, request: WorldRequest) -> None:
-    """Tell that nobody has the name, or that the port is taken, before anything slow."""
-    if request.torchrun is None:  # the names that others give, such as a cluster's, may come later
-        check_name(nodes)
-    if nodes.nnodes > 1 and nodes.node_rank == 0:
-        MeetingPoint(nodes).close()
+def _rendezvous(nodes: Nodes, request: WorldRequest) -> Rendezvous:
+    """Tells that nobody has the endpoint's name, or that the port is taken, before anything slow."""
+    return Rendezvous(nodes, resolves_later=request.torchrun is not None)  # such as the name of a pod
 
 
 def _plan(
@@ -310,11 +310,11 @@ def _plan(
     cwd: Path,
     retune: bool = False,
     run_dir: RunDir | None = None,
-    heart: Heartbeat | None = None,
+    preparation: Preparation | None = None,
 ) -> tuple[Plan, RunFacts]:
     from gatrain.tune import make_plan_for, needs_trials, trial_host
 
-    options: dict[str, Any] = {} if heart is None else {"announce": heart.announce}
+    options: dict[str, Any] = {} if preparation is None else {"announce": preparation.announce}
     if run_dir is not None and nodes.nnodes > 1:
         options["shared"] = run_dir.path
     with (
@@ -411,15 +411,20 @@ def _write_plan(run_dir: RunDir, plan: Plan, hardware: Hardware) -> None:
 # --- launch ---------------------------------------------------------------------------------------------
 
 
-def _launch(run_dir: RunDir, nodes: Nodes, hardware: Hardware, request: WorldRequest, cwd: Path) -> Outcome:
+def _launch(
+    run_dir: RunDir, rendezvous: Rendezvous, hardware: Hardware, request: WorldRequest, cwd: Path
+) -> Outcome:
     from gatrain.launch.local import run_workers
 
-    run_dir.summary.unlink(missing_ok=True) if nodes.node_rank == 0 else None
+    nodes = rendezvous.nodes
+    if nodes.node_rank == 0:
+        run_dir.summary.unlink(missing_ok=True)
     try:
         run_workers(
             WORKER,
             run_dir.path,
             nodes,
+            rendezvous=rendezvous,
             device=hardware.device,
             max_restarts=request.max_restarts,
             cwd=cwd,
@@ -458,16 +463,30 @@ def _after_training(run_dir: RunDir, summary: dict[str, Any]) -> str:
 
 
 def _follow(
-    run_dir: RunDir, nodes: Nodes, hardware: Hardware, request: WorldRequest, listener: Listener, cwd: Path
+    rendezvous: Rendezvous,
+    run_dir: RunDir,
+    hardware: Hardware,
+    request: WorldRequest,
+    listener: Listener,
+    cwd: Path,
 ) -> Outcome:
     """On a node other than 0: wait until node 0 has prepared the run folder, then start this node's ranks."""
     from gatrain.tune.processes import Follower
 
     listener.progress(f"Waiting for node 0 to prepare {run_dir.path}")
-    with Follower(nodes.node_rank, cwd) as trials:
-        run_id = wait_for_node_0(run_dir, nodes.node_rank, hardware, trials.join)
-    nodes = replace(nodes, run_id=run_id)
-    return _launch(run_dir, nodes, hardware, request, cwd)
+    with Follower(rendezvous.nodes.node_rank, cwd) as trials:
+        trains = follow(rendezvous, run_dir, hardware, trials.join)
+    return _launch(run_dir, rendezvous, hardware, request, cwd) if trains else Outcome(run_dir.path)
+
+
+def _go_on(run_dir: RunDir, nodes: Nodes, request: WorldRequest, listener: Listener) -> Outcome:
+    """On node 0 of a job that was started again: resume the run of its first attempt."""
+    requeue.mark(run_dir, request.job)
+    outcome = resume(run_dir.path, (), request, listener)
+    if outcome.already_complete and nodes.nnodes > 1:
+        with _rendezvous(nodes, request) as rendezvous:
+            dismiss(rendezvous)
+    return outcome
 
 
 # --- resume ---------------------------------------------------------------------------------------------

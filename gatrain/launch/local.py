@@ -19,7 +19,7 @@ from gatrain.errors import GatrainError, LaunchError, RunFolderError, WorkerErro
 from gatrain.imports import SAFE_PATH
 from gatrain.launch import protocol
 from gatrain.launch.failure import Exit, first_cause, is_only_consequence
-from gatrain.launch.join import MeetingPoint
+from gatrain.launch.rendezvous import Rendezvous
 from gatrain.launch.watch import SURVIVORS_S, Watch, interrupted, name_of
 from gatrain.launch.world import Nodes
 from gatrain.rundir import RunDir, read_json
@@ -32,9 +32,9 @@ def run_workers(
     *,
     max_restarts: int = 0,
     device: str | None = None,
-    env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     in_job: bool = False,
+    rendezvous: Rendezvous | None = None,
 ) -> None:
     """Run ``python -m MODULE FOLDER`` on each rank of this node and wait for the end.
 
@@ -49,8 +49,8 @@ def run_workers(
         nodes: the shape of the world.
         max_restarts: how many times torchrun starts all ranks again after one failed.
         device: ``cpu`` or ``cuda``; None takes CUDA where a rank sees a GPU.
-        env: additions to the environment of the ranks.
         cwd: working directory of the ranks, also on their import path; None is the current one.
+        rendezvous: that of the nodes, where there is one already; it is closed at the end.
         in_job: whether a scheduler may send signals here, which goes from a polite one to a stronger one.
 
     Raises:
@@ -65,27 +65,27 @@ def run_workers(
     except OSError as error:
         raise RunFolderError(f"cannot write in {folder}: {error}") from error
     grace_s = protocol.seconds(protocol.GRACE_S, 120)
-    meeting = MeetingPoint(nodes)
+    rendezvous = rendezvous or Rendezvous(nodes)
     with (
         # imports torch, which takes seconds: a signal that comes meanwhile ends the command as before
         _agent_log(run_dir.logs / f"launcher_{nodes.node_rank}.log"),
-        contextlib.closing(meeting),
+        contextlib.closing(rendezvous),
         scratch.folder("gatrain_") as private,
         offspring.stopping_together(),
-        Watch(private, meeting, grace_s, in_job) as watch,
+        Watch(private, rendezvous, grace_s, in_job) as watch,
         _working_directory(cwd),
         _environment(
-            _rank_environment(nodes, meeting, device, env or {})
+            _rank_environment(rendezvous, device)
             | {protocol.RANK_STATE: str(private), offspring.SOCKETS: str(scratch.sockets_of(private))}
         ),
     ):
-        agent = _Agent(module, run_dir, nodes, max_restarts, meeting, watch, private)
+        agent = _Agent(module, run_dir, nodes, max_restarts, rendezvous, watch, private)
         thread = threading.Thread(target=agent.run, name=offspring.AGENT_THREAD, daemon=True)
         thread.start()
         watch.follow(thread)
         failure = agent.outcome()
         if failure is not None:
-            meeting.tell_failure(str(failure))
+            rendezvous.report_failure(str(failure))
             raise failure
         _raise_if_stopped(run_dir, watch, agent.since)
 
@@ -98,7 +98,7 @@ class _Agent:
     run_dir: RunDir
     nodes: Nodes
     max_restarts: int
-    meeting: MeetingPoint
+    rendezvous: Rendezvous
     watch: Watch
     private: Path
     since: float = field(default_factory=time.time)
@@ -107,7 +107,7 @@ class _Agent:
 
     def run(self) -> None:
         try:
-            self.meeting.gather()
+            self.rendezvous.gather()
             self.watch.started = True
             self._launch()
         except BaseException as error:
@@ -152,7 +152,7 @@ class _Agent:
             run_id=nodes.run_id,
             role="rank",
             rdzv_backend="c10d",
-            rdzv_endpoint=self.meeting.endpoint,
+            rdzv_endpoint=self.rendezvous.endpoint,
             rdzv_configs={
                 # names may not resolve: torchrun's own guess of who hosts the store can be "nobody"
                 "is_host": nodes.node_rank == 0,
@@ -160,7 +160,7 @@ class _Agent:
             },
             max_restarts=self.max_restarts,
             monitor_interval=0.1,
-            local_addr=self.meeting.own_address,
+            local_addr=self.rendezvous.own_address,
             **{name: value for name, value in newer.items() if name in known},
         )
 
@@ -176,7 +176,7 @@ class _Agent:
             cause = first_cause(self.run_dir, self._exits, self.since, killed)
             if cause is None or cause.secondary:
                 # the reason is on another node, which needs a moment to end its own ranks and tell
-                reason = self.watch.lost or self.meeting.await_failure_elsewhere(SURVIVORS_S + 2)
+                reason = self.watch.lost or self.rendezvous.await_failure_elsewhere(SURVIVORS_S + 2)
                 if reason is not None:
                     return WorkerError(reason)
             return (
@@ -215,21 +215,19 @@ def _raise_if_stopped(run_dir: RunDir, watch: Watch, since: float) -> None:
     raise interrupted(signum, f"Stopped by {name_of(signum)}.")
 
 
-def _rank_environment(
-    nodes: Nodes, meeting: MeetingPoint, device: str | None, given: Mapping[str, str]
-) -> dict[str, str]:
+def _rank_environment(rendezvous: Rendezvous, device: str | None) -> dict[str, str]:
     """Environment for the ranks; torchrun hands them this process's own."""
     if device not in (None, "cpu", "cuda"):
         raise LaunchError(f"device={device!r} is not one of cpu, cuda.")
     fixed = trust.environment() | {
-        protocol.NODE_RANK: str(nodes.node_rank),
+        protocol.NODE_RANK: str(rendezvous.nodes.node_rank),
         protocol.LAUNCHER_PID: str(os.getpid()),
         # with the shared store a restart can hang: new ranks read a dead rank's address (pytorch #135712)
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
     if device is not None:
         fixed[protocol.DEVICE] = device
-    return protocol.defaults_for_ranks(nodes.nproc, meeting.own_address) | dict(given) | fixed
+    return protocol.defaults_for_ranks(rendezvous.nodes.nproc, rendezvous.own_address) | fixed
 
 
 @contextlib.contextmanager

@@ -20,8 +20,8 @@ from typing import Any
 from gatrain import offspring
 from gatrain.errors import Interrupted
 from gatrain.launch import protocol
-from gatrain.launch.join import MeetingPoint
 from gatrain.launch.protocol import RankState
+from gatrain.launch.rendezvous import Rendezvous
 
 SCAN_S = 0.05
 PEERS_S = 1.0
@@ -41,7 +41,7 @@ class Watch:
     """State of one launch. Times are `time.monotonic` seconds, except in ``died``."""
 
     state_folder: Path
-    meeting: MeetingPoint
+    rendezvous: Rendezvous
     grace_s: float
     in_job: bool = False
     """Whether a scheduler's job is known, whatever the environment says."""
@@ -155,7 +155,7 @@ class Watch:
             self._end_at = None  # torchrun may start another set of ranks
         self._pass_signal_on()
         if now >= self._peers_at + PEERS_S and self.started and self.lost is None:
-            self._peers_at, self.lost = now, self.meeting.failure_elsewhere()
+            self._peers_at, self.lost = now, self.rendezvous.failure_elsewhere()
             if self.lost is not None:
                 self._end_at = self._end_at or now + 1.0
         if self.stop_signal in (signal.SIGTERM, signal.SIGHUP) and now > self.stop_since + self.grace_s:
