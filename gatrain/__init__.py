@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from gatrain.report.sink import Logger as Logger
     from gatrain.tasks.base import Task as Task
     from gatrain.train.accumulate import accumulate as accumulate
     from gatrain.train.hook import Hook as Hook
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _LIBRARY = {
     "Task": "gatrain.tasks.base",
     "accumulate": "gatrain.train.accumulate",
+    "Logger": "gatrain.report.sink",
     "Hook": "gatrain.train.hook",
     "HookRun": "gatrain.train.hook",
     "TrainedStep": "gatrain.train.hook",
@@ -31,6 +33,7 @@ _LIBRARY = {
 __all__ = [
     "Hook",
     "HookRun",
+    "Logger",
     "MasterWeights",
     "Task",
     "TrainedStep",

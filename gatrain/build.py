@@ -23,6 +23,7 @@ from gatrain.tasks.base import Task
 from gatrain.tasks.parts import map_style
 from gatrain.train import order
 from gatrain.train.engine import Engine, StepClock
+from gatrain.train.events import Sink
 from gatrain.train.gradient import GradientStrategy
 from gatrain.train.hook import Hook
 from gatrain.train.hooks import named
@@ -61,7 +62,7 @@ def _check_values(config: RunConfig) -> None:
     Raises:
         ConfigError: one cannot be so.
     """
-    for key in ("hooks",):
+    for key in ("hooks", "logger"):
         for where, node in doors.nodes_of(key, getattr(config, key)):
             if doors.is_shipped(node["_target_"]):
                 check = getattr(instantiate(where, node), "check", None)
@@ -166,6 +167,28 @@ def build_hooks(config: RunConfig) -> dict[str, Hook]:
             )
         made.append((shipped.get(node["_target_"], node["_target_"].rpartition(".")[2]), hook))
     return named(made)
+
+
+def build_loggers(config: RunConfig) -> list[Sink]:
+    """Make the loggers of a run beside metrics.jsonl, which needs no word of the configuration. For rank 0.
+
+    Raises:
+        ConfigError: one cannot be made, or is no logger.
+    """
+    made = []
+    for where, node in doors.nodes_of("logger", config.logger):
+        if node["_target_"] == doors.SHIPPED["logger"]["jsonl"]:
+            continue
+        logger = instantiate(where, node)
+        if logger is None:  # a shipped one that is not installed, and was not asked for by name
+            continue
+        if not isinstance(logger, Sink):
+            raise ConfigError(
+                f"{where}._target_={node['_target_']} gave a {type(logger).__name__}, not a gatrain.Logger. "
+                "Subclass gatrain.Logger."
+            )
+        made.append(logger)
+    return made
 
 
 def build_model(task: Task, seed: int, device: torch.device, *, in_place: bool = False) -> nn.Module:

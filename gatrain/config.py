@@ -172,6 +172,10 @@ class RunConfig:
     (`gatrain.train.gradient.GradientStrategy`)."""
     parallel: Any = "replicated"
     """How model and gradients lie on the ranks: ``replicated``, or the ``_target_`` of your own."""
+    logger: Any = "auto"
+    """Where metrics go beside metrics.jsonl, which is always written: a list of ``auto`` (TensorBoard where it is
+    installed), ``tensorboard``, ``wandb``, ``mlflow``, or your own `gatrain.Logger` by ``_target_``; with values as
+    ``{name: wandb, project: mine}``."""
     device: str = "auto"
     """``cpu``, ``cuda``, or ``auto``: the GPUs if there are any."""
     scheduler: Any = "auto"

@@ -26,6 +26,13 @@ SHIPPED: dict[str, dict[str, str]] = {
         "early_stopping": "gatrain.hooks.early_stopping.EarlyStopping",
         "keep_best": "gatrain.hooks.keep_best.KeepBest",
     },
+    "logger": {
+        "auto": "gatrain.report.tensorboard.where_installed",
+        "jsonl": "gatrain.report.jsonl.JsonlSink",
+        "tensorboard": "gatrain.report.tensorboard.TensorBoardSink",
+        "wandb": "gatrain.report.wandb.WandbLogger",
+        "mlflow": "gatrain.report.mlflow.MLflowLogger",
+    },
     "order": {
         "shuffle": "gatrain.train.order.shuffle.Shuffle",
         "sequential": "gatrain.train.order.sequential.Sequential",

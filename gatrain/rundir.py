@@ -99,6 +99,11 @@ class RunDir:
         return self.path / "kept"
 
     @property
+    def loggers(self) -> Path:
+        """The ids that trackers know the run by (JSON)."""
+        return self.path / "loggers.json"
+
+    @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
 
@@ -280,7 +285,7 @@ def _ours(folder: Path) -> list[Path]:
     names = (
         "config.yaml", "overrides.txt", "plan.json", "hardware.json", "env.json", "metrics.jsonl",
         "evaluations.jsonl", "logs", "saved", "tensorboard", "summary.json", "recorded.json", "data.json",
-        "kept",
+        "kept", "loggers.json",
     )  # fmt: skip
     return [folder / name for name in names] if folder.name != "logs" else sorted(folder.iterdir())
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 def work(folder: Path, rank: rank_process.Rank) -> None:
     """Build, resume from the newest saved state if there is one, train, and write the summary."""
     from gatrain import build
+    from gatrain import recorded as records
     from gatrain.compose import reload
     from gatrain.launch.reasons import describe
     from gatrain.report import make_sinks, save_plots
@@ -99,7 +100,10 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
 
     _stop_if_asked(rank)
     with make_sinks(
-        run_dir if rank.rank == 0 else None, progress.step, log_every=config.train.log_every
+        run_dir if rank.rank == 0 else None,
+        progress.step,
+        log_every=config.train.log_every,
+        loggers=build.build_loggers(config) if rank.rank == 0 else (),
     ) as sinks:
         aftermath = Aftermath(lambda error: describe(error)[2], sinks.notice)
         baseline = None
@@ -124,6 +128,7 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
             steps_per_epoch=schedule.per_epoch,
             baseline_name=baseline[0] if baseline else None,
             baseline_loss=baseline[1] if baseline else None,
+            settings=records.public(stored.leaves),
             half_dtypes=engine.masters.dtypes,
         )
         sinks.start(info)

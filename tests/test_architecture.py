@@ -77,6 +77,7 @@ ROOMS: dict[str, set[str]] = {
         "batch",
         "data.report",
         "predict",
+        "config",
         "train.records",
         "train.events",
     },

@@ -24,8 +24,8 @@ from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, SKIPPED, Measurement, Plan,
 from gatrain.report import (
     Fanout,
     JsonlSink,
+    Logger,
     PlainSink,
-    QuietSink,
     TensorBoardSink,
     console_sink,
     make_sinks,
@@ -270,7 +270,7 @@ def test_output_into_a_closed_pipe_does_not_end_the_process(tmp_path: Path) -> N
         "import sys, time; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
         "from test_report import record, run_info, summary\n"
         "from gatrain.report import make_sinks; from gatrain.rundir import RunDir\n"
-        "folder = Path(sys.argv[1]); sinks = make_sinks(RunDir(folder), 0, tensorboard=False)\n"
+        "folder = Path(sys.argv[1]); sinks = make_sinks(RunDir(folder), 0, loggers=())\n"
         "sinks.start(run_info(folder)); sys.stdin.read(1)\n"
         "for step in range(1, 601): sinks.step(record(step))\n"
         "sinks.end(summary())\n"
@@ -472,14 +472,14 @@ def test_numbers_read_well() -> None:
 # --- failures
 
 
-class Breaking(QuietSink):
+class Breaking(Logger):
     """Raises at every event."""
 
     def step(self, record: StepRecord) -> None:
         raise OSError(28, "No space left on device")
 
 
-class Hearing(QuietSink):
+class Hearing(Logger):
     """Remembers what it hears."""
 
     for_people = True
@@ -510,7 +510,7 @@ def test_a_sink_that_cannot_write_is_told_of_once_and_tried_again(capsys: pytest
 
 
 def test_a_sink_with_another_error_is_told_of_once_and_dropped() -> None:
-    class Wrong(QuietSink):
+    class Wrong(Logger):
         def step(self, record: StepRecord) -> None:
             raise ValueError("no such thing")
 
@@ -594,7 +594,7 @@ def test_tensorboard_gets_every_point_after_a_full_disk(tmp_path: Path) -> None:
 
 
 def test_make_sinks(tmp_path: Path) -> None:
-    sinks = make_sinks(RunDir(tmp_path), 0, stream=io.StringIO(), tensorboard=False)
+    sinks = make_sinks(RunDir(tmp_path), 0, stream=io.StringIO(), loggers=())
     assert [type(sink) for sink in sinks] == [PlainSink, JsonlSink]
     assert list(make_sinks(None, 0)) == []
 

@@ -15,7 +15,7 @@ _LOGS = r"rank_\d+\.log|error_rank_\d+\.json|launcher_\d+\.log"
 _TENSORBOARD = r"events\.out\.tfevents\..*"
 _FILES = (
     "metrics.jsonl", "evaluations.jsonl", "summary.json", "loss.png", "plan.png", "data.json", "hardware.json",
-    "overrides.txt", "recorded.json",
+    "overrides.txt", "recorded.json", "loggers.json",
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TextIO
 
 from gatrain.report.console import console_sink
@@ -9,16 +10,16 @@ from gatrain.report.jsonl import JsonlSink
 from gatrain.report.plain import PlainSink
 from gatrain.report.plan_table import plan_lines, plan_table, print_plan
 from gatrain.report.plot import save_plots, terminal_plot
-from gatrain.report.sink import Fanout, QuietSink
-from gatrain.report.tensorboard import TensorBoardSink, has_tensorboard
+from gatrain.report.sink import Fanout, Logger
+from gatrain.report.tensorboard import TensorBoardSink, where_installed
 from gatrain.rundir import RunDir
 from gatrain.train.events import Sink
 
 __all__ = [
     "Fanout",
     "JsonlSink",
+    "Logger",
     "PlainSink",
-    "QuietSink",
     "TensorBoardSink",
     "console_sink",
     "make_sinks",
@@ -36,9 +37,9 @@ def make_sinks(
     *,
     log_every: int = 1,
     stream: TextIO | None = None,
-    tensorboard: bool = True,
+    loggers: Sequence[Sink] | None = None,
 ) -> Fanout:
-    """Make the usual sinks of a run: console, metrics.jsonl and, where it is installed, TensorBoard.
+    """Make the sinks of a run: console, metrics.jsonl, and loggers.
 
     They come behind one `Fanout`, which is a sink itself. Close it (or use it in a ``with`` block) when
     training is over, however it ended.
@@ -48,14 +49,12 @@ def make_sinks(
         first_step: Steps already done (0 unless resumed): records after it are cut from the files.
         log_every: ``train.log_every``, so that plain lines show the newest of the steps that arrive together.
         stream: Where the console writes; standard output by default.
-        tensorboard: Whether TensorBoard files are wanted.
+        loggers: What the metrics go to beside metrics.jsonl; TensorBoard, where it is installed, by default.
     """
     if run_dir is None:
         return Fanout([])
-    sinks: list[Sink] = [
-        console_sink(stream, log_every=log_every),
-        JsonlSink(run_dir.metrics, first_step),
-    ]
-    if tensorboard and has_tensorboard():
-        sinks.append(TensorBoardSink(run_dir.tensorboard))
-    return Fanout(sinks)
+    if loggers is None:
+        loggers = [logger for logger in (where_installed(),) if logger is not None]
+    return Fanout(
+        [console_sink(stream, log_every=log_every), JsonlSink(run_dir.metrics, first_step), *loggers]
+    )

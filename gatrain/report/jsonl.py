@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gatrain import units
-from gatrain.report.sink import QuietSink
+from gatrain.report.sink import Logger
 from gatrain.rundir import atomic_file
 from gatrain.train.events import RunInfo
 from gatrain.train.records import RunSummary, StepRecord
@@ -24,7 +24,7 @@ MOST_WAITING_BYTES = 64 * units.MIB
 """Lines that wait in memory for a disk that takes none; some 200,000 steps."""
 
 
-class JsonlSink(QuietSink):
+class JsonlSink(Logger):
     """Appends a line for each step to ``path``, and one for each evaluation to evaluations.jsonl beside it.
 
     At ``first_step`` 0 both files start empty. Otherwise the run goes on: both are first cut, atomically, to

@@ -27,7 +27,7 @@ from gatrain.report import text
 from gatrain.report.meter import Meter
 from gatrain.report.plain import silence, step_values
 from gatrain.report.plot import sparkline, terminal_plot
-from gatrain.report.sink import QuietSink
+from gatrain.report.sink import Logger
 from gatrain.train.events import RunInfo
 from gatrain.train.records import RunSummary, StepRecord
 
@@ -110,7 +110,7 @@ class _Lines:
             yield line
 
 
-class LiveSink(QuietSink):
+class LiveSink(Logger):
     """Header, events and closing block scroll by; progress, loss and rates stay at the bottom and move."""
 
     for_people = True

@@ -12,12 +12,12 @@ from typing import IO, Any, TextIO
 from gatrain import units
 from gatrain.report import text
 from gatrain.report.meter import Meter
-from gatrain.report.sink import QuietSink
+from gatrain.report.sink import Logger
 from gatrain.train.events import RunInfo
 from gatrain.train.records import RunSummary, StepRecord
 
 
-class PlainSink(QuietSink):
+class PlainSink(Logger):
     """One line for each logging interval, for log files and pipes.
 
     At most one line a second, and after some minutes fewer (one in ten seconds at the least), beside the

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from gatrain import disk, units
+from gatrain.errors import ConfigError, RunFolderError
 from gatrain.report.text import clean
+from gatrain.rundir import RunDir, read_json, write_json
 from gatrain.secrets import hide_known
 from gatrain.train.events import RunInfo, Sink
 from gatrain.train.records import RunSummary, StepRecord
 
 
-class QuietSink:
+class Logger:
     """A sink that ignores everything: derive from it and override what is of interest."""
 
     for_people = False
@@ -44,6 +47,32 @@ class QuietSink:
 
     def close(self) -> None:
         """Give back files, threads and the terminal. May be called twice, and without `end`."""
+
+
+def require(package: str) -> None:
+    """
+    Raises:
+        ConfigError: the logger's package is not installed.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(f"logger: {package} is not installed. Install it: pip install 'gatrain[{package}]'")
+
+
+def stored_id(run_dir: Path, key: str, make: Callable[[], str]) -> str:
+    """The id that a tracker knows the run by: the same after a resume.
+
+    Args:
+        make: gives the id where the run has none yet.
+    """
+    path = RunDir(run_dir).loggers
+    try:
+        known = read_json(path)
+    except RunFolderError:
+        known = {}
+    if not isinstance(known.get(key), str):
+        known[key] = make()
+        write_json(path, known, exact=True)
+    return str(known[key])
 
 
 class Fanout:

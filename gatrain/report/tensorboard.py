@@ -10,42 +10,28 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gatrain import units
-from gatrain.report import text
-from gatrain.report.sink import QuietSink
+from gatrain.config import RunConfig
+from gatrain.report import scalars
+from gatrain.report.sink import Logger, require
+from gatrain.rundir import RunDir
 from gatrain.train.events import RunInfo
 from gatrain.train.records import RunSummary, StepRecord
-
-_TAGS = {
-    "loss": "train/loss",
-    "grad_norm": "train/grad_norm",
-    "lr": "train/lr",
-    "loss_scale": "train/loss_scale",
-    "skipped_steps": "train/skipped_steps",
-    "samples_per_s": "speed/samples_per_s",
-    "tokens_per_s": "speed/tokens_per_s",
-}
-
-
-def has_tensorboard() -> bool:
-    """True where the ``tensorboard`` package can be imported."""
-    return importlib.util.find_spec("tensorboard") is not None
-
 
 FLUSH_S = 30.0
 MOST_WAITING = 200_000
 """Points that wait in memory for a disk that takes none."""
 
 
-class TensorBoardSink(QuietSink):
+class TensorBoardSink(Logger):
     """Writes scalars of steps (train/, speed/, memory/) and evaluations (eval/) to ``folder``.
 
     The writer's thread ends for good at the first error of the disk. So points are kept until a flush has
     succeeded, and after an error a new writer gets them all.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
+        """The run folder's own by default."""
         self.missing = 0
         self._info: RunInfo | None = None
         self._writer: Any = None
@@ -58,27 +44,21 @@ class TensorBoardSink(QuietSink):
         """Points that no file holds, after an error."""
         return len(self._kept) if self._failed else 0
 
+    def check(self, config: RunConfig) -> None:
+        require("tensorboard")
+
     def start(self, info: RunInfo) -> None:
         self._info = info
+        self.folder = self.folder or RunDir(info.run_dir).tensorboard
         _keep_writers_quiet()
         with self._told():
             self._open()
 
     def step(self, record: StepRecord) -> None:
-        step = record.step
-        points = [(tag, getattr(record, name), step) for name, tag in _TAGS.items()]
-        if record.peak_memory_bytes:
-            points.append(("memory/peak_gib", record.peak_memory_bytes / units.GIB, step))
-        points += [(f"train/loss_terms/{name}", value, step) for name, value in record.loss_terms.items()]
-        points += [(f"train/{name}", value, step) for name, value in record.metrics.items()]
-        self._add(points)
+        self._add(scalars.of_step(record), record.step)
 
     def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
-        points = [(f"eval/{name}", value, step) for name, value in metrics.items()]  # loss_terms is no scalar
-        points += [
-            (f"eval/loss_terms/{name}", value, step) for name, value in text.loss_terms(metrics).items()
-        ]
-        self._add(points)
+        self._add(scalars.of_evaluation(metrics), step)
         self._flush()
 
     def end(self, summary: RunSummary) -> None:
@@ -91,10 +71,10 @@ class TensorBoardSink(QuietSink):
         if writer is not None:
             writer.close()
 
-    def _add(self, points: list[tuple[str, Any, int]]) -> None:
-        found = [point for point in points if isinstance(point[1], int | float)]
+    def _add(self, values: Mapping[str, float], step: int) -> None:
         if self._info is None:
             return
+        found = [(name, value, step) for name, value in values.items()]
         self._kept += found
         if (surplus := len(self._kept) - MOST_WAITING) > 0:
             del self._kept[:surplus]
@@ -136,6 +116,11 @@ class TensorBoardSink(QuietSink):
         writer: Any = SummaryWriter  # untyped in torch
         self._writer = writer(log_dir=str(self.folder), purge_step=first, flush_secs=int(FLUSH_S))
         return self._writer
+
+
+def where_installed() -> TensorBoardSink | None:
+    """What ``logger: auto`` stands for: TensorBoard where the ``tensorboard`` package can be imported."""
+    return TensorBoardSink() if importlib.util.find_spec("tensorboard") is not None else None
 
 
 def _keep_writers_quiet() -> None:

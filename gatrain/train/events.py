@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from gatrain.train.records import RunSummary, StepRecord
 
@@ -34,10 +34,13 @@ class RunInfo:
     steps_per_epoch: int
     baseline_name: str | None = None
     baseline_loss: float | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Dotted key -> value of the configuration, secrets hidden."""
     half_dtypes: str = ""
     """Of trained parameters with fp32 main gradients and master weights: ``bf16``, say."""
 
 
+@runtime_checkable
 class Sink(Protocol):
     """A listener of the training loop, on rank 0 only. Called on the host, outside the hot path."""
 
