@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,7 +15,7 @@ from torch import nn
 
 from gatrain import doors, targets
 from gatrain.causes import told
-from gatrain.config import RunConfig
+from gatrain.config import OptimizerConfig, RunConfig
 from gatrain.construction import build_without_memory_or_really, check_numbers, check_shapes, kept_defaults
 from gatrain.errors import ConfigError, GatrainError
 from gatrain.plan import StepSettings
@@ -27,8 +28,11 @@ from gatrain.train.events import Sink
 from gatrain.train.gradient import GradientStrategy
 from gatrain.train.hook import Hook
 from gatrain.train.hooks import named
+from gatrain.train.optimizer import Maker
+from gatrain.train.optimizer_state import check_step
 from gatrain.train.parallel import Replicated
 from gatrain.train.ranks import Ranks
+from gatrain.train.schedule import Factor, TorchFactor, check_factor, check_schedule_class
 from gatrain.train.seeding import DATA, MODEL, seeded
 from gatrain.train.windows import WindowSchedule
 
@@ -74,6 +78,9 @@ def nodes_of(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every node with a `_target_` that the configuration names, nested ones included, with its place."""
     for key in NODES:
         yield from targets.nodes(key, getattr(config, key))
+    for key in ("optimizer", "schedule"):  # by short name they are typed, and name no node
+        if (node := getattr(config, key).node) is not None:
+            yield from targets.nodes(key, node)
     for key in doors.SHIPPED:
         for where, node in doors.nodes_of(key, getattr(config, key)):
             yield from targets.nodes(where, node)
@@ -253,6 +260,7 @@ def build_engine(
         config.train.nonfinite,
         strategy=build_strategy(config),
         parallel=build_parallel(config),
+        maker=optimizer_maker(config.optimizer),
     )
 
 
@@ -288,6 +296,89 @@ def _part_of(key: str, value: Any, kind: type[T]) -> T:
             f"{kind.__module__}.{kind.__name__}. Subclass {kind.__name__}, or write {key}={shipped}."
         )
     return made
+
+
+def optimizer_maker(config: OptimizerConfig) -> Maker | None:
+    """What makes the user's own optimizer over groups of parameters; None for a short name."""
+    return None if config.node is None else _make_own_optimizer
+
+
+def _make_own_optimizer(
+    config: OptimizerConfig, groups: list[dict[str, Any]], fused: bool | None
+) -> torch.optim.Optimizer:
+    assert config.node is not None
+    dotted, target = config.node["_target_"], targets.admit("optimizer", config.node)
+    if isinstance(target, type) and issubclass(target, torch.optim.Optimizer):
+        check_step(target)
+    takes = believed_parameters(target) or {}
+    is_open = any(each.kind is each.VAR_KEYWORD for each in takes.values())
+    names = [name for name, each in takes.items() if each.kind is not each.VAR_KEYWORD]
+    first = "params" if "params" in names or not names else names[0]
+    given: dict[str, Any] = {}
+    for key in ("lr", "weight_decay"):
+        value = getattr(config, key)
+        if value and key not in names and not is_open:
+            raise ConfigError(
+                f"optimizer.{key}={value:g}: {dotted} takes no {key} (it has: {', '.join(names)})."
+            )
+        if value is not None and (key in names or is_open):
+            given[key] = value
+    if "weight_decay" not in names and not is_open:
+        groups = [{key: value for key, value in group.items() if key != "weight_decay"} for group in groups]
+    given[first] = groups
+    if fused and "fused" in names and not {"fused", "foreach"} & config.node.keys():
+        with contextlib.suppress(ConfigError):  # not for this class, device or combination of options
+            return _as_optimizer(dotted, instantiate("optimizer", config.node, **given, fused=True))
+    return _as_optimizer(dotted, instantiate("optimizer", config.node, **given))
+
+
+def _as_optimizer(dotted: str, made: Any) -> torch.optim.Optimizer:
+    if not isinstance(made, torch.optim.Optimizer):
+        raise ConfigError(
+            f"optimizer._target_={dotted} gave a {type(made).__name__}, not a torch.optim.Optimizer."
+        )
+    return made
+
+
+def step_clock(config: RunConfig, total_steps: int) -> StepClock:
+    """What the learning rate of each step follows from.
+
+    Raises:
+        ConfigError: a schedule of the user's own that is not a function of the step.
+    """
+    clock = StepClock(config.schedule, total_steps, config.batch.effective)
+    node = config.schedule.node
+    if node is None:
+        return clock
+    dotted, target = node["_target_"], targets.admit("schedule", node)
+    takes = set(believed_parameters(target) or {})
+    span = {"total_steps": total_steps, "effective_batch": config.batch.effective}
+    given = {name: value for name, value in span.items() if name in takes and name not in node}
+    own: Factor
+    if isinstance(target, type) and issubclass(target, torch.optim.lr_scheduler.LRScheduler):
+        check_schedule_class(target)
+        own = _torch_schedule(config, node, given)
+    elif not isinstance(target, type) and "step" in takes:
+        of_step = instantiate("schedule", {**node, "_partial_": True}, **given)
+        own = lambda step: float(of_step(step=step))  # noqa: E731
+    else:
+        own = instantiate("schedule", node, **given)
+        if not callable(own):
+            raise ConfigError(
+                f"schedule._target_={dotted} gave a {type(own).__name__}, not a function of the optimizer step. "
+                "Give it __call__(self, step), or name a function with the argument 'step'."
+            )
+    return dataclasses.replace(clock, own=check_factor(own, total_steps, f"schedule._target_={dotted}"))
+
+
+def _torch_schedule(config: RunConfig, node: dict[str, Any], given: dict[str, Any]) -> Factor:
+    if "epochs" in node:
+        given = {}
+    if config.optimizer.lr is None:
+        raise ConfigError(f"{node['_target_']} needs the peak rate. Give it optimizer.lr=....")
+    return TorchFactor(
+        lambda dummy: instantiate("schedule", node, optimizer=dummy, **given), config.optimizer.lr
+    )
 
 
 def instantiate(key: str, node: dict[str, Any], **given: Any) -> Any:

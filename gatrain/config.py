@@ -9,14 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from gatrain.errors import ConfigError, nearest
+from gatrain.config_checks import above_zero, at_least, one_of
+from gatrain.errors import ConfigError
+from gatrain.optimizer_config import OPTIMIZERS as OPTIMIZERS
+from gatrain.optimizer_config import AdamWConfig as AdamWConfig
+from gatrain.optimizer_config import OptimizerConfig as OptimizerConfig
+from gatrain.optimizer_config import ScheduleConfig as ScheduleConfig
+from gatrain.optimizer_config import SGDConfig as SGDConfig
+from gatrain.optimizer_config import check_optimizer, check_schedule
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 CHECKPOINTING = ("auto", "none", "selective", "full")
 SYNCS = ("auto", "overlap", "window")
 DEVICES = ("auto", "cpu", "cuda")
-SCHEDULES = ("constant", "warmup_cosine")
-LARGEST = 2**63
 NONFINITE = ("stop", "skip")
 CHECKS = ("error", "warn", "off")
 
@@ -54,50 +59,6 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.check in ("False", "false"):  # what YAML makes of a bare off
             object.__setattr__(self, "check", "off")
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    name: str = "adamw"
-    """Which one; choose it with its own settings by optimizer=NAME."""
-    lr: float = 1e-3
-    """Peak learning rate. It belongs to the effective batch, so the split never changes it."""
-    weight_decay: float = 0.0
-    """Applied to parameters of two or more dimensions only."""
-    clip_norm: float | None = None
-    """Clip the norm of the whole reduced gradient to this; null for no clipping."""
-
-
-@dataclass(frozen=True)
-class AdamWConfig(OptimizerConfig):
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay per step of the running means of the gradient and of its square."""
-    eps: float = 1e-8
-    """Added to the denominator."""
-
-
-@dataclass(frozen=True)
-class SGDConfig(OptimizerConfig):
-    name: str = "sgd"
-    momentum: float = 0.0
-    """Decay per step of the running sum of the gradients; 0 for none."""
-    nesterov: bool = False
-    """Nesterov's form of momentum."""
-
-
-OPTIMIZERS: dict[str, type[OptimizerConfig]] = {"adamw": AdamWConfig, "sgd": SGDConfig}
-
-
-@dataclass(frozen=True)
-class ScheduleConfig:
-    name: str = "constant"
-    """Which one; choose it with its own settings by schedule=NAME."""
-    warmup_steps: int = 0
-    """Optimizer steps of linear warm-up. Give this or ``warmup_samples``."""
-    warmup_samples: int | None = None
-    """Samples of linear warm-up: keeps the curve when the effective batch changes."""
-    final_fraction: float = 0.1
-    """Learning rate at the end, as a fraction of the peak."""
 
 
 @dataclass(frozen=True)
@@ -188,17 +149,15 @@ def validate(config: RunConfig) -> None:
     Raises:
         ConfigError: names the key, the value given and the values allowed.
     """
-    _one_of("precision", config.precision, PRECISIONS)
-    _one_of("checkpointing", config.checkpointing, CHECKPOINTING)
-    _one_of("sync", config.sync, SYNCS)
-    _one_of("device", config.device, DEVICES)
-    _one_of("schedule.name", config.schedule.name, SCHEDULES)
-    _one_of("optimizer.name", config.optimizer.name, tuple(OPTIMIZERS))
+    one_of("precision", config.precision, PRECISIONS)
+    one_of("checkpointing", config.checkpointing, CHECKPOINTING)
+    one_of("sync", config.sync, SYNCS)
+    one_of("device", config.device, DEVICES)
     if config.compile not in (True, False, "auto") or (
         config.compile in (0, 1) and config.compile is not bool(config.compile)
     ):
         raise ConfigError(f"compile={config.compile!r} is not one of true, false, auto.")
-    _at_least("batch.effective", config.batch.effective, 1)
+    at_least("batch.effective", config.batch.effective, 1)
     micro = config.batch.micro
     if micro != "auto" and (isinstance(micro, bool) or not isinstance(micro, int) or micro < 1):
         raise ConfigError(f"batch.micro={micro!r} is not 'auto' or a whole number of at least 1.")
@@ -216,40 +175,28 @@ def validate(config: RunConfig) -> None:
     if train.steps is None and train.epochs is None:
         raise ConfigError("Neither train.steps nor train.epochs is given. Add for example train.steps=1000.")
     if train.steps is not None:
-        _at_least("train.steps", train.steps, 1)
+        at_least("train.steps", train.steps, 1)
     if train.epochs is not None:
-        _above_zero("train.epochs", train.epochs)
-    _at_least("train.seed", train.seed, 0)
-    _at_least("train.log_every", train.log_every, 1)
-    _at_least("train.data_workers", train.data_workers, 0)
-    _one_of("train.nonfinite", train.nonfinite, NONFINITE)
-    _at_least("train.nonfinite_limit", train.nonfinite_limit, 1)
-    _one_of("train.check", config.train.check, CHECKS)
-    _above_zero("optimizer.lr", config.optimizer.lr)
-    _at_least("optimizer.weight_decay", config.optimizer.weight_decay, 0)
-    if config.optimizer.clip_norm is not None:
-        _above_zero("optimizer.clip_norm", config.optimizer.clip_norm)
-    schedule = config.schedule
-    _at_least("schedule.warmup_steps", schedule.warmup_steps, 0)
-    if schedule.warmup_samples is not None:
-        _at_least("schedule.warmup_samples", schedule.warmup_samples, 0)
-        if schedule.warmup_steps:
-            raise ConfigError(
-                "schedule.warmup_steps and schedule.warmup_samples are both given. Keep one of them."
-            )
-    if not 0 <= schedule.final_fraction <= 1:
-        raise ConfigError(f"schedule.final_fraction={schedule.final_fraction} is not between 0 and 1.")
-    _at_least("eval.every", config.eval.every, 0)
+        above_zero("train.epochs", train.epochs)
+    at_least("train.seed", train.seed, 0)
+    at_least("train.log_every", train.log_every, 1)
+    at_least("train.data_workers", train.data_workers, 0)
+    one_of("train.nonfinite", train.nonfinite, NONFINITE)
+    at_least("train.nonfinite_limit", train.nonfinite_limit, 1)
+    one_of("train.check", config.train.check, CHECKS)
+    check_optimizer(config.optimizer)
+    check_schedule(config.schedule)
+    at_least("eval.every", config.eval.every, 0)
     if config.eval.samples is not None:
-        _at_least("eval.samples", config.eval.samples, 1)
-    _at_least("save.every", config.save.every, 0)
+        at_least("eval.samples", config.eval.samples, 1)
+    at_least("save.every", config.save.every, 0)
     if not 0 <= config.save.minutes < float("inf"):  # written so that nan is refused too
         raise ConfigError(
             f"save.minutes={config.save.minutes} is not a number of minutes of at least 0 (0 saves by steps only)."
         )
-    _at_least("save.keep", config.save.keep, 0)
+    at_least("save.keep", config.save.keep, 0)
     if config.tune.max_seconds is not None:
-        _above_zero("tune.max_seconds", config.tune.max_seconds)
+        above_zero("tune.max_seconds", config.tune.max_seconds)
     if not 0 < config.tune.memory_fraction <= 1:
         raise ConfigError(f"tune.memory_fraction={config.tune.memory_fraction} is not above 0 and at most 1.")
     _has_target("task", config.task)
@@ -266,20 +213,3 @@ def _has_target(key: str, node: Any) -> None:
             f"{key} has no _target_ (given: {node!r}). Name a class or function, "
             f"for example {key}: {{_target_: my_module.MyClass}}."
         )
-
-
-def _one_of(key: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{key}={value} is not one of {', '.join(allowed)}.{nearest(str(value), allowed)}")
-
-
-def _at_least(key: str, value: float, lowest: int) -> None:
-    if not value >= lowest:  # written so that nan is refused too
-        raise ConfigError(f"{key}={value} is below {lowest}, the smallest value allowed.")
-    if isinstance(value, int) and value >= LARGEST:
-        raise ConfigError(f"{key}={value} is not below 2**63, the largest value that files and tensors hold.")
-
-
-def _above_zero(key: str, value: float) -> None:
-    if not 0 < value < float("inf"):
-        raise ConfigError(f"{key}={value} is not a positive finite number.")

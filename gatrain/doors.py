@@ -44,7 +44,11 @@ SHIPPED: dict[str, dict[str, str]] = {
 }
 """For each door, by its configuration key: the short names with what they stand for."""
 
-GIVEN: dict[str, set[str]] = {"order": {"data", "seed", "effective_batch"}}
+GIVEN: dict[str, set[str]] = {
+    "order": {"data", "seed", "effective_batch"},
+    "optimizer": {"params", "lr", "weight_decay", "fused"},
+    "schedule": {"optimizer", "step", "total_steps", "effective_batch"},
+}
 """For each door: keywords that gatrain adds, those of them that the part takes."""
 
 

@@ -35,7 +35,9 @@ def recipe_schema() -> dict[str, Any]:
     for setting in settings():
         node, *parents = root, *setting.key.split(".")[:-1]
         for name in parents:
-            made = {"type": "object", "additionalProperties": name in doors.SHIPPED, "properties": {}}
+            # beside a `_target_` stand the arguments of the user's own class
+            is_open = name in (*doors.SHIPPED, "optimizer", "schedule")
+            made = {"type": "object", "additionalProperties": is_open, "properties": {}}
             node = node["properties"].setdefault(name, made)
         node["properties"][setting.key.rpartition(".")[2]] = _value(setting)
     return root

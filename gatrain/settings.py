@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from gatrain import config, doors
+from gatrain import config, doors, optimizer_config
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "precision": config.PRECISIONS,
@@ -24,6 +24,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "compile": ("auto", True, False),
     "train.nonfinite": config.NONFINITE,
     "train.check": config.CHECKS,
+    "schedule.decay_shape": (None, *optimizer_config.DECAY_SHAPES),
 }
 """Settings that take one of a few values."""
 
@@ -87,7 +88,8 @@ def _of(cls: type[Any], prefix: str) -> Iterator[Setting]:
 def _texts() -> dict[str, dict[str, str]]:
     """The docstring below each field, by class and field."""
     found: dict[str, dict[str, str]] = {}
-    for node in ast.parse(inspect.getsource(config)).body:
+    modules = config, optimizer_config
+    for node in (each for module in modules for each in ast.parse(inspect.getsource(module)).body):
         if not isinstance(node, ast.ClassDef):
             continue
         texts = found.setdefault(node.name, {})

@@ -34,7 +34,6 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
     from gatrain.train.aftermath import Aftermath
     from gatrain.train.check import check_before_first_step
     from gatrain.train.checkpointing import available_modes
-    from gatrain.train.engine import StepClock
     from gatrain.train.events import RunInfo
     from gatrain.train.hooks import Hooks, fingerprint_of
     from gatrain.train.lengths import notice_lengths
@@ -51,7 +50,7 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
     task, source = build.build_task_and_source(config)
     schedule = build.window_schedule(config, task)
     total_steps = schedule.steps(config.train.steps, config.train.epochs)
-    clock = StepClock(config.schedule, total_steps, config.batch.effective)
+    clock = build.step_clock(config, total_steps)
     noticed = notice_lengths(task, config.train.seed) if plan.settings.compile else None
     with out_of_memory.told(config, plan, run_dir, rank.device.type, modes=()):
         engine = build.build_engine(task, config, plan.settings, rank.device, clock)
@@ -132,7 +131,7 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
             half_dtypes=engine.masters.dtypes,
         )
         sinks.start(info)
-        if spared := list(engine.exempt_from_decay):
+        if spared := list(engine.built.grouping.exempt):
             more = f" and {len(spared) - 3} more" if len(spared) > 3 else ""
             sinks.notice(
                 f"optimizer.weight_decay does not apply to {', '.join(spared[:3])}{more}: the model lists "

@@ -18,7 +18,7 @@ from gatrain.compose import compose
 from gatrain.config import RunConfig
 from gatrain.errors import ConfigError, chain
 from gatrain.inspection import inspect_run
-from gatrain.train.optimizer import exempt_from_decay
+from gatrain.train.groups import exempt_from_decay
 
 STRANGER = '''
 import copy, functools

@@ -20,9 +20,12 @@ from gatrain.tasks.language_model import LanguageModel
 from gatrain.train.checkpointing import apply_checkpointing, available_modes
 from gatrain.train.compiling import MOST_AGAIN, MOST_LENGTHS, CompiledLossSum, repeated_blocks
 from gatrain.train.engine import Engine
+from gatrain.train.groups import group_parameters
 from gatrain.train.micro_batches import LoadedWindow, MicroBatch
-from gatrain.train.optimizer import build_optimizer, learning_rate, make_state
+from gatrain.train.optimizer import build_optimizer
+from gatrain.train.optimizer_state import prime
 from gatrain.train.ranks import Ranks
+from gatrain.train.schedule import Span, factor
 
 CPU = torch.device("cpu")
 
@@ -333,10 +336,10 @@ def test_state_made_beforehand_changes_no_step(config: AdamWConfig | SGDConfig) 
     for early in (False, True):
         torch.manual_seed(0)
         layer = nn.Linear(5, 5, bias=False)
-        optimizer = build_optimizer(config, list(layer.parameters()))
+        optimizer = build_optimizer(config, group_parameters(config, layer)).optimizer
         before = layer.weight.detach().clone()
         if early:
-            make_state(optimizer)
+            prime(optimizer)
             assert torch.equal(layer.weight, before)
             assert layer.weight.grad is None
         for gradient_ in gradients:
@@ -352,10 +355,10 @@ def test_warm_up_in_samples_keeps_its_curve_when_the_effective_batch_changes() -
 
     def rate(step: int, effective_batch: int) -> float:
         steps = 6400 // effective_batch
-        return learning_rate(schedule, 1.0, step=step, total_steps=steps, effective_batch=effective_batch)
+        return factor(schedule, Span(steps, effective_batch), step)
 
     assert rate(9, 64) == rate(19, 32) == 1.0
     assert rate(4, 64) == pytest.approx(rate(9, 32))
     assert rate(55, 64) == pytest.approx(rate(110, 32))
     assert rate(100, 64) == pytest.approx(0.1)
-    assert learning_rate(ScheduleConfig(), 0.3, step=7, total_steps=9, effective_batch=1) == 0.3
+    assert factor(ScheduleConfig(), Span(9, 1), 7) == 1.0

@@ -23,9 +23,9 @@ from gatrain.train.engine import Engine
 from gatrain.train.guard import Guard
 from gatrain.train.micro_batches import LoadedWindow, MicroBatch
 from gatrain.train.nonfinite import Search, first_bad_parameter
-from gatrain.train.optimizer import learning_rate
 from gatrain.train.ranks import Ranks
 from gatrain.train.sample_names import sample_name
+from gatrain.train.schedule import Span, factor
 
 MODULE = """
 import torch
@@ -87,7 +87,7 @@ def folder(tmp_path: Path) -> Path:
 def rates(steps: int, lr: float) -> list[float]:
     """The learning rates of a run in which every window makes an update."""
     schedule = ScheduleConfig("warmup_cosine", warmup_steps=2)
-    return [learning_rate(schedule, lr, step=n, total_steps=steps, effective_batch=8) for n in range(steps)]
+    return [lr * factor(schedule, Span(steps, 8), n) for n in range(steps)]
 
 
 def lines(run: Path) -> list[dict[str, Any]]:

@@ -36,6 +36,7 @@ from gatrain.compose import (
     folders_of,
     messages,
     moment,
+    own,
     schema,
     sources,
     split_recipe,
@@ -64,6 +65,10 @@ def compose(overrides: Sequence[str], cwd: Path) -> Composed:
             if not any(sources.stem(element) in schema.OPTIMIZER_SCHEMAS for element in elements):
                 schema.register(optimizer_by_group=False)
             composed = hydra_compose(recipe.path.stem, [*hydras, others])
+            others_too = [w for w, o in zip(hydras, parsed, strict=True) if o.key_or_group != "optimizer"]
+            switched = len(others_too) < len(hydras) and _options_of("optimizer", elements) != _options_of(
+                "optimizer", _elements(recipe.path.stem, [*others_too, others])
+            )
         except messages.FOREIGN as error:
             raise ConfigError(messages.explain(error, context)) from error
     if OmegaConf.get_type(composed) is not RunConfig:
@@ -71,6 +76,11 @@ def compose(overrides: Sequence[str], cwd: Path) -> Composed:
     leaves = dict(sources.leaves_of(OmegaConf.to_container(composed)))
     parts = sources.parts_of(elements, folders, read_yaml)
     setters = sources.sources_of(leaves, parts, parsed)
+    typed_keys = [override.key_or_group for override in parsed]
+    if switched:
+        files = [part.leaves for part in parts if sources.stem(part.element).startswith("optimizer/")]
+        own.drop_left_over(composed, setters, typed_keys, files[-1] if files else {})
+    own.settle(composed, setters, typed_keys)
     _settle_keys(composed, setters, parsed)
     leaves = dict(sources.leaves_of(OmegaConf.to_container(composed)))
     leaves |= sources.keep_text(composed, leaves, setters, parts, parsed, cwd)
@@ -98,13 +108,12 @@ def reload(path: Path, overrides: Sequence[str], values: Mapping[str, Any]) -> R
     """See `gatrain.compose.reload`."""
     parsed = _displacing(messages.parse_overrides(overrides))
     stored = read_yaml(path)
-    section = stored.get("optimizer") if "optimizer" in stored else None
-    name = section.get("name", "adamw") if isinstance(section, DictConfig) else "adamw"
+    name = _optimizer_name(stored)
     if name not in schema.OPTIMIZERS:
         raise ConfigError(f"{path}: optimizer.name={name} is not one of {', '.join(schema.OPTIMIZERS)}.")
     context = messages.Context(path.stem, path, [path.parent], parsed)
     try:
-        merged = OmegaConf.merge(schema.thawed(RunConfig(optimizer=schema.OPTIMIZERS[name]())), stored)
+        merged = OmegaConf.merge(_schema_for(stored, name), stored)
     except messages.FOREIGN as error:
         raise ConfigError(messages.explain(error, context)) from error
     assert isinstance(merged, DictConfig)
@@ -134,11 +143,19 @@ def resolve_again(yaml: str, references: Mapping[str, str]) -> dict[str, Any]:
     """See `gatrain.compose.resolve_again`."""
     stored = OmegaConf.create(yaml)
     assert isinstance(stored, DictConfig)
-    section = stored.get("optimizer")
-    name = section.get("name", "adamw") if isinstance(section, DictConfig) else "adamw"
-    typed = OmegaConf.merge(schema.thawed(RunConfig(optimizer=schema.OPTIMIZERS[name]())), stored)
+    typed = OmegaConf.merge(_schema_for(stored, _optimizer_name(stored)), stored)
     assert isinstance(typed, DictConfig)
     return settle_again(typed, references)
+
+
+def _optimizer_name(stored: DictConfig) -> str:
+    section = stored.get("optimizer") if "optimizer" in stored else None
+    return str(section.get("name", "adamw")) if isinstance(section, DictConfig) else "adamw"
+
+
+def _schema_for(stored: DictConfig, optimizer: str) -> DictConfig:
+    """The schema that a stored configuration is merged into."""
+    return own.opened(schema.thawed(RunConfig(optimizer=schema.OPTIMIZERS[optimizer]())), stored)
 
 
 def take_recipe(overrides: Sequence[str], cwd: Path) -> tuple[str, list[str]]:
@@ -175,6 +192,10 @@ _EITHER_OR = {
     "train.epochs": "train.steps=null",
     "schedule.warmup_steps": "schedule.warmup_samples=null",
     "schedule.warmup_samples": "schedule.warmup_steps=0",
+    "schedule.decay_steps": "schedule.decay_samples=null",
+    "schedule.decay_samples": "schedule.decay_steps=null",
+    "schedule.milestones": "schedule.milestone_samples=null",
+    "schedule.milestone_samples": "schedule.milestones=null",
 }
 
 
@@ -259,6 +280,10 @@ def _initialized(folders: list[Path]) -> Iterator[str]:
         yield f"hydra.searchpath=[{quoted}]"
 
 
+def _options_of(group: str, elements: list[ResultDefault]) -> list[str]:
+    return [stem for each in elements if (stem := sources.stem(each)).startswith(f"{group}/")]
+
+
 def _elements(recipe: str, hydras: list[str]) -> list[ResultDefault]:
     """Return what the recipe's defaults list comes to, in the order of merging."""
     loader = GlobalHydra.instance().config_loader()
@@ -311,9 +336,10 @@ def _to_config(composed: DictConfig, leaves: Mapping[str, Any]) -> RunConfig:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(messages.explain_resolution(error, leaves)) from error
     assert isinstance(config, RunConfig)
+    config = own.typed(config)
     secrets.note("", dataclasses.asdict(config))  # from here on no message or log of this process shows them
     expected = schema.OPTIMIZERS.get(config.optimizer.name)
-    if expected is not None and type(config.optimizer) is not expected:
+    if expected is not None and config.optimizer.node is None and type(config.optimizer) is not expected:
         name = config.optimizer.name
         raise ConfigError(
             f"optimizer.name={name} does not change the optimizer. Type optimizer={name} instead."

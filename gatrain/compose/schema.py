@@ -11,7 +11,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from gatrain.config import OPTIMIZERS as OPTIMIZERS
-from gatrain.config import AdamWConfig, RunConfig, ScheduleConfig, SGDConfig
+from gatrain.config import RunConfig, ScheduleConfig
 
 OPTIMIZER_SCHEMAS = {f"optimizer/base_{name}" for name in OPTIMIZERS}
 
@@ -28,16 +28,20 @@ def register(optimizer_by_group: bool) -> None:
     """
     store = ConfigStore.instance()
     root = thawed(RunConfig())
+    # What is no key of theirs may be an argument of the user's own `_target_`, or left over from another optimizer
+    # that `optimizer=` on the command line took the place of: `gatrain.compose.own` tells, and refuses mistakes.
+    OmegaConf.set_struct(root.optimizer, False)
+    OmegaConf.set_struct(root.schedule, False)
     if optimizer_by_group:
         root.optimizer = MISSING
     store.store("schema", root)
     for name, cls in OPTIMIZERS.items():
         node = thawed(cls())
-        # A recipe may set keys of its own optimizer, and `optimizer=` on the command line may choose another:
-        # the node accepts them all, and `gatrain.compose` tells which are left over and which are mistakes.
         OmegaConf.set_struct(node, False)
         store.store(f"base_{name}", node, group="optimizer")
-    store.store("base_schedule", thawed(ScheduleConfig()), group="schedule")
+    schedule = thawed(ScheduleConfig())
+    OmegaConf.set_struct(schedule, False)
+    store.store("base_schedule", schedule, group="schedule")
 
 
 def thawed(instance: Any) -> DictConfig:
@@ -67,7 +71,7 @@ def dotted_keys() -> list[str]:
                 walk(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
 
     walk(RunConfig, "")
-    for cls in (AdamWConfig, SGDConfig):
+    for cls in OPTIMIZERS.values():
         walk(cls, "optimizer.")
     return list(dict.fromkeys(keys))
 
@@ -78,7 +82,7 @@ def hint_of(full_key: str) -> Any:
     candidates: list[Any] = [RunConfig]
     for name in names:
         if _OPTIMIZER in candidates:
-            candidates += [AdamWConfig, SGDConfig]
+            candidates = [*OPTIMIZERS.values()]
         found = []
         for cls in candidates:
             hint = typing.get_type_hints(cls).get(name) if dataclasses.is_dataclass(cls) else None

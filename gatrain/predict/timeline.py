@@ -64,7 +64,7 @@ class Held:
     model: Sequence[int]
     """Parameters, buffers, DDP's buckets: there before the first step."""
     optimizer: Sequence[int] = ()
-    """The optimizer's state, made before the first step (`gatrain.train.optimizer.make_state`)."""
+    """The optimizer's state, made before the first step (`gatrain.train.optimizer_state.prime`)."""
     workspace: int = 0
     """What cuBLAS takes for each thread that uses it."""
     gradients: Sequence[int] = ()

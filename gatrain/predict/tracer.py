@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
+from gatrain.build import optimizer_maker
 from gatrain.config import RunConfig
 from gatrain.construction import check_shapes, kept_defaults
 from gatrain.predict.recorder import Recorder
@@ -22,6 +23,7 @@ from gatrain.train import samples
 from gatrain.train.accumulate import gradient_step
 from gatrain.train.batches import map_tensors, tensors_of
 from gatrain.train.checkpointing import apply_checkpointing, blocks_of
+from gatrain.train.groups import group_parameters
 from gatrain.train.main_gradients import MasterWeights
 from gatrain.train.optimizer import build_optimizer
 from gatrain.train.precision import autocast_for
@@ -63,9 +65,18 @@ class StepTracer:
         self._asked = asked
         self._batches = batches
         self._recorder = Recorder()
+        grouping = group_parameters(config.optimizer, model)
         self._masters = MasterWeights(model)
         self._parameters = self._masters.trained
-        self._optimizer = _fused(build_optimizer(config.optimizer, self._parameters))
+        self._optimizer = _fused(
+            build_optimizer(
+                config.optimizer,
+                grouping,
+                self._masters.of,
+                maker=optimizer_maker(config.optimizer),
+                try_first=False,
+            ).optimizer
+        )
         self._clip_norm = config.optimizer.clip_norm
         self._step: Step
         for parameter in model.parameters():

@@ -17,20 +17,17 @@ from gatrain.train.checkpointing import apply_checkpointing
 from gatrain.train.compiling import CompiledLossSum
 from gatrain.train.gradient import GradientStrategy
 from gatrain.train.gradient.plain import Plain
+from gatrain.train.groups import Thawing, group_parameters
 from gatrain.train.guard import Guard
 from gatrain.train.main_gradients import MasterWeights
 from gatrain.train.micro_batches import MicroBatch
 from gatrain.train.modules import sparse_parameters
-from gatrain.train.optimizer import (
-    build_optimizer,
-    check_takes_sparse,
-    exempt_from_decay,
-    learning_rate,
-    make_state,
-)
+from gatrain.train.optimizer import Maker, build_optimizer, check_takes_sparse
+from gatrain.train.optimizer_state import prime
 from gatrain.train.parallel import Replicated
 from gatrain.train.precision import autocast_for, forbid_tf32, scaler_for
 from gatrain.train.ranks import Ranks
+from gatrain.train.schedule import Factor, Span, factor
 from gatrain.train.seeding import kept_random_state, seed_everything
 from gatrain.train.staging import Staging
 from gatrain.train.step import Step
@@ -43,6 +40,14 @@ class StepClock:
     schedule: ScheduleConfig
     total_steps: int
     effective_batch: int
+    own: Factor | None = None
+    """A schedule of the user's own."""
+
+    def factor(self, step: int) -> float:
+        """Of the peak rate, at optimizer step ``step`` (from 0)."""
+        if self.own is not None:
+            return self.own(step)
+        return factor(self.schedule, Span(self.total_steps, self.effective_batch), step)
 
 
 class Engine:
@@ -53,10 +58,11 @@ class Engine:
         model: on the device, the same on every rank. Wrapped here, never replaced: its state dict keeps its names.
         settings: precision, checkpointing, compile, sync.
         optimizer_config: which optimizer.
-        clock: for the learning rate; None leaves it at its peak.
+        clock: for the learning rate and what is thawed later; None leaves the rate at its peak and thaws all.
         nonfinite: ``skip`` learns at once, on the host, whether a window is finite (see `guard`).
         strategy: the way from a window to its gradient.
         parallel: how the model lies on the ranks.
+        maker: makes an optimizer of the user's own.
     """
 
     def __init__(
@@ -72,10 +78,13 @@ class Engine:
         *,
         strategy: GradientStrategy | None = None,
         parallel: Replicated | None = None,
+        maker: Maker | None = None,
     ) -> None:
         strategy, parallel = strategy or Plain(), parallel or Replicated()
         self.task, self.device, self.ranks, self.settings = task, device, ranks, settings
-        self._config, self._clock = optimizer_config, clock
+        self._clock = clock
+        # what is trained now or later wants a gradient from here on: state, buckets and masters are made for it
+        grouping = group_parameters(optimizer_config, model)
         self._frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
         forbid_tf32(settings.precision)
         apply_checkpointing(model, settings.checkpointing)
@@ -83,13 +92,13 @@ class Engine:
         self.masters = MasterWeights(model)
         self.scaler = scaler_for("fp16" if self.masters.has_fp16 else settings.precision, device)
         check_takes_sparse(optimizer_config, model)
-        self.exempt_from_decay = exempt_from_decay(model) if optimizer_config.weight_decay else {}
-        """Parameters that the model itself wants without weight decay, by name."""
-        spared = [self.masters.of(p) for p in self.exempt_from_decay.values()]
-        self.optimizer = build_optimizer(
-            optimizer_config, self.masters.trained, spared, sparse=bool(sparse_parameters(model))
-        )
-        make_state(self.optimizer)
+        sparse = sparse_parameters(model)
+        self.built = build_optimizer(optimizer_config, grouping, self.masters.of, sparse=sparse, maker=maker)
+        self.optimizer = self.built.optimizer
+        if self.built.can_be_primed:
+            prime(self.optimizer)
+        named = dict(model.named_parameters())
+        self._thawing = Thawing([(named[name], at) for name, at in grouping.thaw_at.items()])
         self.masters.copy_to_model()  # the same weights: they were stepped with rate zero
         at_once = nonfinite == "skip" or self.scaler is not None or device.type == "cpu"
         self.guard = Guard(model, self.optimizer, device, at_once=at_once)
@@ -113,7 +122,12 @@ class Engine:
             task=task,
         )
         self.step.updates_with(
-            self.optimizer, self.masters, self.guard, self._set_rates, optimizer_config.clip_norm
+            self.optimizer,
+            self.masters,
+            self.guard,
+            self._set_rates,
+            optimizer_config.clip_norm,
+            thaw=self._thawing.before_step if clock is not None else None,
         )
 
     def _loss_function(self) -> Callable[[Batch], LossSums]:
@@ -199,21 +213,11 @@ class Engine:
         return names
 
     def _set_rates(self, number: int) -> None:
-        rate = self.learning_rate(number)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        self.built.set_rate(self.learning_rate(number))
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of optimizer step ``step`` (from 0)."""
-        if self._clock is None:
-            return self._config.lr
-        return learning_rate(
-            self._clock.schedule,
-            self._config.lr,
-            step=step,
-            total_steps=self._clock.total_steps,
-            effective_batch=self._clock.effective_batch,
-        )
+        return self.built.lr * (1.0 if self._clock is None else self._clock.factor(step))
 
     def forward(self, batch: Batch) -> None:
         """The forward of one host batch as in training, uncompiled, with random numbers that nobody misses."""

@@ -64,7 +64,7 @@ def remedies(engine: Engine, config: RunConfig, run_dir: RunDir, updates: int) -
     """What helps, with commands that go on with this run. Collective."""
     return nonfinite.Remedies(
         run_dir=run_dir,
-        lr=config.optimizer.lr,
+        lr=engine.built.lr,
         clip_norm=config.optimizer.clip_norm,
         skips=config.train.nonfinite == "skip",
         limit=config.train.nonfinite_limit,

@@ -1,17 +1,28 @@
-"""Optimizers and learning-rate schedules, counted in optimizer steps or samples, never in micro-steps."""
+"""The optimizer of a run: a shipped one or the user's own, over the groups of `gatrain.train.groups`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gatrain.config import AdamWConfig, OptimizerConfig, ScheduleConfig, SGDConfig
 from gatrain.errors import ConfigError
+from gatrain.optimizer_config import (
+    AdafactorConfig,
+    AdamWConfig,
+    LionConfig,
+    MuonConfig,
+    OptimizerConfig,
+    SGDConfig,
+)
+from gatrain.optimizers import Lion, Muon
+from gatrain.train.groups import Group, Grouping, check_options
 from gatrain.train.modules import sparse_modules
+from gatrain.train.optimizer_state import options_of, try_out
 
 
 def check_takes_sparse(config: OptimizerConfig, model: nn.Module) -> None:
@@ -21,13 +32,13 @@ def check_takes_sparse(config: OptimizerConfig, model: nn.Module) -> None:
         ConfigError: names the module and what to write.
     """
     names = sparse_modules(model)
-    if not names:
+    if not names or config.node is not None:  # one of the user's own shows what it can (`try_out`)
         return
     fails = [
         key
         for key, is_so in (
             (f"optimizer={config.name}", not isinstance(config, SGDConfig)),
-            (f"optimizer.weight_decay={config.weight_decay:g}", config.weight_decay > 0),
+            (f"optimizer.weight_decay={config.weight_decay:g}", bool(config.weight_decay)),
             ("optimizer.nesterov=true", isinstance(config, SGDConfig) and config.nesterov),
         )
         if is_so
@@ -40,30 +51,119 @@ def check_takes_sparse(config: OptimizerConfig, model: nn.Module) -> None:
         )
 
 
+Maker = Callable[[OptimizerConfig, list[dict[str, Any]], bool | None], torch.optim.Optimizer]
+"""From the configuration, groups of parameters and whether fused kernels may serve (None: no) to the optimizer."""
+
+
+@dataclass
+class Built:
+    """An optimizer with what gatrain has to know of it."""
+
+    optimizer: torch.optim.Optimizer
+    lr: float
+    """Peak rate of parameters without a rule of their own."""
+    scales: list[float]
+    """For each of its groups, what its rate is times that of the others."""
+    grouping: Grouping
+    """With the model's own parameters."""
+    begun: list[dict[str, Any]]
+    """The options of its groups before the first step."""
+    can_be_primed: bool
+    """See `gatrain.train.optimizer_state.prime`."""
+
+    def set_rate(self, lr: float) -> None:
+        """Give every group its rate where the rate of the others is ``lr``."""
+        for group, scale in zip(self.optimizer.param_groups, self.scales, strict=True):
+            group["lr"] = lr if scale == 1.0 else lr * scale
+
+
 def build_optimizer(
     config: OptimizerConfig,
-    parameters: Sequence[nn.Parameter],
-    exempt: Iterable[nn.Parameter] = (),
+    grouping: Grouping,
+    of: Callable[[nn.Parameter], nn.Parameter] = lambda parameter: parameter,
     *,
-    sparse: bool = False,
-) -> torch.optim.Optimizer:
-    """AdamW (fused on a GPU) or SGD; weight decay on parameters of two or more dimensions only.
+    sparse: Collection[int] = (),
+    maker: Maker | None = None,
+    try_first: bool = True,
+) -> Built:
+    """The optimizer over the groups that the configuration makes of a model's parameters.
 
     Args:
         config: which one, with its values.
-        parameters: those that are trained (`gatrain.train.main_gradients.MasterWeights` for 16-bit ones).
-        exempt: those of them that get no weight decay, whatever their shape (`exempt_from_decay`).
-        sparse: some of them have sparse gradients, which fused kernels cannot take.
+        grouping: `gatrain.train.groups.group_parameters` of the model.
+        of: what is stepped for a parameter of the model (`gatrain.train.main_gradients.MasterWeights.of`).
+        sparse: ids of parameters with sparse gradients, which fused kernels cannot take.
+        maker: makes one of the user's own; the shipped ones by default.
+        try_first: step small parameters with one of its kind (`gatrain.train.optimizer_state.try_out`).
+
+    Raises:
+        ConfigError: it does not take the groups, has no rate, or its step needs more than gradients.
     """
-    spared = {id(p) for p in exempt}
-    decayed = [p for p in parameters if p.dim() >= 2 and id(p) not in spared]
-    others = [p for p in parameters if p.dim() < 2 or id(p) in spared]
-    groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    groups = [_as_dict(group, of) for group in grouping.groups]
+    parameters = [p for group in groups for p in group["params"]]
     fused = (all(p.is_cuda for p in parameters) and not sparse) or None
+
+    def make(given: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return (maker or make_shipped)(config, given, fused)
+
+    has_sparse = [p for group in grouping.groups for p in group.parameters if id(p) in sparse]
+    can_be_primed = isinstance(config, AdamWConfig | SGDConfig) or (
+        try_first and try_out(make, groups, [of(p) for p in has_sparse]).can_be_primed
+    )
+    optimizer = make(groups)
+    what = type(optimizer).__name__
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    if {id(p) for p in held} != {id(p) for p in parameters} or len(held) != len(parameters):
+        raise ConfigError(f"{what} does not hold the parameters that it was given, each once.")
+    check_options(grouping.groups, {**optimizer.defaults, **optimizer.param_groups[0]}, what)
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    if not all(isinstance(rate, int | float) for rate in rates):
+        raise ConfigError(
+            f"{what} has a group without a number as its rate (lr={rates[0]!r}), so no schedule can set it. Give "
+            "it optimizer.lr=..., and switch off what chooses a rate by itself."
+        )
+    lr = config.lr if config.lr is not None else optimizer.defaults.get("lr")
+    if not isinstance(lr, int | float) or not 0 <= lr < math.inf:
+        raise ConfigError(f"{what} has no usual rate (lr={lr!r}). Give it optimizer.lr=....")
+    scales = _scales(optimizer, grouping.groups, of, float(lr))
+    return Built(optimizer, float(lr), scales, grouping, options_of(optimizer), can_be_primed)
+
+
+def _as_dict(group: Group, of: Callable[[nn.Parameter], nn.Parameter]) -> dict[str, Any]:
+    made: dict[str, Any] = {"params": [of(parameter) for parameter in group.parameters], **group.options}
+    if group.weight_decay is not None:
+        made["weight_decay"] = group.weight_decay
+    return made
+
+
+def _scales(
+    optimizer: torch.optim.Optimizer,
+    groups: Sequence[Group],
+    of: Callable[[nn.Parameter], nn.Parameter],
+    lr: float,
+) -> list[float]:
+    """By the parameters in it: an optimizer may order and split its groups as it likes."""
+    scale_of = {
+        id(of(p)): group.lr_scale if group.lr is None else group.lr / (lr or 1.0)
+        for group in groups
+        for p in group.parameters
+    }
+    found = []
+    for group in optimizer.param_groups:
+        scales = {scale_of[id(p)] for p in group["params"]} or {1.0}
+        if len(scales) > 1:
+            raise ConfigError(
+                f"{type(optimizer).__name__} puts parameters with different rates into one group."
+            )
+        found.append(scales.pop())
+    return found
+
+
+def make_shipped(
+    config: OptimizerConfig, groups: list[dict[str, Any]], fused: bool | None
+) -> torch.optim.Optimizer:
+    """One that has a short name."""
+    assert config.lr is not None
     if isinstance(config, AdamWConfig):
         first, second = config.betas
         return torch.optim.AdamW(groups, lr=config.lr, betas=(first, second), eps=config.eps, fused=fused)
@@ -71,43 +171,23 @@ def build_optimizer(
         return torch.optim.SGD(
             groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused
         )
+    if isinstance(config, MuonConfig):
+        return Muon(
+            groups,
+            lr=config.lr,
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+            ns_steps=config.ns_steps,
+            adjust_lr_fn=config.adjust_lr_fn,
+            betas=config.betas,
+            eps=config.eps,
+            fused=fused,
+        )
+    if isinstance(config, AdafactorConfig):
+        return torch.optim.Adafactor(groups, lr=config.lr, beta2_decay=config.beta2_decay, d=config.d)
+    if isinstance(config, LionConfig):
+        return Lion(groups, lr=config.lr, betas=config.betas)
     raise TypeError(f"no optimizer for {type(config).__name__}")
-
-
-def exempt_from_decay(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trained parameters of two or more dimensions that the model wants without weight decay, by name.
-
-    It says so in the ways that are usual: ``no_weight_decay()`` of any of its modules gives names (timm),
-    ``no_weight_decay_keywords()`` parts of names (Swin), and a parameter may carry ``_no_weight_decay`` (Mamba).
-
-    Raises:
-        ConfigError: such a method cannot be called.
-    """
-    found: dict[str, nn.Parameter] = {}
-    for prefix, module in model.named_modules():
-        names, parts = _listed(module, "no_weight_decay"), _listed(module, "no_weight_decay_keywords")
-        if not names and not parts:
-            continue
-        for name, parameter in module.named_parameters():
-            if any(name == each or name.endswith(f".{each}") for each in names) or any(
-                p in name for p in parts
-            ):
-                found[f"{prefix}.{name}".strip(".")] = parameter
-    found.update({n: p for n, p in model.named_parameters() if getattr(p, "_no_weight_decay", False)})
-    return {name: p for name, p in found.items() if p.requires_grad and p.dim() >= 2}
-
-
-def _listed(module: nn.Module, method: str) -> list[str]:
-    call = getattr(module, method, None)
-    if not callable(call):
-        return []
-    try:
-        return [str(name) for name in call()]
-    except Exception as error:
-        raise ConfigError(
-            f"{type(module).__name__}.{method}() should list the names of parameters without weight decay, but "
-            f"failed: {type(error).__name__}: {error}"
-        ) from error
 
 
 def dense_parts(gradients: Sequence[Tensor]) -> list[Tensor]:
@@ -130,46 +210,3 @@ def clip_with_sparse(parameters: Sequence[nn.Parameter], limit: float | None) ->
         for value in values:
             value.mul_(factor)
     return norm
-
-
-@torch.no_grad()
-def make_state(optimizer: torch.optim.Optimizer) -> None:
-    """Create the optimizer's state before the first step, with the values that it would start from.
-
-    Made during the first update, it is cut out of the blocks that activations have left, which then no longer serve
-    the next step's: GPT-2 124M at 32 samples reserved 16 % more memory on an H100 (``tests/benchmarks/results``).
-    Nothing moves: the rate is zero, and all state is set to zero afterwards, also the count of steps.
-    """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-    optimizer.step()
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    for state in optimizer.state.values():
-        for value in state.values():
-            if isinstance(value, torch.Tensor):
-                value.zero_()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def learning_rate(
-    config: ScheduleConfig, peak: float, *, step: int, total_steps: int, effective_batch: int
-) -> float:
-    """Learning rate of optimizer step ``step`` (from 0): linear warm-up, then constant or cosine decay.
-
-    With ``warmup_samples`` the warm-up covers the same samples whatever the effective batch.
-    """
-    warmup = float(config.warmup_steps)
-    if config.warmup_samples is not None:
-        warmup = config.warmup_samples / effective_batch
-    if step < warmup:
-        return peak * min(1.0, (step + 1) / warmup)
-    if config.name == "constant":
-        return peak
-    progress = min(1.0, (step - warmup) / max(1.0, total_steps - warmup))
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return peak * (config.final_fraction + (1 - config.final_fraction) * cosine)

@@ -79,10 +79,11 @@ class Step:
         guard: Guard,
         set_rates: Callable[[int], None],
         clip_norm: float | None,
+        thaw: Callable[[int], None] | None = None,
     ) -> None:
         """What `update` needs; the library form, verify and predictions make no updates."""
         self.optimizer, self.masters, self.guard = optimizer, masters, guard
-        self._set_rates, self._clip_norm = set_rates, clip_norm
+        self._set_rates, self._clip_norm, self._thaw = set_rates, clip_norm, thaw
 
     # --- from the window to the updated parameters --------------------------------------------------------
 
@@ -99,6 +100,8 @@ class Step:
             neither parameters nor optimizer nor buffers.
         """
         self.number = number
+        if self._thaw is not None:
+            self._thaw(number)  # parameters that are trained from a later step on
         result, update = self.attempt(window)
         if not update.made and self.scaler is not None:  # fp16: the gradient may fit at a lower loss scale
             result, update = try_lower_scales(self, window, result, update)

@@ -1,0 +1,192 @@
+"""The learning rate as a function of the optimizer step: factors of the peak, counted in steps or samples.
+
+A schedule knows nothing but the step's number, so a resumed run has the same rates, and the split of a window never
+changes them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from gatrain.errors import ConfigError
+from gatrain.optimizer_config import ScheduleConfig
+
+Factor = Callable[[int], float]
+"""Factor of the peak rate at an optimizer step, counted from 0."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """What a schedule is stretched over."""
+
+    total_steps: int
+    effective_batch: int
+
+    def steps(self, steps: int | None, samples: int | None) -> float | None:
+        """A length in optimizer steps that was given in steps or in samples."""
+        return steps if samples is None else samples / self.effective_batch
+
+
+def factor(config: ScheduleConfig, span: Span, step: int) -> float:
+    """Factor of the peak rate at optimizer step ``step`` (from 0).
+
+    Every schedule but ``one_cycle`` begins with a linear warm-up: ``(step + 1) / warm-up``, at most 1.
+    """
+    warmup = span.steps(config.warmup_steps, config.warmup_samples) or 0.0
+    if step < warmup and config.name != "one_cycle":
+        return min(1.0, (step + 1) / warmup)
+    return _AFTER_WARMUP[config.name](config, span, float(warmup), step)
+
+
+def _part(step: float, start: float, end: float) -> float:
+    """How much of the way from ``start`` to ``end`` is over, 0 to 1."""
+    return min(1.0, max(0.0, (step - start) / max(1.0, end - start)))
+
+
+def _cosine(part: float) -> float:
+    """From 1 to 0."""
+    return 0.5 * (1 + math.cos(math.pi * part))
+
+
+def _down_to(final: float, height: float) -> float:
+    return final + (1 - final) * height
+
+
+def _constant(config: ScheduleConfig, span: Span, warmup: float, step: int) -> float:
+    return 1.0
+
+
+def _warmup_cosine(config: ScheduleConfig, span: Span, warmup: float, step: int) -> float:
+    return _down_to(config.final_fraction, _cosine(_part(step, warmup, span.total_steps)))
+
+
+def _linear(config: ScheduleConfig, span: Span, warmup: float, step: int) -> float:
+    return _down_to(config.final_fraction, 1 - _part(step, warmup, span.total_steps))
+
+
+def _inverse_sqrt(config: ScheduleConfig, span: Span, warmup: float, step: int) -> float:
+    """Vaswani et al. 2017 (arXiv:1706.03762), scaled to the peak at the end of the warm-up."""
+    return math.sqrt(max(1.0, warmup) / max(1.0, warmup, step + 1))
+
+
+def _wsd(config: ScheduleConfig, span: Span, warmup: float, step: int) -> float:
+    """Hu et al. 2024 (arXiv:2404.06395); shapes of the decay after Haegele et al. 2024 (arXiv:2405.18392)."""
+    given = span.steps(config.decay_steps, config.decay_samples)
+    decay = span.total_steps / 5 if given is None else given
+    part = _part(step, max(warmup, span.total_steps - decay), span.total_steps)
+    heights = {"linear": 1 - part, "cosine": _cosine(part), "sqrt": 1 - math.sqrt(part)}
+    return _down_to(config.final_fraction, heights[config.decay_shape or "linear"])
+
+
+def _step(config: ScheduleConfig, span: Span, warmup: float, step: int) -> float:
+    if config.milestone_samples is not None:
+        passed = sum(step >= samples / span.effective_batch for samples in config.milestone_samples)
+    else:
+        passed = sum(step >= milestone for milestone in config.milestones)
+    return float((0.1 if config.gamma is None else config.gamma) ** passed)
+
+
+def _one_cycle(config: ScheduleConfig, span: Span, warmup: float, step: int) -> float:
+    """Smith and Topin 2017 (arXiv:1708.07120), with half cosines as in torch's OneCycleLR; no cycle of momenta."""
+    initial = 0.04 if config.initial_fraction is None else config.initial_fraction
+    if step < warmup:
+        return initial + (1 - initial) * (1 - _cosine(_part(step, 0, warmup)))
+    return _warmup_cosine(config, span, warmup, step)
+
+
+_AFTER_WARMUP: dict[str, Callable[[ScheduleConfig, Span, float, int], float]] = {
+    "constant": _constant,
+    "warmup_cosine": _warmup_cosine,
+    "linear": _linear,
+    "inverse_sqrt": _inverse_sqrt,
+    "wsd": _wsd,
+    "step": _step,
+    "one_cycle": _one_cycle,
+}
+
+
+def check_schedule_class(cls: type[LRScheduler]) -> None:
+    """Refuse a class of PyTorch's that is no function of the step.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if issubclass(cls, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise ConfigError(
+            f"schedule._target_={cls.__name__} follows the evaluation's loss, not the optimizer step, so it is no "
+            "schedule here. Use schedule=wsd or schedule=step."
+        )
+
+
+class TorchFactor:
+    """A scheduler of `torch.optim.lr_scheduler` as factors of the peak rate.
+
+    It steps through on an optimizer of one number, in order, and each rate is kept: so the rate is a function of
+    the step, and a resumed run asks for its own.
+
+    Args:
+        make: makes the scheduler of an optimizer.
+        peak: rate of that optimizer.
+    """
+
+    def __init__(self, make: Callable[[torch.optim.Optimizer], LRScheduler], peak: float) -> None:
+        self._peak = peak
+        self._optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=peak, momentum=0.9)
+        self._others = self._options()
+        self._scheduler = make(self._optimizer)
+        self._factors: list[float] = []
+
+    def __call__(self, step: int) -> float:
+        while len(self._factors) <= step:
+            if self._factors:
+                self._optimizer.step()
+                self._scheduler.step()
+            self._factors.append(float(self._optimizer.param_groups[0]["lr"]) / self._peak)
+            if self._options() != self._others:
+                raise ValueError(
+                    "it changes more than the rate (momentum, say), which gatrain would not follow; "
+                    "schedule.cycle_momentum=false, if it has that"
+                )
+        return self._factors[step]
+
+    def _options(self) -> dict[str, Any]:
+        group = self._optimizer.param_groups[0]
+        names = ("momentum", "dampening", "weight_decay", "nesterov")
+        return {name: group[name] for name in names}
+
+
+def check_factor(made: Factor, total_steps: int, name: str) -> Factor:
+    """Refuse a schedule of the user's own that a resumed run could not repeat, or that is no factor.
+
+    Raises:
+        ConfigError: it fails, gives no finite number of 0 or more, or depends on how often it was asked.
+    """
+
+    def checked(step: int) -> float:
+        try:
+            value = float(made(step))
+        except Exception as error:
+            raise ConfigError(
+                f"{name} failed at step {step} of {total_steps}: {type(error).__name__}: {error}. It takes the "
+                "optimizer step, counted from 0, and gives the factor of optimizer.lr."
+            ) from error
+        if not 0 <= value < math.inf:
+            raise ConfigError(f"{name} gives {value} at step {step}, not a factor of 0 or more.")
+        return value
+
+    tried = sorted({0, 1, total_steps // 2, total_steps - 1} & set(range(total_steps)))
+    before = [checked(step) for step in tried]
+    after = [checked(step) for step in tried]
+    if before != after:
+        raise ConfigError(
+            f"{name} gives {after[0]} and {before[0]} for the same step: it counts its calls or draws random "
+            "numbers, so a resumed run would have other rates. Let it follow from the step alone."
+        )
+    return checked
