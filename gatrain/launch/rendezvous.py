@@ -58,17 +58,9 @@ class Rendezvous:
             host = LOOPBACK
         elif not resolves_later:
             _check_name(host, port, nodes.endpoint)
-        if nodes.node_rank == 0:
-            try:
-                self._listener = listen(LOOPBACK if nodes.nnodes == 1 else "", port)
-            except OSError as error:
-                raise LaunchError(
-                    f"port {port} is already in use on this machine ({error.strerror}). Another run "
-                    "may have it: give every node another, for example "
-                    f"--rdzv-endpoint {host}:{_next_port(port)}."
-                ) from error
-            port = self._listener.getsockname()[1]
         self.host, self.port = host, port
+        if nodes.node_rank == 0:
+            self._listen()
 
     def __enter__(self) -> Rendezvous:
         return self
@@ -101,15 +93,15 @@ class Rendezvous:
     # --- meeting ----------------------------------------------------------------------------------------
 
     def open(self) -> None:
-        """On node 0 open the store; on another node wait for it and take this node's place there.
+        """On node 0 open the store, also once more after `close`; elsewhere wait for it and take this node's place.
 
         Raises:
             LaunchError: node 0 does not answer in time, or there is a process with this node rank already.
         """
         if self.store is not None:
             return
-        if self._listener is not None:
-            store = self._connect(self._listener.detach())
+        if self.nodes.node_rank == 0:
+            store = self._connect((self._listener or self._listen()).detach())
             self.session, self._listener = uuid.uuid4().hex, None
             store.set(f"gatrain/{self.nodes.run_id}/session", self.session)
         else:
@@ -130,6 +122,19 @@ class Rendezvous:
         self.collect("launch")
         self.compare_shapes()
         self.store.set_timeout(timedelta(seconds=TRAINING_ANSWER_S))
+
+    def _listen(self) -> socket.socket:
+        port = parse_endpoint(self.nodes.endpoint)[1] if self.nodes.endpoint else 0
+        try:
+            listener = listen(LOOPBACK if self.nodes.nnodes == 1 else "", port)
+        except OSError as error:
+            raise LaunchError(
+                f"port {port} is already in use on this machine ({error.strerror}). Another run "
+                "may have it: give every node another, for example "
+                f"--rdzv-endpoint {self.host}:{_next_port(port)}."
+            ) from error
+        self._listener, self.port = listener, listener.getsockname()[1]
+        return listener
 
     def _join(self) -> TCPStore:
         """Find node 0's store of this very run: one that has no process with this node rank yet."""
