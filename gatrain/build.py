@@ -17,11 +17,12 @@ from gatrain import doors, targets
 from gatrain.causes import told
 from gatrain.config import OptimizerConfig, RunConfig
 from gatrain.construction import build_without_memory_or_really, check_numbers, check_shapes, kept_defaults
-from gatrain.errors import ConfigError, GatrainError
+from gatrain.errors import ConfigError, DataError, GatrainError
 from gatrain.plan import StepSettings
 from gatrain.signatures import believed_parameters, certain_parameters, mistake
 from gatrain.tasks.base import Task
 from gatrain.tasks.parts import map_style
+from gatrain.tasks.streams import ENDLESS, Stream
 from gatrain.train import order
 from gatrain.train.engine import Engine, StepClock
 from gatrain.train.events import Sink
@@ -34,6 +35,7 @@ from gatrain.train.parallel import Replicated
 from gatrain.train.ranks import Ranks
 from gatrain.train.schedule import Factor, TorchFactor, check_factor, check_schedule_class
 from gatrain.train.seeding import DATA, MODEL, seeded
+from gatrain.train.stream_loader import StreamWindows
 from gatrain.train.windows import WindowSchedule
 
 T = TypeVar("T")
@@ -113,10 +115,41 @@ def build_task_and_source(config: RunConfig) -> tuple[Task, Any]:
             f"task._target_={config.task['_target_']} gave a {type(task).__name__}, not a gatrain.tasks.Task. "
             "Subclass gatrain.tasks.Task, or use gatrain.tasks.Supervised."
         )
-    map_style(task.train_data, "train_data")
+    task.train_data = map_style(task.train_data, "train_data")
     if task.eval_data is not None:
-        map_style(task.eval_data, "eval_data")
+        task.eval_data = map_style(task.eval_data, "eval_data")
+    _check_streams(task, config)
     return task, given.get("data")
+
+
+def _check_streams(task: Task, config: RunConfig) -> None:
+    """What a stream cannot tell must be given.
+
+    Raises:
+        ConfigError: train.steps, or eval.samples, is missing; or an order is given.
+    """
+    if isinstance(task.eval_data, Stream):
+        if config.eval.samples is None:
+            raise ConfigError(
+                f"{task.eval_data.name} is a stream, which does not tell how many samples it has. Say how many an "
+                "evaluation takes, for example eval.samples=1000."
+            )
+        task.eval_data.most = config.eval.samples
+    if not isinstance(task.train_data, Stream):
+        return
+    name = task.train_data.name
+    if config.train.steps is None:
+        raise ConfigError(
+            f"{name} is a stream, which does not tell how many samples it has, so "
+            f"train.epochs={config.train.epochs} has "
+            "no meaning for it. Use for example train.steps=1000 train.epochs=null."
+        )
+    if config.order not in ("shuffle", "sequential"):
+        raise ConfigError(
+            f"{name} is a stream, which is read in its own order: order={config.order!r} needs samples by "
+            "number. Leave "
+            "order out, or give a dataset with __len__ and __getitem__."
+        )
 
 
 def window_schedule(config: RunConfig, task: Task, effective_batch: int | None = None) -> WindowSchedule:
@@ -128,6 +161,15 @@ def window_schedule(config: RunConfig, task: Task, effective_batch: int | None =
     """
     data, seed, total = task.train_data, config.train.seed, len(task.train_data)
     effective = effective_batch or config.batch.effective
+    if isinstance(data, Stream):
+        if data.is_whole and total < effective:
+            raise DataError(
+                f"{data.name} is a stream of {total} samples, fewer than batch.effective={effective}: no "
+                "window could be "
+                f"filled. Use batch.effective={max(total, 1)} or less, or more data."
+            )
+        endless = ENDLESS * effective
+        return StreamWindows(endless, effective, seed, config.train.drop_last, first=total)
     own = order.of_data(data)
     if config.order == "shuffle":
         made = None if own is None else own(seed)

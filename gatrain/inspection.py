@@ -197,6 +197,7 @@ def _look(config: RunConfig, really: bool = False) -> RunFacts:
     import torch
 
     from gatrain import build
+    from gatrain.tasks.streams import Stream
     from gatrain.train.checkpointing import available_modes
     from gatrain.train.data_look import compare_classes, look_at_data
     from gatrain.train.main_gradients import half_names, half_parameters
@@ -205,7 +206,8 @@ def _look(config: RunConfig, really: bool = False) -> RunFacts:
     build.check_targets(config)
     task, source = build.build_task_and_source(config)
     samples = len(task.train_data)
-    if samples < config.batch.effective:
+    is_endless = isinstance(task.train_data, Stream) and not task.train_data.is_whole
+    if samples < config.batch.effective and not is_endless:
         raise DataError(
             f"the training data has {samples} samples, fewer than batch.effective={config.batch.effective}. "
             f"Use batch.effective={samples} or less, or more data."

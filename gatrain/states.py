@@ -67,6 +67,8 @@ class Progress:
     """Some gradient was not zero."""
     unreadable: int = 0
     """Samples that could not be read and were skipped, counted in every epoch."""
+    stream: dict[str, Any] | None = None
+    """Of data that is a stream: where the next window begins. ``step`` alone does not tell it."""
 
 
 @dataclass(frozen=True)

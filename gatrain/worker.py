@@ -30,6 +30,7 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
     from gatrain.report import make_sinks, save_plots
     from gatrain.report.data_lines import left_out
     from gatrain.report.jsonl import read_lines, unreadable
+    from gatrain.tasks.streams import Stream
     from gatrain.train import order, out_of_memory, samples
     from gatrain.train.aftermath import Aftermath
     from gatrain.train.check import check_before_first_step
@@ -42,6 +43,7 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
     from gatrain.train.run_folder import RunFolder
     from gatrain.train.saved_state import Progress
     from gatrain.train.seeding import PROCESS, seed_everything
+    from gatrain.train.stream_loader import streams_are_read
 
     run_dir = RunDir(folder)
     stored = reload(run_dir.config, ())
@@ -49,6 +51,7 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
     told = _compare(run_dir, stored.leaves, plan.settings.precision) if rank.rank == 0 else []
     task, source = build.build_task_and_source(config)
     schedule = build.window_schedule(config, task)
+    is_stream = isinstance(task.train_data, Stream)
     total_steps = schedule.steps(config.train.steps, config.train.epochs)
     clock = build.step_clock(config, total_steps)
     noticed = notice_lengths(task, config.train.seed) if plan.settings.compile else None
@@ -120,11 +123,11 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
             compile=plan.settings.compile,
             sync=plan.settings.sync,
             parameters=sum(p.numel() for p in engine.model.parameters()),
-            train_samples=schedule.samples,
+            train_samples=0 if is_stream else schedule.samples,
             eval_samples=len(task.eval_data) if task.eval_data is not None else 0,
             first_step=progress.step,
             total_steps=total_steps,
-            steps_per_epoch=schedule.per_epoch,
+            steps_per_epoch=0 if is_stream else schedule.per_epoch,
             baseline_name=baseline[0] if baseline else None,
             baseline_loss=baseline[1] if baseline else None,
             settings=records.public(stored.leaves),
@@ -137,6 +140,8 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
                 f"optimizer.weight_decay does not apply to {', '.join(spared[:3])}{more}: the model lists "
                 f"{'it' if len(spared) == 1 else 'them'} in no_weight_decay()"
             )
+        if is_stream:
+            sinks.notice(streams_are_read(config, rank.world_size))
         if config.order == "shuffle" and (unused := order.unused_sampler(task.train_data, source)):
             sinks.notice(unused)
         if sentence := getattr(schedule.order, "sentence", ""):

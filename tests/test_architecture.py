@@ -44,7 +44,7 @@ ROOMS: dict[str, set[str]] = {
     "models": set(),
     "optimizers": set(),
     "data": {"assets", "rundir"},
-    "tasks": {"construction"},
+    "tasks": {"construction", "train.seeding"},
     "schema": set(),
     "codec": {"schema"},
     "plan": {"batch", "codec", "config"},

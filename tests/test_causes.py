@@ -14,7 +14,7 @@ from processes import REPO
 
 from gatrain.errors import DataError, PeerFailed, WorkerError
 from gatrain.launch.reasons import describe, is_consequence
-from gatrain.train.loader import _Failure, _MicroBatches
+from gatrain.train.loader import Failure, _MicroBatches
 from gatrain.train.samples import _Reader
 
 MODULE = """
@@ -160,7 +160,7 @@ def test_a_loader_process_that_the_users_code_ends_says_so(stop: BaseException) 
 
     task: Any = Task()
     found = _MicroBatches(task, task.train_data, 0).__getitems__([(0, 1)])
-    assert isinstance(found, _Failure)
+    assert isinstance(found, Failure)
     assert type(stop).__name__ in found.message
     read = _Reader(task, task.train_data, 0).__getitems__([(0, 1)])
     assert type(stop).__name__ in str(read)

@@ -210,7 +210,7 @@ def test_a_subclass_that_computes_something_else_is_a_mean_over_samples() -> Non
         (lambda: Supervised(nn.Linear(2, 2), Pairs(SCORES, INDEX)), "a function that makes it"),
         (lambda: Supervised(3, Pairs(SCORES, INDEX)), "not callable"),
         (lambda: Supervised(lambda: 3, Pairs(SCORES, INDEX)).build_model(), "not a torch.nn.Module"),
-        (lambda: Supervised(nn.Identity, iter([])), "__getitem__"),
+        (lambda: Supervised(nn.Identity, iter([])), "can be read only once"),
         (lambda: Supervised(nn.Identity, 3), "a int"),
         (lambda: Supervised(nn.Identity, Pairs(SCORES, INDEX), nn.MSELoss(reduction="sum")), "'mean'"),
         (lambda: Supervised(nn.Identity, Pairs(SCORES, INDEX), nn.PReLU()), "has parameters"),

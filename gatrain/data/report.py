@@ -117,6 +117,7 @@ class DataRecord:
         shapes: what a sample is, such as ``"float32 [3, 224, 224], int"``.
         samples: a few samples, by their number: see `gatrain.train.sample_prints`.
         not_compared: why contents that changed might go unseen; "" where they would not.
+        is_stream: the training data does not tell how many samples it has; ``train_samples`` is 0.
     """
 
     report: DataReport
@@ -125,6 +126,7 @@ class DataRecord:
     shapes: str = ""
     samples: Mapping[str, Any] = field(default_factory=dict)
     not_compared: str = ""
+    is_stream: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""

@@ -35,7 +35,7 @@ def whole_data_lines(record: DataRecord) -> list[str]:
     if report.classes is not None:
         rows.append(("classes", f"{len(report.classes):,}"))
     rows += [
-        ("to train on", units.plural(record.train_samples, "sample")),
+        ("to train on", "a stream" if record.is_stream else units.plural(record.train_samples, "sample")),
         ("held out", units.plural(record.eval_samples, "sample")),
         ("a sample", record.shapes or "could not be read"),
         ("fingerprint", report.fingerprint or f"of {units.plural(len(record.samples), 'sample')}"),
@@ -101,7 +101,8 @@ def _contents(record: DataRecord) -> str:
 
 
 def _samples(record: DataRecord) -> str:
-    text = f"{units.plural(record.train_samples, 'sample')} to train on, {record.eval_samples:,} held out"
+    count = "a stream" if record.is_stream else units.plural(record.train_samples, "sample")
+    text = f"{count} to train on, {record.eval_samples:,} held out"
     return f"{text}; {record.shapes}" if record.shapes else text
 
 

@@ -106,7 +106,8 @@ def header_rows(info: RunInfo) -> list[tuple[str, str]]:
         "compiled" if info.compile else "not compiled",
         f"sync {clean(info.sync)}",
     ]
-    data = [f"{units.plural(info.train_samples, 'sample')} to train on"]
+    count = units.plural(info.train_samples, "sample") if info.train_samples else "a stream"
+    data = [f"{count} to train on"]
     if info.eval_samples:
         data.append(f"{info.eval_samples:,} held out")
     steps = f"{info.total_steps:,}"

@@ -10,6 +10,7 @@ from torch import nn
 
 from gatrain.errors import ConfigError, DataError
 from gatrain.tasks.base import Samples, is_deterministic
+from gatrain.tasks.streams import Stream
 
 ModelFactory = Callable[[], nn.Module]
 
@@ -109,17 +110,23 @@ def find_splits(data: Any, eval_fraction: float = 0.0) -> tuple[Samples, Samples
         held_out = getattr(data, "eval", None)
         if held_out is not None:
             held_out = map_style(held_out, f"{type(data).__name__}.eval")
-            if len(held_out) == 0:
+            if not isinstance(held_out, Stream) and len(held_out) == 0:
                 held_out = None
     else:
         train = map_style(data, "data")
+        if eval_fraction and isinstance(train, Stream):
+            raise ConfigError(
+                f"task.eval_fraction={eval_fraction} is a share of all samples, and a stream does not tell how "
+                "many it "
+                "has. Give an object with train and eval, each a stream or a dataset."
+            )
         if eval_fraction:
             total = len(train)
             cut = round(total * (1 - eval_fraction))
             whole = train
             train = Part(whole, 0, cut)
             held_out = Part(whole, cut, total) if cut < total else None
-    if len(train) == 0:
+    if not isinstance(train, Stream) and len(train) == 0:
         raise DataError("the training data has no samples. Check data.path, or use a smaller eval_fraction.")
     return train, held_out
 
@@ -153,7 +160,7 @@ def _named_splits(data: Mapping[Any, Any], eval_fraction: float) -> Any:
 
 
 def map_style(dataset: Any, name: str) -> Samples:
-    """Refuse what cannot be read by index.
+    """What can be read by index, as it is; a stream as its first samples (`gatrain.tasks.streams.Stream`).
 
     Raises:
         ConfigError: says what a dataset needs.
@@ -165,8 +172,9 @@ def map_style(dataset: Any, name: str) -> Samples:
         )
     if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
         return dataset  # type: ignore[no-any-return]
-    what = "an iterable dataset" if hasattr(dataset, "__iter__") else f"a {type(dataset).__name__}"
+    if hasattr(dataset, "__iter__"):
+        return Stream(dataset, name)
     raise ConfigError(
-        f"{name} is {what}. gatrain reads samples by number, so that any number of GPUs sees the same ones "
-        "in the same order: give a dataset with __len__ and __getitem__, or an object whose `train` is one."
+        f"{name} is a {type(dataset).__name__}. Give a dataset with __len__ and __getitem__, a stream (an "
+        "IterableDataset, or any object with __iter__), or an object whose `train` is one."
     )

@@ -11,6 +11,7 @@ from gatrain.data.compare import class_names
 from gatrain.data.report import EXAMPLES, DataRecord, DataReport, Omission
 from gatrain.errors import ConfigError, GatrainError
 from gatrain.tasks.base import Task
+from gatrain.tasks.streams import Stream
 from gatrain.train.sample_prints import Prints, spread, take_prints
 
 SEED = 0
@@ -31,6 +32,7 @@ def look_at_data(task: Task, source: Any) -> DataRecord:
     Raises:
         GatrainError: the source's own report raises it.
     """
+    is_stream = isinstance(task.train_data, Stream)
     prints = take_prints(task, task.train_data, SEED)
     held_out = Prints()
     if task.eval_data is not None:
@@ -41,6 +43,7 @@ def look_at_data(task: Task, source: Any) -> DataRecord:
         report = DataReport(
             kind=f"{kind.__module__}.{kind.__qualname__}",
             items=len(task.train_data) + _length(task.eval_data),
+            item_name="samples looked at; a stream does not tell how many it has" if is_stream else "samples",
             fingerprint=_own_fingerprint(task),
         )
     unread = [*prints.unread, *(f"held-out {each}" for each in held_out.unread)]
@@ -51,11 +54,12 @@ def look_at_data(task: Task, source: Any) -> DataRecord:
         report = dataclasses.replace(report, omissions=(*report.omissions, omission))
     return DataRecord(
         report=report,
-        train_samples=len(task.train_data),
+        train_samples=_train_samples(task),
         eval_samples=_length(task.eval_data),
         shapes=prints.shapes,
         samples=prints.samples | {f"{HELD_OUT}{key}": each for key, each in held_out.samples.items()},
         not_compared=_not_compared(prints) if not report.fingerprint else "",
+        is_stream=is_stream,
     )
 
 
@@ -64,7 +68,7 @@ def same_data(task: Task, source: Any, before: DataRecord) -> DataRecord:
     report = _own_report(task, source)
     report = report or dataclasses.replace(before.report, fingerprint=_own_fingerprint(task))
     found: dict[str, Any] = {}
-    if before.train_samples == len(task.train_data):
+    if before.train_samples == _train_samples(task):
         numbers = [int(key) for key in before.samples if key.isdecimal()]
         some = [numbers[nth] for nth in spread(len(numbers), SOME)]
         found |= take_prints(task, task.train_data, SEED, some, again=False).samples
@@ -73,7 +77,7 @@ def same_data(task: Task, source: Any, before: DataRecord) -> DataRecord:
         numbers = [int(key.removeprefix(HELD_OUT)) for key in keys]
         held_out = take_prints(task, task.eval_data, SEED, numbers, again=False)
         found |= {f"{HELD_OUT}{key}": each for key, each in held_out.samples.items()}
-    return DataRecord(report, len(task.train_data), _length(task.eval_data), samples=found)
+    return DataRecord(report, _train_samples(task), _length(task.eval_data), samples=found)
 
 
 def compare_classes(report: DataReport, model: Any) -> list[str]:
@@ -133,6 +137,11 @@ def _as_plain(value: Any) -> Any:
 def _own_fingerprint(task: Task) -> str:
     own = getattr(task.train_data, "fingerprint", None)
     return str(own) if isinstance(own, str | int | bytes) and own else ""
+
+
+def _train_samples(task: Task) -> int:
+    """Samples of the training data; 0 for a stream, which does not tell."""
+    return 0 if isinstance(task.train_data, Stream) else len(task.train_data)
 
 
 def _length(data: Any) -> int:

@@ -37,7 +37,7 @@ DRAWS_UNDECLARED = (
 
 
 @dataclass(frozen=True)
-class _Failure:
+class Failure:
     """An error on its way out of a loader process, which would wrap it in a stack trace."""
 
     kind: type[GatrainError]
@@ -55,13 +55,13 @@ class _MicroBatches(Dataset[Any]):
     def __getitem__(self, key: Key) -> Any:
         raise NotImplementedError("micro-batches are read whole, through __getitems__")
 
-    def __getitems__(self, keys: list[Key]) -> MicroBatch | _Failure:
+    def __getitems__(self, keys: list[Key]) -> MicroBatch | Failure:
         try:
             return samples.load(self._task, self._data, keys, self._seed)
         except GatrainError as error:
-            return _Failure(type(error), str(error))
+            return Failure(type(error), str(error))
         except (SystemExit, KeyboardInterrupt) as error:  # else the process would end without a word
-            return _Failure(DataError, f"cannot load samples: {told(error)}")
+            return Failure(DataError, f"cannot load samples: {told(error)}")
 
 
 class WindowLoader:
@@ -106,7 +106,7 @@ class WindowLoader:
     def __iter__(self) -> Iterator[LoadedWindow]:
         windows = self._windows()
         if self._workers:
-            yield from _in_background(windows, lambda: self._ahead.next_window)
+            yield from in_background(windows, lambda: self._ahead.next_window)
             return
         self._in_thread = False
         for first in itertools.islice(windows, 1):  # read here, so that what draws numbers is noticed
@@ -114,7 +114,7 @@ class WindowLoader:
             declared = is_deterministic(self._task.train_data) and self._task.collates_deterministically
             self._in_thread = declared and not any(m.undeclared_draws for m in first.micro_batches)
         self._in_thread = self._in_thread and self._ahead.next_window
-        yield from _in_background(windows) if self._in_thread else windows
+        yield from in_background(windows) if self._in_thread else windows
 
     def _cut(self, window: Window) -> tuple[int, list[list[Key]]]:
         """This rank's part of a window: the place of its first sample, and (epoch, sample) by micro-batch."""
@@ -224,23 +224,23 @@ def _from_processes(
     loader = DataLoader(
         _MicroBatches(task, data, seed),
         batch_sampler=keys,  # type: ignore[arg-type]
-        collate_fn=_unchanged,
+        collate_fn=unchanged,
         num_workers=ahead.workers,
         worker_init_fn=offspring.follow_parent,
         prefetch_factor=ahead.prefetch,
         generator=torch.Generator(),  # the process's own generator stays untouched
     )
     for item in loader:
-        if isinstance(item, _Failure):
+        if isinstance(item, Failure):
             raise item.kind(item.message)
         yield item
 
 
-def _unchanged(item: Any) -> Any:
+def unchanged(item: Any) -> Any:
     return item
 
 
-def _in_background(
+def in_background(
     windows: Iterator[LoadedWindow], may_be_ahead: Callable[[], bool] = lambda: True
 ) -> Iterator[LoadedWindow]:
     """Run an iterator in a thread, one item ahead where ``may_be_ahead``. Errors arrive at the item where they

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,6 @@ from gatrain.train.evaluate import EvaluationError, EvaluationStopped, evaluate
 from gatrain.train.events import Sink
 from gatrain.train.hook import TrainedStep
 from gatrain.train.hooks import Hooks
-from gatrain.train.loader import WindowLoader
 from gatrain.train.micro_batches import LoadedWindow
 from gatrain.train.nonfinite_policy import NonFinitePolicy, remedies
 from gatrain.train.notices import Notices
@@ -29,7 +28,9 @@ from gatrain.train.run_folder import RunFolder
 from gatrain.train.saved_state import Progress
 from gatrain.train.state_saver import StateSaver
 from gatrain.train.step_metrics import NOT_FINITE, PendingStep, StepMetrics
+from gatrain.train.stream_loader import ranks_read_the_same
 from gatrain.train.window_result import WindowResult
+from gatrain.train.window_source import open_windows
 from gatrain.train.windows import MOST_EXACT_PAIRS, WindowSchedule
 
 MOST_PENDING = 256
@@ -132,7 +133,7 @@ class Trainer:
             return False
         meter, log_every = self._metrics.meter, self.config.train.log_every
         previous = meter.mark()
-        for loaded in self._loader(self.progress.step, self.total_steps, self.config.train.data_workers):
+        for loaded in self._windows(self.progress, self.total_steps, self.config.train.data_workers):
             for text in loaded.notices:
                 self.sinks.notice(text)
             before, lr = self.progress, self.engine.learning_rate(self.progress.updates)
@@ -143,8 +144,8 @@ class Trainer:
             self._metrics.add(done)
             previous = end
             self._check_window(loaded, result)
+            self._advance(result, loaded.position)
             del loaded  # its memory may be wanted for the next one
-            self._advance(result)
             if self.hooks and self.progress.updates > before.updates:
                 done.metrics.update(self.hooks.update(self._trained_step(done)))
             step = self.progress.step
@@ -176,15 +177,17 @@ class Trainer:
     def _evaluates_after(self, step: int) -> bool:
         return _is_due(step, self.config.eval.every) and step < self.total_steps
 
-    def _loader(self, start: int, stop: int, workers: int) -> WindowLoader:
-        return WindowLoader(
+    def _windows(self, start: Progress, stop: int, workers: int) -> Iterable[LoadedWindow]:
+        """This rank's part of the windows from a place in the run to ``stop`` - 1, at least one ahead."""
+        return open_windows(
             self.engine.task,
             self.schedule,
             self.engine.ranks,
             micro_batch=self.plan.micro_batch,
             shares=self.plan.split.shares if self.plan.world_size == self.engine.ranks.world_size else None,
-            start=start,
+            start=start.step,
             stop=stop,
+            position=start.stream,
             workers=workers,
             pin_memory=self.engine.device.type == "cuda",
         )
@@ -212,9 +215,9 @@ class Trainer:
             left_out=self.engine.guard.stopped,
         )
 
-    def _window_again(self, index: int) -> LoadedWindow:
-        """This rank's part of a window, read once more."""
-        (loaded,) = self._loader(index, index + 1, workers=0)
+    def _window_again(self, start: Progress) -> LoadedWindow:
+        """This rank's part of the window after ``start``, read once more."""
+        (loaded,) = self._windows(start, start.step + 1, workers=0)
         return loaded
 
     def _check_window(self, loaded: LoadedWindow, result: WindowResult) -> None:
@@ -223,6 +226,13 @@ class Trainer:
         Raises:
             ExactnessError: samples are missing, are there twice, or are others.
         """
+        if not ranks_read_the_same(result.counts, self.engine.ranks.world_size):
+            raise ExactnessError(
+                f"step {loaded.index + 1}: the ranks read other samples at the same places of the stream, so "
+                "its update "
+                "is not saved. Every rank reads the whole stream and takes its part of each window: leave out what "
+                "splits it by rank (split_dataset_by_node, split_by_node), and give its shuffle a seed."
+            )
         held = int(result.counts["samples"] + result.counts["dropped"])
         is_other = int(result.counts["digest"]) != loaded.window_digest and held <= MOST_EXACT_PAIRS
         if held != loaded.window_samples or is_other:
@@ -234,7 +244,7 @@ class Trainer:
                 "for does this."
             )
 
-    def _advance(self, result: WindowResult) -> None:
+    def _advance(self, result: WindowResult, stream: dict[str, Any] | None) -> None:
         before = self.progress
         none_made = result.is_empty or result.skipped
         nonfinite = before.nonfinite_in_row + 1 if result.skipped else before.nonfinite_in_row
@@ -248,6 +258,7 @@ class Trainer:
             skipped=before.skipped + none_made,
             skipped_in_row=before.skipped_in_row + 1 if none_made else 0,
             nonfinite_in_row=nonfinite if none_made else 0,
+            stream=stream,
         )
 
     # --- metrics

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from gatrain.tasks.base import Batch
 
@@ -59,6 +60,8 @@ class LoadedWindow:
     """What the ranks' digests must add up to."""
     skipped: Sequence[str] = ()
     """Each sample of this rank's part that could not be read, with the reason."""
+    position: dict[str, Any] | None = None
+    """Of a stream: where the next window begins, for the saved state."""
     notices: Sequence[str] = ()
     """What a person should know of how it was read; each is said once."""
 

@@ -12,6 +12,7 @@ from gatrain.train import nonfinite
 from gatrain.train.engine import Engine
 from gatrain.train.micro_batches import LoadedWindow
 from gatrain.train.records import StepRecord
+from gatrain.train.saved_state import Progress
 from gatrain.train.step_metrics import PendingStep
 
 
@@ -35,18 +36,18 @@ class NonFinitePolicy:
     """Judges windows that are not finite. Collective.
 
     Args:
-        window_at: reads this rank's part of a window once more.
+        window_at: reads this rank's part of the window that follows once more.
     """
 
     engine: Engine
     config: RunConfig
-    window_at: Callable[[int], LoadedWindow]
+    window_at: Callable[[Progress], LoadedWindow]
 
     def judge(self, step: PendingStep, record: StepRecord) -> Verdict:
         """Put the buffers back as they were before the window, and find what made it not finite."""
         self.engine.guard.restore_buffers()
         self.engine.step.number = step.before.updates  # which the loss may depend on
-        window, seed = self.window_at(step.index), self.config.train.seed
+        window, seed = self.window_at(step.before), self.config.train.seed
         findings = nonfinite.Search(self.engine, window, step.result.weight_totals, seed).run()
         loss, norm = record.loss or 0.0, record.grad_norm
         what = f"the loss is {loss:g}" if not math.isfinite(loss) else f"the gradient's norm is {norm:g}"

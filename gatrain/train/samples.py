@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from gatrain import offspring
 from gatrain.errors import BrokenSampleError, DataError, DoesNotFitError, GatrainError, is_out_of_memory
 from gatrain.tasks.base import Batch, Samples, Task, is_deterministic, named_weights
+from gatrain.tasks.streams import BrokenInStream, Stream
 from gatrain.train import seeding
 from gatrain.train.batches import parts_of
 from gatrain.train.micro_batches import MicroBatch
@@ -62,6 +63,9 @@ def read(task: Task, data: Samples, keys: Sequence[Key], seed: int, *, trusted: 
     Args:
         trusted: take the declaration for true and touch no generator, as a thread beside the model must.
     """
+    if isinstance(data, Stream):
+        found = data.read(keys, seed)
+        return [Skipped(each.reason) if isinstance(each, BrokenInStream) else each for each in found]
     if _elsewhere.get() and torch.utils.data.get_worker_info() is None:
         return _read_elsewhere(task, data, keys, seed)
     if is_deterministic(data):
@@ -116,8 +120,16 @@ def collated(
         return _watched(lambda: task.collate(_own_containers(samples)))
 
 
-def load(task: Task, data: Samples, keys: Sequence[Key], seed: int, *, trusted: bool = False) -> MicroBatch:
-    """Read, collate, weigh and count one micro-batch.
+def load(
+    task: Task,
+    data: Samples,
+    keys: Sequence[Key],
+    seed: int,
+    *,
+    trusted: bool = False,
+    given: list[Any] | None = None,
+) -> MicroBatch:
+    """Read, collate, weigh and count one micro-batch. ``given`` are its samples where they were read already.
 
     Raises:
         DataError: a sample cannot be read, or the batch does not hold the samples that it was made of.
@@ -126,7 +138,7 @@ def load(task: Task, data: Samples, keys: Sequence[Key], seed: int, *, trusted: 
     _watch.reading = None
     was_undeclared, _watch.undeclared = getattr(_watch, "undeclared", False), False
     try:
-        samples = read(task, data, keys, seed, trusted=trusted)
+        samples = read(task, data, keys, seed, trusted=trusted) if given is None else given
         _watch.reading = None
         found = make(task, samples, keys, seed, data=data, trusted=trusted)
         return dataclasses.replace(found, undeclared_draws=_watch.undeclared)
