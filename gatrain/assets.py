@@ -63,7 +63,7 @@ def safe_cache(folder: Path) -> Path:
     return folder
 
 
-_REMEMBERED = ("plans", "facts", "composed", "fingerprints")
+_REMEMBERED = ("plans", "fingerprints")
 
 
 def cache_place() -> Path:

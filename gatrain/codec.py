@@ -82,7 +82,8 @@ class _Decoder:
         if origin in (*_LISTS, *_TUPLES) and (
             type(data) is list or (origin in _TUPLES and type(data) is tuple)  # JSON has lists alone
         ):
-            return self.sequence(list if origin in _LISTS else tuple, arguments, data, place)
+            items = arguments if origin is tuple else (arguments[0], ...)
+            return self.sequence(list if origin in _LISTS else tuple, items, data, place)
         if origin in _DICTS and type(data) is dict:
             return {
                 name: self.value(arguments[1], each, f"{place}[{shown(name)}]") for name, each in data.items()

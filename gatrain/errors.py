@@ -3,6 +3,7 @@
     GatrainError              1   anything below, unnamed
     ├── ConfigError           2   a key, value, recipe, option or `_target_` that is not right
     ├── PlanError             3   batch numbers that cannot multiply out to the effective batch
+    │   └── OutdatedPlanError     never the user's: a plan from memory for another model, made anew by the command
     ├── DataError             4   data that is missing, unreadable, empty or too small
     ├── DoesNotFitError       5   the model does not fit in memory even at one sample
     ├── LaunchError           6   processes that cannot start: port, GPU count, scheduler
@@ -42,6 +43,10 @@ class PlanError(GatrainError):
     """The batch numbers cannot multiply out to the effective batch size."""
 
     exit_code = 3
+
+
+class OutdatedPlanError(PlanError):
+    """A rank found another model or other data than its plan was measured for; the command plans anew."""
 
 
 class DataError(GatrainError):

@@ -41,6 +41,24 @@ class StepSettings:
 
 
 @dataclass(frozen=True)
+class MadeFor:
+    """The model and the data that a plan is for: ranks, which make both anew, compare (`gatrain.outdated`)."""
+
+    parameters: int
+    samples: int
+    eval_samples: int
+    is_remembered: bool = False
+    """Known from an earlier inspection: nobody has looked at model and data for this run before its ranks do."""
+
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: a count below 0.
+        """
+        schema.at_least(0, parameters=self.parameters, samples=self.samples, eval_samples=self.eval_samples)
+
+
+@dataclass(frozen=True)
 class Measurement:
     """One micro-batch size, measured on all ranks: the slowest rank's seconds, the largest peak in bytes.
 
@@ -168,6 +186,8 @@ class Plan:
     """Peak memory that the weakest rank should show: measured at this size, or on the line of other sizes."""
     memory_budget_bytes: int | None = None
     """Peak memory that the plan may come to on the weakest rank: ``tune.memory_fraction`` of what was free."""
+    made_for: MadeFor | None = None
+    """None in plans of earlier versions."""
 
     @property
     def effective_batch(self) -> int:

@@ -334,13 +334,14 @@ def read_json(path: Path, most_bytes: int = MOST_JSON_BYTES) -> dict[str, Any]:
     return data
 
 
-def write_json(path: Path, data: Any, *, exact: bool = False) -> None:
+def write_json(path: Path, data: Any, *, exact: bool = False, mode: int = 0o666) -> None:
     """Write ``data`` as indented JSON, atomically, without the secrets that this process has met.
 
     Args:
         exact: no text in it is for people, and each is kept as it is.
+        mode: permissions, as far as the umask leaves them.
     """
-    write_text(path, json.dumps(data if exact else hide_in(data), indent=2, allow_nan=True) + "\n")
+    write_text(path, json.dumps(data if exact else hide_in(data), indent=2, allow_nan=True) + "\n", mode)
 
 
 def write_text(path: Path, text: str, mode: int = 0o666) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def work(folder: Path, rank: rank_process.Rank) -> None:
     """Build, resume from the newest saved state if there is one, train, and write the summary."""
-    from gatrain import build
+    from gatrain import build, outdated
     from gatrain import recorded as records
     from gatrain.compose import reload
     from gatrain.launch.reasons import describe
@@ -39,6 +39,7 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
     from gatrain.train.hooks import Hooks, fingerprint_of
     from gatrain.train.lengths import notice_lengths
     from gatrain.train.loop import Trainer
+    from gatrain.train.ranks import Ranks
     from gatrain.train.remainders import Splits, check_windows
     from gatrain.train.run_folder import RunFolder
     from gatrain.train.saved_state import Progress
@@ -50,6 +51,7 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
     config, plan = stored.config, run_dir.load_plan()
     told = _compare(run_dir, stored.leaves, plan.settings.precision) if rank.rank == 0 else []
     task, source = build.build_task_and_source(config)
+    told += Ranks.current().alone(lambda: outdated.check_data(run_dir, plan, task, source))
     schedule = build.window_schedule(config, task)
     is_stream = isinstance(task.train_data, Stream)
     total_steps = schedule.steps(config.train.steps, config.train.epochs)
@@ -57,6 +59,8 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
     noticed = notice_lengths(task, config.train.seed) if plan.settings.compile else None
     with out_of_memory.told(config, plan, run_dir, rank.device.type, modes=()):
         engine = build.build_engine(task, config, plan.settings, rank.device, clock)
+    parameters = sum(p.numel() for p in engine.model.parameters())
+    told += outdated.check_model(plan, parameters)
     hooks = Hooks(build.build_hooks(config), engine.ranks, fingerprint_of(config.hooks))
     if hooks.needs_verdict:
         engine.guard.decide_at_once()
@@ -122,7 +126,7 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
             checkpointing=plan.settings.checkpointing,
             compile=plan.settings.compile,
             sync=plan.settings.sync,
-            parameters=sum(p.numel() for p in engine.model.parameters()),
+            parameters=parameters,
             train_samples=0 if is_stream else schedule.samples,
             eval_samples=len(task.eval_data) if task.eval_data is not None else 0,
             first_step=progress.step,

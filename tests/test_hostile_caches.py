@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from gatrain import codec, facts, fit
-from gatrain.compose import compose
+from gatrain import codec, fit
 from gatrain.errors import LaunchError
 from gatrain.fit import preparation
 from gatrain.fit.preparation import State
+from gatrain.inspected import Inspected
 from gatrain.launch.failure import first_cause
 from gatrain.plan import Measurement
 from gatrain.report.jsonl import keep_until, read_lines
@@ -24,6 +24,7 @@ from gatrain.rundir import RunDir, write_json
 from gatrain.tune import cache
 from gatrain.tune.curve import Curve
 
+FOUND = Inspected(4, 0, "data", 9, 36, ("none",))
 MARKER = "executed"
 DEEP = b"[" * 200_000
 
@@ -41,6 +42,7 @@ class Payload:
 def curve_file() -> dict[str, Any]:
     return {
         "version": cache.VERSION,
+        "inspected": codec.encode(FOUND),
         "curves": [
             {
                 "settings": {"precision": "fp32", "checkpointing": "none", "compile": False, "sync": "window"},
@@ -91,19 +93,18 @@ def test_odd_measurements_count_as_none(
         "measurement": curve["measurements"][0],
     }
     write_json(cache.plan_file("key"), stored)
-    assert len(cache.load_curves("key")) == 1
+    assert len(cache.load_curves("key", FOUND)) == 1
     places[where].update(changes)
     write_json(cache.plan_file("key"), stored)
-    assert cache.load_curves("key") == {}
+    assert cache.load_curves("key", FOUND) == {}
 
 
 def remembered(folder: Path) -> list[tuple[str, Path, Callable[[], Any], Any]]:
     """Name, file, reader, and what it gives where the file is of no use."""
-    config = compose(["recipe=llm"]).config
     return [
-        ("curves", cache.plan_file("key"), lambda: cache.load_curves("key"), {}),
-        ("whole steps", cache.plan_file("key"), lambda: cache.load_confirmations("key"), []),
-        ("facts", facts._file("key"), lambda: facts.recall("key", config), None),
+        ("curves", cache.plan_file("key"), lambda: cache.load_curves("key", FOUND), {}),
+        ("whole steps", cache.plan_file("key"), lambda: cache.load_confirmations("key", FOUND), []),
+        ("inspection", cache.plan_file("key"), lambda: cache.load_inspected("key"), None),
         (
             "error report",
             folder / "logs" / "error_rank_0.json",
@@ -126,7 +127,7 @@ def test_what_cannot_be_read_is_made_anew(
     contents = {
         "pickle": pickle.dumps(Payload(tmp_path)), "deep": DEEP, "empty": b"", "null": b"null", "list": b"[1]",
         "text": b'"evil"', "latin": b"\xff\xfe",
-        "numbers": b'{"version": -1, "facts": -1, "curves": -1, "step": -1.5}',
+        "numbers": b'{"version": -1, "inspected": -1, "curves": -1, "step": -1.5}',
     }  # fmt: skip
     for name, path, read, nothing in remembered(tmp_path / "run"):
         path.parent.mkdir(parents=True, exist_ok=True)

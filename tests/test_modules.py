@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from gatrain import codec
 from gatrain.batch import Split
 from gatrain.config import AdamWConfig, OptimizerConfig, SGDConfig
 from gatrain.errors import ConfigError, PlanError
-from gatrain.facts import RunFacts
+from gatrain.inspected import Inspected
 from gatrain.plan import Plan, StepSettings
 from gatrain.tasks import Supervised
 from gatrain.train import remainders
@@ -258,5 +259,5 @@ def test_what_is_thawed_later_is_told_once() -> None:
 
 
 def test_what_was_found_survives_the_memory_of_it() -> None:
-    facts = RunFacts(4, 0, "x", 1, 4, ("none",), batch_norms=("1",), synchronises=True, remarks=("said",))
-    assert RunFacts.from_dict({**vars(facts), "batch_norms": ["1"], "remarks": ["said"]}) == facts
+    found = Inspected(4, 0, "x", 1, 4, ("none",), batch_norms=("1",), synchronises=True, remarks=("said",))
+    assert codec.decode(Inspected, codec.encode(found)) == found

@@ -67,8 +67,8 @@ def test_its_parts_and_the_folder_above_count_too(cache: Path) -> None:
 
 @pytest.mark.usefixtures("open_umask")
 def test_what_gatrain_makes_is_never_open_to_everybody(cache: Path) -> None:
-    write_json(cache / "facts" / "a.json", {})
-    for folder in (cache, cache / "facts"):
+    write_json(cache / "plans" / "a.json", {})
+    for folder in (cache, cache / "plans"):
         assert not folder.stat().st_mode & 0o002
     assert assets.cache_dir() == cache
 

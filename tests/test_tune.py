@@ -14,14 +14,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gatrain import batch, codec, dependencies, hardware, main_memory, tune
+from gatrain import batch, codec, hardware, main_memory, tune
 from gatrain.batch import Split
 from gatrain.config import AdamWConfig, BatchConfig, RunConfig, SGDConfig, TrainConfig, TuneConfig
 from gatrain.errors import ConfigError, DoesNotFitError, Interrupted, LaunchError, PlanError, WorkerError
 from gatrain.hardware import Hardware
+from gatrain.inspected import Inspected
 from gatrain.launch.world import Nodes
 from gatrain.nvml import Gpu
 from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, Measurement, Plan, StepSettings
+from gatrain.sources import source_hash
 from gatrain.tune import cache, curve, finalists, protocol, search
 from gatrain.tune.curve import Curve
 from gatrain.units import GIB
@@ -29,18 +31,9 @@ from gatrain.units import GIB
 WAY = StepSettings("fp32", "none", False, "window")
 
 
-@dataclasses.dataclass(frozen=True)
-class Info:
-    """Stands for what is known of model and data."""
-
-    fingerprint: str = "data"
-    parameters: int = 1000
-    parameter_bytes: int = 4000
-    half_parameters: int = 0
-    half_dtypes: str = ""
-    batch_norms: tuple[str, ...] = ()
-    synchronises: bool = False
-    remarks: tuple[str, ...] = ()
+def info_of(**others: Any) -> Inspected:
+    """What is known of model and data."""
+    return dataclasses.replace(Inspected(1000, 0, "data", 1000, 4000, ("none",)), **others)
 
 
 def gpu(name: str = "H100", capability: tuple[int, int] = (9, 0), free: int = 79 * GIB) -> Gpu:
@@ -130,7 +123,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def plan_on(machine: Machine, config: RunConfig, **options: Any) -> Any:
     nodes = options.pop("nodes", Nodes(1))
     where = options.pop("hardware", CPU)
-    return tune.make_plan_for(config, Info(), where, nodes, run=machine, **options)
+    return tune.make_plan_for(config, info_of(), where, nodes, run=machine, **options)
 
 
 # ---- the arithmetic -------------------------------------------------------------------------------------
@@ -302,7 +295,7 @@ def test_compilation_that_is_asked_for_is_not_measured_along_the_whole_curve() -
     assert (plan.settings.compile, plan.micro_batch) == (True, 64)
     assert [len(asked.sizes) for asked in machine.asked] == [7, 1]
     assert machine.asked[1].sizes == (64,)
-    again = tune.make_plan_for(config_of(64, compile=True), Info(), CPU, Nodes(1), run=no_trial)
+    again = tune.make_plan_for(config_of(64, compile=True), info_of(), CPU, Nodes(1), run=no_trial)
     assert (again.settings.compile, again.micro_batch) == (True, 64)
 
 
@@ -335,7 +328,7 @@ def test_the_users_own_error_before_any_trial_comes_through() -> None:
         raise ConfigError("model._target_ does not import")
 
     with pytest.raises(ConfigError, match="does not import"):
-        tune.make_plan_for(config_of(8), Info(), CPU, Nodes(1), run=broken)
+        tune.make_plan_for(config_of(8), info_of(), CPU, Nodes(1), run=broken)
 
 
 # ---- what needs no trial --------------------------------------------------------------------------------
@@ -346,7 +339,7 @@ def no_trial(folder: Path) -> None:
 
 
 def test_a_fixed_micro_batch_needs_no_trial() -> None:
-    plan = tune.make_plan_for(config_of(23, micro=2), Info(), CPU, Nodes(3), run=no_trial)
+    plan = tune.make_plan_for(config_of(23, micro=2), info_of(), CPU, Nodes(3), run=no_trial)
     assert plan.micro_batches == [[2, 2, 2, 2], [2, 2, 2, 2], [2, 2, 2, 1]]
     assert plan.settings == StepSettings("fp32", "none", compile=False, sync="window")
     assert "batch.micro=2 was asked for" in plan.reason
@@ -368,7 +361,7 @@ def test_no_candidate_is_named_by_a_size_that_its_split_does_not_have() -> None:
 
 def test_a_fixed_micro_batch_beyond_the_share_is_refused_first() -> None:
     with pytest.raises(PlanError, match=r"batch\.micro=8 or less"):
-        tune.make_plan_for(config_of(16, micro=10), Info(), CPU, Nodes(2), run=no_trial)
+        tune.make_plan_for(config_of(16, micro=10), info_of(), CPU, Nodes(2), run=no_trial)
 
 
 def test_a_fixed_micro_batch_on_a_gpu_decides_only_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,11 +371,11 @@ def test_a_fixed_micro_batch_on_a_gpu_decides_only_the_rest(monkeypatch: pytest.
     assert (plan.micro_batch, plan.settings.checkpointing, plan.settings.compile) == (16, "full", True)
     assert all(asked.sizes == (16,) for asked in machine.asked)
     fixed = config_of(64, micro=16, checkpointing="none", compile=False)
-    assert tune.make_plan_for(fixed, Info(), CUDA, Nodes(1), run=no_trial).micro_batch == 16
+    assert tune.make_plan_for(fixed, info_of(), CUDA, Nodes(1), run=no_trial).micro_batch == 16
 
 
 def test_16_bit_parameters_are_named_and_count_their_masters() -> None:
-    half = Info(parameters=1000, parameter_bytes=2000, half_parameters=1000, half_dtypes="bf16")
+    half = info_of(parameters=1000, parameter_bytes=2000, half_parameters=1000, half_dtypes="bf16")
     # the parameter itself, and master, main gradient and two moments in fp32
     assert tune.state_bytes(config_of(optimizer=AdamWConfig()), 2000, 1000) == 18_000
     assert tune.state_bytes(config_of(optimizer=SGDConfig()), 2000 + 400, 1000) == 10_000 + 800
@@ -402,7 +395,7 @@ def test_parameters_gradients_and_state_alone(optimizer: Any, copies: int) -> No
 
 
 def test_a_model_too_large_for_any_plan_is_refused_at_once() -> None:
-    info = Info(parameters=10**9, parameter_bytes=4 * 10**9)
+    info = info_of(parameters=10**9, parameter_bytes=4 * 10**9)
     with pytest.raises(
         DoesNotFitError, match=r"14\.9 GiB \(1,000,000,000 parameters x 16 bytes\).*optimizer=sgd"
     ):
@@ -450,7 +443,7 @@ def test_another_effective_batch_plans_from_the_stored_curve() -> None:
     plan_on(Machine(largest=16), config_of(64, checkpointing="none"))
     for effective in (509, 64, 16, 1):
         plan = tune.make_plan_for(
-            config_of(effective, checkpointing="none"), Info(), CPU, Nodes(1), run=no_trial
+            config_of(effective, checkpointing="none"), info_of(), CPU, Nodes(1), run=no_trial
         )
         assert sum(map(sum, plan.micro_batches)) == effective
         assert plan.micro_batch <= 16
@@ -464,7 +457,7 @@ def test_a_size_between_two_that_fit_is_measured_before_it_is_chosen() -> None:
     assert plan.micro_batch == 50
     assert any(t.micro_batch == 50 and t.outcome == FITS and t.peak_memory_bytes for t in plan.trials)
     # the stored curve still tells of the larger sizes
-    assert tune.make_plan_for(config_of(64), Info(), CPU, Nodes(1), run=no_trial).micro_batch == 64
+    assert tune.make_plan_for(config_of(64), info_of(), CPU, Nodes(1), run=no_trial).micro_batch == 64
 
 
 @settings(max_examples=100, deadline=None)
@@ -506,16 +499,15 @@ def test_a_larger_share_measures_only_what_is_missing() -> None:
         {"config": config_of(64, precision="bf16")},
         {"config": config_of(64, optimizer=SGDConfig())},
         {"config": dataclasses.replace(config_of(64), model={"_target_": "json.loads", "width": 2})},
-        {"info": Info(fingerprint="other")},
         {"hardware": dataclasses.replace(CPU, torch="3")},
         {"nodes": Nodes(2)},
     ],
 )
 def test_the_fingerprint_covers_what_times_depend_on(other: dict[str, Any]) -> None:
-    def key(config: RunConfig, info: Info, where: Hardware, nodes: Nodes) -> str:
-        return cache.fingerprint(config, info, where, nodes.world_size)
+    def key(config: RunConfig, where: Hardware, nodes: Nodes) -> str:
+        return cache.fingerprint(config, where, nodes.world_size)
 
-    usual = {"config": config_of(64), "info": Info(), "hardware": CPU, "nodes": Nodes(1)}
+    usual = {"config": config_of(64), "hardware": CPU, "nodes": Nodes(1)}
     base = key(*usual.values())  # type: ignore[arg-type]
     assert key(*{**usual, **other}.values()) != base  # type: ignore[arg-type]
     same = {**usual, "config": config_of(7, optimizer=AdamWConfig(lr=0.5))}
@@ -524,15 +516,15 @@ def test_the_fingerprint_covers_what_times_depend_on(other: dict[str, Any]) -> N
 
 def test_a_change_of_the_users_source_measures_again(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("raise RuntimeError('must not be imported')")
-    before = dependencies.source_hash("mine.Model", tmp_path)
-    assert before == dependencies.source_hash("mine.Model", tmp_path)
+    before = source_hash("mine.Model", tmp_path)
+    assert before == source_hash("mine.Model", tmp_path)
     (tmp_path / "mine.py").write_text("pass")
-    changed = dependencies.source_hash("mine.Model", tmp_path)
+    changed = source_hash("mine.Model", tmp_path)
     assert changed != before
     (tmp_path / "layers.py").write_text("pass")
-    assert dependencies.source_hash("mine.Model", tmp_path) != changed
-    assert dependencies.source_hash("nowhere.to.be.found", tmp_path) == "not found"
-    assert "torchvision" not in dependencies.source_hash("torchvision.models.resnet50", tmp_path)
+    assert source_hash("mine.Model", tmp_path) != changed
+    assert source_hash("nowhere.to.be.found", tmp_path) == "not found"
+    assert "torchvision" not in source_hash("torchvision.models.resnet50", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -567,9 +559,9 @@ def test_an_interrupted_tuner_keeps_what_it_measured(tmp_path: Path) -> None:
 def test_a_remembered_plan_respects_memory_that_others_took() -> None:
     plan_on(Machine(), config_of(64, checkpointing="none"))
     busy = dataclasses.replace(CPU, memory_bytes=int(5.9 * GIB))  # the same machine by its fingerprint
-    info = Info()
-    key = cache.fingerprint(config_of(64, checkpointing="none"), info, busy, 1)
-    assert cache.load_curves(key)
+    info = info_of()
+    key = cache.fingerprint(config_of(64, checkpointing="none"), busy, 1)
+    assert cache.load_curves(key, info)
     tight = config_of(64, checkpointing="none", tune=TuneConfig(memory_fraction=20 / 5900))
     assert curve_of({1: 1, 64: 1}).within(20).fitting[-1].micro_batch == 1
     with pytest.raises(AssertionError):  # another memory_fraction is another fingerprint

@@ -189,9 +189,9 @@ def test_a_person_who_interrupts_whole_steps_is_obeyed() -> None:
 
 
 def _info() -> Any:
-    from test_tune import Info
+    from test_tune import info_of
 
-    return Info()
+    return info_of()
 
 
 @given(st.lists(st.floats(1e-4, 10), min_size=1, max_size=8), st.floats(0.1, 100))

@@ -16,11 +16,11 @@ import pytest
 from gatrain import tune
 from gatrain.config import BatchConfig, RunConfig, TrainConfig, TuneConfig
 from gatrain.errors import ConfigError, DoesNotFitError, WorkerError
-from gatrain.inspection import RunFacts
+from gatrain.inspected import Inspected
 from gatrain.launch.world import Nodes
 from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, SKIPPED
 
-FACTS = RunFacts(64, 0, "data", 36, 144, ("none",))
+FACTS = Inspected(64, 0, "data", 36, 144, ("none",))
 
 MODULE = '''
 import os

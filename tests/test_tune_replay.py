@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_tune import CUDA, Info, config_of, gpu
+from test_tune import CUDA, config_of, gpu, info_of
 from test_tune_rise import FakeGpu
 
 from gatrain import batch, codec, tune
@@ -121,7 +121,7 @@ def plan_of(replay: Replay, effective: int, *, retune: bool = True) -> Plan:
     card = dataclasses.replace(gpu(free=replay.memory), total_bytes=replay.memory)
     hardware = dataclasses.replace(CUDA, gpus=[card])
 
-    info = Info(parameters=124_000_000, parameter_bytes=4 * 124_000_000)
+    info = info_of(parameters=124_000_000, parameter_bytes=4 * 124_000_000)
     return tune.make_plan_for(config, info, hardware, Nodes(1), run=replay, retune=retune)
 
 

@@ -1,6 +1,6 @@
 """The order of work from a command to the end of a run. Knows no command line and prints nothing.
 
-    compose -> hardware -> nodes -> claim the run folder -> look at model and data -> plan -> launch
+    compose -> hardware -> nodes -> claim the run folder -> inspect model and data, plan -> launch
 
 Cheap checks come first, so that most mistakes are told before anything slow begins; the run folder is claimed
 before the trials, so that two runs cannot plan for the same one; and where nothing came of it, it is removed.
@@ -29,19 +29,20 @@ from gatrain.errors import (
     DataError,
     GatrainError,
     LaunchError,
+    OutdatedPlanError,
     RunFolderError,
     SavedStateError,
     WorkerError,
     nearest,
 )
-from gatrain.facts import RunFacts
 from gatrain.fit import record, requeue
 from gatrain.fit.changes import Changes, write_record
 from gatrain.fit.claim import choose_folder, claimed, set_aside
 from gatrain.fit.job import StartNodes, find_job, reach_every_node
+from gatrain.fit.planning import plan_run, why_plan_again
 from gatrain.fit.preparation import Preparation, dismiss, follow
 from gatrain.hardware import Hardware, detect_hardware, weakest
-from gatrain.inspection import begin_inspection, check_modules
+from gatrain.inspection import check_modules
 from gatrain.launch.rendezvous import Rendezvous
 from gatrain.launch.world import Nodes, WorldRequest
 from gatrain.plan import Plan
@@ -114,9 +115,10 @@ def autotune(
         raise ConfigError(
             "autotune measures on one node. On several, gatrain fit makes the plan for all of them."
         )
-    plan, facts = _plan(composed.config, composed.yaml, hardware, nodes, listener, cwd, retune)
+    config, yaml = composed.config, composed.yaml
+    plan, found = plan_run(config, yaml, hardware, nodes, listener, cwd, retune=retune)
     listener.planned(plan, None)
-    return Prepared(composed, hardware, nodes, plan, facts.data)
+    return Prepared(composed, hardware, nodes, plan, found.data)
 
 
 def fit(
@@ -169,9 +171,8 @@ def fit(
         run_dir = claim.run_dir
         preparation = stack.enter_context(Preparation(rendezvous, run_dir))
         hardware = weakest(hardware, preparation.hardware_of_others())
-        plan, facts = _plan(
-            composed.config, composed.yaml, hardware, nodes, listener, cwd, retune, run_dir, preparation
-        )
+        given = composed.config, composed.yaml, hardware, nodes, listener, cwd
+        plan, found = plan_run(*given, retune=retune, run_dir=run_dir, preparation=preparation)
         if replaced := claim.clear():
             listener.said(f"Replaced in {run_dir.path}: {replaced}.")
         lines = [f"recipe={composed.recipe}", *map(redact, composed.overrides)]
@@ -179,13 +180,21 @@ def fit(
         write_json(run_dir.env, env | {"settings": requeue.digest(composed.config)})
         write_text(run_dir.overrides, "\n".join(lines) + "\n")
         _write_plan(run_dir, plan, hardware)
-        write_record(run_dir, composed, plan, facts, cwd)
+        write_record(run_dir, composed, plan, found, cwd)
         listener.planned(plan, run_dir.path)
         if request.torchrun is not None:
             request.torchrun.note_run(run_dir.path)
         guardian.forget_claim(run_dir.path)  # from here on it tells of a run, however that ends
         preparation.ready()
-        return _launch(run_dir, rendezvous, hardware, request, cwd)
+        try:
+            return _launch(run_dir, rendezvous, hardware, request, cwd)
+        except OutdatedPlanError as error:  # of a plan from memory, before the first step
+            listener.said(f"{error} It is planned again.")
+        plan, found = plan_run(*given, retune=True, run_dir=run_dir, preparation=preparation)
+        _write_plan(run_dir, plan, hardware)
+        write_record(run_dir, composed, plan, found, cwd)
+        listener.planned(plan, run_dir.path)
+        return _launch(run_dir, _rendezvous(nodes, request), hardware, request, cwd)
 
 
 def resume(
@@ -244,19 +253,21 @@ def resume(
         preparation = stack.enter_context(Preparation(rendezvous, run_dir))
         asks_again = changes.replans or any(_covers(known, key) for known in _REPLAN_KEYS for key in changed)
         plan = None if asks_again else _plan_of(run_dir, config)
-        facts = changes.look(cwd, plan, listener.progress)
+        found = changes.inspect(cwd, plan, listener.progress)
         if from_start and (kept := set_aside(run_dir)) is not None:
             listener.progress(f"Starting from step 0; what there was is kept in {kept}")
-        if facts.data is not None:
-            listener.read(facts.data)
-        if plan is None or _moved(run_dir, plan, hardware, nodes):
+        if found.data is not None:
+            listener.read(found.data)
+        if why := why_plan_again(run_dir, plan, found):
+            listener.said(f"{why} It is planned again.")
+        if plan is None or why or _moved(run_dir, plan, hardware, nodes):
             hardware = weakest(hardware, preparation.hardware_of_others())
-            heard = replace(listener, read=lambda data: None)
-            plan, _ = _plan(
-                config, config_yaml, hardware, nodes, heard, cwd, run_dir=run_dir, preparation=preparation
+            given = config, config_yaml, hardware, nodes, listener, cwd
+            plan, _ = plan_run(
+                *given, retune=bool(why), run_dir=run_dir, preparation=preparation, known=found
             )
             _write_plan(run_dir, plan, hardware)
-        changes.write(plan, facts, cwd)
+        changes.write(plan, found, cwd)
         if overrides or accepted:
             at = max(run_dir.saved_steps(), default=0)
             words = [*map(redact, overrides), *(f"--accept-changes {key}" for key in accepted)]
@@ -299,47 +310,6 @@ def find_world(config: RunConfig, request: WorldRequest) -> tuple[Hardware, Node
 def _rendezvous(nodes: Nodes, request: WorldRequest) -> Rendezvous:
     """Tells that nobody has the endpoint's name, or that the port is taken, before anything slow."""
     return Rendezvous(nodes, resolves_later=request.torchrun is not None)  # such as the name of a pod
-
-
-def _plan(
-    config: RunConfig,
-    config_yaml: str,
-    hardware: Hardware,
-    nodes: Nodes,
-    listener: Listener,
-    cwd: Path,
-    retune: bool = False,
-    run_dir: RunDir | None = None,
-    preparation: Preparation | None = None,
-) -> tuple[Plan, RunFacts]:
-    from gatrain.tune import make_plan_for, needs_trials, trial_host
-
-    options: dict[str, Any] = {} if preparation is None else {"announce": preparation.announce}
-    if run_dir is not None and nodes.nnodes > 1:
-        options["shared"] = run_dir.path
-    with (
-        begin_inspection(config_yaml, cwd, remember=not retune, config=config) as look,
-        trial_host(config, hardware, nodes, cwd, **options) as host,
-    ):
-        if not look.is_remembered:
-            listener.progress("Looking at the model and the data")
-            if hardware.device == "cuda" and needs_trials(config, hardware):
-                host.start()  # its imports take as long as the look at the data
-        facts = look.facts()
-        if facts.data is not None:
-            listener.read(facts.data)
-        plan = make_plan_for(
-            config,
-            facts,
-            hardware,
-            nodes,
-            progress=listener.progress,
-            retune=retune,
-            cwd=cwd,
-            run=host,
-            config_yaml=config_yaml,
-        )
-        return plan, facts
 
 
 def _moved(run_dir: RunDir, plan: Plan, hardware: Hardware, nodes: Nodes) -> bool:

@@ -11,8 +11,8 @@ from pathlib import Path
 from gatrain import recorded as records
 from gatrain.compose import Composed, reload, resolve_again
 from gatrain.errors import ConfigError, GatrainError
-from gatrain.facts import RunFacts
-from gatrain.inspection import begin_inspection
+from gatrain.inspected import Inspected
+from gatrain.inspection import inspect_run
 from gatrain.plan import Plan
 from gatrain.recorded import Difference, Recorded
 from gatrain.rundir import RunDir, write_json, write_text
@@ -32,7 +32,7 @@ def check_names(accepted: Sequence[str]) -> None:
             )
 
 
-def write_record(run_dir: RunDir, composed: Composed, plan: Plan, facts: RunFacts, cwd: Path) -> None:
+def write_record(run_dir: RunDir, composed: Composed, plan: Plan, found: Inspected, cwd: Path) -> None:
     """Keep what a new run trains with: its config.yaml, the record beside it, and what was read."""
     write_text(run_dir.config, composed.yaml, mode=0o600)  # a value given literally may be a secret
     stored = reload(run_dir.config, ())
@@ -40,12 +40,12 @@ def write_record(run_dir: RunDir, composed: Composed, plan: Plan, facts: RunFact
         settings=records.public(stored.leaves),
         references={**composed.references, **stored.references},
         precision=plan.settings.precision,
-        code=records.code_of(facts.code, cwd),
+        code=records.code_of(found.code, cwd),
         versions=records.versions(),
     )
     new.write(run_dir)
-    if facts.data is not None:
-        write_json(run_dir.data, facts.data.to_dict())
+    if found.data is not None:
+        write_json(run_dir.data, found.data.to_dict())
 
 
 @dataclass
@@ -106,12 +106,12 @@ class Changes:
             elif each.key not in known:
                 self.differences.append(each)
 
-    def look(self, cwd: Path, plan: Plan | None, progress: Callable[[str], None]) -> RunFacts:
-        """Look at code and data, and refuse what differs and was not accepted.
+    def inspect(self, cwd: Path, plan: Plan | None, progress: Callable[[str], None]) -> Inspected:
+        """Inspect code, model and data, and refuse what differs and was not accepted.
 
         Raises:
             SavedStateError: lists the differences and says how to go on.
-            GatrainError: the look at model and data failed.
+            GatrainError: the inspection of model and data failed.
         """
         if self.recorded is None:
             progress(f"note: {self.run_dir.recorded.name} is missing: settings and code are not compared")
@@ -121,27 +121,25 @@ class Changes:
                 was, now = self.recorded.precision, plan.settings.precision
                 self.differences.append(Difference("precision", was, now, self.run_dir.plan.name))
         try:
-            with begin_inspection(self.reloaded.yaml, cwd, config=self.reloaded.config) as inspection:
-                if not inspection.is_remembered:
-                    progress("Looking at the model and the data")
-                facts = inspection.facts()
+            progress("Inspecting the model and the data")
+            found = inspect_run(self.reloaded.yaml, cwd)
         except GatrainError:
             self.refuse()  # the change is what explains the error
             raise
-        self.differences += records.differences_of_data(records.read_data(self.run_dir), facts.data)
+        self.differences += records.differences_of_data(records.read_data(self.run_dir), found.data)
         self.refuse()
         known = [each.key for each in self.differences]
         for name in self.accepted:
             if not any(records.covers(name, key) for key in known):
                 progress(f"--accept-changes {name}: nothing of that name has changed")
-        return facts
+        return found
 
     def refuse(self) -> None:
         """Raise unless everything that was found is accepted."""
         words = [*self.typed, *self.options]
         records.refuse(self.run_dir, self.differences, self.accepted, words)
 
-    def write(self, plan: Plan, facts: RunFacts, cwd: Path) -> None:
+    def write(self, plan: Plan, found: Inspected, cwd: Path) -> None:
         """Record what the run goes on with. Killed anywhere in between, the next attempt finds no difference."""
         old = self.recorded
         settings = records.public(self.reloaded.leaves)
@@ -149,7 +147,7 @@ class Changes:
             settings=settings,
             references=self.references | self.reloaded.references,
             precision=plan.settings.precision,
-            code=records.code_of(facts.code, cwd),
+            code=records.code_of(found.code, cwd),
             versions=records.versions(),
         )
         if new == old and self.reloaded.yaml == self._stored_yaml():
@@ -160,8 +158,8 @@ class Changes:
             if settings.get(key) != value
         }
         dataclasses.replace(new, before=changed).write(self.run_dir)
-        if facts.data is not None and self._is_new_data():
-            write_json(self.run_dir.data, facts.data.to_dict())
+        if found.data is not None and self._is_new_data():
+            write_json(self.run_dir.data, found.data.to_dict())
         write_text(self.run_dir.config, self.reloaded.yaml, mode=0o600)
         new.write(self.run_dir)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gatrain import codec
-from gatrain.errors import EXIT_CODES, GatrainError, RunFolderError, WorkerError
+from gatrain.errors import EXIT_CODES, GatrainError, OutdatedPlanError, RunFolderError, WorkerError
 from gatrain.launch.protocol import LOG_START
 from gatrain.rundir import RunDir, read_json
 
@@ -96,6 +96,8 @@ class _Report:
     pid: int
     time: float
     exit_code: int = WorkerError.exit_code
+    kind: str = ""
+    """The error's class."""
     message: str = ""
     secondary: bool = False
 
@@ -113,7 +115,10 @@ def _from_report(run_dir: RunDir, report: _Report) -> Cause:
     unnamed = report.exit_code == WorkerError.exit_code
     if unnamed:
         message = f"rank {report.rank}: {message}\nThe whole traceback is in {run_dir.rank_log(report.rank)}"
-    error = EXIT_CODES.get(report.exit_code, WorkerError)(message)
+    kind = EXIT_CODES.get(report.exit_code, WorkerError)
+    if report.kind == OutdatedPlanError.__name__:
+        kind = OutdatedPlanError
+    error = kind(message)
     return Cause(report.secondary, unnamed, report.time, error)
 
 

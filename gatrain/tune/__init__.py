@@ -18,17 +18,20 @@ from typing import Any
 
 from gatrain.batch import Split
 from gatrain.config import RunConfig
+from gatrain.errors import GatrainError
 from gatrain.hardware import Hardware
+from gatrain.inspected import Inspected
 from gatrain.launch.world import Nodes
-from gatrain.plan import Plan
-from gatrain.tune import knobs
-from gatrain.tune.estimate import DataInfo, check_state_fits, state_bytes
+from gatrain.plan import MadeFor, Plan
+from gatrain.tune import cache, knobs
+from gatrain.tune.estimate import check_state_fits, state_bytes
 from gatrain.tune.planner import Planner
 from gatrain.tune.processes import TrialHost
 
 __all__ = [
     "make_plan_for",
     "needs_trials",
+    "remembered",
     "remembered_plan",
     "state_bytes",
     "trial_host",
@@ -37,7 +40,7 @@ __all__ = [
 
 def make_plan_for(
     config: RunConfig,
-    data_info: DataInfo,
+    data_info: Inspected,
     hardware: Hardware,
     nodes: Nodes,
     *,
@@ -54,7 +57,7 @@ def make_plan_for(
 
     Args:
         config: of the run.
-        data_info: sizes and fingerprints of data and model.
+        data_info: what an inspection found model and data to be.
         hardware: of this machine; every node is taken to be like it.
         nodes: the world that will train; trials run on this node's part of it.
         progress: told one sentence at a time, also from another thread.
@@ -103,7 +106,8 @@ def make_plan_for(
         plan = planner.plan()
     if (note := knobs.norm_note(data_info.batch_norms, plan, data_info.synchronises)) is not None:
         notes.append(note)
-    return dataclasses.replace(plan, notes=[*notes, *plan.notes])
+    made_for = MadeFor(data_info.parameters, data_info.samples, data_info.eval_samples)
+    return dataclasses.replace(plan, notes=[*notes, *plan.notes], made_for=made_for)
 
 
 def needs_trials(config: RunConfig, hardware: Hardware) -> bool:
@@ -124,7 +128,7 @@ def trial_host(
 
 
 def remembered_plan(
-    config: RunConfig, data_info: DataInfo, hardware: Hardware, nodes: Nodes, *, cwd: Path | None = None
+    config: RunConfig, data_info: Inspected, hardware: Hardware, nodes: Nodes, *, cwd: Path | None = None
 ) -> Plan | None:
     """The plan that `make_plan_for` would give without measuring; None if it would have to measure."""
 
@@ -138,3 +142,21 @@ def remembered_plan(
         return make_plan_for(config, data_info, hardware, nodes, cwd=cwd, run=refuse)
     except NotRemembered:
         return None
+
+
+def remembered(
+    config: RunConfig, hardware: Hardware, nodes: Nodes, *, cwd: Path | None = None
+) -> tuple[Plan, Inspected] | None:
+    """A plan that nothing has to be measured for, and the model and data that it is for, as they were when it was
+    measured. None where nothing is known, where a file that they are known to depend on has changed, or where what
+    is known would refuse the run: then they are looked at again, and whatever is said is of today."""
+    known = cache.load_inspected(cache.fingerprint(config, hardware, nodes.world_size, cwd))
+    if known is None or known.samples < config.batch.effective:
+        return None
+    try:
+        plan = remembered_plan(config, known, hardware, nodes, cwd=cwd)
+    except GatrainError:
+        return None
+    if plan is None or plan.made_for is None:
+        return None
+    return dataclasses.replace(plan, made_for=dataclasses.replace(plan.made_for, is_remembered=True)), known

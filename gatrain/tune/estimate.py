@@ -2,33 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from gatrain import units
 from gatrain.config import RunConfig, SGDConfig
 from gatrain.errors import DoesNotFitError
 from gatrain.hardware import Hardware
-
-
-class DataInfo(Protocol):
-    """The part of `gatrain.build.DataInfo` that planning reads."""
-
-    @property
-    def fingerprint(self) -> str: ...
-    @property
-    def parameters(self) -> int: ...
-    @property
-    def parameter_bytes(self) -> int: ...
-    @property
-    def half_parameters(self) -> int: ...
-    @property
-    def half_dtypes(self) -> str: ...
-    @property
-    def batch_norms(self) -> tuple[str, ...]: ...
-    @property
-    def synchronises(self) -> bool: ...
-    @property
-    def remarks(self) -> tuple[str, ...]: ...
+from gatrain.inspected import Inspected
 
 
 def state_bytes(config: RunConfig, parameter_bytes: int, half_parameters: int = 0) -> int:
@@ -53,7 +31,7 @@ def memory_per_rank(hardware: Hardware, local_ranks: int) -> int:
     return hardware.memory_bytes // max(local_ranks, 1)
 
 
-def check_state_fits(config: RunConfig, info: DataInfo, hardware: Hardware, local_ranks: int) -> None:
+def check_state_fits(config: RunConfig, info: Inspected, hardware: Hardware, local_ranks: int) -> None:
     """Refuse in no time what cannot fit whatever the micro-batch.
 
     Raises:

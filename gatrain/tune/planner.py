@@ -18,11 +18,12 @@ from gatrain.batch import Split
 from gatrain.config import RunConfig
 from gatrain.errors import ExactnessError, GatrainError, Interrupted
 from gatrain.hardware import Hardware
+from gatrain.inspected import Inspected
 from gatrain.launch.world import Nodes
 from gatrain.plan import FAILED, FITS, SKIPPED, Measurement, Plan, StepSettings
 from gatrain.tune import cache, curve, explain, finalists, memory_model, protocol, refusal, search
 from gatrain.tune.curve import Curve
-from gatrain.tune.estimate import DataInfo, memory_per_rank, state_bytes
+from gatrain.tune.estimate import memory_per_rank, state_bytes
 from gatrain.tune.explain import Decision
 from gatrain.tune.finalists import Confirmation, WholeSteps
 from gatrain.tune.knobs import Question
@@ -63,7 +64,7 @@ class Planner:
     def __init__(
         self,
         config: RunConfig,
-        info: DataInfo,
+        info: Inspected,
         hardware: Hardware,
         nodes: Nodes,
         question: Question,
@@ -80,9 +81,10 @@ class Planner:
         self._progress = progress
         self._split = Split(config.batch.effective, nodes.world_size)
         self._equal_steps = info.synchronises and nodes.world_size > 1
-        self._key = cache.fingerprint(config, info, hardware, nodes.world_size, cwd)
-        self._curves: dict[StepSettings, Curve] = {} if retune else cache.load_curves(self._key)
-        self._confirmations = [] if retune else cache.load_confirmations(self._key)
+        self._info = info
+        self._key = cache.fingerprint(config, hardware, nodes.world_size, cwd)
+        self._curves: dict[StepSettings, Curve] = {} if retune else cache.load_curves(self._key, info)
+        self._confirmations = [] if retune else cache.load_confirmations(self._key, info)
         self._free_bytes = memory_per_rank(hardware, nodes.nproc)
         self._overlaps = hardware.device == "cuda" and nodes.world_size > 1 and question.tries_overlap
         self._fresh: set[StepSettings] = set()  # measured now
@@ -108,6 +110,8 @@ class Planner:
             DoesNotFitError: not even the smallest size fits.
             WorkerError: every size failed for another reason.
         """
+        if self._curves and cache.load_inspected(self._key) != self._info:
+            self._store()  # model and data have just been looked at, and the curves still are theirs
         with self._trials:
             asked = self._question.base
             # Each size compiles for long, so even where compilation is asked for the curve is found without it.
@@ -229,7 +233,7 @@ class Planner:
             self._store()
 
     def _store(self) -> None:
-        trouble = cache.store_curves(self._key, self._curves, self._confirmations)
+        trouble = cache.store_curves(self._key, self._info, self._curves, self._confirmations)
         if trouble is not None:
             self._progress(trouble)
 

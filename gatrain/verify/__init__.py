@@ -17,6 +17,7 @@ from gatrain import scratch
 from gatrain.compose import Composed
 from gatrain.config import RunConfig
 from gatrain.hardware import Hardware, choose_precision, detect_hardware
+from gatrain.inspected import Inspected
 from gatrain.inspection import inspect_run
 from gatrain.launch.local import run_workers
 from gatrain.launch.world import Nodes
@@ -45,10 +46,10 @@ def run_verify(
         WorkerError: the user's code failed.
     """
     config, cwd = composed.config, Path.cwd()
-    progress("Looking at the model and the data")
-    facts = inspect_run(composed.yaml, cwd)
+    progress("Inspecting the model and the data")
+    inspected = inspect_run(composed.yaml, cwd)
     hardware = detect_hardware(config.device)
-    planned, planned_by, settings = _planned(config, facts, hardware, cwd)
+    planned, planned_by, settings = _planned(config, inspected, hardware, cwd)
     with scratch.folder("gatrain-verify-") as folder:
         write_text(folder / "config.yaml", composed.yaml, mode=0o600)
         spec: dict[str, Any] = {"planned": planned, "seconds": SECONDS, "processes": 1, **settings}
@@ -62,7 +63,7 @@ def run_verify(
 
 
 def _planned(
-    config: RunConfig, facts: Any, hardware: Hardware, cwd: Path
+    config: RunConfig, inspected: Inspected, hardware: Hardware, cwd: Path
 ) -> tuple[int | None, str, dict[str, str]]:
     """What training would use, as far as that is known without measuring: the micro-batch, who says so, and
     precision and checkpointing."""
@@ -73,7 +74,7 @@ def _planned(
     from gatrain.tune import remembered_plan
 
     nodes = Nodes(max(1, len(hardware.gpus)))
-    plan = remembered_plan(config, facts, hardware, nodes, cwd=cwd)
+    plan = remembered_plan(config, inspected, hardware, nodes, cwd=cwd)
     if plan is not None:
         settings = {"precision": plan.settings.precision, "checkpointing": plan.settings.checkpointing}
         return plan.micro_batch, "the remembered plan", settings

