@@ -42,6 +42,7 @@ from gatrain.hardware import rank_device
 from gatrain.launch import protocol
 from gatrain.launch.net import listen
 from gatrain.launch.reasons import describe, is_consequence
+from gatrain.launch.world import TorchrunEnv
 from gatrain.rundir import RunDir, read_json, write_json
 from gatrain.secrets import hide
 
@@ -100,6 +101,11 @@ class Rank:
     stop: StopFlag = field(default_factory=StopFlag)
 
     @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which writes for all."""
+        return self.rank == 0
+
+    @property
     def stop_requested(self) -> bool:
         """Whether this rank was told to stop: by a signal, or by another rank through `stop_anywhere`."""
         return self.stop.signum is not None
@@ -152,34 +158,6 @@ class Rank:
         return bool(signum)
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where torchrun put this process; a process started by hand is a world of one."""
-
-    rank: int
-    local_rank: int
-    world_size: int
-    local_world_size: int
-    state_folder: Path | None
-
-    @classmethod
-    def from_environ(cls) -> _Place:
-        get = os.environ.get
-        local_rank, local_size = int(get("LOCAL_RANK", "0")), int(get("LOCAL_WORLD_SIZE", "1"))
-        # torchrun numbers nodes by address; going by node rank keeps rank 0 at the user's terminal
-        rank = int(get(protocol.NODE_RANK, "0")) * local_size + local_rank
-        folder = get(protocol.RANK_STATE)
-        return cls(
-            rank, local_rank, int(get("WORLD_SIZE", "1")), local_size, Path(folder) if folder else None
-        )
-
-    def tell(self, state: str, signum: int | None = None) -> None:
-        if self.state_folder is not None:
-            protocol.write_rank_state(
-                self.state_folder, protocol.RankState(os.getpid(), self.rank, state, signum)
-            )
-
-
 def main(work: Callable[[Path, Rank], None]) -> NoReturn:
     """Run ``work(folder, rank)`` as this rank of the world, then end the process.
 
@@ -194,24 +172,26 @@ def main(work: Callable[[Path, Rank], None]) -> NoReturn:
         )
     offspring.die_with_parent()
     imports.use_working_folder()
-    place, run_dir = _Place.from_environ(), RunDir(Path(sys.argv[1]))
+    env, run_dir = TorchrunEnv.read(os.environ), RunDir(Path(sys.argv[1]))
+    folder = os.environ.get(protocol.RANK_STATE)
+    state_folder = Path(folder) if folder else None
     stop = StopFlag(has_launcher=offspring.PARENT_PID in os.environ)
-    if place.state_folder is not None:
-        stop.pause_file = place.state_folder / protocol.PAUSE
-    if place.state_folder is not None and not place.state_folder.is_dir():
+    if state_folder is not None:
+        stop.pause_file = state_folder / protocol.PAUSE
+    if state_folder is not None and not state_folder.is_dir():
         os._exit(0)  # the launcher gave up before this process was ready
     stop.install()
     try:
-        place.tell(protocol.RUNNING)
-        _end_if_hopeless(run_dir.rank_error(place.rank))
-        _redirect(run_dir, place.rank, stop)
-        rank = _join_world(place, stop, run_dir.rank_log(place.rank))
+        _write_state(state_folder, env.rank, protocol.RUNNING)
+        _end_if_hopeless(run_dir.rank_error(env.rank))
+        _redirect(run_dir, env.rank, stop)
+        rank = _join_world(env, stop, run_dir.rank_log(env.rank))
         with contextlib.suppress(Interrupted):  # another way of saying "stopped as asked"
             work(run_dir.path, rank)
-        place.tell(protocol.STOPPED if stop.signum else protocol.DONE, stop.signum)
+        _write_state(state_folder, env.rank, protocol.STOPPED if stop.signum else protocol.DONE, stop.signum)
         _leave_world()
     except BaseException as error:  # also sys.exit(0): only work that returns is done
-        _fail(error, run_dir, place.rank)
+        _fail(error, run_dir, env.rank)
     # Exit handlers of libraries run, but a thread of theirs that never ends must not keep the world waiting.
     _exit_within(10.0)
     for signum in offspring.STOP_SIGNALS:  # the work is done and said to be: nothing is left to stop
@@ -220,9 +200,13 @@ def main(work: Callable[[Path, Rank], None]) -> NoReturn:
         atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(
-        0
-    )  # native threads that outlive the interpreter have been seen to abort a process that had succeeded
+    # native threads that outlive the interpreter have been seen to abort a process that had succeeded
+    os._exit(0)
+
+
+def _write_state(folder: Path | None, rank: int, state: str, signum: int | None = None) -> None:
+    if folder is not None:
+        protocol.write_rank_state(folder, protocol.RankState(os.getpid(), rank, state, signum))
 
 
 def _exit_within(limit_s: float) -> None:
@@ -288,35 +272,35 @@ def stdout_to(path: Path) -> Iterator[None]:
         os.close(kept)
 
 
-def _join_world(place: _Place, stop: StopFlag, log: Path) -> Rank:
-    device = rank_device(os.environ.get(protocol.DEVICE), place.local_rank, place.local_world_size)
-    if place.world_size > 1:
+def _join_world(env: TorchrunEnv, stop: StopFlag, log: Path) -> Rank:
+    device = rank_device(os.environ.get(protocol.DEVICE), env.local_rank, env.local_world_size)
+    if env.world_size > 1:
         import torch.distributed as dist
 
         # Every rank of the world takes part. The store is given, not found through the environment, because
-        # ranks are numbered differently from torchrun's (see _Place): its server may be on another than 0.
+        # ranks are numbered differently from torchrun's (see TorchrunEnv): its server may be on another than 0.
         timeout = timedelta(seconds=protocol.seconds(protocol.TIMEOUT_S, 600))
         with stdout_to(log):
             dist.init_process_group(
                 backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                store=_open_store(place, timeout),
-                rank=place.rank,
-                world_size=place.world_size,
+                store=_open_store(env, timeout),
+                rank=env.rank,
+                world_size=env.world_size,
                 timeout=timeout,
                 device_id=device if device.type == "cuda" else None,
             )
-        os.environ["RANK"] = str(place.rank)
-    return Rank(place.rank, place.local_rank, place.world_size, place.local_world_size, device, stop)
+        os.environ["RANK"] = str(env.rank)
+    return Rank(**vars(env), device=device, stop=stop)
 
 
-def _open_store(place: _Place, timeout: timedelta) -> TCPStore:
+def _open_store(env: TorchrunEnv, timeout: timedelta) -> TCPStore:
     """Open the key-value store of the world; on one node it listens to this machine only."""
     from torch._C._distributed_c10d import TCPStore  # torch.distributed.TCPStore, typed
 
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if os.environ["RANK"] != "0":
         return TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
-    one_node = place.world_size == place.local_world_size
+    one_node = env.world_size == env.local_world_size
     try:
         listener = listen("127.0.0.1" if one_node else "", port)
     except OSError as error:

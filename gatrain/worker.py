@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gatrain import rank as rank_process
 from gatrain.errors import Interrupted
+from gatrain.rank import Rank, main
 from gatrain.rundir import RunDir, write_json
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from gatrain.train.saved_state import Progress
 
 
-def work(folder: Path, rank: rank_process.Rank) -> None:
+def work(folder: Path, rank: Rank) -> None:
     """Build, resume from the newest saved state if there is one, train, and write the summary."""
     from gatrain import build, outdated
     from gatrain import recorded as records
@@ -49,7 +49,7 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
     run_dir = RunDir(folder)
     stored = reload(run_dir.config, ())
     config, plan = stored.config, run_dir.load_plan()
-    told = _compare(run_dir, stored.leaves, plan.settings.precision) if rank.rank == 0 else []
+    told = _compare(run_dir, stored.leaves, plan.settings.precision) if rank.is_first else []
     task, source = build.build_task_and_source(config)
     told += Ranks.current().alone(lambda: outdated.check_data(run_dir, plan, task, source))
     schedule = build.window_schedule(config, task)
@@ -106,15 +106,15 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
 
     _stop_if_asked(rank)
     with make_sinks(
-        run_dir if rank.rank == 0 else None,
+        run_dir if rank.is_first else None,
         progress.step,
         log_every=config.train.log_every,
-        loggers=build.build_loggers(config) if rank.rank == 0 else (),
+        loggers=build.build_loggers(config) if rank.is_first else (),
     ) as sinks:
         aftermath = Aftermath(lambda error: describe(error)[2], sinks.notice)
         baseline = None
         with aftermath.guard("the baseline"):
-            baseline = task.baseline() if rank.rank == 0 and task.eval_data is not None else None
+            baseline = task.baseline() if rank.is_first and task.eval_data is not None else None
         info = RunInfo(
             recipe=run_dir.recipe(),
             run_dir=run_dir.path,
@@ -158,7 +158,7 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
             partial(_hook_run, engine, progress, total_steps, run_dir, sinks), parts.get("hooks")
         ):
             sinks.notice(text)
-        folder_watch = RunFolder(run_dir, sinks.notice, sinks.put_back) if rank.rank == 0 else None
+        folder_watch = RunFolder(run_dir, sinks.notice, sinks.put_back) if rank.is_first else None
         trainer = Trainer(
             engine=engine,
             config=config,
@@ -183,7 +183,7 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
             summary = trainer.run()
         if summary.status == "stopped":
             rank.stop_anywhere()  # every rank names the signal that came to one of them
-        if rank.rank == 0:
+        if rank.is_first:
             loss = summary.loss
             if loss is None:  # nothing was left to train
                 loss = next((line.get("loss") for line in reversed(read_lines(run_dir.metrics))), None)
@@ -203,7 +203,7 @@ def work(folder: Path, rank: rank_process.Rank) -> None:
             write_json(run_dir.summary, replace(summary, failed=failed).to_dict())
 
 
-def _stop_if_asked(rank: rank_process.Rank) -> None:
+def _stop_if_asked(rank: Rank) -> None:
     """Leave before the first step, where there is nothing to save yet. Collective.
 
     Raises:
@@ -323,7 +323,7 @@ def _weights_of(run_dir: RunDir, step: int) -> str | None:
     return str(path.relative_to(run_dir.path)) if path.is_file() else None
 
 
-def _describe_device(rank: rank_process.Rank) -> str:
+def _describe_device(rank: Rank) -> str:
     import torch
 
     if rank.device.type == "cuda":
@@ -334,4 +334,4 @@ def _describe_device(rank: rank_process.Rank) -> str:
 
 
 if __name__ == "__main__":
-    rank_process.main(work)
+    main(work)

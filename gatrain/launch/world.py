@@ -2,15 +2,18 @@
 
 WorldRequest   what the options, a torchrun or a scheduler's job ask of the world
 Nodes          the world that comes of it, as one node sees it
+TorchrunEnv    the place in it that torchrun gives to a rank
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gatrain.errors import LaunchError
+from gatrain.launch import protocol
 
 if TYPE_CHECKING:
     from gatrain.launch.schedulers import Job
@@ -135,6 +138,26 @@ class WorldRequest:
 
     def _named_nodes(self, nproc: int) -> Nodes:
         return Nodes(nproc, self.nnodes, self.node_rank, self.endpoint)
+
+
+@dataclass(frozen=True)
+class TorchrunEnv:
+    """Where torchrun put this process; one that was started by hand is a world of one."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str]) -> TorchrunEnv:
+        local_rank, local_size = (
+            int(environ.get("LOCAL_RANK", "0")),
+            int(environ.get("LOCAL_WORLD_SIZE", "1")),
+        )
+        # torchrun numbers nodes by address; going by node rank keeps rank 0 at the user's terminal
+        rank = int(environ.get(protocol.NODE_RANK, "0")) * local_size + local_rank
+        return cls(rank, local_rank, int(environ.get("WORLD_SIZE", "1")), local_size)
 
 
 def parse_endpoint(endpoint: str) -> tuple[str, int]:

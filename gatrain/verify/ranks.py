@@ -76,7 +76,7 @@ def _compute(folder: FilePath, rank: rank_process.Rank) -> None:
         proof.shorten = spec["shorten"]
         proof.keep(proof.ids[: spec["samples"]])
         cases = Cases(proof).two_processes()
-    if rank.rank == 0:
+    if rank.is_first:
         window = {"samples": len(proof.ids), "shorten": proof.shorten}
         write_json(folder / "result.json", {"cases": cases, "notes": proof.notes, "window": window})
 
