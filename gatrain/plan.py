@@ -181,7 +181,9 @@ class Plan:
     reason: str
     trials: list[Trial] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    """Advice and observations, one sentence each."""
+    """Observations, one sentence each."""
+    advice: list[str] = field(default_factory=list)
+    """What else could be asked for, one sentence each; nothing of it changes the plan."""
     predicted_peak_bytes: int | None = None
     """Peak memory that the weakest rank should show: measured at this size, or on the line of other sizes."""
     memory_budget_bytes: int | None = None

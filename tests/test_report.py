@@ -659,7 +659,7 @@ def test_the_plan_marks_its_choice_and_shows_every_outcome(form: str) -> None:
 
 
 def test_whole_steps_and_the_memory_budget_are_shown_where_they_are_known() -> None:
-    assert not any("whole" in line or "Peak memory" in line for line in plan_lines(a_plan()))
+    assert not any("measured" in line or "Peak memory" in line for line in plan_lines(a_plan()))
     trials = [
         dataclasses.replace(t, confirmed_step_s=0.141, confirmed_steps=9) if t.micro_batch == 32 else t
         for t in a_plan().trials
@@ -669,6 +669,16 @@ def test_whole_steps_and_the_memory_budget_are_shown_where_they_are_known() -> N
     (chosen,) = [line for line in lines if line.startswith("->")]
     assert chosen.endswith("138 ms  141 ms")
     assert "Peak memory 32.0 GiB; 72.0 GiB may be used" in lines
+
+
+def test_a_run_that_begins_tells_of_its_plan_what_its_head_does_not() -> None:
+    plan = dataclasses.replace(a_plan(), advice=["Another batch."])
+    stream = io.StringIO()
+    print_plan(plan, stream, trains=True)
+    told = stream.getvalue()
+    assert "Why: " in told and "Note: A note." in told
+    assert plan.equation not in told and "->" not in told and "Another batch." not in told
+    assert "Note: Another batch." in plan_lines(plan)
 
 
 def test_the_chosen_row_is_bold() -> None:

@@ -209,7 +209,7 @@ def test_the_whole_batch_at_once_if_that_is_fastest() -> None:
     plan = plan_on(machine, config_of(64))
     assert plan.accumulation_steps == 1
     assert plan.micro_batch == 64
-    assert any("no accumulation" in note for note in plan.notes)
+    assert any("no accumulation" in note for note in plan.advice)
     assert machine.asked[0].sizes == (1, 2, 4, 8, 16, 32, 64)
 
 

@@ -76,7 +76,7 @@ class Progress:
 
                 for data in seen:
                     print_lines([*data_lines(data), ""])
-                print_it(plan)
+                print_it(plan, trains=run_dir is not None)
                 if run_dir is not None:
                     print(f"Run folder: {run_dir}", flush=True)
 

@@ -61,9 +61,9 @@ _COLUMNS = (
     _Column(
         "samples\nper s", lambda _, trial: _or_dash(trial.samples_per_s, units.rate), justify="right", rank=3
     ),
-    _Column("time of\na step", lambda _, trial: _or_dash(trial.step_s, units.seconds), justify="right"),
+    _Column("modelled\nstep", lambda _, trial: _or_dash(trial.step_s, units.seconds), justify="right"),
     _Column(
-        "whole\nsteps",
+        "measured\nstep",
         lambda _, trial: _or_dash(trial.confirmed_step_s, units.seconds),
         justify="right",
         rank=4,
@@ -78,9 +78,9 @@ def plan_table(plan: Plan) -> RenderableType:
     parts: list[RenderableType] = []
     if trials:
         parts += [_TrialTable(plan, trials), Text()]
-    equation, *rest = _sentences(plan, trials)
+    equation, *rest = split_lines(plan)
     parts.append(Text(equation, "bold"))
-    parts += [Text(line) for line in rest]
+    parts += [Text(line) for line in [*rest, *reason_lines(plan), *_advice(plan)]]
     return Group(*parts)
 
 
@@ -111,18 +111,22 @@ def plan_lines(plan: Plan) -> list[str]:
             ]
             lines.append(f"{mark:<{len(_MARK)}} {'  '.join(parts)}".rstrip())
         lines.append("")
-    return lines + _sentences(plan, trials)
+    return [*lines, *split_lines(plan), *reason_lines(plan), *_advice(plan)]
 
 
-def print_plan(plan: Plan, stream: TextIO | None = None) -> None:
-    """Print a plan to ``stream`` (standard output): the table on a terminal, plain lines elsewhere."""
+def print_plan(plan: Plan, stream: TextIO | None = None, *, trains: bool = False) -> None:
+    """Print a plan to ``stream`` (standard output): the table on a terminal, plain lines elsewhere.
+
+    Args:
+        trains: the run begins now, and its head tells the split itself: print why it was chosen, and no more.
+    """
     stream = sys.stdout if stream is None else stream
     console = Console(file=stream, markup=False, emoji=False, highlight=False)
     if stream.isatty() and not console.is_dumb_terminal:
-        console.print(plan_table(plan))
+        console.print(Text("\n".join(reason_lines(plan))) if trains else plan_table(plan))
         return
     encoding = getattr(stream, "encoding", None) or "utf-8"
-    for line in plan_lines(plan):
+    for line in reason_lines(plan) if trains else plan_lines(plan):
         print(line.encode(encoding, "replace").decode(encoding), file=stream)
 
 
@@ -218,8 +222,8 @@ def _columns(plan: Plan, trials: list[Trial]) -> tuple[list[_Column], str]:
     return columns, f"All trials: {', '.join(map(text.clean, common))}." if common else ""
 
 
-def _sentences(plan: Plan, trials: list[Trial]) -> list[str]:
-    lines = [text.clean(plan.equation)]
+def split_lines(plan: Plan) -> list[str]:
+    """The split written out, and how each micro-batch is computed."""
     how = [
         text.clean(plan.settings.precision),
         "no checkpointing"
@@ -229,14 +233,23 @@ def _sentences(plan: Plan, trials: list[Trial]) -> list[str]:
         f"sync {text.clean(plan.settings.sync)}",
         *([text.clean(plan.settings.knob_text)] if plan.settings.knobs else []),
     ]
-    lines.append(", ".join(how))
+    return [text.clean(plan.equation), ", ".join(how)]
+
+
+def reason_lines(plan: Plan) -> list[str]:
+    """Why this plan was chosen, and what was noticed on the way."""
+    lines = []
     if plan.predicted_peak_bytes is not None and plan.memory_budget_bytes is not None:
         peak, budget = units.size(plan.predicted_peak_bytes), units.size(plan.memory_budget_bytes)
         lines.append(f"Peak memory {peak}; {budget} may be used")
     if plan.reason:
         lines.append(f"Why: {text.clean(plan.reason)}")
     lines += [f"Note: {text.clean(note)}" for note in plan.notes]
-    return lines + _causes(plan, trials)
+    return lines + _causes(plan, sorted_trials(plan))
+
+
+def _advice(plan: Plan) -> list[str]:
+    return [f"Note: {text.clean(sentence)}" for sentence in plan.advice]
 
 
 def _causes(plan: Plan, trials: list[Trial]) -> list[str]:

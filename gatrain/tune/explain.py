@@ -81,13 +81,8 @@ def make(
         notes=[
             *observations(decision, chosen_curve, plain, max_seconds, config.batch.micro),
             *loading(chosen_curve, chosen, config.train.data_workers),
-            *advice.sentences(
-                chosen_curve,
-                chosen,
-                optimizer=config.optimizer,
-                on_gpu=on_gpu,
-            ),
         ],
+        advice=advice.sentences(chosen_curve, chosen, optimizer=config.optimizer, on_gpu=on_gpu),
         predicted_peak_bytes=chosen_curve.peak_bytes(chosen.micro_batch),
         memory_budget_bytes=min(budget, allowed_bytes) if is_remembered else budget,
     )
