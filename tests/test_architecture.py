@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -214,12 +214,11 @@ def test_light_modules_load_nothing_heavy(module: str) -> None:
 
 
 def test_help_is_quick() -> None:
-    best = 9.0
-    for _ in range(3):
-        began = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "gatrain", "--help"], capture_output=True, check=True)
-        best = min(best, time.perf_counter() - began)
-    assert best < 1.0
+    """By the time of the processor: another program on the machine is no fault of the command."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-m", "gatrain", "--help"], capture_output=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
 
 
 def test_only_build_makes_objects_from_configuration() -> None:

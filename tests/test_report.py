@@ -667,7 +667,7 @@ def test_whole_steps_and_the_memory_budget_are_shown_where_they_are_known() -> N
     known = {"predicted_peak_bytes": 32 * 2**30, "memory_budget_bytes": 72 * 2**30}
     lines = plan_lines(dataclasses.replace(a_plan(), trials=trials, **known))
     (chosen,) = [line for line in lines if line.startswith("->")]
-    assert chosen.endswith("138 ms  141 ms")
+    assert chosen.split()[-4:] == ["138", "ms", "141", "ms"]
     assert "Peak memory 32.0 GiB; 72.0 GiB may be used" in lines
 
 
@@ -676,8 +676,11 @@ def test_a_run_that_begins_tells_of_its_plan_what_its_head_does_not() -> None:
     stream = io.StringIO()
     print_plan(plan, stream, trains=True)
     told = stream.getvalue()
-    assert "Why: " in told and "Note: A note." in told
-    assert plan.equation not in told and "->" not in told and "Another batch." not in told
+    assert "Why: " in told
+    assert "Note: A note." in told
+    assert plan.equation not in told
+    assert "->" not in told
+    assert "Another batch." not in told
     assert "Note: Another batch." in plan_lines(plan)
 
 
