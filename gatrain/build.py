@@ -29,6 +29,7 @@ from gatrain.train.events import Sink
 from gatrain.train.gradient import GradientStrategy
 from gatrain.train.hook import Hook
 from gatrain.train.hooks import named
+from gatrain.train.knobs import Knobs, by_name
 from gatrain.train.optimizer import Maker
 from gatrain.train.optimizer_state import check_step
 from gatrain.train.parallel import Replicated
@@ -238,6 +239,17 @@ def build_loggers(config: RunConfig) -> list[Sink]:
             )
         made.append(logger)
     return made
+
+
+def build_knobs(config: RunConfig) -> Knobs:
+    """Make the knobs that the configuration names.
+
+    Raises:
+        ConfigError: one cannot be made, or is no knob.
+    """
+    return by_name(
+        [(where, instantiate(where, node)) for where, node in doors.nodes_of("knobs", config.knobs)]
+    )
 
 
 def build_model(task: Task, seed: int, device: torch.device, *, in_place: bool = False) -> nn.Module:

@@ -137,6 +137,9 @@ class RunConfig:
     """Where metrics go beside metrics.jsonl, which is always written: a list of ``auto`` (TensorBoard where it is
     installed), ``tensorboard``, ``wandb``, ``mlflow``, or your own `gatrain.Logger` by ``_target_``; with values as
     ``{name: wandb, project: mine}``."""
+    knobs: Any = field(default_factory=list)
+    """Further ways to compute the same step that trials try: ``attention`` (which kernel), or your own by
+    ``_target_``; see `gatrain.train.knobs`."""
     device: str = "auto"
     """``cpu``, ``cuda``, or ``auto``: the GPUs if there are any."""
     scheduler: Any = "auto"

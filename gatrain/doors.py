@@ -33,6 +33,7 @@ SHIPPED: dict[str, dict[str, str]] = {
         "wandb": "gatrain.report.wandb.WandbLogger",
         "mlflow": "gatrain.report.mlflow.MLflowLogger",
     },
+    "knobs": {"attention": "gatrain.train.attention.AttentionBackend"},
     "order": {
         "shuffle": "gatrain.train.order.shuffle.Shuffle",
         "sequential": "gatrain.train.order.sequential.Sequential",

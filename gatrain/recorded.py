@@ -28,8 +28,8 @@ VERSION = 1
 _PACKAGES = ("torch", "torchvision", "numpy", "hydra-core", "omegaconf", "safetensors", "tokenizers")
 FREE = (
     "train.steps", "train.epochs", "train.log_every", "train.data_workers", "train.check", "train.nonfinite",
-    "train.nonfinite_limit", "save", "eval", "tune", "batch.micro", "checkpointing", "compile", "sync", "device",
-    "run", "logger", "data.cache_dir", "data.broken", "scheduler",
+    "train.nonfinite_limit", "save", "eval", "tune", "batch.micro", "checkpointing", "compile", "sync", "knobs",
+    "device", "run", "logger", "data.cache_dir", "data.broken", "scheduler",
 )  # fmt: skip
 """Settings that may be another in config.yaml: how long a run trains, what it writes, how a window is computed."""
 OF_THE_RUN = ("batch.effective", "train.seed", "train.drop_last", "optimizer.name", "data.samples")

@@ -8,12 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gatrain import commands
 from gatrain.errors import Interrupted
 from gatrain.rank import Rank, main
 from gatrain.rundir import RunDir, write_json
 
 if TYPE_CHECKING:
+    from gatrain.compose import Reloaded
     from gatrain.config import RunConfig
+    from gatrain.plan import Plan
     from gatrain.tasks.base import Task
     from gatrain.train.engine import Engine
     from gatrain.train.events import Sink
@@ -22,10 +25,22 @@ if TYPE_CHECKING:
 
 
 def work(folder: Path, rank: Rank) -> None:
+    """Train the run of a folder with what its plan says of the run's knobs."""
+    from gatrain import build
+    from gatrain.compose import reload
+
+    run_dir = RunDir(folder)
+    stored = reload(run_dir.config, ())
+    plan = run_dir.load_plan()
+    plan_anew = commands.resume(run_dir, "knobs=[]")
+    with build.build_knobs(stored.config).applied(plan.settings.knobs, plan_anew):
+        _train(run_dir, stored, plan, rank)
+
+
+def _train(run_dir: RunDir, stored: Reloaded, plan: Plan, rank: Rank) -> None:
     """Build, resume from the newest saved state if there is one, train, and write the summary."""
     from gatrain import build, outdated
     from gatrain import recorded as records
-    from gatrain.compose import reload
     from gatrain.launch.reasons import describe
     from gatrain.report import make_sinks, save_plots
     from gatrain.report.data_lines import left_out
@@ -46,9 +61,7 @@ def work(folder: Path, rank: Rank) -> None:
     from gatrain.train.seeding import PROCESS, seed_everything
     from gatrain.train.stream_loader import streams_are_read
 
-    run_dir = RunDir(folder)
-    stored = reload(run_dir.config, ())
-    config, plan = stored.config, run_dir.load_plan()
+    config = stored.config
     told = _compare(run_dir, stored.leaves, plan.settings.precision) if rank.is_first else []
     task, source = build.build_task_and_source(config)
     told += Ranks.current().alone(lambda: outdated.check_data(run_dir, plan, task, source))

@@ -54,11 +54,11 @@ WORKER = "gatrain.worker"
 RESUME_KEYS = (
     "train.steps", "train.epochs", "train.log_every", "train.data_workers", "train.check", "train.nonfinite",
     "train.nonfinite_limit", "optimizer.lr", "optimizer.clip_norm", "save", "eval", "tune",
-    "batch.micro", "checkpointing", "compile", "sync", "data.broken", "scheduler",
+    "batch.micro", "checkpointing", "compile", "sync", "knobs", "data.broken", "scheduler",
 )  # fmt: skip
 """What may change when a run goes on: how long it trains, what it writes, how a window is computed, and what
 helps past a window that is not finite or a sample that cannot be read."""
-_REPLAN_KEYS = ("tune", "batch.micro", "checkpointing", "compile", "sync")
+_REPLAN_KEYS = ("tune", "batch.micro", "checkpointing", "compile", "sync", "knobs")
 
 
 @dataclass(frozen=True)

@@ -75,20 +75,20 @@ def make_plan_for(
         Interrupted, KeyboardInterrupt: a person stopped it; what was measured is kept in the cache.
     """
     half = data_info.half_dtypes
-    question = knobs.resolve(config, hardware)
+    space = knobs.search_space(config, hardware)
     notes = [knobs.half_note(data_info.half_parameters, half, data_info.parameters)] if half else []
     notes += data_info.remarks
-    fixed = question.fixed_micro_batch
+    fixed = space.fixed_micro_batch
     split = Split(config.batch.effective, nodes.world_size)
     if fixed is not None:
         split.check_micro_batch(fixed)
     check_state_fits(config, data_info, hardware, nodes.nproc)
-    if fixed is not None and not question.needs_trials:
+    if fixed is not None and not space.needs_trials:
         plan = Plan(
             split=split,
             micro_batch=fixed,
-            settings=question.base,
-            reason=f"batch.micro={fixed} was asked for; {question.precision_reason}",
+            settings=space.base,
+            reason=f"batch.micro={fixed} was asked for; {space.precision_reason}",
         )
     else:
         planner = Planner(
@@ -96,7 +96,7 @@ def make_plan_for(
             data_info,
             hardware,
             nodes,
-            question,
+            space,
             progress=progress,
             retune=retune,
             cwd=cwd,
@@ -112,18 +112,18 @@ def make_plan_for(
 
 def needs_trials(config: RunConfig, hardware: Hardware) -> bool:
     """Whether anything is left for trials to decide, if nothing is remembered."""
-    return knobs.resolve(config, hardware).needs_trials
+    return knobs.search_space(config, hardware).needs_trials
 
 
 def trial_host(
     config: RunConfig, hardware: Hardware, nodes: Nodes, cwd: Path | None = None, **options: Any
 ) -> TrialHost:
-    """Trial processes for these questions, not started yet: `TrialHost.start` lets their imports begin early.
+    """Trial processes for these spaces, not started yet: `TrialHost.start` lets their imports begin early.
 
     Args:
         options: ``shared`` and ``announce`` of `TrialHost`, for several nodes.
     """
-    compiles = knobs.resolve(config, hardware).may_compile
+    compiles = knobs.search_space(config, hardware).may_compile
     return TrialHost(nodes, hardware.device, cwd, compiles=compiles, **options)
 
 

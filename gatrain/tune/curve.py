@@ -53,6 +53,15 @@ def doubtful(measurements: Iterable[Measurement], far: float = FAR) -> list[int]
 
 
 @dataclass(frozen=True)
+class KnobOffer:
+    """A further knob (`gatrain.train.knobs`) that the trial processes can set."""
+
+    name: str
+    values: tuple[bool | int | float | str, ...]
+    words: str
+
+
+@dataclass(frozen=True)
 class Curve:
     """All sizes measured with one `StepSettings`, smallest first, and why there are no larger ones."""
 
@@ -63,6 +72,8 @@ class Curve:
     """The time that was allowed, for a curve that ended for want of it."""
     modes: tuple[str, ...] = field(default=("none",))
     """Checkpointing modes that the model offers."""
+    knobs: tuple[KnobOffer, ...] = ()
+    """Further knobs that the run has."""
     budget_bytes: int | None = None
     """Memory that the weakest rank's process was allowed when this was measured."""
 
@@ -170,6 +181,7 @@ class Curve:
             other,
             measurements=tuple(merged[size] for size in sorted(merged)),
             modes=max(self.modes, other.modes, key=len),
+            knobs=other.knobs or self.knobs,
             budget_bytes=other.budget_bytes if other.budget_bytes is not None else self.budget_bytes,
         )
 

@@ -12,7 +12,7 @@ from gatrain.batch import Split
 from gatrain.config import RunConfig
 from gatrain.plan import FITS, Measurement, Plan, StepSettings, Trial
 from gatrain.train import read_ahead
-from gatrain.tune import advice, curve, search
+from gatrain.tune import advice, curve, knobs, search
 from gatrain.tune.curve import Curve
 from gatrain.tune.finalists import VARYING, Verdict, WholeSteps
 from gatrain.tune.search import Candidate
@@ -117,6 +117,11 @@ def observations(
 ) -> list[str]:
     """What happened on the way and what the plan is, apart from advice."""
     notes = list(decision.remarks)
+    notes += [
+        f"{offer.name}={decision.chosen.settings.knobs[offer.name]} was the fastest: {offer.words}."
+        for offer in plain.knobs
+        if offer.name in decision.chosen.settings.knobs
+    ]
     chosen = decision.chosen
     share = chosen.split.share
     largest = chosen_curve.fitting[-1].micro_batch
@@ -220,6 +225,6 @@ def _without_sync(settings: StepSettings) -> StepSettings:
     return dataclasses.replace(settings, sync="")
 
 
-def _order(row: Trial) -> tuple[bool, int, int]:
+def _order(row: Trial) -> tuple[bool, int, str, int]:
     way = row.settings
-    return way.compile, ("none", "selective", "full").index(way.checkpointing), row.micro_batch
+    return way.compile, knobs.CHECKPOINTING.values.index(way.checkpointing), way.knob_text, row.micro_batch

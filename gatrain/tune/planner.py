@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from gatrain import batch, units
@@ -21,12 +22,12 @@ from gatrain.hardware import Hardware
 from gatrain.inspected import Inspected
 from gatrain.launch.world import Nodes
 from gatrain.plan import FAILED, FITS, SKIPPED, Measurement, Plan, StepSettings
-from gatrain.tune import cache, curve, explain, finalists, memory_model, protocol, refusal, search
+from gatrain.tune import cache, curve, explain, finalists, knobs, memory_model, protocol, refusal, search
 from gatrain.tune.curve import Curve
 from gatrain.tune.estimate import memory_per_rank, state_bytes
 from gatrain.tune.explain import Decision
 from gatrain.tune.finalists import Confirmation, WholeSteps
-from gatrain.tune.knobs import Question
+from gatrain.tune.knobs import Row, SearchSpace
 from gatrain.tune.processes import TrialHost
 from gatrain.tune.protocol import WholeSpec
 from gatrain.tune.runner import Progress, Run, TrialRunner, sentence
@@ -67,7 +68,7 @@ class Planner:
         info: Inspected,
         hardware: Hardware,
         nodes: Nodes,
-        question: Question,
+        space: SearchSpace,
         *,
         progress: Progress,
         retune: bool = False,
@@ -77,7 +78,7 @@ class Planner:
     ) -> None:
         self._config = config
         self._hardware = hardware
-        self._question = question
+        self._space = space
         self._progress = progress
         self._split = Split(config.batch.effective, nodes.world_size)
         self._equal_steps = info.synchronises and nodes.world_size > 1
@@ -86,9 +87,9 @@ class Planner:
         self._curves: dict[StepSettings, Curve] = {} if retune else cache.load_curves(self._key, info)
         self._confirmations = [] if retune else cache.load_confirmations(self._key, info)
         self._free_bytes = memory_per_rank(hardware, nodes.nproc)
-        self._overlaps = hardware.device == "cuda" and nodes.world_size > 1 and question.tries_overlap
+        self._overlaps = hardware.device == "cuda" and nodes.world_size > 1 and knobs.SYNC in space.open
         self._fresh: set[StepSettings] = set()  # measured now
-        self._fixed = question.fixed_micro_batch
+        self._fixed = space.fixed_micro_batch
         self._state_bytes = state_bytes(config, info.parameter_bytes, info.half_parameters)
         self._used: dict[StepSettings, Curve] = {}
         self._measured_anything = False
@@ -98,7 +99,7 @@ class Planner:
         self._trials = contextlib.ExitStack()
         if run is None:
             run = self._trials.enter_context(
-                TrialHost(nodes, hardware.device, cwd, compiles=question.may_compile)
+                TrialHost(nodes, hardware.device, cwd, compiles=space.may_compile)
             )
         shared = run.shared if isinstance(run, TrialHost) else None
         self._runner = TrialRunner(config, run, limit, self._keep, progress, shared, config_yaml)
@@ -113,31 +114,25 @@ class Planner:
         if self._curves and cache.load_inspected(self._key) != self._info:
             self._store()  # model and data have just been looked at, and the curves still are theirs
         with self._trials:
-            asked = self._question.base
+            asked = self._space.base
             # Each size compiles for long, so even where compilation is asked for the curve is found without it.
             explores = asked.compile and self._fixed is None
             first = dataclasses.replace(asked, compile=False) if explores else asked
             base = self._curve(first, self._sizes())
-            compiles, fits_plain = self._question.tries_compile or explores, bool(self._measured())
-            if compiles and fits_plain:
-                self._try_compiled(required=explores)
-            elif explores:
+            if explores and not self._measured():
                 self._curve(asked, self._sizes())  # fused kernels may fit where the plain ones do not
-            if self._question.tries_checkpointing:
-                self._try_checkpointing(base)
-                if compiles and not fits_plain and self._measured():
-                    self._try_compiled(required=explores)
+            rows = [*self._space.open, *([knobs.COMPILE] if explores else [])]
+            self._explore(sorted({*rows}, key=knobs.ROWS.index), base, required=explores)
+            self._explore([knobs.row_of(offer) for offer in base.knobs], base)
             self._measure_promising()
             options = [option for option in self._allowed() if option.measured]
             if not options:
-                refusal.refuse(
-                    self._used, self._question, self._config, self._hardware.device, self._free_bytes
-                )
+                refusal.refuse(self._used, self._space, self._config, self._hardware.device, self._free_bytes)
             return self._answer(self._decide(options))
 
     def _allowed(self) -> list[Candidate]:
         """The candidates that may be chosen: uncompiled ones only lead the way where compilation is asked for."""
-        must_compile = self._question.base.compile
+        must_compile = self._space.base.compile
         return [option for option in self._options() if option.settings.compile or not must_compile]
 
     def _measure_promising(self) -> None:
@@ -167,7 +162,7 @@ class Planner:
         return not fitting or option.micro_batch < fitting[0].micro_batch
 
     def _sizes(self) -> list[int]:
-        fixed = self._question.fixed_micro_batch
+        fixed = self._space.fixed_micro_batch
         return self._split.candidates() if fixed is None else [fixed]
 
     def _curve(self, way: StepSettings, sizes: list[int]) -> Curve:
@@ -218,7 +213,7 @@ class Planner:
     def _keep(self, measured: Curve) -> None:
         """Merge with what the cache knew, and store at once: also on Ctrl-C."""
         known = self._curves.get(measured.settings)
-        if known is not None and self._question.fixed_micro_batch is not None:
+        if known is not None and self._space.fixed_micro_batch is not None:
             # one size more says nothing about why the curve ended
             measured = dataclasses.replace(measured, stopped=known.stopped, max_seconds=known.max_seconds)
         elif known is not None and known.stopped != curve.INTERRUPTED and measured.largest < known.largest:
@@ -237,7 +232,26 @@ class Planner:
         if trouble is not None:
             self._progress(trouble)
 
-    def _try_checkpointing(self, base: Curve) -> None:
+    def _explore(self, rows: Sequence[Row], base: Curve, *, required: bool = False) -> None:
+        """Try the values of the rows in turn, each from the best settings so far.
+
+        Args:
+            base: the curve that was measured first.
+            required: compile, however little time is left.
+        """
+        waiting: list[Row] = []
+        for row in rows:
+            if row.explored == knobs.WHERE_MEMORY_LIMITS:
+                self._try_against_memory(row, base)
+            elif row.explored == knobs.FEW_SIZES and self._measured():
+                self._try_few_sizes(row, required=required)
+            elif row.explored == knobs.FEW_SIZES:
+                waiting.append(row)  # nothing fits yet
+        for row in waiting:
+            if self._measured():
+                self._try_few_sizes(row, required=required)
+
+    def _try_against_memory(self, row: Row, base: Curve) -> None:
         """Recomputation costs time, so it can only win where memory forbids a size that would be faster."""
         options = self._measured()
         limited = self._used[search.choose(options).settings] if options else base
@@ -245,10 +259,10 @@ class Planner:
         if limited.stopped != curve.MEMORY or largest >= self._split.share:
             return
         gain = self._gain(limited, base) if limited.fitting and self._fixed is None else float("inf")
-        for mode in limited.modes:
-            if mode == limited.settings.checkpointing or gain < WORTH_RECOMPUTING.get(mode, 0.0):
+        for value in limited.modes:
+            if value == row.of(limited.settings) or gain < WORTH_RECOMPUTING.get(value, 0.0):
                 continue
-            way = dataclasses.replace(limited.settings, checkpointing=mode)
+            way = row.set(limited.settings, value)
             if way not in self._curves and self._out_of_time(bool(options)):
                 return
             sizes = [size for size in self._sizes() if 2 * size >= largest]
@@ -271,19 +285,21 @@ class Planner:
                 return float((_rate(last) / _rate(smaller[-1])) ** (1 / doublings))
         return float("inf")
 
-    def _try_compiled(self, *, required: bool) -> None:
-        """Compiling takes long, so few sizes are tried, of the best way so far: from the largest of those that are
-        about as fast as the best, since compiled code has less to gain from small ones."""
-        options = self._measured()
-        chosen = search.choose(options)
-        near = [
-            option.micro_batch
-            for option in options
-            if option.settings == chosen.settings and option.step_s <= (1 + finalists.CLOSE) * chosen.step_s
-        ]
-        way = dataclasses.replace(chosen.settings, compile=True)
-        if way in self._curves or not self._out_of_time(has_answer=not required):
-            self._climb(way, max(near, default=chosen.micro_batch), self._used[chosen.settings])
+    def _try_few_sizes(self, row: Row, *, required: bool) -> None:
+        """Few sizes are tried of each value, with the best settings so far: from the largest of those that are
+        about as fast as the best, since what is faster has less to gain from small ones."""
+        for value in row.values[1:]:
+            options = [option for option in self._allowed() if option.measured] or self._measured()
+            chosen = search.choose(options)
+            near = [
+                option.micro_batch
+                for option in options
+                if option.settings == chosen.settings
+                and option.step_s <= (1 + finalists.CLOSE) * chosen.step_s
+            ]
+            way = row.set(chosen.settings, value)
+            if way in self._curves or not self._out_of_time(has_answer=not required):
+                self._climb(way, max(near, default=chosen.micro_batch), self._used[chosen.settings])
 
     def _climb(self, way: StepSettings, start: int, plain: Curve) -> None:
         """Measure a compiled curve: upwards from ``start`` while each size gains, downwards if the first did not.
@@ -360,7 +376,8 @@ class Planner:
 
     def _skip(self, way: StepSettings, size: int, why: str, text: str) -> None:
         known = self._curves[way]
-        skipped = Curve(way, (Measurement(size, SKIPPED, error=text),), why, self._max_seconds, known.modes)
+        refused = Measurement(size, SKIPPED, error=text)
+        skipped = Curve(way, (refused,), why, self._max_seconds, known.modes, known.knobs)
         self._keep(skipped)
         self._progress(sentence(skipped.measurements[0]))
         self._judged(way)
@@ -371,7 +388,8 @@ class Planner:
         on both sides, or smaller than all, where the plain curve tells how time falls (`search.extended`)."""
         if known.stopped == curve.INTERRUPTED or not known.measurements:
             return False
-        is_below = bool(plain.fitting) and plain.fitting[0].micro_batch <= start
+        is_estimated = known.settings.compile and not known.settings.knobs and bool(plain.fitting)
+        is_below = is_estimated and plain.fitting[0].micro_batch <= start
         is_above = start <= known.largest or known.stopped != curve.SHARE
         return is_above and (is_below or known.measurements[0].micro_batch <= start)
 
@@ -412,7 +430,7 @@ class Planner:
         """The best candidate with the other way of reducing: on several GPUs only whole steps can compare."""
         if not self._overlaps:
             return []
-        other = dataclasses.replace(best, settings=dataclasses.replace(best.settings, sync="overlap"))
+        other = dataclasses.replace(best, settings=knobs.SYNC.set(best.settings, "overlap"))
         return [other] if self._fits_beside(other, best) else []
 
     def _known_whole_steps(self, near: list[Candidate]) -> list[tuple[Candidate, WholeSteps]] | None:
@@ -465,6 +483,8 @@ class Planner:
         """Whether the engines of both can be in memory at once; each further way has one of its own."""
         if option.settings == best.settings:
             return True
+        if option.settings.compile and best.settings.compile and option.settings.knobs != best.settings.knobs:
+            return False  # compiled code is kept by the function: one might run with the other's
         curves = [self._curve_of(each) for each in (option, best)]
         largest = max(c.peak_bytes(o.micro_batch) or 0 for c, o in zip(curves, (option, best), strict=True))
         largest += max((m.fragmentation_bytes for c in curves for m in c.fitting), default=0)
@@ -474,7 +494,7 @@ class Planner:
 
     def _curve_of(self, option: Candidate) -> Curve:
         """The curve behind a candidate, also where it differs in the way of reducing."""
-        return self._extended(dataclasses.replace(option.settings, sync=self._question.base.sync))
+        return self._extended(dataclasses.replace(option.settings, sync=self._space.base.sync))
 
     def _extended(self, way: StepSettings) -> Curve:
         """What was measured in one way, and what that says of smaller sizes."""

@@ -23,6 +23,7 @@ from typing import Any
 from gatrain import codec, units
 from gatrain.plan import Measurement, StepSettings
 from gatrain.rundir import read_json, write_json
+from gatrain.tune.curve import KnobOffer
 from gatrain.tune.finalists import Confirmation, Finalist
 
 SPEC, LINES, CONFIG = "trial_spec.json", "trials.jsonl", "config.yaml"
@@ -75,6 +76,7 @@ class Answers:
 
     modes: tuple[str, ...] | None = None
     """None while the model is not built."""
+    knobs: tuple[KnobOffer, ...] = ()
     budget_bytes: int | None = None
     ready_at: float | None = None
     """``time.time()`` at which model and data were built: what came before is the user's own time."""
@@ -96,6 +98,7 @@ class Answers:
                 case "ready":
                     self.is_checking = False
                     self.modes = tuple(said["modes"])
+                    self.knobs = tuple(codec.decode(list[KnobOffer], said.get("knobs", [])))
                     self.budget_bytes = int(said["budget_bytes"])
                     self.ready_at = float(said["at"]) if "at" in said else None
                 case "checking":

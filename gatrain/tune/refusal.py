@@ -11,11 +11,11 @@ from gatrain.errors import DoesNotFitError, ExactnessError, WorkerError
 from gatrain.plan import DOES_NOT_FIT, FAILED, Measurement, StepSettings
 from gatrain.tune import knobs
 from gatrain.tune.curve import Curve
-from gatrain.tune.knobs import Question
+from gatrain.tune.knobs import SearchSpace
 
 
 def refuse(
-    used: Mapping[StepSettings, Curve], question: Question, config: RunConfig, device: str, free_bytes: int
+    used: Mapping[StepSettings, Curve], space: SearchSpace, config: RunConfig, device: str, free_bytes: int
 ) -> NoReturn:
     """Say why there is no plan.
 
@@ -27,7 +27,7 @@ def refuse(
         DoesNotFitError: memory; names what was tried and what to type next.
         WorkerError: all sizes crashed or gave wrong results.
     """
-    asked = [each for way, each in used.items() if way.compile == question.base.compile]
+    asked = [each for way, each in used.items() if way.compile == space.base.compile]
     tried = [m for each in asked for m in each.measurements]
     refused = [m for m in tried if m.outcome == DOES_NOT_FIT]
     if not refused:
@@ -42,7 +42,7 @@ def refuse(
     raise DoesNotFitError(
         f"the model does not fit at micro-batch {smallest.micro_batch}{peak}: {units.size(free_bytes)} were "
         f"free per rank, of which tune.memory_fraction={config.tune.memory_fraction:g} may be "
-        f"used. Tried: {ways}. {smallest.error or ''} Use {', or '.join(_ways_out(used, question, device))}."
+        f"used. Tried: {ways}. {smallest.error or ''} Use {', or '.join(_ways_out(used, space, device))}."
     )
 
 
@@ -68,12 +68,12 @@ def loss_text(wrong: Measurement, smallest: Measurement) -> str:
     )
 
 
-def _ways_out(used: Mapping[StepSettings, Curve], question: Question, device: str) -> list[str]:
+def _ways_out(used: Mapping[StepSettings, Curve], space: SearchSpace, device: str) -> list[str]:
     tried = {way.checkpointing for way in used}
     modes: Mapping[str, None] = dict.fromkeys(mode for each in used.values() for mode in each.modes)
     found = ["checkpointing=full"] if "full" in modes and "full" not in tried else []
-    if question.fixed_micro_batch is not None and question.fixed_micro_batch > 1:
+    if space.fixed_micro_batch is not None and space.fixed_micro_batch > 1:
         found.append("batch.micro=auto")
-    if question.base.precision == "fp32" and device == "cuda":
+    if space.base.precision == "fp32" and device == "cuda":
         found.append("precision=bf16")
     return [*found, "smaller samples (a shorter context, a lower resolution)", "a smaller model"]

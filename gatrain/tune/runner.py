@@ -130,7 +130,9 @@ class TrialRunner:
     def _curve(self, way: StepSettings, answers: Answers, stopped: str) -> Curve:
         measurements = sorted(answers.measurements, key=lambda m: m.micro_batch)
         modes = answers.modes or ("none",)
-        return Curve(way, tuple(measurements), stopped, self._max_seconds, modes, answers.budget_bytes)
+        return Curve(
+            way, tuple(measurements), stopped, self._max_seconds, modes, answers.knobs, answers.budget_bytes
+        )
 
     def _take_notices(self, answers: Answers) -> None:
         for text in answers.notices:

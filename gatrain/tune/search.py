@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from gatrain import batch, units
 from gatrain.batch import Split
 from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, Measurement, StepSettings, Trial
+from gatrain.tune import knobs
 from gatrain.tune.curve import Curve
 
 NOISE = 0.01
@@ -29,7 +30,6 @@ LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 5e-2}
 """Relative difference between losses of equal samples that rounding in that precision cannot explain."""
 NEARLY = 1 / 16
 """A micro-batch that is smaller than a measured size by at most this part takes as long per sample."""
-_CHECKPOINTING_ORDER = ("none", "selective", "full")
 
 
 @dataclass(frozen=True)
@@ -250,14 +250,9 @@ def choose(options: Sequence[Candidate]) -> Candidate:
     return min(equal, key=lambda option: (*simplicity(option), option.step_s))
 
 
-def simplicity(option: Candidate) -> tuple[bool, bool, int, int]:
+def simplicity(option: Candidate) -> tuple[int, ...]:
     """Sorts the simpler candidate first."""
-    return (
-        not option.split.is_even,
-        option.settings.compile,
-        _CHECKPOINTING_ORDER.index(option.settings.checkpointing),
-        option.accumulation_steps,
-    )
+    return (not option.split.is_even, *knobs.simplicity(option.settings), option.accumulation_steps)
 
 
 def trial_rows(curve: Curve, even: Split) -> list[Trial]:
@@ -311,10 +306,5 @@ def name(option: Candidate, chosen: Candidate) -> str:
     differing = []
     if option.split != chosen.split:
         differing.append("equal shares" if option.split.is_even else "unequal shares")
-    if option.settings.sync != chosen.settings.sync:
-        differing.append(f"sync {option.settings.sync}")
-    if option.settings.checkpointing != chosen.settings.checkpointing:
-        differing.append(f"checkpointing {option.settings.checkpointing}")
-    if option.settings.compile != chosen.settings.compile:
-        differing.append("compiled" if option.settings.compile else "not compiled")
+    differing += knobs.differences(option.settings, chosen.settings)
     return text + (f" ({', '.join(differing)})" if differing else "")

@@ -12,6 +12,7 @@ from gatrain.plan import FAILED, StepSettings
 from gatrain.rank import Rank
 from gatrain.tasks.base import Batch
 from gatrain.train import batches
+from gatrain.train.knobs import Knobs
 from gatrain.train.meter import Meter
 from gatrain.train.micro_batches import LoadedWindow, MicroBatch
 from gatrain.tune import finalists
@@ -46,12 +47,14 @@ class WholeStepTimer:
         peers: Peers,
         first: Engine,
         warm: dict[StepSettings, set[int]],
+        knobs: Knobs,
     ) -> None:
         self._config = config
         self._rank = this
         self._peers = peers
         self._engines = {first.settings: first}
         self._warm = warm
+        self._knobs = knobs
         self._batches = batches
         self._meter = Meter(this.device)
         self._windows: dict[Finalist, LoadedWindow] = {}
@@ -142,7 +145,10 @@ class WholeStepTimer:
 
         def step() -> None:
             start = self._meter.mark()
-            with contextlib.suppress(PeerFailed):  # that rank tells of it itself
+            with (
+                self._knobs.applied(finalist.settings.knobs),
+                contextlib.suppress(PeerFailed),
+            ):  # that rank tells of it itself
                 engine.step(window, self._steps)
             taken.append(self._meter.seconds(start, self._meter.mark()))
 
@@ -156,9 +162,10 @@ class WholeStepTimer:
     def _engine(self, settings: StepSettings) -> Engine:
         if settings not in self._engines:
             # lr of the trials' config moves nothing; collective, as weights are broadcast
-            self._engines[settings] = build.build_engine(
-                self._batches.task, self._config, settings, self._rank.device, in_place=True
-            )
+            with self._knobs.applied(settings.knobs):
+                self._engines[settings] = build.build_engine(
+                    self._batches.task, self._config, settings, self._rank.device, in_place=True
+                )
         return self._engines[settings]
 
     def _window(self, finalist: Finalist) -> LoadedWindow:

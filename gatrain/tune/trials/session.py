@@ -28,6 +28,7 @@ from gatrain.tasks.base import Task
 from gatrain.train.check import check_before_first_step
 from gatrain.train.checkpointing import available_modes
 from gatrain.train.engine import Engine
+from gatrain.train.knobs import Knobs
 from gatrain.train.lengths import notice_lengths
 from gatrain.tune import curve, protocol
 from gatrain.tune.memory_model import between, fit_line
@@ -106,6 +107,7 @@ class Desk:
         self._memory: Memory | None = None
         self._config: RunConfig | None = None
         self._batches: TrialBatches | None = None
+        self._knobs = Knobs({})
         self._engine: Engine | None = None
         self._is_checked = False
         self._references: dict[str, Reference] = {}
@@ -127,8 +129,31 @@ class Desk:
         memory = self._memory = self._memory or memory_of(self._rank, asked.memory_fraction)
         config = load_config(folder / protocol.CONFIG)
         config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=STILL))
+        batches = self._prepare(config)
+        with self._knobs.applied(asked.settings.knobs):
+            engine, rise, stopped = self._sweep(asked, config, batches, memory, lines)
+        if asked.whole is not None and stopped not in (curve.INTERRUPTED, curve.BROKEN):
+            timer = WholeStepTimer(
+                config,
+                batches,
+                this=self._rank,
+                peers=self.peers,
+                first=engine,
+                warm=self._warm,
+                knobs=self._knobs,
+            )
+            confirmation = timer.run(asked.whole)
+            if confirmation is not None:
+                lines.write("whole", confirmation=codec.encode(confirmation))
+            del timer  # and with it the engines of the other ways
+            gc.collect()
+        return stopped != curve.BROKEN or not rise.is_broken()
+
+    def _sweep(
+        self, asked: TrialSpec, config: RunConfig, batches: TrialBatches, memory: Memory, lines: Lines
+    ) -> tuple[Engine, Rise, str]:
+        """The sizes that were asked for, and why there are no larger ones. Collective."""
         try:
-            batches = self._prepare(config)
             engine = self._engine_for(asked.settings, config, batches.task)
             modes = available_modes(engine.model)
         except Exception as error:
@@ -146,29 +171,22 @@ class Desk:
         budget_bytes = min(self.peers.gather(memory.budget_bytes))
         for notice in self._notices:
             lines.write("notice", text=notice)
-        lines.write("ready", modes=list(modes), budget_bytes=budget_bytes, at=time.time())
+        # the same on every rank: rank 0's counts
+        offers = self.peers.gather(self._knobs.offers(self._rank.device))[0]
+        lines.write("ready", modes=list(modes), knobs=offers, budget_bytes=budget_bytes, at=time.time())
         reference = self._references.setdefault(asked.settings.precision, Reference())
         meter = SizeMeter(engine, batches, self._rank, self.peers, memory, reference)
         rise = Rise(asked, meter, self.peers, memory, lines, self._rank)
         stopped = rise.run()
         lines.write("end", stopped=stopped)  # the curve is complete, whatever becomes of the whole steps
         self._warm.setdefault(asked.settings, set()).update(m.micro_batch for m in rise.measured)
-        if asked.whole is not None and stopped not in (curve.INTERRUPTED, curve.BROKEN):
-            timer = WholeStepTimer(
-                config, batches, this=self._rank, peers=self.peers, first=engine, warm=self._warm
-            )
-            confirmation = timer.run(asked.whole)
-            if confirmation is not None:
-                lines.write("whole", confirmation=codec.encode(confirmation))
-            del timer  # and with it the engines of the other ways
-            gc.collect()
-        return stopped != curve.BROKEN or not rise.is_broken()
+        return engine, rise, stopped
 
     def _prepare(self, config: RunConfig) -> TrialBatches:
         """The task and its batches, made once: a tuning asks about one configuration."""
         if self._batches is None or config != self._config:
             self._config, self._engine, self._is_checked = config, None, False
-            task = build.build_task(config)
+            task, self._knobs = build.build_task(config), build.build_knobs(config)
             found = notice_lengths(task, config.train.seed)
             # where reading is slow, ranks may have seen fewer samples than others
             task.variable_length = any(self.peers.gather(found.vary))
