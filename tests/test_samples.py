@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import TensorDataset, default_collate
 
+from gatrain.data import digits
 from gatrain.errors import ConfigError, DataError, DoesNotFitError, ExactnessError, SavedStateError
 from gatrain.tasks import Supervised
 from gatrain.tasks.base import is_deterministic
@@ -486,3 +487,43 @@ def test_samples_and_digest_of_a_window_are_those_that_its_micro_batches_held() 
     with pytest.raises(ExactnessError, match="other samples"):
         checked(window, digest=window.window_digest + 1)
     checked(window, samples=1, dropped=3)  # those that collate leaves out are counted by their number
+
+
+# Whole batches in one call
+
+
+class Rows(torch.utils.data.Dataset[Any]):
+    """Declared data that also gives whole batches."""
+
+    deterministic = True
+
+    def __len__(self) -> int:
+        return 11
+
+    def __getitem__(self, index: int) -> Any:
+        return torch.full((2,), float(index)), torch.tensor([0.0])
+
+    def batch_of(self, indices: list[int]) -> Any:
+        return [torch.tensor(indices).float()[:, None].repeat(1, 2), torch.zeros(len(indices), 1)]
+
+
+class Changed(Rows):
+    """Samples of its own: the inherited `batch_of` is not theirs."""
+
+    def __getitem__(self, index: int) -> Any:
+        return torch.full((2,), -float(index)), torch.tensor([0.0])
+
+
+def test_data_in_tensors_gives_the_batches_that_its_samples_one_by_one_would() -> None:
+    x = torch.randn(11, 3, 4, generator=torch.Generator().manual_seed(0)).transpose(1, 2)
+    tensors = torch.utils.data.TensorDataset(x, torch.arange(11.0)[:, None])
+    keys = [(0, index) for index in (3, 3, 10, 0)]
+    for data in (tensors, Rows(), Changed(), digits.TensorSamples(x, torch.arange(11) % 2)):
+        task = task_of(data)
+        found = samples.load(task, data, keys, 0)
+        one_by_one = default_collate([data[index] for _, index in keys])  # type: ignore[index]
+        assert type(found.batch) is type(one_by_one)
+        for mine, theirs in zip(found.batch, one_by_one, strict=True):
+            assert torch.equal(mine, theirs)
+            assert mine.stride() == theirs.stride()
+        assert (found.samples, found.keys) == (4, tuple(keys))

@@ -29,8 +29,12 @@ class TensorSamples:
         return self.inputs[index], self.targets[index]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(*self.batch_of(indices), strict=True))
+
+    def batch_of(self, indices: Sequence[int]) -> list[Tensor]:
+        """Several samples as ``[inputs, targets]``."""
         chosen = torch.as_tensor(indices)
-        return list(zip(self.inputs[chosen], self.targets[chosen], strict=True))
+        return [self.inputs[chosen].contiguous(), self.targets[chosen]]
 
 
 class Digits:

@@ -52,13 +52,18 @@ class TokenWindows:
 
     def __getitems__(self, indices: Sequence[int]) -> list[Tensor]:
         """Several samples with one copy; the tensors are rows of one array."""
+        return list(self.batch_of(indices).unbind())
+
+    def batch_of(self, indices: Sequence[int]) -> Tensor:
+        """Several samples as one tensor, int64 ``[B, context + 1]``."""
         rows = np.empty((len(indices), self.context + 1), dtype=np.int64)
+        total = len(self)
         for row, index in zip(rows, indices, strict=True):
-            if not 0 <= index < len(self):
-                raise IndexError(f"sample {index} of {len(self)}")
+            if not 0 <= index < total:
+                raise IndexError(f"sample {index} of {total}")
             first = self.start + index * self.context
             row[:] = self.tokens.read(first, first + self.context + 1)
-        return list(torch.from_numpy(rows).unbind())
+        return torch.from_numpy(rows)
 
     @property
     def left_over(self) -> int:

@@ -34,7 +34,8 @@ LossSums = LossSum | Mapping[str, LossSum]
 
 @runtime_checkable
 class Samples(Protocol):
-    """A map-style dataset. ``__getitems__(indices)`` is used instead where it exists.
+    """A map-style dataset. ``__getitems__(indices)`` is used instead where it exists. ``batch_of(indices)`` may
+    give what torch's default collate makes of these samples, with all of them read in one call.
 
     Set ``deterministic = True`` on a dataset whose samples involve no random number; otherwise reading sample
     ``i`` in epoch ``e`` is seeded by (seed, e, i), so augmentation does not depend on who reads it.
@@ -65,6 +66,11 @@ class Task(abc.ABC):
         """Whether `collate` is known to draw no random number: torch's own, or declared by
         ``deterministic_collate = True`` where it is written."""
         return type(self).collate is Task.collate or declares(self, "deterministic_collate", "collate")
+
+    @property
+    def collates_by_default(self) -> bool:
+        """Whether `collate` is torch's own: then data that has ``batch_of(indices)`` makes whole batches."""
+        return type(self).collate is Task.collate
 
     counts_samples: bool = False
     """True if `weight` counts samples: then it must equal the number of samples collated."""

@@ -87,6 +87,10 @@ class LanguageModel(Task):
         own = type(self).collate is LanguageModel.collate
         return self._collates_deterministically if own else super().collates_deterministically
 
+    @property
+    def collates_by_default(self) -> bool:
+        return self._collate is None and type(self).collate is LanguageModel.collate
+
     def count_samples(self, batch: Batch) -> int | None:
         return len(split(batch)[0])
 

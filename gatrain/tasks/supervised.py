@@ -76,6 +76,10 @@ class Supervised(Task):
     def counts_samples(self) -> bool:  # type: ignore[override]
         return self._loss.kind == "samples"
 
+    @property
+    def collates_by_default(self) -> bool:
+        return self._collate is None and type(self).collate is Supervised.collate
+
     def count_samples(self, batch: Batch) -> int | None:
         try:
             inputs, targets = self._pair(batch)

@@ -17,11 +17,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from gatrain import offspring
 from gatrain.errors import BrokenSampleError, DataError, DoesNotFitError, GatrainError, is_out_of_memory
-from gatrain.tasks.base import Batch, Samples, Task, is_deterministic, named_weights
+from gatrain.tasks.base import Batch, Samples, Task, declares, is_deterministic, named_weights
 from gatrain.tasks.streams import BrokenInStream, Stream
 from gatrain.train import seeding
 from gatrain.train.batches import parts_of
@@ -109,10 +109,11 @@ def collated(
 
     The collate function gets lists and dicts of its own: many take entries out of them.
     """
+    own = _unchanged if task.collates_by_default else _own_containers
     if task.collates_deterministically:
         if trusted:
-            return task.collate(_own_containers(samples))
-        batch, drew = _compared(lambda: task.collate(_own_containers(samples)))
+            return task.collate(own(samples))
+        batch, drew = _compared(lambda: task.collate(own(samples)))
         if not drew:
             return batch
         _note_draw(undeclared=True)
@@ -138,6 +139,8 @@ def load(
     _watch.reading = None
     was_undeclared, _watch.undeclared = getattr(_watch, "undeclared", False), False
     try:
+        if given is None and (whole := _gathered(task, data, keys)) is not None:
+            return whole
         samples = read(task, data, keys, seed, trusted=trusted) if given is None else given
         _watch.reading = None
         found = make(task, samples, keys, seed, data=data, trusted=trusted)
@@ -155,6 +158,29 @@ def load(
         raise DataError(f"cannot load the samples {ids}: {type(error).__name__}: {error}\n{SKIP}") from error
     finally:
         _watch.undeclared = was_undeclared
+
+
+def _gathered(task: Task, data: Samples, keys: Sequence[Key]) -> MicroBatch | None:
+    """A micro-batch of data whose samples lie in tensors, in one call; None where they are read one by one.
+
+    Nothing of it draws a random number: it is torch's and gatrain's own, or declared.
+    """
+    if not keys or not task.collates_by_default or not is_deterministic(data) or _elsewhere.get():
+        return None
+    ids = [sample for _, sample in keys]
+    if type(data) is TensorDataset:
+        if not all(type(each) is Tensor and each.device.type == "cpu" for each in data.tensors):
+            return None
+        chosen = torch.as_tensor(ids)
+        batch: Batch = [each[chosen].contiguous() for each in data.tensors]  # as a stack of samples would lie
+    elif declares(data, "batch_of", "__getitem__", "__getitems__"):
+        batch = data.batch_of(ids)  # type: ignore[attr-defined]
+    else:
+        return None
+    if task.count_samples(batch) not in (None, len(ids)):
+        return None  # told of where the samples are collated
+    weights = named_weights(task.weight(batch))
+    return MicroBatch(batch, weights, samples=len(ids), tokens=task.tokens(batch), keys=tuple(keys))
 
 
 def make(

@@ -5,6 +5,7 @@ A window depends on (samples, their order, seed, effective batch, n) alone, and 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,16 @@ def digest(first_position: int, ids: Ids) -> int:
     positions = np.arange(first_position, first_position + len(ids), dtype=np.uint64)
     words = mix64(mix64(ids.astype(np.uint64)) + positions * np.uint64(0x9E3779B97F4A7C15))
     return int((words >> np.uint64(32)).sum())
+
+
+_BLOCK = 8192
+
+
+@functools.lru_cache(maxsize=4)
+def _block(samples: int, seed: int, epoch: int, first: int, count: int) -> Ids:
+    found = permutation(samples, seed, epoch, np.arange(first, min(first + count, samples), dtype=np.int64))
+    found.flags.writeable = False  # its windows share it
+    return found
 
 
 @dataclass(frozen=True)
@@ -99,13 +110,20 @@ class WindowSchedule:
         """The window of optimizer step ``index`` (from 0)."""
         epoch, nth = divmod(index, self.per_epoch)
         first = nth * self.effective_batch
-        positions = np.arange(first, min(first + self.effective_batch, self.samples), dtype=np.int64)
+        last = min(first + self.effective_batch, self.samples)
         if self.order is None:
-            return Window(index, epoch, permutation(self.samples, self.seed, epoch, positions))
+            return Window(index, epoch, self._shuffled(epoch, first, last))
+        positions = np.arange(first, last, dtype=np.int64)
         total = self.samples if self.data_samples is None else self.data_samples
         ids = checked_ids(self.order.ids(epoch, positions), positions, total, self.order)
         draws = getattr(self.order, "draws", None)
         return Window(index, epoch, ids, None if draws is None else draws(epoch, positions))
+
+    def _shuffled(self, epoch: int, first: int, last: int) -> Ids:
+        """The permutation's ids of some positions. Of many at once it costs no more than of a few."""
+        block = max(self.effective_batch, _BLOCK // self.effective_batch * self.effective_batch)
+        nth, place = divmod(first, block)
+        return _block(self.samples, self.seed, epoch, nth * block, block)[place : place + last - first]
 
     def steps(self, steps: int | None, epochs: float | None) -> int:
         """Number of windows to train: ``steps``, or as many as cover ``epochs``."""
