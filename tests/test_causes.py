@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from processes import REPO
+from command import project, run
 
 from gatrain.errors import DataError, PeerFailed, WorkerError
 from gatrain.launch.reasons import describe, is_consequence
@@ -72,17 +69,10 @@ precision: fp32
 def test_the_users_own_error_is_shown_whoever_reports_first(
     tmp_path: Path, planted: str, sync: str, nproc: int, words: list[str]
 ) -> None:
-    (tmp_path / "mine.py").write_text(MODULE)
-    (tmp_path / "recipes").mkdir()
-    (tmp_path / "recipes" / "mine.yaml").write_text(RECIPE)
-    done = subprocess.run(
-        [sys.executable, "-m", "gatrain", "launch", "--nproc", str(nproc), "recipe=mine", f"sync={sync}"],
-        cwd=tmp_path,
-        env=os.environ | {"PLANTED": planted, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    project(tmp_path, MODULE, RECIPE)
+    done = run(
+        "launch", "--nproc", str(nproc), "recipe=mine", f"sync={sync}", cwd=tmp_path, PLANTED=planted
+    )  # fmt: skip
     assert done.returncode == WorkerError.exit_code, done.stderr
     for word in words:
         assert word in done.stderr

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_runs import environment
+from command import environment, project, warm_program
 
 from gatrain import build, fit, recorded, worker
 from gatrain.compose import compose, reload, resolve_again
@@ -70,9 +70,8 @@ sync: window
 
 def typed(folder: Path, command: str, expect: int) -> str:
     """Type a command in a shell; returns what it says on standard error."""
-    env = environment() | {"RATE": "1e-3", "POINTS": "points.txt"}
-    python = f"{shlex.quote(sys.executable)} -m gatrain"
-    command = command.replace("gatrain", python, 1)
+    env = environment(RATE="1e-3", POINTS="points.txt")
+    command = command.replace("gatrain", str(warm_program()), 1)
     done = subprocess.run(
         command, shell=True, cwd=folder, env=env, capture_output=True, text=True, timeout=300
     )
@@ -84,10 +83,8 @@ def typed(folder: Path, command: str, expect: int) -> str:
 def started(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a user's project and a run of four steps."""
     folder = tmp_path_factory.mktemp("changed")
-    (folder / "mine.py").write_text(MODULE)
+    project(folder, MODULE, RECIPE)
     (folder / "mine_parts.py").write_text("LIMIT = 3\n")
-    (folder / "recipes").mkdir()
-    (folder / "recipes" / "mine.yaml").write_text(RECIPE)
     (folder / "points.txt").write_text("0.0")
     (folder / "other.txt").write_text("3.0")
     typed(folder, "gatrain fit recipe=mine run.dir=run", expect=0)

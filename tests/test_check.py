@@ -7,10 +7,8 @@ check cannot see is listed in `UNSEEN`, with the reason.
 from __future__ import annotations
 
 import copy
-import os
 import random
 import subprocess
-import sys
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from command import project, run
 from torch import Tensor, nn
 
 from gatrain.config import SGDConfig
@@ -681,20 +680,11 @@ device: cpu
 
 
 def gatrain(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "gatrain", *words],
-        cwd=folder,
-        env={**os.environ, "GATRAIN_CACHE": str(folder / "cache")},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
+    return run(*words, cwd=folder, GATRAIN_CACHE=str(folder / "cache"))
 
 
 def test_launch_autotune_and_resume_refuse_and_warn_goes_on(tmp_path: Path) -> None:
-    (tmp_path / "slip.py").write_text(MODULE)
-    (tmp_path / "recipes").mkdir()
-    (tmp_path / "recipes/slip.yaml").write_text(RECIPE)
+    project(tmp_path, MODULE, RECIPE, "slip")
 
     refused = gatrain(tmp_path, "launch", "--nproc", "2", "recipe=slip", "batch.micro=4", "run.dir=warned")
     assert refused.returncode == 9, refused.stderr

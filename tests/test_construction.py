@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import command
 import pytest
 import torch
 from torch import nn
@@ -225,8 +224,7 @@ def test_a_chain_ends_and_respects_from_none() -> None:
 def test_a_task_that_makes_its_own_model_and_data_needs_no_nodes_for_them(here: Path) -> None:
     recipe = words(here, "task: {_target_: stranger.AllInOne, width: 3}")
     settings = ["train.steps=1", "batch.micro=2", "device=cpu", "run.dir=out"]
-    command = [sys.executable, "-m", "gatrain", "fit", *recipe, *settings]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    done = command.run("fit", *recipe, *settings)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

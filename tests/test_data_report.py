@@ -6,13 +6,12 @@ import dataclasses
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import command
 import numpy as np
 import pytest
 import torch
@@ -397,8 +396,7 @@ batch: {effective: 99}
 def test_show_data_reads_without_training_and_check_finds_every_broken_sample(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(SHOWN)
     (tmp_path / "mine.yaml").write_text(SHOWN_RECIPE)
-    command = [sys.executable, "-m", "gatrain", "show", "--data", "--check", "recipe=./mine.yaml"]
-    done = subprocess.run([*command, "--json"], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    done = command.run("show", "--data", "--check", "recipe=./mine.yaml", "--json", cwd=tmp_path)
     assert done.returncode == 4, done.stderr
     found = json.loads(done.stdout)
     assert (found["checked"], found["train_samples"]) == (20, 20)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from command import project
 
 from gatrain import disk
 from gatrain.errors import RunFolderError
@@ -50,10 +51,7 @@ save: {every: 4}
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    (tmp_path / "tiny.py").write_text(MODULE)
-    (tmp_path / "recipes").mkdir()
-    (tmp_path / "recipes" / "tiny.yaml").write_text(RECIPE)
-    return tmp_path
+    return project(tmp_path, MODULE, RECIPE, "tiny")
 
 
 def environment(folder: Path, **more: str) -> dict[str, str]:

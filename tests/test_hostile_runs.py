@@ -6,13 +6,12 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command import gatrain, project
 
 from gatrain import fit, states
 from gatrain.errors import GatrainError
@@ -54,8 +53,8 @@ class Points(torch.utils.data.Dataset):
 """
 RECIPE = """
 defaults: [base, _self_]
-model: {_target_: hostile_points.Net}
-data: {_target_: hostile_points.Points}
+model: {_target_: hostile.Net}
+data: {_target_: hostile.Points}
 batch: {effective: 8, micro: 4}
 train: {steps: 6, log_every: 1, check: 'off'}
 precision: fp32
@@ -63,28 +62,12 @@ save: {every: 1, keep: 0, minutes: 0}
 """
 
 
-def gatrain(cwd: Path, *words: str) -> tuple[int, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "gatrain", *words],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
-    return done.returncode, done.stdout
-
-
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A user's folder with one run of six steps, each of them saved."""
     folder = tmp_path_factory.mktemp("user")
-    (folder / "hostile_points.py").write_text(MODULE)
-    (folder / "recipes").mkdir()
-    (folder / "recipes" / "hostile.yaml").write_text(RECIPE)
-    code, printed = gatrain(folder, "fit", "recipe=hostile", "run.dir=run")
-    assert code == 0, printed
+    project(folder, MODULE, RECIPE, "hostile")
+    gatrain(folder, "fit", "recipe=hostile", "run.dir=run")
     return folder
 
 
@@ -143,8 +126,7 @@ def test_odd_states_are_passed_over_one_by_one_and_the_run_ends_the_same(
         file.write(payload.replace(b"\n", b"") + b"\n" + b"[" * 100_000 + b"\n")
     for name in ("summary.json", ".session", "logs/error_rank_0.json", "evaluations.jsonl"):
         (copied / name).write_bytes(payload)
-    code, printed = gatrain(copied.parent, "resume", "run")
-    assert code == 0, printed
+    printed = gatrain(copied.parent, "resume", "run")
     for number in (2, 3, 4, 5, 6, 10**30):
         assert f"step_{number:08d}: " in printed
     assert "is not whole" not in printed
@@ -160,15 +142,13 @@ def test_where_all_states_are_odd_nothing_is_replaced_and_the_printed_way_to_sta
         tensors(state, "optimizer.safetensors", dict.clear)
         mend(state)
     rows = (copied / "metrics.jsonl").read_bytes()
-    code, printed = gatrain(copied.parent, "resume", "run", "--max-restarts", "2")
-    assert code == 8, printed
+    printed = gatrain(copied.parent, "resume", "run", "--max-restarts", "2", expect=8)
     assert all(f"step_{number:08d}: " in printed for number in range(1, 7))
     assert (copied / "metrics.jsonl").read_bytes() == rows
     assert len(list(saved.iterdir())) == 6
     command = printed[printed.index("gatrain resume") :].split("\n")[0]
     assert command == f"gatrain resume {copied} --from-start"
-    code, printed = gatrain(copied.parent, *command.split()[1:])
-    assert code == 0, printed
+    gatrain(copied.parent, *command.split()[1:])
     assert same_end(prepared / "run", copied)
     assert len(list((copied / "saved.before-1").iterdir())) == 6
     assert (copied / "metrics.before-1.jsonl").read_bytes() == rows
@@ -303,7 +283,7 @@ HOSTILE: dict[str, tuple[int, Change]] = {
     "config seed": (2, in_config("seed: 0", f"seed: {10**30}")),
     "config effective": (8, in_config("effective: 8", "effective: 12")),
     "config precision": (2, in_config("precision: fp32", "precision: fp12")),
-    "config target": (2, in_config("hostile_points.Net", "os.system")),
+    "config target": (2, in_config("hostile.Net", "os.system")),
     **{f"link {name}": (7, lambda run, name=name: link_out(run, name)) for name in LINKS},  # type: ignore[misc]
     "lock link": (7, as_lock(lambda plan, lock: lock.symlink_to(plan))),
     "lock hard link": (7, as_lock(lambda plan, lock: lock.hardlink_to(plan))),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from command import environment, project
 
 from gatrain.train.ranks import Ranks
 
@@ -52,8 +52,8 @@ class Points(torch.utils.data.Dataset):
 """
 RECIPE = """
 defaults: [base, _self_]
-model: {_target_: slow_points.Net}
-data: {_target_: slow_points.Points}
+model: {_target_: slow.Net}
+data: {_target_: slow.Points}
 batch: {effective: 8, micro: 2}
 train: {steps: 6, log_every: 1, check: 'off'}
 precision: fp32
@@ -63,16 +63,10 @@ WORDS = ["launch", "--nproc", "2", "recipe=slow"]
 
 
 def start(folder: Path, *words: str, **env: str) -> subprocess.Popen[str]:
-    known = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "GATRAIN_TIMEOUT_S": str(TIMEOUT_S),
-    }
     return subprocess.Popen(
         [sys.executable, "-m", "gatrain", *words],
         cwd=folder,
-        env={**known, **env},
+        env=environment(GATRAIN_TIMEOUT_S=str(TIMEOUT_S), **env),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -88,9 +82,7 @@ def test_saves_longer_than_the_timeout_go_well_fail_and_are_interrupted_and_noth
     tmp_path: Path,
 ) -> None:
     """One run has a slow save and a slow one that fails; another is stopped within its slow save and goes on."""
-    (tmp_path / "slow_points.py").write_text(MODULE)
-    (tmp_path / "recipes").mkdir()
-    (tmp_path / "recipes" / "slow.yaml").write_text(RECIPE)
+    project(tmp_path, MODULE, RECIPE, "slow")
 
     failing = start(tmp_path, *WORDS, "run.dir=failing", SAVE_S=str(SAVE_S), FULL="1")
     printed = failing.communicate(timeout=200)[0]

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from command import gatrain, project
 from distributed import run_on_ranks
 from safetensors.torch import load_file
 from test_engine import CPU, Regression, engine, window
-from test_runs import gatrain
 from torch import Tensor, nn
 
 from gatrain.config import AdamWConfig, ScheduleConfig, SGDConfig
@@ -78,10 +78,7 @@ device: cpu
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    (tmp_path / "mine.py").write_text(MODULE)
-    (tmp_path / "recipes").mkdir()
-    (tmp_path / "recipes" / "mine.yaml").write_text(RECIPE)
-    return tmp_path
+    return project(tmp_path, MODULE, RECIPE)
 
 
 def rates(steps: int, lr: float) -> list[float]:

@@ -8,8 +8,6 @@ import math
 import random
 import re
 import shlex
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_runs import environment, gatrain, metrics, weights
+from command import gatrain, metrics, project, run, start
+from test_runs import weights
 from torch import nn
 
 from gatrain import assets
@@ -91,10 +90,7 @@ precision: fp32
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    (tmp_path / "mine.py").write_text(MODULE)
-    (tmp_path / "recipes").mkdir()
-    (tmp_path / "recipes" / "mine.yaml").write_text(RECIPE)
-    return tmp_path
+    return project(tmp_path, MODULE, RECIPE)
 
 
 def equal_weights(one: Path, two: Path, step: int) -> bool:
@@ -185,14 +181,7 @@ def test_a_run_killed_at_a_random_moment_loses_the_limit_at_most_and_goes_on_to_
         "eval.every=50",
     ]
     limit_s, step_s = 1.5, 0.4  # a step takes some 0.1 s; the machine may be busy
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gatrain", *words, "run.dir=killed", f"save.minutes={limit_s / 60}"],
-        cwd=folder,
-        env=environment() | {"SLOW_S": "0.01"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    process = start(folder, *words, "run.dir=killed", f"save.minutes={limit_s / 60}", SLOW_S="0.01")
     saved = folder / "killed" / "saved"
     deadline = time.monotonic() + 90
     while not list(saved.glob("step_*")):
@@ -223,14 +212,7 @@ def test_a_run_killed_at_a_random_moment_loses_the_limit_at_most_and_goes_on_to_
 
 
 def gatrain_with(folder: Path, planted: str, *words: str) -> tuple[int, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "gatrain", *words],
-        cwd=folder,
-        env=environment() | {"PLANTED": planted},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    done = run(*words, cwd=folder, PLANTED=planted)
     return done.returncode, done.stdout + done.stderr
 
 

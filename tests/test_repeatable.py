@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_runs import _start, _wait_for, gatrain, metrics
+from command import gatrain, metrics, project, start, wait_for
 
 MODULE = """
 import os, random, time
@@ -69,10 +69,7 @@ save: {every: 2, keep: 0}
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    (tmp_path / "drawn.py").write_text(MODULE)
-    (tmp_path / "recipes").mkdir()
-    (tmp_path / "recipes" / "drawn.yaml").write_text(RECIPE)
-    return tmp_path
+    return project(tmp_path, MODULE, RECIPE, "drawn")
 
 
 def losses(run: Path) -> list[float]:
@@ -85,8 +82,8 @@ def killed(folder: Path, name: str, *words: str, monkeypatch: pytest.MonkeyPatch
     """Losses of a run whose processes are all killed in the middle, and that is resumed."""
     with monkeypatch.context() as patch:
         patch.setenv("SLOW_S", "0.03")
-        process = _start(folder, "launch", *words, "recipe=drawn", f"run.dir={name}")
-        _wait_for(folder / name / "saved" / "step_00000004", process)
+        process = start(folder, "launch", *words, "recipe=drawn", f"run.dir={name}")
+        wait_for(folder / name / "saved" / "step_00000004", process)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         time.sleep(2.5)  # the ranks die with their launcher

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from command import gatrain, metrics, project, start, wait_for
 from safetensors.torch import load_file
 
 MODULE = """
@@ -54,32 +51,7 @@ batch: {effective: 23}
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A user's folder: one module, one recipe."""
-    (tmp_path / "points.py").write_text(MODULE)
-    (tmp_path / "recipes").mkdir()
-    (tmp_path / "recipes" / "points.yaml").write_text(RECIPE)
-    return tmp_path
-
-
-def gatrain(folder: Path, *words: str, expect: int = 0) -> str:
-    """Run the command in ``folder`` and return what it printed."""
-    done = subprocess.run(
-        [sys.executable, "-m", "gatrain", *words],
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == expect, f"{words} exited with {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done.stdout + done.stderr
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return project(tmp_path, MODULE, RECIPE, "points")
 
 
 def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
@@ -128,25 +100,6 @@ def test_text_with_most_labels_ignored_trains_the_same_model(folder: Path) -> No
     assert largest_relative_difference(weights(folder / "one", 8), weights(folder / "three", 8)) < 1e-5
 
 
-def _start(folder: Path, *words: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "gatrain", *words],
-        cwd=folder,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-
-
-def _wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 90
-    while not path.exists():
-        assert process.poll() is None, f"the run ended with {process.returncode} before {path.name} was there"
-        assert time.monotonic() < deadline, f"{path.name} did not appear"
-        time.sleep(0.02)
-
-
 KILLED = [
     "recipe=points", "train.seed=5", "precision=fp32", "batch.micro=4", "save.every=4", "train.log_every=3",
     "train.steps=40", "model.dropout=0.2", "data.slow_s=0.001", "run.dir=killed",
@@ -155,8 +108,8 @@ KILLED = [
 
 def test_a_killed_run_goes_on_to_the_same_bits(folder: Path) -> None:
     """kill -9 of the launcher after a save; momentum, dropout and random samples are all in play."""
-    process = _start(folder, "launch", "--nproc", "2", *KILLED)
-    _wait_for(folder / "killed" / "saved" / "step_00000008", process)
+    process = start(folder, "launch", "--nproc", "2", *KILLED)
+    wait_for(folder / "killed" / "saved" / "step_00000008", process)
     process.kill()
     process.wait()
     time.sleep(2.5)  # the ranks die with their launcher
@@ -174,8 +127,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(folder: Path) -> None:
 def test_a_stopped_run_goes_on_with_another_number_of_processes(folder: Path) -> None:
     """SIGTERM saves at the window in hand; two processes continue what one began."""
     words = [word for word in KILLED if not word.startswith("model.dropout")]
-    process = _start(folder, "fit", *words, *SGD[:2])
-    _wait_for(folder / "killed" / "saved" / "step_00000004", process)
+    process = start(folder, "fit", *words, *SGD[:2])
+    wait_for(folder / "killed" / "saved" / "step_00000004", process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 143
     stopped_at = json.loads((folder / "killed" / "summary.json").read_text())

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from command import run
 
 from gatrain import secrets
 from gatrain.secrets import hide, redact, redact_value
@@ -226,11 +227,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def gatrain(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "gatrain", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240)
-
-
 def holding(secret: str, *folders: Path) -> list[str]:
     """Files that hold it, but for a config.yaml that nobody else may read."""
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
@@ -244,17 +240,17 @@ def test_twenty_secrets_of_one_command_are_only_in_the_private_configuration(her
     unlike = [word.replace("data.", f"data.n{number}.", 1) for number, word in enumerate(given)]
     words = [f"+{word.lstrip('+')}" for word in unlike if "8414" not in word]
     assert len(words) >= 20
-    failed = gatrain("fit", "recipe=own", "run.dir=a", "+data.fails=true", *words)
+    failed = run("fit", "recipe=own", "run.dir=a", "+data.fails=true", *words)
     assert failed.returncode == 4, failed.stderr
     assert "the server refused" in failed.stderr
-    shown = gatrain("show", "recipe=own", *words)
-    done = gatrain(
+    shown = run("show", "recipe=own", *words)
+    done = run(
         "fit", "recipe=own", "run.dir=b", "+data.plain=S1LLY", "+data.token=${oc.env:HF_TOKEN}", *words
     )
     assert done.returncode == 0, done.stderr
-    resumed = gatrain("resume", "b", "train.steps=3")
+    resumed = run("resume", "b", "train.steps=3")
     assert resumed.returncode == 0, resumed.stderr
-    wrong = gatrain("fit", "recipe=own", "dataa.token=S3CRETwrong")
+    wrong = run("fit", "recipe=own", "dataa.token=S3CRETwrong")
     assert wrong.returncode == 2
     assert "dataa" in wrong.stderr
     for said in (failed, shown, done, resumed, wrong):

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command import gatrain, metrics
 from distributed import run_on_ranks
 from PIL import Image
 from test_exact_gradient import gradient, relative_error
-from test_runs import gatrain, largest_relative_difference, metrics, weights
+from test_runs import largest_relative_difference, weights
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Subset
 

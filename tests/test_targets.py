@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import command
 import pytest
 
 from gatrain import build, commands, target_rules, targets, trust
@@ -521,8 +522,7 @@ save: {every: 1}
 
 
 def gatrain(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "gatrain", *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, **env})
+    return command.run(*words, **env)
 
 
 def test_only_the_command_line_can_give_trust(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

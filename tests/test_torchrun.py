@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_runs import MODULE, RECIPE, environment, gatrain, metrics, weights
+from command import environment, gatrain, metrics, project
+from test_runs import MODULE, RECIPE, weights
 
 from gatrain import cli
 from gatrain.errors import ConfigError, LaunchError
@@ -120,10 +121,7 @@ def test_the_others_of_a_node_end_with_the_code_of_the_first(
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    (tmp_path / "points.py").write_text(MODULE)
-    (tmp_path / "recipes").mkdir()
-    (tmp_path / "recipes" / "points.yaml").write_text(RECIPE)
-    return tmp_path
+    return project(tmp_path, MODULE, RECIPE, "points")
 
 
 def started(folder: Path, *words: str) -> subprocess.Popen[str]:

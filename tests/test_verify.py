@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_runs import environment
+from command import run
 
 MODULE = """
 import torch
@@ -51,14 +49,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def verify(folder: Path, *words: str, expect: int) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-m", "gatrain", "verify", "--json", *words],
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    done = run("verify", "--json", *words, cwd=folder, timeout_s=600)
     assert done.returncode == expect, done.stdout + done.stderr
     report: dict[str, Any] = json.loads(done.stdout)
     return report

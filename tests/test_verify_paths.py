@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_runs import environment
+from command import run
 from torch import Tensor, nn
 
 from gatrain.compose import compose
@@ -239,10 +239,7 @@ def test_a_training_core_that_sums_in_16_bits_is_caught(
 
 
 def test_two_processes_prove_the_trained_path(folder: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "gatrain", "verify", "--json", "recipe=plain", "model.dtype=bfloat16"],
-        cwd=folder, env=environment(), capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+    done = run("verify", "--json", "recipe=plain", "model.dtype=bfloat16", cwd=folder, timeout_s=600)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout)
     (row,) = [case for case in report["cases"] if case["name"] == "two processes, summed"]
