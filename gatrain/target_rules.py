@@ -12,6 +12,7 @@ PUBLIC = frozenset(
     {
         "gatrain.data.digits.Digits",
         "gatrain.data.image_folder.ImageFolderData",
+        "gatrain.data.mixture.Mixture",
         "gatrain.data.padded.PaddedText",
         "gatrain.data.text.TextWindows",
         "gatrain.models.gpt.GPT",

@@ -43,7 +43,7 @@ ROOMS: dict[str, set[str]] = {
     "sources": set(),
     "models": set(),
     "optimizers": set(),
-    "data": {"assets", "rundir"},
+    "data": {"assets", "batch", "rundir", "train.order", "train.seeding"},
     "tasks": {"construction", "train.seeding"},
     "schema": set(),
     "codec": {"schema"},

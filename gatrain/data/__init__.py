@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gatrain.data.digits import Digits
     from gatrain.data.image_folder import ImageFolderData
+    from gatrain.data.mixture import Mixture
     from gatrain.data.padded import PaddedText
     from gatrain.data.text import TextWindows
 
-__all__ = ["Digits", "ImageFolderData", "PaddedText", "TextWindows"]
+__all__ = ["Digits", "ImageFolderData", "Mixture", "PaddedText", "TextWindows"]
 
 _HOMES = {
     "Digits": "digits",
     "ImageFolderData": "image_folder",
+    "Mixture": "mixture",
     "PaddedText": "padded",
     "TextWindows": "text",
 }
