@@ -194,7 +194,7 @@ def fit(
         _write_plan(run_dir, plan, hardware)
         write_record(run_dir, composed, plan, found, cwd)
         listener.planned(plan, run_dir.path)
-        return _launch(run_dir, _rendezvous(nodes, request), hardware, request, cwd)
+        return _launch(run_dir, rendezvous, hardware, request, cwd)
 
 
 def resume(
