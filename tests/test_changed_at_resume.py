@@ -19,7 +19,8 @@ from command import environment, project, warm_program
 from gatrain import build, fit, recorded, worker
 from gatrain.compose import compose, reload, resolve_again
 from gatrain.errors import ConfigError, SavedStateError
-from gatrain.fit import Listener
+from gatrain.fit import resuming
+from gatrain.fit.listener import Listener
 from gatrain.rundir import RunDir
 
 MODULE = """
@@ -101,7 +102,7 @@ def run(started: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(folder)
     monkeypatch.setenv("RATE", "1e-3")
     monkeypatch.setenv("POINTS", "points.txt")
-    monkeypatch.setattr(fit, "_launch", lambda *given: fit.Outcome(given[0].path))
+    monkeypatch.setattr(resuming, "start_ranks", lambda *given: fit.Outcome(given[0].path))
     return folder / "run"
 
 

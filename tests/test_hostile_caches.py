@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from gatrain import codec, fit
+from gatrain import codec
 from gatrain.errors import LaunchError
-from gatrain.fit import preparation
+from gatrain.fit import preparation, resuming
 from gatrain.fit.preparation import State
 from gatrain.inspected import Inspected
 from gatrain.launch.failure import first_cause
@@ -112,8 +112,8 @@ def remembered(folder: Path) -> list[tuple[str, Path, Callable[[], Any], Any]]:
             None,
         ),
         ("metrics", folder / "metrics.jsonl", lambda: read_lines(folder / "metrics.jsonl"), []),
-        ("hardware", folder / "hardware.json", lambda: fit._hardware_before(RunDir(folder)), None),
-        ("summary", folder / "summary.json", lambda: fit._summary_of(RunDir(folder)), {}),
+        ("hardware", folder / "hardware.json", lambda: resuming._hardware_before(RunDir(folder)), None),
+        ("summary", folder / "summary.json", lambda: resuming._summary_of(RunDir(folder)), {}),
     ]
 
 

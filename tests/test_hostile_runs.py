@@ -15,6 +15,7 @@ from command import gatrain, project
 
 from gatrain import fit, states
 from gatrain.errors import GatrainError
+from gatrain.fit import resuming
 from gatrain.report.jsonl import read_lines
 from gatrain.rundir import RunDir, write_json
 
@@ -312,7 +313,7 @@ def test_a_hostile_file_is_refused_with_its_exit_code_and_its_name(
 ) -> None:
     code, change = HOSTILE[case]
     monkeypatch.chdir(copied.parent)
-    monkeypatch.setattr(fit, "_launch", lambda *given, **more: pytest.fail("it was believed"))
+    monkeypatch.setattr(resuming, "start_ranks", lambda *given, **more: pytest.fail("it was believed"))
     change(copied)
     rows = (copied / "metrics.jsonl").read_bytes()
     with pytest.raises(GatrainError) as found:
@@ -336,4 +337,4 @@ def test_a_summary_that_tells_of_a_state_that_is_not_there_is_not_believed(copie
         ({"step": "6"}, False),
     ):
         write_json(run_dir.summary, {**ended, **changes})
-        assert bool(fit._summary_of(run_dir)) is is_believed
+        assert bool(resuming._summary_of(run_dir)) is is_believed

@@ -9,7 +9,7 @@ import pytest
 
 from gatrain.commands import Again
 from gatrain.errors import RunFolderError
-from gatrain.fit.claim import claimed
+from gatrain.fit.claim import acquire_run_dir
 from gatrain.rundir import RunDir, locked
 
 AGAIN = Again(("launch", "--nproc", "2", "recipe=x"), Path("/nowhere else"))
@@ -36,7 +36,7 @@ def names(path: Path) -> set[str]:
 
 def test_a_run_is_not_replaced_by_default_and_both_ways_on_are_named(tmp_path: Path) -> None:
     run_dir = a_run(tmp_path / "a run")
-    with pytest.raises(RunFolderError) as caught, claimed(run_dir.path, True, AGAIN):
+    with pytest.raises(RunFolderError) as caught, acquire_run_dir(run_dir.path, True, AGAIN):
         pass
     assert f"gatrain resume '{run_dir.path}'" in str(caught.value)
     assert "cd '/nowhere else' && gatrain launch --nproc 2 recipe=x --overwrite" in str(caught.value)
@@ -48,7 +48,7 @@ def test_what_others_put_into_the_folder_stays(tmp_path: Path) -> None:
     for name in ("notes.txt", "saved/best/model.safetensors", "saved/step_best", "logs/mine.log"):
         (run_dir.path / name).parent.mkdir(exist_ok=True)
         (run_dir.path / name).write_text("mine")
-    with claimed(run_dir.path, True, AGAIN, overwrite=True) as claim:
+    with acquire_run_dir(run_dir.path, True, AGAIN, overwrite=True) as claim:
         assert run_dir.saved_steps() == [4]  # until the next run is ready
         said = claim.clear()
     assert "1 saved state, that of step 4" in str(said)
@@ -61,7 +61,7 @@ def test_a_failure_before_the_next_run_is_ready_leaves_the_earlier_one_whole(tmp
     before = names(run_dir.path)
 
     def prepare() -> None:
-        with claimed(run_dir.path, True, AGAIN, overwrite=True):
+        with acquire_run_dir(run_dir.path, True, AGAIN, overwrite=True):
             (run_dir.path / ".session").write_text("5e55")
             raise RuntimeError("the plan failed")
 
@@ -77,7 +77,7 @@ def test_a_folder_that_is_not_gatrains_is_never_touched(tmp_path: Path, missing:
     before = names(run_dir.path)
     with (
         pytest.raises(RunFolderError, match="left alone"),
-        claimed(run_dir.path, True, AGAIN, overwrite=True),
+        acquire_run_dir(run_dir.path, True, AGAIN, overwrite=True),
     ):
         pass
     assert names(run_dir.path) == before
@@ -88,7 +88,7 @@ def test_a_run_that_is_under_way_is_not_replaced(tmp_path: Path) -> None:
     with (
         locked(run_dir),
         pytest.raises(RunFolderError, match="is in use by process"),
-        claimed(run_dir.path, True, AGAIN, overwrite=True),
+        acquire_run_dir(run_dir.path, True, AGAIN, overwrite=True),
     ):
         pass
     assert run_dir.saved_steps() == [4]

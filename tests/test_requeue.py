@@ -14,7 +14,7 @@ import pytest
 from gatrain.compose import Composed, compose
 from gatrain.errors import ConfigError, RunFolderError
 from gatrain.fit import requeue
-from gatrain.fit.claim import choose_folder, claimed, folder_for_job
+from gatrain.fit.claim import acquire_run_dir, choose_folder, folder_for_job
 from gatrain.launch.schedulers import Auto, Job
 from gatrain.launch.torchrun import TorchrunWorld
 from gatrain.launch.world import Nodes, WorldRequest
@@ -78,7 +78,7 @@ def test_each_training_of_a_requeued_job_finds_its_own_folder(
     assert choose(low) == (parent / "job-77", True)
     path, named = choose(high)
     assert not named
-    with claimed(path, named, requeue.commands.Again((), tmp_path)) as claim:
+    with acquire_run_dir(path, named, requeue.commands.Again((), tmp_path)) as claim:
         assert claim.run_dir.path == parent / "job-77-2"
     started(parent / "job-77-2", high)
     assert choose(high) == (parent / "job-77-2", True)

@@ -12,7 +12,8 @@ from gatrain import assets
 from gatrain.compose import compose
 from gatrain.data.cache import build_once
 from gatrain.errors import ConfigError, RunFolderError
-from gatrain.fit import _working_dir, submit
+from gatrain.fit import submit
+from gatrain.fit.resuming import _working_dir
 from gatrain.launch.schedulers.sbatch import Resources
 from gatrain.rundir import RunDir, write_json
 from gatrain.tune.runner import TrialRunner

@@ -22,8 +22,8 @@ from gatrain.errors import ConfigError, DataError, GatrainError, Interrupted, Ve
 
 if TYPE_CHECKING:
     from gatrain.compose import Composed
-    from gatrain.fit import Outcome
     from gatrain.fit.job import StartNodes
+    from gatrain.fit.starting import Outcome
     from gatrain.fit.submit import Submission
     from gatrain.launch.schedulers import Job
     from gatrain.launch.torchrun import TorchrunWorld

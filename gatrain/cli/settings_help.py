@@ -16,7 +16,7 @@ READS: dict[str, tuple[str, ...] | None] = {
     "verify": ("batch", "precision", "checkpointing", "device", "gradient", "train.seed"),
     "resume": None,
 }  # fmt: skip
-"""The first parts of the keys that a command reads; none named means all. None: see `gatrain.fit.RESUME_KEYS`."""
+"""The first parts of the keys that a command reads; none named means all. None: `fit.resuming.RESUME_KEYS`."""
 EXAMPLES = {
     "fit": "gatrain fit recipe=llm batch.effective=64 optimizer.lr=1e-3",
     "launch": "gatrain launch --nproc 2 recipe=vision train.epochs=3",
@@ -63,7 +63,7 @@ def help_lines(command: str, columns: int = 80) -> list[str]:
 def _reads(command: str, key: str) -> bool:
     first = READS[command]
     if first is None:
-        from gatrain.fit import RESUME_KEYS
+        from gatrain.fit.resuming import RESUME_KEYS
 
         first = RESUME_KEYS
     return not first or any(key == each or key.startswith(f"{each}.") for each in first)

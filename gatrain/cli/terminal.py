@@ -28,7 +28,7 @@ from gatrain.errors import GatrainError, RunFolderError, nearest
 from gatrain.secrets import hide, hide_in, hide_known
 
 if TYPE_CHECKING:
-    from gatrain.fit import Listener
+    from gatrain.fit.listener import Listener
 
 
 class Progress:
@@ -63,7 +63,7 @@ class Progress:
 
     def listener(self, print_plan: bool = True) -> Listener:
         from gatrain.data.report import DataRecord
-        from gatrain.fit import Listener
+        from gatrain.fit.listener import Listener
         from gatrain.plan import Plan
 
         seen: list[DataRecord] = []
@@ -80,11 +80,11 @@ class Progress:
                 if run_dir is not None:
                     print(f"Run folder: {run_dir}", flush=True)
 
-        def said(text: str) -> None:
+        def notice(text: str) -> None:
             self.stop()
             print(hide_known(text), file=sys.stderr, flush=True)
 
-        return Listener(progress=self.tell, read=seen.append, planned=planned, said=said)
+        return Listener(progress=self.tell, read=seen.append, planned=planned, notice=notice)
 
 
 def print_json(data: Any) -> None:

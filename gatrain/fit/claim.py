@@ -123,7 +123,7 @@ def _again_at(path: Path, composed: Composed, nodes: Nodes, job: Job | None) -> 
 
 
 @contextlib.contextmanager
-def claimed(path: Path, named: bool, again: Again, overwrite: bool = False) -> Iterator[Claim]:
+def acquire_run_dir(path: Path, named: bool, again: Again, overwrite: bool = False) -> Iterator[Claim]:
     """Create and lock the run folder; take it away again if the run ends before it has anything to keep.
 
     Args:

@@ -1,4 +1,4 @@
-"""The job that this command runs in: the one place where a scheduler is asked."""
+"""Where a command runs: in which job (the one place where a scheduler is asked), and on how many processes."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from gatrain import doors, imports
+from gatrain import batch, doors, imports
 from gatrain.commands import setting
 from gatrain.compose import Composed
 from gatrain.config import RunConfig
-from gatrain.errors import ConfigError
+from gatrain.errors import ConfigError, LaunchError
 from gatrain.fit.claim import folder_for_job
+from gatrain.hardware import Hardware, detect_hardware
 from gatrain.launch.schedulers import Job, Scheduler, shipped
-from gatrain.launch.world import WorldRequest
+from gatrain.launch.world import Nodes, WorldRequest
 
 StartNodes = Callable[[Job, Sequence[str]], NoReturn]
 """Starts the present command, with some more words, on every node of a job."""
@@ -76,3 +77,23 @@ def reach_every_node(
         return
     folder = folder_for_job(composed, job, cwd) if composed is not None and not overwrite else None
     start_nodes(job, [] if folder is None else [setting("run.dir", str(folder))])
+
+
+def find_world(config: RunConfig, request: WorldRequest) -> tuple[Hardware, Nodes]:
+    """Look at the hardware and settle how many processes train.
+
+    Raises:
+        LaunchError: more processes than GPUs, or a device that is not there.
+        PlanError: a fixed micro-batch exceeds the largest share.
+    """
+    hardware = detect_hardware(config.device)
+    nproc = request.nproc if request.nproc is not None else max(1, len(hardware.gpus))
+    if hardware.gpus and nproc > len(hardware.gpus):
+        raise LaunchError(
+            f"--nproc {nproc} asks for more processes than this machine has GPUs "
+            f"({hardware.describe()}). Use --nproc {len(hardware.gpus)} or less, or device=cpu."
+        )
+    nodes = request.nodes(nproc)
+    if isinstance(config.batch.micro, int):
+        batch.Split(config.batch.effective, nodes.world_size).check_micro_batch(config.batch.micro)
+    return hardware, nodes

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from gatrain import codec
 from gatrain.config import RunConfig
+from gatrain.fit.listener import Listener
+from gatrain.fit.preparation import Preparation
 from gatrain.hardware import Hardware
 from gatrain.inspected import Inspected
 from gatrain.inspection import begin_inspection, inspected
 from gatrain.launch.world import Nodes
 from gatrain.plan import Plan
 from gatrain.recorded import read_data
-from gatrain.rundir import RunDir
-
-if TYPE_CHECKING:
-    from gatrain.fit import Listener
-    from gatrain.fit.preparation import Preparation
+from gatrain.rundir import RunDir, write_json
 
 
 def plan_run(
@@ -104,3 +103,9 @@ def why_plan_again(run_dir: RunDir, plan: Plan | None, found: Inspected) -> str:
             return f"The plan was measured for samples of {before.shapes}, and they are {now.shapes} now."
     other = [f"{name}: was {was:,}, is {is_now:,}" for name, was, is_now in pairs if was != is_now]
     return f"The plan was measured for another model or other data ({'; '.join(other)})." if other else ""
+
+
+def write_plan(run_dir: RunDir, plan: Plan, hardware: Hardware) -> None:
+    """Keep the plan, and what it was made on, in the run folder."""
+    write_json(run_dir.hardware, codec.encode(hardware))
+    write_json(run_dir.plan, plan.to_dict())

@@ -11,9 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from gatrain.commands import Again
+from gatrain.compose import Composed
+from gatrain.fit import requeue
 from gatrain.launch.schedulers import Job
 from gatrain.recorded import versions
+from gatrain.rundir import RunDir, write_json, write_text
 from gatrain.secrets import redact
+
+
+def write_start(run_dir: RunDir, composed: Composed, again: Again, job: Job | None) -> None:
+    """Keep how a new run was started: ``env.json`` and the override words."""
+    words = [f"recipe={composed.recipe}", *map(redact, composed.overrides)]
+    env = environment(composed.recipe, composed.recipe_file, words, again, job)
+    write_json(run_dir.env, env | {"settings": requeue.digest(composed.config)})
+    write_text(run_dir.overrides, "\n".join(words) + "\n")
 
 
 def environment(

@@ -19,6 +19,7 @@ from gatrain.compose import Composed, load_config
 from gatrain.config import RunConfig
 from gatrain.errors import ConfigError, RunFolderError
 from gatrain.launch.schedulers import Job
+from gatrain.launch.world import WorldRequest
 from gatrain.rundir import RunDir, read_json, write_json
 from gatrain.secrets import redact_value
 
@@ -61,6 +62,31 @@ def is_of(run_dir: RunDir, job: Job) -> bool:
     env = _env(run_dir)
     known = env.get("job") or env.get("slurm_job")  # the latter of an older gatrain
     return known is not None and str(known) == job.id and env.get("scheduler", "slurm") == job.scheduler
+
+
+def earlier_attempt(
+    run_dir: RunDir, request: WorldRequest, composed: Composed, overwrite: bool
+) -> RunDir | None:
+    """The run of an earlier attempt of this command, which a scheduler has started again; None if it has none.
+
+    Args:
+        overwrite: whether a run that is older than the job is to be replaced.
+
+    Raises:
+        RunFolderError: there is a run with other settings.
+    """
+    if not run_dir.has_run():
+        return None
+    if overwrite:
+        torchrun, job = request.torchrun, request.job
+        if torchrun is not None and torchrun.attempt:
+            is_older = not torchrun.earlier_runs()
+        else:
+            is_older = job is None or not is_of(run_dir, job)
+        if is_older:
+            return None
+    check_same(run_dir, composed)
+    return run_dir
 
 
 def first_of(folders: Iterable[Path], config: RunConfig) -> Path | None:

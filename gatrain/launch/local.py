@@ -182,7 +182,9 @@ class _Agent:
             return (
                 cause.error
                 if cause
-                else WorkerError(f"the ranks ended without a reason; see the logs in {self.run_dir.logs}")
+                else WorkerError(
+                    f"the ranks ended and left no report of an error; see the logs in {self.run_dir.logs}"
+                )
             )
         if isinstance(self._error, GatrainError):
             return self._error
@@ -210,7 +212,7 @@ def _raise_if_stopped(run_dir: RunDir, watch: Watch, since: float) -> None:
         ):
             return
     if watch.killed:
-        text = f"Stopped by {name_of(signum)}; ranks had to be ended before they were done, so the newest "
+        text = f"Stopped by {name_of(signum)}; ranks were killed before they had saved, so the newest "
         raise interrupted(signum, text + "saved state is of an earlier step.")
     raise interrupted(signum, f"Stopped by {name_of(signum)}.")
 
