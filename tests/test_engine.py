@@ -176,7 +176,7 @@ def test_fp16_takes_one_scaling_decision_per_window() -> None:
 
 
 def deeper_gpt() -> nn.Module:
-    return GPT(vocab_size=17, context=8, layers=4, heads=2, width=16)
+    return GPT(vocab_size=17, context=8, layers=8, heads=2, width=16)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
@@ -308,7 +308,7 @@ def test_what_compiles_for_every_batch_is_compiled_no_more_and_it_is_said() -> N
 
 
 def test_models_that_repeat_nothing_are_compiled_as_one() -> None:
-    assert len(repeated_blocks(deeper_gpt())) == 4
+    assert len(repeated_blocks(deeper_gpt())) == 8
     assert repeated_blocks(small_gpt()) == []
     assert repeated_blocks(nn.Sequential(*(Residual() for _ in range(8)))) == []  # convolutions
     assert repeated_blocks(nn.Linear(2, 2)) == []

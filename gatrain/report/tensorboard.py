@@ -18,8 +18,8 @@ from gatrain.train.events import RunInfo
 from gatrain.train.records import RunSummary, StepRecord
 
 FLUSH_S = 30.0
-MOST_WAITING = 200_000
-"""Points that wait in memory for a disk that takes none."""
+MOST_WAITING = 30_000
+"""Steps whose points wait in memory for a disk that takes none."""
 
 
 class TensorBoardSink(Logger):
@@ -35,14 +35,14 @@ class TensorBoardSink(Logger):
         self.missing = 0
         self._info: RunInfo | None = None
         self._writer: Any = None
-        self._kept: list[tuple[str, float, int]] = []
+        self._kept: list[tuple[Mapping[str, float], int]] = []
         self._flushed_at = time.monotonic()
         self._failed = False
 
     @property
     def waiting(self) -> int:
         """Points that no file holds, after an error."""
-        return len(self._kept) if self._failed else 0
+        return sum(len(values) for values, _ in self._kept) if self._failed else 0
 
     def check(self, config: RunConfig) -> None:
         require("tensorboard")
@@ -74,15 +74,12 @@ class TensorBoardSink(Logger):
     def _add(self, values: Mapping[str, float], step: int) -> None:
         if self._info is None:
             return
-        found = [(name, value, step) for name, value in values.items()]
-        self._kept += found
-        if (surplus := len(self._kept) - MOST_WAITING) > 0:
-            del self._kept[:surplus]
-            self.missing += surplus
+        self._kept.append((values, step))
+        if len(self._kept) > MOST_WAITING:
+            self.missing += len(self._kept.pop(0)[0])
         if self._writer is not None:
             with self._told():
-                for point in found:
-                    self._writer.add_scalar(*point)
+                _write(self._writer, values, step)
         if self._writer is None or time.monotonic() > self._flushed_at + FLUSH_S:
             self._flush()
 
@@ -91,8 +88,8 @@ class TensorBoardSink(Logger):
             writer = self._writer
             if writer is None:
                 writer = self._open()
-                for point in self._kept:
-                    writer.add_scalar(*point)
+                for values, step in self._kept:
+                    _write(writer, values, step)
             writer.flush()
         self._kept, self._failed, self._flushed_at = [], False, time.monotonic()
 
@@ -111,11 +108,20 @@ class TensorBoardSink(Logger):
         from torch.utils.tensorboard import SummaryWriter  # late: it takes a second, and only rank 0 wants it
 
         assert self._info is not None
-        first = self._kept[0][2] if self._failed and self._kept else self._info.first_step + 1
+        first = self._kept[0][1] if self._failed and self._kept else self._info.first_step + 1
         # Points after the step that the run goes on from belong to steps that will be trained again.
         writer: Any = SummaryWriter  # untyped in torch
         self._writer = writer(log_dir=str(self.folder), purge_step=first, flush_secs=int(FLUSH_S))
         return self._writer
+
+
+def _write(writer: Any, values: Mapping[str, float], step: int) -> None:
+    """All points of a step in one event: the writer's thread, which holds the interpreter's lock against the
+    training, opens the file for each event."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    points = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+    writer._get_file_writer().add_summary(Summary(value=points), step)
 
 
 def where_installed() -> TensorBoardSink | None:

@@ -29,8 +29,9 @@ MOST_LENGTHS, MOST_SHAPES = 2, 8
 """Shapes of one sample, and of whole batches, beyond which lengths vary, whatever was declared."""
 MOST_AGAIN = 12
 """Batches of a new shape that may compile again although lengths are dynamic, before nothing is compiled."""
-FEWEST_REPEATS = 4
-"""Blocks for each different block: below that, compiling the model as one costs about as little."""
+FEWEST_REPEATS = 8
+"""Blocks for each different block: below that, compiling the model as one takes little longer, and each micro-step
+runs two graphs instead of two for each block, which a small model feels (``tests/benchmarks/small_model.py``)."""
 
 
 class CompiledLossSum:
