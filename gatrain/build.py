@@ -15,7 +15,7 @@ from torch import nn
 
 from gatrain import doors, targets
 from gatrain.causes import told
-from gatrain.config import OptimizerConfig, RunConfig
+from gatrain.config import OPEN_NODES, OptimizerConfig, RunConfig
 from gatrain.construction import build_without_memory_or_really, check_numbers, check_shapes, kept_defaults
 from gatrain.errors import ConfigError, DataError, GatrainError
 from gatrain.plan import StepSettings
@@ -40,8 +40,6 @@ from gatrain.train.stream_loader import StreamWindows
 from gatrain.train.windows import WindowSchedule
 
 T = TypeVar("T")
-
-NODES = ("model", "data", "loss", "task")
 
 
 def check_targets(config: RunConfig) -> None:
@@ -79,7 +77,7 @@ def _check_values(config: RunConfig) -> None:
 
 def nodes_of(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every node with a `_target_` that the configuration names, nested ones included, with its place."""
-    for key in NODES:
+    for key in OPEN_NODES:
         yield from targets.nodes(key, getattr(config, key))
     for key in ("optimizer", "schedule"):  # by short name they are typed, and name no node
         if (node := getattr(config, key).node) is not None:

@@ -18,6 +18,8 @@ from gatrain.optimizer_config import ScheduleConfig as ScheduleConfig
 from gatrain.optimizer_config import SGDConfig as SGDConfig
 from gatrain.optimizer_config import check_optimizer, check_schedule
 
+OPEN_NODES = ("model", "data", "loss", "task")
+"""Sections for the user's own work, with keys that only the ``_target_`` knows."""
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 CHECKPOINTING = ("auto", "none", "selective", "full")
 SYNCS = ("auto", "overlap", "window")

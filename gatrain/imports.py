@@ -72,7 +72,7 @@ class _Own:
         if asker == _RESOLVER:
             return True
         file = frame.f_globals.get("__file__") or frame.f_code.co_filename
-        return os.path.realpath(file).startswith(os.path.join(self.folder, "")) and not _is_installed(file)
+        return os.path.realpath(file).startswith(os.path.join(self.folder, "")) and not is_installed(file)
 
 
 def _is_machinery(frame: FrameType) -> bool:
@@ -81,6 +81,7 @@ def _is_machinery(frame: FrameType) -> bool:
     return name.partition(".")[0] == "importlib" or file.startswith("<frozen importlib")
 
 
-def _is_installed(file: str) -> bool:
-    """A virtual environment may lie in the working folder."""
-    return any(part in ("site-packages", "dist-packages") for part in Path(file).parts)
+def is_installed(file: str | Path) -> bool:
+    """Whether it is of an installed package, or one of Python's own libraries: those do not change under the user's
+    hands. A virtual environment may lie in the working folder."""
+    return any(part in ("site-packages", "dist-packages", "lib-dynload") for part in Path(file).parts)

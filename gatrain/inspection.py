@@ -15,12 +15,11 @@ from typing import Any
 
 from gatrain import child, codec, doors, imports, targets
 from gatrain.child import Child
-from gatrain.config import RunConfig
+from gatrain.config import OPEN_NODES, RunConfig
 from gatrain.errors import ConfigError, DataError, nearest
 from gatrain.inspected import Inspected
 from gatrain.sources import file_states, named_files, own_modules
 
-NODES = ("model", "data", "loss", "task")
 FAILED = "inspecting the model and the data failed"
 _CONFIG, _REALLY = "config.yaml", "--really"
 
@@ -31,7 +30,7 @@ def check_modules(config: RunConfig, cwd: Path) -> None:
     Raises:
         ConfigError: a module that is neither installed nor in ``cwd``.
     """
-    parts = [(key, getattr(config, key)) for key in NODES]
+    parts = [(key, getattr(config, key)) for key in OPEN_NODES]
     parts += [each for door in doors.SHIPPED for each in doors.nodes_of(door, getattr(config, door))]
     for key, node in parts:
         for path, each in targets.nodes(key, node):
@@ -101,7 +100,7 @@ def _inspect(config: RunConfig, folder: Path, really: bool) -> Inspected:
     from gatrain.train.main_gradients import half_names, half_parameters
     from gatrain.train.modules import batch_norms, mode_remarks
 
-    nodes = {key: getattr(config, key) for key in NODES}
+    nodes = {key: getattr(config, key) for key in OPEN_NODES}
     files = file_states(named_files(nodes, Path.cwd()))
     build.check_targets(config)
     task, source = build.build_task_and_source(config)

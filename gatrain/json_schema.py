@@ -7,13 +7,13 @@ import typing
 from typing import Any
 
 from gatrain import doors
+from gatrain.config import OPEN_NODES
 from gatrain.settings import CHOICES, Setting, settings, spelt
 
 DRAFT = "http://json-schema.org/draft-07/schema#"
 """What editors' YAML support reads."""
 REFERENCE = {"type": "string", "pattern": r"\$\{.+\}"}
 """A value may refer to another one or to the environment."""
-NODES = ("model", "data", "loss", "task")
 _TYPES = {int: "integer", float: "number", str: "string", bool: "boolean", types.NoneType: "null"}
 
 
@@ -45,7 +45,7 @@ def recipe_schema() -> dict[str, Any]:
 
 def _value(setting: Setting) -> dict[str, Any]:
     schema: dict[str, Any] = {"description": setting.text} if setting.text else {}
-    if setting.key in NODES:
+    if setting.key in OPEN_NODES:
         return schema | {"type": ["object", "null"], "properties": {"_target_": {"type": "string"}}}
     if setting.default is not None:
         schema["default"] = spelt(setting.default) if isinstance(setting.default, tuple) else setting.default

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gatrain import __version__, commands
+from gatrain.config import OPEN_NODES
 from gatrain.data.compare import data_differences
 from gatrain.data.report import DataRecord
 from gatrain.errors import RunFolderError, SavedStateError
@@ -187,7 +188,7 @@ def setting_differences(
     for key in dict.fromkeys([*recorded.settings, *now]):
         if any(covers(free, key) for free in FREE):
             continue
-        if key not in recorded.settings and not covers_any(("model", "data", "loss", "task"), key):
+        if key not in recorded.settings and not covers_any(OPEN_NODES, key):
             continue  # a setting that an earlier version did not have
         old, new = recorded.settings.get(key, _ABSENT), now.get(key, _ABSENT)
         allowed = [_plain(old), *([_plain(recorded.before[key])] if key in recorded.before else [])]

@@ -16,6 +16,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from gatrain.imports import is_installed
+
 MAX_SOURCE_FILES = 200
 
 
@@ -48,7 +50,7 @@ def source_hash(target: str, cwd: Path | None = None) -> str:
             return hash_files(_siblings(origin))
         if names[0] == "gatrain":  # the part that is named; the caller knows what it is used with
             return hash_files(sorted(_deepest_file(origin, names[1:]).parent.rglob("*.py")))
-        if not _is_installed(origin):
+        if not is_installed(origin):
             return hash_files(sorted(origin.parent.rglob("*.py"))[:MAX_SOURCE_FILES])
         return hash_files([_deepest_file(origin, names[1:])])
     return "not found"
@@ -68,14 +70,9 @@ def hash_files(paths: Iterable[Path]) -> str:
 
 
 def _siblings(origin: Path) -> list[Path]:
-    if _is_installed(origin):
+    if is_installed(origin):
         return [origin]
     return [origin, *sorted(path for path in origin.parent.glob("*.py") if path != origin)[:MAX_SOURCE_FILES]]
-
-
-def _is_installed(origin: Path) -> bool:
-    """Installed packages do not change under the user's hands; Python's own library neither."""
-    return any(part in ("site-packages", "dist-packages", "lib-dynload") for part in origin.parts)
 
 
 def _deepest_file(origin: Path, names: Iterable[str]) -> Path:
@@ -141,6 +138,6 @@ def own_modules() -> list[str]:
         if not isinstance(path, str) or name in ("sitecustomize", "usercustomize"):
             continue
         path = os.path.abspath(path)
-        if not path.startswith(_NOT_OWN) and not _is_installed(Path(path)):
+        if not path.startswith(_NOT_OWN) and not is_installed(path):
             found.add(path)
     return sorted(found)

@@ -40,7 +40,7 @@ ROOMS: dict[str, set[str]] = {
     "signatures": set(),
     "child": {"causes", "imports", "offspring", "rundir", "scratch"},
     "construction": set(),
-    "sources": set(),
+    "sources": {"imports"},
     "models": set(),
     "optimizers": set(),
     "data": {"assets", "batch", "rundir", "train.order", "train.seeding"},

@@ -24,8 +24,7 @@ from omegaconf.errors import (
 from gatrain import settings
 from gatrain.compose import defaults_list, schema, words
 from gatrain.compose.declared import Text
-from gatrain.compose.words import OPEN_NODES
-from gatrain.config import RunConfig
+from gatrain.config import OPEN_NODES, RunConfig
 from gatrain.errors import ConfigError, nearest
 from gatrain.secrets import REDACTED
 

@@ -23,9 +23,6 @@ from gatrain.compose import schema
 from gatrain.compose.declared import Text, text_arguments
 from gatrain.errors import ConfigError
 
-OPEN_NODES = ("model", "data", "loss", "task")
-"""Sections for the user's own work, with keys that only the ``_target_`` knows."""
-
 _NAMES = ("run.name",)
 """A name is a name: ``null`` too."""
 _FUNCTION = re.compile(
