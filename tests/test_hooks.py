@@ -1,0 +1,566 @@
+"""The doors `hooks` and `logger`: a person's own and the shipped ones, from a folder and YAML alone, killed and
+resumed, on one rank and on two."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, load_model
+from test_runs import gatrain, metrics
+from torch import Tensor, nn
+
+from gatrain import build
+from gatrain.compose import compose
+from gatrain.errors import ConfigError, PeerFailed, SavedStateError
+from gatrain.hooks.best import Best
+from gatrain.hooks.early_stopping import EarlyStopping
+from gatrain.hooks.ema import EMA
+from gatrain.train import parts
+from gatrain.train.hook import Hook, HookRun, TrainedStep
+from gatrain.train.hooks import Hooks, named
+from gatrain.train.ranks import Ranks
+
+MODULE = """
+import copy, os, signal
+import torch
+import torch.nn.functional as F
+from torch import nn
+import gatrain
+
+class WithTeacher(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.student = nn.Linear(4, 2)
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+
+    @torch.no_grad()
+    def move_teacher(self, decay=0.9):
+        for t, s in zip(self.teacher.parameters(), self.student.parameters()):
+            t.lerp_(s, 1 - decay)
+
+def points():
+    g = torch.Generator().manual_seed(0)
+    return torch.utils.data.TensorDataset(torch.randn(18, 4, generator=g), torch.randn(18, 2, generator=g))
+
+class Distil(gatrain.Task):
+    def __init__(self, model, data):
+        self.make = model
+        self.train_data, self.eval_data = (torch.utils.data.Subset(data, r) for r in (range(12), range(12, 18)))
+
+    def build_model(self):
+        return self.make()
+
+    def weight(self, batch):
+        return len(batch[0])
+
+    def loss_sum(self, model, batch):
+        net = getattr(model, "module", model)
+        out, target = net.student(batch[0]), net.teacher(batch[0])
+        each = (F.mse_loss(out, wanted, reduction="none").mean(1) for wanted in (target, batch[1]))
+        return sum(loss.sum() for loss in each), len(batch[0])
+
+    def eval_metrics(self, model, batch):
+        return {"flat": (torch.tensor(1.0 * len(batch[0])), len(batch[0]))}
+
+class MoveTeacher(gatrain.Hook):
+    # the obvious place for "after the optimizer step"
+    def __init__(self, decay):
+        self.decay, self.moves = decay, 0
+
+    def start(self, run):
+        self.rank = run.rank
+
+    def update(self, step):
+        if f"fail {self.rank} {step.step}" == os.environ.get("PLANTED"):
+            raise ValueError("planted in the hook")  # here
+        if f"kill {self.rank} {step.step}" == os.environ.get("PLANTED"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        step.model.move_teacher(self.decay)
+        self.moves += 1
+        return {"moves": self.moves, "norm_squared": step.grad_norm ** 2}
+
+    def state_dict(self):
+        return {"moves": self.moves}
+
+    def load_state_dict(self, state):
+        self.moves = state["moves"]
+
+class Lines(gatrain.Logger):
+    def __init__(self, file):
+        self.file = file
+
+    def start(self, info):
+        self.path = info.run_dir / self.file
+
+    def step(self, record):
+        with self.path.open("a") as lines:
+            print(record.step, record.loss, record.metrics["moves"], file=lines)
+
+class Broken(gatrain.Logger):
+    def step(self, record):
+        raise ValueError("planted in the logger")
+"""
+RECIPE = """
+defaults: [base, override optimizer: sgd, override schedule: constant, _self_]
+model: {_target_: mine.WithTeacher}
+data: {_target_: mine.points}
+task: {_target_: mine.Distil}
+batch: {effective: 12, micro: 4}
+train: {steps: 40}
+eval: {every: 2}
+save: {every: 3, keep: 1}
+optimizer: {lr: 0.1, momentum: 0.0, nesterov: false, weight_decay: 0.0}
+hooks:
+  - {name: ema, decay: 0.8}
+  - {name: keep_best, metric: ema.loss}
+  - {name: early_stopping, metric: flat, patience: 4}
+  - {_target_: mine.MoveTeacher, decay: 0.9}
+logger:
+  - {_target_: mine.Lines, file: mine.txt}
+  - {_target_: mine.Broken}
+device: cpu
+"""
+STEPS = 10
+"""Until early_stopping ends the run: the first evaluation is the best one, four later ones are not better."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's folder: one module, one recipe, and the runs of all tests."""
+    path = tmp_path_factory.mktemp("hooks")
+    (path / "mine.py").write_text(MODULE)
+    (path / "recipes").mkdir()
+    (path / "recipes" / "mine.yaml").write_text(RECIPE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> Path:
+    """A whole run of one rank. Its logger Broken fails, which no more than exit code 12 tells."""
+    printed = gatrain(folder, "fit", "recipe=mine", "run.dir=alone", expect=12)
+    assert "Broken is off after an error in step: planted in the logger" in printed
+    return folder / "alone"
+
+
+@pytest.fixture(scope="module")
+def pair(folder: Path) -> Path:
+    """A whole run of two ranks."""
+    gatrain(folder, "launch", "--nproc", "2", "recipe=mine", "run.dir=pair", "logger=[]")
+    return folder / "pair"
+
+
+def last(run: Path, file: str = "model.safetensors") -> dict[str, Tensor]:
+    return load_file(run / "saved" / f"step_{STEPS:08d}" / file)
+
+
+def reference() -> tuple[dict[str, Tensor], dict[str, Tensor], list[float]]:
+    """Weights, averaged weights and losses of a plain loop over the whole effective batch."""
+    scope: dict[str, Any] = {}
+    exec(MODULE, scope)
+    torch.manual_seed(0)
+    model, data = scope["WithTeacher"](), scope["points"]()
+    task = scope["Distil"](None, data)
+    x, y = (tensor[:12] for tensor in data.tensors)
+    optimizer = torch.optim.SGD(model.student.parameters(), lr=0.1)
+    average = {name: value.clone() for name, value in model.state_dict().items()}
+    losses = []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss = task.loss_sum(model, (x, y))[0] / 12
+        loss.backward()
+        optimizer.step()
+        for name, value in model.state_dict().items():
+            if name.startswith("student"):
+                average[name] = 0.8 * average[name] + 0.2 * value
+        model.move_teacher(0.9)
+        losses.append(float(loss.detach()))
+    average |= {name: value for name, value in model.state_dict().items() if name.startswith("teacher")}
+    return model.state_dict(), average, losses
+
+
+@pytest.mark.parametrize("which", ["alone", "pair"])
+def test_averages_move_once_an_update_whatever_the_split(which: str, request: pytest.FixtureRequest) -> None:
+    run = request.getfixturevalue(which)
+    weights, average, losses = reference()
+    torch.testing.assert_close(last(run), weights, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(last(run, "ema.safetensors"), average, rtol=1e-5, atol=1e-6)
+    assert [line["loss"] for line in metrics(run)] == pytest.approx(losses, rel=1e-5)
+    assert [line["metrics"]["moves"] for line in metrics(run)] == list(range(1, STEPS + 1))
+    for line in metrics(run):
+        assert line["metrics"]["norm_squared"] == pytest.approx(line["grad_norm"] ** 2)
+
+
+def test_a_run_is_ended_measured_and_logged_by_parts_of_ones_own(alone: Path) -> None:
+    summary = json.loads((alone / "summary.json").read_text())
+    assert (summary["status"], summary["step"], summary["total_steps"]) == ("completed", STEPS, 40)
+    assert summary["stopped_early"] == "flat has not been better than 1 (step 2) for 4 evaluations"
+    lines = [line.split() for line in (alone / "mine.txt").read_text().splitlines()]
+    assert [(int(step), float(loss)) for step, loss, _ in lines] == [
+        (line["step"], line["loss"]) for line in metrics(alone)
+    ]
+
+
+def test_evaluations_hold_the_numbers_of_both_weights_and_the_averaged_ones_are_those_exported(
+    alone: Path,
+) -> None:
+    lines = [json.loads(line) for line in (alone / "evaluations.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6, 8, 10]
+    scope: dict[str, Any] = {}
+    exec(MODULE, scope)
+    model, data = scope["WithTeacher"](), scope["points"]()
+    for file, key in (("model.safetensors", "loss"), ("ema.safetensors", "ema.loss")):
+        load_model(model, alone / "saved" / f"step_{STEPS:08d}" / file)
+        batch = tuple(tensor[12:] for tensor in data.tensors)
+        loss = scope["Distil"](None, data).loss_sum(model, batch)[0] / 6
+        assert lines[-1][key] == pytest.approx(float(loss), rel=1e-6)
+    assert lines[-1]["loss"] != lines[-1]["ema.loss"]
+
+
+def test_the_best_state_stays_beside_the_newest_ones(alone: Path) -> None:
+    lines = [json.loads(line) for line in (alone / "evaluations.jsonl").read_text().splitlines()]
+    best = min(lines, key=lambda line: line["ema.loss"])["step"]
+    assert [path.name for path in (alone / "kept" / "best").iterdir()] == [f"step_{best:08d}"]
+    assert [path.name for path in (alone / "saved").iterdir()] == [f"step_{STEPS:08d}"]
+    kept = json.loads((alone / "kept" / "best" / f"step_{best:08d}" / "hooks.json").read_text())
+    assert kept["states"]["MoveTeacher"]["moves"] == best
+
+
+def test_an_error_on_one_rank_loses_nothing_and_a_killed_run_goes_on_to_the_same_bits(
+    folder: Path, pair: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("launch", "--nproc", "2", "recipe=mine", "run.dir=broken", "logger=[]")
+    monkeypatch.setenv("PLANTED", "fail 1 4")
+    printed = gatrain(folder, *words, expect=11)
+    assert "planted in the hook" in printed
+    assert f"{folder / 'mine.py'}:{MODULE[: MODULE.index('# here')].count(chr(10)) + 1} in update" in printed
+    assert [path.name for path in (folder / "broken" / "saved").iterdir()] == ["step_00000004"]
+    monkeypatch.setenv("PLANTED", "kill 1 8")
+    gatrain(folder, "resume", "broken", "--nproc", "2", expect=11)
+    monkeypatch.delenv("PLANTED")
+    gatrain(folder, "resume", "broken", "--nproc", "2")
+    resumed = folder / "broken"
+    for file in ("model.safetensors", "ema.safetensors", "hooks.safetensors"):
+        wanted, given = last(pair, file), last(resumed, file)
+        assert wanted.keys() == given.keys()
+        assert all(torch.equal(wanted[name], given[name]) for name in wanted), file
+    assert (resumed / "evaluations.jsonl").read_text() == (pair / "evaluations.jsonl").read_text()
+    assert [line["metrics"] for line in metrics(resumed)] == [line["metrics"] for line in metrics(pair)]
+    states = [
+        json.loads((run / "saved" / f"step_{STEPS:08d}" / "hooks.json").read_text())
+        for run in (pair, resumed)
+    ]
+    assert states[0] == states[1]
+    assert [p.name for p in (resumed / "kept" / "best").iterdir()] == [
+        p.name for p in (pair / "kept" / "best").iterdir()
+    ]
+
+
+def test_other_hooks_at_a_resume_are_refused_by_their_name(folder: Path, alone: Path) -> None:
+    assert "--accept-changes hooks" in gatrain(folder, "resume", "alone", "hooks=[ema]", expect=9)
+
+
+# --- what a part may hold
+
+
+def test_a_part_comes_back_as_it_was() -> None:
+    part = {
+        "a": torch.arange(3),
+        "b": [1, 2.5, None, True, "x", {"c": torch.zeros(2, 2, dtype=torch.bfloat16)}],
+        "inf": math.inf,
+        "x/y": torch.ones(1),
+        "x": {"y": torch.zeros(1)},
+    }
+    data, tensors = parts.split(part, "it")
+    back = parts.join(json.loads(json.dumps(data)), tensors)
+    assert torch.equal(back["a"], part["a"])
+    assert back["b"][:5] == part["b"][:5]
+    assert back["b"][5]["c"].dtype == torch.bfloat16
+    assert (float(back["x/y"]), float(back["x"]["y"]), back["inf"]) == (1, 0, math.inf)
+
+
+@pytest.mark.parametrize(
+    ("part", "what"),
+    [({"a": {1, 2}}, "a set at a"), ({"a": {3: 1}}, "the key 3 at a"), ({"a": [nn]}, "module at a/0")],
+)
+def test_a_part_with_something_else_is_refused_by_its_place(part: Any, what: str) -> None:
+    with pytest.raises(SavedStateError, match=what):
+        parts.split(part, "it")
+
+
+@pytest.mark.parametrize(
+    "data", [{"a": {"__tensor__": "other"}}, {}, {"a": {"__tensor__": "t"}, "b": {"__tensor__": "t"}}]
+)
+def test_tensors_and_text_of_a_part_must_belong_together(data: Any) -> None:
+    with pytest.raises(ValueError, match="tensor"):
+        parts.join(data, {"t": torch.zeros(1)})
+
+
+# --- the moving average
+
+
+def run_of(model: nn.Module, **changes: Any) -> HookRun:
+    facts: dict[str, Any] = {
+        "model": model, "task": None, "step": 0, "total_steps": 9, "rank": 0, "world_size": 1,
+        "run_dir": Path(), "trained": dict(model.named_parameters()), "evaluates": True,
+        "stop": lambda reason: None, "keep": lambda name: None, "notice": lambda text: None,
+    }  # fmt: skip
+    return HookRun(**{**facts, **changes})
+
+
+def step_of(model: nn.Module, updates: int, left_out: Tensor | None = None) -> TrainedStep:
+    return TrainedStep(model, updates, updates, 0.1, torch.ones(()), {}, {}, left_out)
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+
+
+def test_a_window_that_was_not_finite_leaves_the_average_bit_for_bit() -> None:
+    model = net()
+    ema = EMA(decay=0.5, buffers="average")
+    ema.start(run_of(model))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+        model[1].running_mean.fill_(2.0)
+        ema.update(step_of(model, 1, torch.zeros(())))
+        assert torch.equal(ema._buffers["1.running_mean"], torch.ones(4))
+        before = copy.deepcopy(ema.state_dict())
+        model[1].running_mean.fill_(math.nan)
+        ema.update(step_of(model, 2, torch.ones(())))
+    for part in ("averages", "buffers"):
+        for name, value in ema.state_dict()[part].items():
+            assert torch.equal(value, before[part][name]), name
+
+
+def test_warmup_forgets_the_first_weights_soon() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    ema = EMA(decay=0.999, warmup=True)
+    nn.init.zeros_(model.weight)
+    ema.start(run_of(model))
+    nn.init.ones_(model.weight)
+    expected = 0.0
+    with torch.no_grad():
+        for updates in range(1, 6):
+            ema.update(step_of(model, updates))
+            decay = min(0.999, (1 + updates) / (10 + updates))
+            expected = decay * expected + (1 - decay)
+    assert float(ema.state_dict()["averages"]["weight"]) == pytest.approx(expected)
+
+
+def test_the_models_own_weights_come_back_after_an_evaluation_and_tied_ones_are_exported() -> None:
+    model = net()
+    model[2].weight = nn.Parameter(model[0].weight.detach().T.contiguous())
+    model.add_module("tied", nn.Linear(3, 4))
+    model.tied.weight = model[0].weight
+    ema = EMA(decay=0.5)
+    ema.start(run_of(model))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+        ema.update(step_of(model, 1))
+    own = {name: value.clone() for name, value in model.state_dict().items()}
+    inside: dict[str, Tensor] = {}
+
+    def fail() -> None:
+        with ema.weights()["ema"]:
+            inside.update((name, value.clone()) for name, value in model.state_dict().items())
+            raise RuntimeError("in the evaluation")
+
+    with pytest.raises(RuntimeError, match="in the evaluation"):
+        fail()
+    assert all(torch.equal(own[name], value) for name, value in model.state_dict().items())
+    exported = ema.exports()["ema"]
+    assert exported["tied.weight"] is exported["0.weight"]
+    assert all(torch.equal(inside[name], value) for name, value in exported.items())
+    assert torch.equal(exported["0.weight"], own["0.weight"] / 3 * 2)
+
+
+def test_16_bit_parameters_are_averaged_in_fp32_and_exported_in_16() -> None:
+    model = nn.Linear(2, 2, bias=False).to(torch.bfloat16)
+    master = model.weight.detach().float()
+    ema = EMA(decay=0.9)
+    ema.start(run_of(model, trained={"weight": master}))
+    master += 1e-3  # too little for bfloat16
+    with torch.no_grad():
+        ema.update(step_of(model, 1))
+    assert ema.state_dict()["averages"]["weight"].dtype == torch.float32
+    assert ema.exports()["ema"]["weight"].dtype == torch.bfloat16
+    with pytest.raises(SavedStateError, match="shape"):
+        ema.load_state_dict({"averages": {"weight": torch.zeros(3)}, "buffers": {}})
+    with pytest.raises(SavedStateError, match="another model"):
+        ema.load_state_dict({"averages": {"other": torch.zeros(2, 2)}, "buffers": {}})
+
+
+# --- watching a number
+
+
+@pytest.mark.parametrize(
+    ("mode", "values", "steps"),
+    [
+        ("min", [3, 2, math.nan, 2, 1], [1, 2, 5]),
+        ("max", [1, 3, 3.05, 4], [1, 2, 4]),
+        ("min", [math.nan, 5], [2]),
+    ],
+)
+def test_better_means_by_more_than_min_delta_and_never_nan(
+    mode: str, values: list[float], steps: list[int]
+) -> None:
+    best = Best("it", "loss", mode, min_delta=0.1)
+    assert [n for n, value in enumerate(values, 1) if best.improves(n, {"loss": value})] == steps
+
+
+def test_a_number_that_the_evaluation_has_not_is_told_with_those_that_it_has() -> None:
+    with pytest.raises(
+        ConfigError, match=r"metric=acuracy is not one of .*: loss, accuracy\. Did you mean 'accuracy'"
+    ):
+        Best("it", "acuracy", "max").improves(2, {"loss": 1.0, "accuracy": 0.5, "loss_terms": {}})
+
+
+def test_a_resumed_run_with_more_patience_goes_on_and_with_the_same_ends_again() -> None:
+    asked: list[str] = []
+    hook = EarlyStopping(patience=2)
+    hook.start(run_of(net(), stop=asked.append))
+    for step, loss in enumerate((1.0, 2.0, 2.0), 1):
+        hook.evaluated(step, {"loss": loss})
+    assert len(asked) == 1
+    for patience, ends in ((2, True), (3, False)):
+        asked.clear()
+        again = EarlyStopping(patience=patience)
+        again.start(run_of(net(), stop=asked.append))
+        again.load_state_dict(hook.state_dict())
+        assert bool(asked) is ends
+
+
+# --- many hooks
+
+
+class Recorder(Hook):
+    def __init__(self, fails: str = "") -> None:
+        self.fails, self.seen = fails, 0
+
+    def update(self, step: TrainedStep) -> Mapping[str, float]:
+        self.seen += 1
+        if self.fails == "update":
+            raise ValueError("planted")
+        return {"seen": self.seen}
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.fails == "state_dict":
+            raise ValueError("planted")
+        return {"seen": self.seen}
+
+
+def started(hooks: Hooks, part: Any = None, step: int = 0) -> list[str]:
+    model = net()
+    return hooks.start(lambda **asks: run_of(model, step=step, **asks), part)
+
+
+def test_an_error_waits_until_all_ranks_can_leave_and_the_state_says_what_is_missing() -> None:
+    broken, later = Recorder("update"), Recorder()
+    hooks = Hooks({"broken": broken, "later": later}, Ranks())
+    started(hooks)
+    assert hooks.update(step_of(net(), 1)) == {}
+    assert later.seen == 0
+    with pytest.raises(ValueError, match="planted"):
+        hooks.settle()
+    part = hooks.state_dict()
+    again = Hooks({"broken": Recorder(), "later": Recorder()}, Ranks())
+    (notice,) = started(again, json.loads(json.dumps(part)), 1)
+    assert "the hook broken failed in step 1" in notice
+
+
+def test_a_failure_of_another_rank_ends_this_one() -> None:
+    class Two(Ranks):
+        def sum(self, values: Any) -> list[float]:
+            return [value + (nth == 0) for nth, value in enumerate(values)]
+
+    with pytest.raises(PeerFailed, match="a hook failed on another rank"):
+        Hooks({"it": Recorder()}, Two()).settle()
+
+
+def test_a_state_that_cannot_be_given_leaves_the_others_to_be_saved() -> None:
+    hooks = Hooks({"broken": Recorder("state_dict"), "later": Recorder()}, Ranks())
+    started(hooks)
+    assert hooks.state_dict()["states"] == {"broken": {}, "later": {"seen": 0}}
+    with pytest.raises(ValueError, match="planted"):
+        hooks.settle()
+
+
+def test_hooks_that_come_and_go_at_a_resume_are_told_of() -> None:
+    before = Hooks({"old": Recorder()}, Ranks(), fingerprint="a", stop_reason="enough", ended=True)
+    after = Hooks({"new": Recorder()}, Ranks(), fingerprint="b")
+    notices = started(after, before.state_dict(), 5)
+    assert ["old" in notices[0], "new" in notices[1]] == [True, True]
+    assert not after.ended
+    same = Hooks({"old": Recorder()}, Ranks(), fingerprint="a")
+    assert started(same, before.state_dict(), 5) == []
+    assert (same.ended, same.stop_reason) == (True, "enough")
+
+
+@pytest.mark.parametrize("part", [[], {"states": {}}, {"states": {"x": 1}}, "x"])
+def test_a_part_of_somebody_elses_is_refused(part: Any) -> None:
+    with pytest.raises(SavedStateError, match="a part 'hooks'"):
+        started(Hooks({"it": Recorder()}, Ranks()), part)
+
+
+def test_two_hooks_with_one_metric_or_one_file_are_refused() -> None:
+    hooks = Hooks(named([("it", Recorder()), ("it", Recorder())]), Ranks())
+    assert list(hooks.hooks) == ["it", "it_2"]
+    started(hooks)
+    hooks.update(step_of(net(), 1))
+    with pytest.raises(ValueError, match="two hooks measure 'seen'"):
+        hooks.settle()
+    with pytest.raises(ConfigError, match="the name 'ema' of further weights is taken"):
+        started(Hooks({"a": EMA(), "b": EMA()}, Ranks()))
+
+
+# --- what is refused before anything runs
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["hooks=[{name:ema,decay:1.5}]"], "decay=1.5 is not from 0 to below 1"),
+        (["hooks=[{name:ema,decai:0.5}]"], "decay"),
+        (["hooks=[emma]"], "Did you mean 'ema'"),
+        (["hooks=[early_stopping]"], "early_stopping needs evaluations while the run trains"),
+        (["hooks=[{name:keep_best,mode:mean}]", "eval.every=2"], "mode=mean is not one of min, max"),
+        (["logger=[wandbb]"], "Did you mean 'wandb'"),
+        (["logger=[{name:wandb,projekt:x}]"], "project"),
+    ],
+)
+def test_a_mistake_in_a_part_is_told_before_anything_runs(words: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        build.check_targets(compose(["recipe=vision", "eval.every=0", *words]).config)
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow", "tensorboard"])
+def test_a_logger_that_is_not_installed_is_told_before_anything_runs(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == name else real(n, *a))
+    config = compose(["recipe=vision", f"logger=[{name}]"]).config
+    with pytest.raises(ConfigError, match=rf"pip install 'gatrain\[{name}\]'"):
+        build.check_targets(config)
+    build.check_targets(compose(["recipe=vision"]).config)  # auto asks for nothing
+
+
+def test_what_is_no_hook_and_no_logger_is_refused() -> None:
+    config = compose(
+        ["recipe=vision", "hooks=[{_target_:torch.nn.ReLU}]", "logger=[{_target_:torch.nn.ReLU}]"]
+    ).config
+    with pytest.raises(ConfigError, match=r"not a gatrain\.Hook"):
+        build.build_hooks(config)
+    with pytest.raises(ConfigError, match=r"not a gatrain\.Logger"):
+        build.build_loggers(config)
