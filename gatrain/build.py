@@ -301,7 +301,7 @@ def build_engine(
         in_place: see `build_model`; for trials, where any weights serve.
     """
     model = build_model(task, config.train.seed, device, in_place=in_place)
-    return Engine(
+    engine = Engine(
         task,
         model,
         settings,
@@ -314,6 +314,10 @@ def build_engine(
         parallel=build_parallel(config),
         maker=optimizer_maker(config.optimizer),
     )
+    if in_place and config.hooks:
+        held = sum(hook.device_bytes(model) for hook in build_hooks(config).values())
+        engine.reserved = torch.ones(held, dtype=torch.uint8, device=device)
+    return engine
 
 
 def build_strategy(config: RunConfig) -> GradientStrategy:

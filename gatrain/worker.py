@@ -192,6 +192,7 @@ def _train(run_dir: RunDir, stored: Reloaded, plan: Plan, rank: Rank) -> None:
                 lambda: _evaluation_is_missing(run_dir, config, progress)
             ),
         )
+        sinks.watch(trainer.finished_steps)
         with out_of_memory.told(config, plan, run_dir, rank.device.type, available_modes(engine.model)):
             summary = trainer.run()
         if summary.status == "stopped":
@@ -207,6 +208,7 @@ def _train(run_dir: RunDir, stored: Reloaded, plan: Plan, rank: Rank) -> None:
                 left_out=left_out(run_dir),
                 unreadable=tuple(unreadable(run_dir.metrics)),
                 weights=_weights_of(run_dir, summary.step),
+                exported=_exported_of(run_dir, summary.step),
             )
             write_json(run_dir.summary, summary.to_dict())  # the plots read it
             with aftermath.guard("the plots"):
@@ -334,6 +336,14 @@ def _weights_of(run_dir: RunDir, step: int) -> str | None:
 
     path = weights_path(run_dir.saved, step)
     return str(path.relative_to(run_dir.path)) if path.is_file() else None
+
+
+def _exported_of(run_dir: RunDir, step: int) -> dict[str, str]:
+    """Further weights beside the trained ones: what hooks exported."""
+    from gatrain.states import RESERVED
+
+    files = sorted(run_dir.state(step).glob("*.safetensors"))
+    return {file.stem: str(file.relative_to(run_dir.path)) for file in files if file.stem not in RESERVED}
 
 
 def _describe_device(rank: Rank) -> str:

@@ -349,6 +349,19 @@ def test_the_live_display_fits_any_width(tmp_path: Path, width: int) -> None:
     assert "\x1b[?25h" in stream.getvalue()  # the cursor is shown again
 
 
+def test_the_bar_moves_with_finished_steps_whose_metrics_have_not_come_yet(tmp_path: Path) -> None:
+    sink, stream, _ = live(80)
+    sink.start(run_info(tmp_path))
+    sink.step(record(1))
+    sink.watch(lambda: 300)
+    assert sink._region
+    sink._region.refresh()
+    shown = screen(stream.getvalue(), 80, 40)
+    assert any(line.startswith("step 300/600") and "50%" in line for line in shown)
+    assert any(line.startswith("loss 10.0") for line in shown)
+    sink.close()
+
+
 def test_waiting_is_shown_before_the_first_step(tmp_path: Path) -> None:
     sink, stream, _ = live(60)
     with Fanout([sink]) as sinks:

@@ -121,6 +121,7 @@ class LiveSink(Logger):
         self._lock = threading.Lock()  # the refreshing thread reads while the training thread adds
         self._meter: Meter | None = None
         self._region: _Region | None = None
+        self._finished: Callable[[], int] = lambda: 0
         self._started = self._heard = clock()
 
     def start(self, info: RunInfo) -> None:
@@ -132,6 +133,14 @@ class LiveSink(Logger):
         self._region = _Region(self._console, self._moving_lines)
         atexit.register(self.close)  # shows the cursor again, however the process ends
         self._region.start(refresh=True)
+
+    def watch(self, finished: Callable[[], int]) -> None:
+        """Let the bar move with each finished step, and not with the metrics, which come several at once.
+
+        Args:
+            finished: the last finished step; asked from another thread.
+        """
+        self._finished = finished
 
     def step(self, record: StepRecord) -> None:
         if self._meter is not None:
@@ -187,7 +196,8 @@ class LiveSink(Logger):
             left = meter.seconds_left
             if left is not None:
                 left = max(0.0, left - (now - self._heard))
-            lines = [Text(), _progress(meter, now - self._started, left, width)]
+            step = max(meter.step, self._finished())
+            lines = [Text(), _progress(meter, step, now - self._started, left, width)]
             if meter.last is None:
                 return [*lines, Text("waiting for the first steps", _LABEL)]
             return [*lines, _loss_line(meter, width), *_pack(_facts(meter), width)]
@@ -222,10 +232,10 @@ def _side_by_side(label: Text, width: int, value: Text) -> Table:
     return table
 
 
-def _progress(meter: Meter, elapsed: float, left: float | None, width: int) -> Text:
+def _progress(meter: Meter, step: int, elapsed: float, left: float | None, width: int) -> Text:
     info = meter.info
-    done = meter.step / info.total_steps if info.total_steps else 1.0
-    before = f"step {meter.step:>{len(str(info.total_steps))}}/{info.total_steps} "
+    done = step / info.total_steps if info.total_steps else 1.0
+    before = f"step {step:>{len(str(info.total_steps))}}/{info.total_steps} "
     after = f" {done:>4.0%}  {units.duration(elapsed)}"
     after += f", {units.duration(left)} left" if left is not None else ""
     room = width - len(before) - len(after)

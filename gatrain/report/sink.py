@@ -123,6 +123,12 @@ class Fanout:
                 )
                 self.failures.append(f"the logger {type(sink).__name__}: {why}{lines}")
 
+    def watch(self, finished: Callable[[], int]) -> None:
+        """Let displays that move look at the last finished step, whose metrics may come much later."""
+        for sink in self.sinks:
+            if (watch := getattr(sink, "watch", None)) is not None:
+                watch(finished)
+
     def put_back(self) -> None:
         """Let sinks write their files anew that were deleted.
 

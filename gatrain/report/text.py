@@ -168,6 +168,8 @@ def summary_rows(summary: RunSummary, info: RunInfo) -> list[tuple[str, str]]:
     """Label and value for each line of the closing block, the generated sample excepted."""
     done = f"{summary.step:,} of {units.plural(info.total_steps, 'step')}"
     rows = [(clean(summary.status), f"{done} in {units.duration(summary.elapsed_s)}")]
+    if summary.stopped_early:
+        rows.append(("ended early", clean(summary.stopped_early)))
     if summary.loss is not None:
         rows.append(("loss", f"{decimal(summary.loss)} at the last step"))
     if summary.skipped_steps:
@@ -181,6 +183,7 @@ def summary_rows(summary: RunSummary, info: RunInfo) -> list[tuple[str, str]]:
     rows.append(("results", clean(shown_path(info.run_dir))))
     if summary.weights:
         rows.append(("weights", clean(f"{summary.weights} (safetensors.torch.load_model reads it)")))
+    rows += [(f"{clean(name)} weights", clean(path)) for name, path in summary.exported.items()]
     if summary.status == "stopped":
         rows.append(("to go on", resume_command(info.run_dir)))
     return rows

@@ -102,6 +102,8 @@ class Engine:
         self.masters.copy_to_model()  # the same weights: they were stepped with rate zero
         at_once = nonfinite == "skip" or self.scaler is not None or device.type == "cpu"
         self.guard = Guard(model, self.optimizer, device, at_once=at_once)
+        self.reserved: Tensor | None = None
+        """In trials: as much memory as hooks will hold."""
         parallel.set_up(
             model,
             ranks,

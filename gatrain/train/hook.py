@@ -74,7 +74,10 @@ class Hook:
     on a GPU. False: no wait, and `TrainedStep.left_out` must be looked at on the device."""
 
     def device_bytes(self, model: nn.Module) -> int:
-        """Device memory that the hook will hold, in bytes: the plan leaves room for it."""
+        """Device memory that the hook will hold, in bytes: trials hold as much, and the plan leaves room for it.
+
+        Asked before `start`, and in trials, which make the hook and call nothing else of it.
+        """
         return 0
 
     def start(self, run: HookRun) -> None:

@@ -124,6 +124,10 @@ class Trainer:
             else None,
         )
 
+    def finished_steps(self) -> int:
+        """The last step that the device has done, as far as is known without waiting. For any thread."""
+        return self._metrics.finished
+
     def _train(self) -> bool:
         """Run the steps; returns whether a stop was asked for."""
         missing = self.evaluation_is_missing or self.hooks.have_missed_evaluation(self.progress.step)

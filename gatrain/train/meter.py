@@ -26,6 +26,10 @@ class Meter:
         event.record()
         return event
 
+    def is_past(self, mark: Mark) -> bool:
+        """Whether the device has come to a mark. Waits for nothing."""
+        return isinstance(mark, float) or mark.query()
+
     def seconds(self, start: Mark, end: Mark) -> float:
         """Seconds between two marks; waits for the later one."""
         if isinstance(start, float) or isinstance(end, float):

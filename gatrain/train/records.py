@@ -84,6 +84,8 @@ class RunSummary:
     """Each sample that could not be read in any part of the run, with the reason."""
     weights: str | None = None
     """Path of the trained weights, relative to the run folder."""
+    exported: Mapping[str, str] = field(default_factory=dict)
+    """Paths of further weights that hooks exported, by name: an average, say."""
     failed: tuple[str, ...] = ()
     """A line for each thing beside the training that failed."""
 

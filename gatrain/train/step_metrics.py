@@ -43,16 +43,24 @@ class StepMetrics:
         self.meter = Meter(engine.device)
         self._engine = engine
         self._pending: list[PendingStep] = []
+        self._past = 0
+        """Pending steps that the device has done."""
+        self.finished = 0
+        """The last step that the device has done, as far as was seen without waiting for it."""
 
     def __len__(self) -> int:
         return len(self._pending)
 
     def add(self, step: PendingStep) -> None:
         self._pending.append(step)
+        # asked here and in no other thread: a query from one beside it would spoil a CUDA graph's capture
+        while self._past < len(self._pending) and self.meter.is_past(self._pending[self._past].end):
+            self.finished = self._pending[self._past].index + 1
+            self._past += 1
 
     def take(self) -> list[tuple[PendingStep, StepRecord]]:
         """Bring the metrics of the pending steps to the host, in order. Collective; waits for the device once."""
-        pending, self._pending = self._pending, []
+        pending, self._pending, self._past = self._pending, [], 0
         if not pending:
             return []
         engine = self._engine
