@@ -39,7 +39,7 @@ from gatrain.secrets import redact
 RESUME_KEYS = (
     "train.steps", "train.epochs", "train.log_every", "train.data_workers", "train.check", "train.nonfinite",
     "train.nonfinite_limit", "optimizer.lr", "optimizer.clip_norm", "save", "eval", "tune",
-    "batch.micro", "checkpointing", "compile", "sync", "knobs", "data.broken", "scheduler",
+    "batch.micro", "checkpointing", "compile", "sync", "knobs", "data.broken", "scheduler", "logger",
 )  # fmt: skip
 """What may change when a run goes on: how long it trains, what it writes, how a window is computed, and what
 helps past a window that is not finite or a sample that cannot be read."""
