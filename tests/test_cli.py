@@ -14,7 +14,8 @@ import typer
 from command import run
 
 from gatrain import cli
-from gatrain.errors import EXIT_CODES, LaunchError
+from gatrain.errors import EXIT_CODES, ConfigError, LaunchError
+from gatrain.launch.world import WorldRequest
 
 SURFACE = {
     "fit": {"--retune", "--overwrite", "--trust"},
@@ -262,3 +263,17 @@ def test_interrupt_gives_130(capsys: pytest.CaptureFixture[str], monkeypatch: py
     code, _, err = call(capsys, "recipes")
     assert code == 130
     assert "Traceback" not in err
+
+
+def test_autotune_plans_for_a_stated_number_of_processes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[WorldRequest] = []
+
+    def autotune(words: list[str], request: WorldRequest, *others: object) -> None:
+        asked.append(request)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr("gatrain.fit.autotune", autotune)
+    assert call(capsys, "autotune", "--nproc", "2", "recipe=vision")[0] == 2
+    assert asked == [WorldRequest(2)]

@@ -1,4 +1,4 @@
-"""Who is told how far a command is."""
+"""Callbacks for the progress of a command."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gatrain.plan import Plan
 
 @dataclass(frozen=True)
 class Listener:
-    """Who hears how far preparation is. ``planned`` gets the plan, and the run folder if there is one."""
+    """Callbacks; ``planned`` gets the plan, and the run folder if there is one."""
 
     progress: Callable[[str], None] = lambda text: None
     read: Callable[[DataRecord], None] = lambda data: None

@@ -6,7 +6,7 @@ with its exit code, so that torchrun sees one outcome. They meet in a folder of 
 
     leader.json   the first process's pid; trusted only while that process lives
     exit_PID      its exit code
-    heard_PID_N   local rank N has read it
+    seen_PID_N   local rank N has read it
     run_dir       the run folders, one a line: what a restart by torchrun goes on with
 """
 
@@ -114,7 +114,7 @@ class TorchrunWorld:
             return str(store.get(key).decode())
         except RuntimeError as error:
             raise LaunchError(
-                f"node 0 told no endpoint through torchrun's store at {self.address}:{self.port}: {error}"
+                f"node 0 gave no endpoint through torchrun's store at {self.address}:{self.port}: {error}"
             ) from error
 
     def _own_address(self) -> str:
@@ -198,7 +198,7 @@ def lead(world: TorchrunWorld, work: Callable[[], int]) -> int:
     folder, pid = _own_folder(world), os.getpid()
     if world.attempt == 0:
         (folder / "run_dir").unlink(missing_ok=True)
-    for path in (*folder.glob("exit_*"), *folder.glob("heard_*")):
+    for path in (*folder.glob("exit_*"), *folder.glob("seen_*")):
         path.unlink(missing_ok=True)
     _write(folder / "leader.json", json.dumps({"pid": pid}))
     code = work()
@@ -206,8 +206,8 @@ def lead(world: TorchrunWorld, work: Callable[[], int]) -> int:
         signal.signal(signum, signal.SIG_IGN)
     _write(folder / f"exit_{pid}", str(code))
     deadline = time.monotonic() + PATIENCE_S
-    heard = [folder / f"heard_{pid}_{local_rank}" for local_rank in world.others]
-    while time.monotonic() < deadline and not all(path.exists() for path in heard):
+    seen = [folder / f"seen_{pid}_{local_rank}" for local_rank in world.others]
+    while time.monotonic() < deadline and not all(path.exists() for path in seen):
         time.sleep(POLL_S)
     if code == 0 or world.is_last_attempt:
         shutil.rmtree(folder, ignore_errors=True)
@@ -232,7 +232,7 @@ def follow(world: TorchrunWorld) -> int:
             code = _exit_code(folder, pid) if code is None else code  # written just before the end
             if code is not None:
                 with contextlib.suppress(OSError):
-                    (folder / f"heard_{pid}_{world.local_rank}").touch()
+                    (folder / f"seen_{pid}_{world.local_rank}").touch()
                 return code
             print(f"gatrain: process {pid}, which started this node's ranks, is gone.", file=sys.stderr)
             return WorkerError.exit_code

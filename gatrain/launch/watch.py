@@ -58,7 +58,7 @@ class Watch:
     """When a rank's process vanished without having said that it was done; pid to `time.time`."""
     killed: set[int] = field(default_factory=set)
     """Processes ended by this launcher: never the cause of anything."""
-    _told: dict[int, int] = field(default_factory=dict)
+    _signalled: dict[int, int] = field(default_factory=dict)
     _gone: set[int] = field(default_factory=set)
     _end_at: float | None = None
     _peers_at: float = 0.0
@@ -167,10 +167,10 @@ class Watch:
         # Ranks live in sessions of their own: a terminal's Ctrl-C reaches this process alone. Only the rank
         # itself is told, not its data loading processes, which it needs to finish the step.
         for pid in self._alive() if self.stop_signal is not None else []:
-            if self._told.get(pid) != self.stop_signal and self.states[pid].state == protocol.RUNNING:
-                self._told[pid] = int(self.stop_signal or 0)
+            if self._signalled.get(pid) != self.stop_signal and self.states[pid].state == protocol.RUNNING:
+                self._signalled[pid] = int(self.stop_signal or 0)
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, self._told[pid])
+                    os.kill(pid, self._signalled[pid])
 
     def _kill(self, pids: list[int]) -> None:
         for pid in pids:
