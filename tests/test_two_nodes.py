@@ -9,6 +9,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -167,6 +168,7 @@ def test_the_other_node_gives_its_hardware_joins_the_trials_and_starts_when_all_
             prepared.announce(tmp_path / "gatrain_host_1")
             while str(tmp_path / "gatrain_host_1") not in joined:
                 assert not other.done()
+                time.sleep(0.05)
             prepared.ready()
             assert other.result(20) is True
         assert not list(tmp_path.iterdir())
@@ -225,6 +227,11 @@ def test_a_failure_of_either_node_is_told_on_the_other(
             first.report_failure("the model does not fit")
             with pytest.raises(LaunchError, match="node 0 failed: the model does not fit"):
                 other.result(20)
+    with meeting(monkeypatch) as (first, second), ThreadPoolExecutor(1) as pool:
+        early = pool.submit(first.report_failure, "the folder holds a run")  # before the other node has come
+        with pytest.raises(LaunchError, match="node 0 failed: the folder holds a run"):
+            follow(second, RunDir(tmp_path), CPU, lambda trials: None)
+        early.result(20)
     with meeting(monkeypatch) as (first, second):
         first.open()
         second.open()

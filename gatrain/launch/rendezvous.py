@@ -63,6 +63,8 @@ class Rendezvous:
             self._listen()
 
     def __enter__(self) -> Rendezvous:
+        if self.nodes.nnodes > 1 and self.nodes.node_rank == 0:
+            self.open()  # so that the others are told of whatever fails from here on
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -268,12 +270,10 @@ class Rendezvous:
             return
         with contextlib.suppress(RuntimeError, LaunchError):
             self.give("failed", text)
-            # the store ends with node 0's process: stay until the others have read it
+            # the store ends with node 0's process: stay until the others have read it, who may be on their way
             deadline = time.monotonic() + REPORT_S
-            ranks = range(1, self.nodes.nnodes) if self.nodes.node_rank == 0 else range(0)
-            here = [rank for rank in ranks if store.check([self._key("shape", rank)])]
-            read = [self._key("read", rank) for rank in here]
-            while read and time.monotonic() < deadline and not store.check(read):
+            others = [self._key("read", rank) for rank in range(1, self.nodes.nnodes)]
+            while self.nodes.node_rank == 0 and time.monotonic() < deadline and not store.check(others):
                 time.sleep(POLL_S)
 
     def failure_elsewhere(self) -> str | None:
