@@ -33,7 +33,14 @@ FREE = (
     "device", "run", "logger", "data.cache_dir", "data.broken", "scheduler",
 )  # fmt: skip
 """Settings that may be another in config.yaml: how long a run trains, what it writes, how a window is computed."""
-OF_THE_RUN = ("batch.effective", "train.seed", "train.drop_last", "optimizer.name", "data.samples")
+OF_THE_RUN = (
+    "batch.effective",
+    "train.seed",
+    "train.drop_last",
+    "optimizer.name",
+    "optimizer._target_",
+    "data.samples",
+)
 """What cannot be accepted: the saved state is of other windows, or of another optimizer."""
 MOST_SHOWN = 20
 
@@ -188,7 +195,10 @@ def setting_differences(
     for key in dict.fromkeys([*recorded.settings, *now]):
         if any(covers(free, key) for free in FREE):
             continue
-        if key not in recorded.settings and not covers_any(OPEN_NODES, key):
+        own = [
+            name for name in ("optimizer", "schedule") if f"{name}._target_" in {**recorded.settings, **now}
+        ]
+        if key not in recorded.settings and not covers_any((*OPEN_NODES, *own), key):
             continue  # a setting that an earlier version did not have
         old, new = recorded.settings.get(key, _ABSENT), now.get(key, _ABSENT)
         allowed = [_plain(old), *([_plain(recorded.before[key])] if key in recorded.before else [])]

@@ -285,6 +285,7 @@ def _go_on(
     progress = loaded.fill(*parts)
     if engine.scaler and progress.scaler:
         engine.scaler.load_state_dict(progress.scaler)
+    engine.built.load(loaded.parts)
     return progress, problems, loaded.parts
 
 

@@ -95,7 +95,7 @@ class Engine:
         sparse = sparse_parameters(model)
         self.built = build_optimizer(optimizer_config, grouping, self.masters.of, sparse=sparse, maker=maker)
         self.optimizer = self.built.optimizer
-        if self.built.can_be_primed:
+        if self.built.behaviour.can_be_primed:
             prime(self.optimizer)
         named = dict(model.named_parameters())
         self._thawing = Thawing([(named[name], at) for name, at in grouping.thaw_at.items()])

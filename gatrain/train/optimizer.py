@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gatrain.errors import ConfigError
+from gatrain.errors import ConfigError, SavedStateError
 from gatrain.optimizer_config import (
     AdafactorConfig,
     AdamWConfig,
@@ -22,7 +22,10 @@ from gatrain.optimizer_config import (
 from gatrain.optimizers import Lion, Muon
 from gatrain.train.groups import Group, Grouping, check_options
 from gatrain.train.modules import sparse_modules
-from gatrain.train.optimizer_state import options_of, try_out
+from gatrain.train.optimizer_state import Behaviour, changed_options, options_of, try_out
+
+PART = "optimizer_groups"
+"""Of a saved state (`gatrain.states.RESERVED`)."""
 
 
 def check_takes_sparse(config: OptimizerConfig, model: nn.Module) -> None:
@@ -68,8 +71,37 @@ class Built:
     """With the model's own parameters."""
     begun: list[dict[str, Any]]
     """The options of its groups before the first step."""
-    can_be_primed: bool
-    """See `gatrain.train.optimizer_state.prime`."""
+    behaviour: Behaviour
+
+    def parts(self) -> dict[str, Any]:
+        """Part of a saved state beside the state of each parameter: options that the optimizer has changed."""
+        if not self.behaviour.counts_in_groups:
+            return {}
+        return {PART: {"groups": changed_options(self.optimizer, self.begun)}}
+
+    def load(self, parts: dict[str, Any]) -> None:
+        """Take this part out of those of a saved state.
+
+        Raises:
+            SavedStateError: it is missing, or of other groups.
+        """
+        part = parts.pop(PART, None)
+        if not self.behaviour.counts_in_groups:
+            return
+        groups = part.get("groups") if isinstance(part, dict) else None
+        names = [set(group) for group in self.optimizer.param_groups]
+        fits = isinstance(groups, list) and len(groups) == len(names)
+        if (
+            groups is None
+            or not fits
+            or not all(set(g) <= known for g, known in zip(groups, names, strict=True))
+        ):
+            raise SavedStateError(
+                f"the saved state has no options of {type(self.optimizer).__name__}'s groups that fit this run's, and "
+                "it counts in them."
+            )
+        for group, options in zip(self.optimizer.param_groups, groups, strict=True):
+            group.update(options)
 
     def set_rate(self, lr: float) -> None:
         """Give every group its rate where the rate of the others is ``lr``."""
@@ -107,9 +139,10 @@ def build_optimizer(
         return (maker or make_shipped)(config, given, fused)
 
     has_sparse = [p for group in grouping.groups for p in group.parameters if id(p) in sparse]
-    can_be_primed = isinstance(config, AdamWConfig | SGDConfig) or (
-        try_first and try_out(make, groups, [of(p) for p in has_sparse]).can_be_primed
-    )
+    if isinstance(config, AdamWConfig | SGDConfig) or not try_first:
+        behaviour = Behaviour(can_be_primed=True)
+    else:
+        behaviour = try_out(make, groups, [of(p) for p in has_sparse])
     optimizer = make(groups)
     what = type(optimizer).__name__
     held = [p for group in optimizer.param_groups for p in group["params"]]
@@ -126,7 +159,7 @@ def build_optimizer(
     if not isinstance(lr, int | float) or not 0 <= lr < math.inf:
         raise ConfigError(f"{what} has no usual rate (lr={lr!r}). Give it optimizer.lr=....")
     scales = _scales(optimizer, grouping.groups, of, float(lr))
-    return Built(optimizer, float(lr), scales, grouping, options_of(optimizer), can_be_primed)
+    return Built(optimizer, float(lr), scales, grouping, options_of(optimizer), behaviour)
 
 
 def _as_dict(group: Group, of: Callable[[nn.Parameter], nn.Parameter]) -> dict[str, Any]:

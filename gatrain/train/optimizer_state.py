@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ class Behaviour:
 
     can_be_primed: bool
     """`prime` leaves it as it was before its first step."""
+    counts_in_groups: bool = False
+    """It changes options of its groups as it steps, which belong to its state."""
 
 
 # --- before the first step ------------------------------------------------------------------------------
@@ -104,7 +107,8 @@ def try_out(
             raise ConfigError(_forgets(what, f": {type(error).__name__}: {error}")) from error
         if not _agree(mine, theirs):
             raise ConfigError(_forgets(what, ""))
-        return Behaviour(_can_be_primed(make, small, is_sparse, mine))
+        counts = any(changed_options(first, begun))
+        return Behaviour(_can_be_primed(make, small, is_sparse, mine), counts)
 
 
 def check_step(cls: type[torch.optim.Optimizer]) -> None:
@@ -227,9 +231,14 @@ def give_state(
     """Put copies of what `state_of` gave into an optimizer of the same kind."""
     for parameter, values in zip(_parameters(optimizer), states, strict=True):
         for key, value in values.items():
-            optimizer.state[parameter][key] = copy.deepcopy(value)
+            optimizer.state[parameter][key] = _as_saved(value)
     for group, changed in zip(optimizer.param_groups, options, strict=True):
-        group.update(copy.deepcopy(dict(changed)))
+        group.update({key: _as_saved(value) for key, value in changed.items()})
+
+
+def _as_saved(value: Any) -> Any:
+    """As it comes back from a file: tuples as lists, say."""
+    return value.clone() if isinstance(value, Tensor) else json.loads(json.dumps(value))
 
 
 def is_plain(value: Any) -> bool:

@@ -128,7 +128,7 @@ class Desk:
         lines = Lines(folder, self._rank.rank == 0)
         memory = self._memory = self._memory or memory_of(self._rank, asked.memory_fraction)
         config = load_config(folder / protocol.CONFIG)
-        config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, lr=STILL))
+        config = dataclasses.replace(config, optimizer=config.optimizer.held_still(STILL))
         batches = self._prepare(config)
         with self._knobs.applied(asked.settings.knobs):
             engine, rise, stopped = self._sweep(asked, config, batches, memory, lines)
