@@ -27,10 +27,12 @@ from gatrain.train import order
 from gatrain.train.engine import Engine, StepClock
 from gatrain.train.events import Sink
 from gatrain.train.gradient import GradientStrategy
+from gatrain.train.groups import group_parameters
 from gatrain.train.hook import Hook
 from gatrain.train.hooks import named
 from gatrain.train.knobs import Knobs, by_name
-from gatrain.train.optimizer import Maker
+from gatrain.train.modules import sparse_parameters
+from gatrain.train.optimizer import Maker, check_takes_sparse, counted_state
 from gatrain.train.optimizer_state import check_step
 from gatrain.train.parallel import Replicated
 from gatrain.train.ranks import Ranks
@@ -357,6 +359,27 @@ def _part_of(key: str, value: Any, kind: type[T]) -> T:
 def optimizer_maker(config: OptimizerConfig) -> Maker | None:
     """What makes the user's own optimizer over groups of parameters; None for a short name."""
     return None if config.node is None else _make_own_optimizer
+
+
+def inspect_optimizer(config: RunConfig, task: Task, model: nn.Module) -> int:
+    """Try the optimizer out and make the schedule, before anything is spent on a run.
+
+    Args:
+        model: with shapes; its values do not matter.
+
+    Returns:
+        Bytes of the tensors that the optimizer keeps for the trained parameters; 0 where that cannot be told.
+
+    Raises:
+        ConfigError: rules that match nothing, an optimizer or a schedule that cannot be used.
+    """
+    grouping = group_parameters(config.optimizer, model)
+    check_takes_sparse(config.optimizer, model)
+    maker = optimizer_maker(config.optimizer)
+    sizes = counted_state(config.optimizer, grouping, sparse_parameters(model), maker)
+    if config.schedule.node is not None:
+        step_clock(config, window_schedule(config, task).steps(config.train.steps, config.train.epochs))
+    return sum(sizes)
 
 
 def _make_own_optimizer(

@@ -24,6 +24,8 @@ class Inspected:
     """Modes of activation checkpointing that the model offers."""
     half_parameters: int = 0
     """Trained parameters of 16 bits, which get fp32 main gradients and master weights."""
+    optimizer_bytes: int = 0
+    """Tensors that the optimizer keeps for all trained parameters, on each rank; 0 where that cannot be told."""
     half_dtypes: str = ""
     """Their dtypes: ``bf16``, ``fp16`` or ``bf16 and fp16``."""
     batch_norms: tuple[str, ...] = ()
@@ -45,7 +47,14 @@ class Inspected:
         Raises:
             ValueError: a count that is none.
         """
-        names = ("samples", "eval_samples", "parameters", "parameter_bytes", "half_parameters")
+        names = (
+            "samples",
+            "eval_samples",
+            "parameters",
+            "parameter_bytes",
+            "half_parameters",
+            "optimizer_bytes",
+        )
         schema.at_least(0, **{name: getattr(self, name) for name in names})
 
     def is_current(self) -> bool:

@@ -31,6 +31,7 @@ def check_modules(config: RunConfig, cwd: Path) -> None:
         ConfigError: a module that is neither installed nor in ``cwd``.
     """
     parts = [(key, getattr(config, key)) for key in OPEN_NODES]
+    parts += [(key, getattr(config, key).node) for key in ("optimizer", "schedule")]
     parts += [each for door in doors.SHIPPED for each in doors.nodes_of(door, getattr(config, door))]
     for key, node in parts:
         for path, each in targets.nodes(key, node):
@@ -129,6 +130,7 @@ def _inspect(config: RunConfig, folder: Path, really: bool) -> Inspected:
     parameters = list(model.parameters())
     if not any(parameter.requires_grad for parameter in parameters):
         raise ConfigError(f"the model {type(model).__name__} has no parameter to train.")
+    optimizer_bytes = build.inspect_optimizer(config, task, model)
     half = half_parameters(model)
     own = getattr(task.train_data, "fingerprint", None)
     code = own_modules()
@@ -140,6 +142,7 @@ def _inspect(config: RunConfig, folder: Path, really: bool) -> Inspected:
         parameter_bytes=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
         checkpointing_modes=available_modes(model),
         half_parameters=sum(parameter.numel() for parameter in half),
+        optimizer_bytes=optimizer_bytes,
         half_dtypes=half_names(parameter.dtype for parameter in half),
         batch_norms=tuple(batch_norms(model)),
         synchronises=any(isinstance(module, torch.nn.SyncBatchNorm) for module in model.modules()),

@@ -534,7 +534,7 @@ def test_another_effective_batch_compiles_only_what_it_will_use(monkeypatch: pyt
 
 
 def test_ways_of_reducing_that_do_not_fit_beside_each_other_are_not_compared_and_it_is_said() -> None:
-    state = tune.state_bytes(config_of(64), _info().parameter_bytes)
+    state = tune.state_bytes(_info())
     tight = gpu()
     tight = dataclasses.replace(tight, free_bytes=int((32 * 2**20 + 2 * state) / 0.92))
     two = dataclasses.replace(CUDA, gpus=[tight, tight])

@@ -21,8 +21,9 @@ from gatrain.optimizer_config import (
 )
 from gatrain.optimizers import Lion, Muon
 from gatrain.train.groups import Group, Grouping, check_options
+from gatrain.train.main_gradients import HALF
 from gatrain.train.modules import sparse_modules
-from gatrain.train.optimizer_state import Behaviour, changed_options, options_of, try_out
+from gatrain.train.optimizer_state import Behaviour, changed_options, options_of, state_bytes, try_out
 
 PART = "optimizer_groups"
 """Of a saved state (`gatrain.states.RESERVED`)."""
@@ -97,8 +98,8 @@ class Built:
             or not all(set(g) <= known for g, known in zip(groups, names, strict=True))
         ):
             raise SavedStateError(
-                f"the saved state has no options of {type(self.optimizer).__name__}'s groups that fit this run's, and "
-                "it counts in them."
+                f"{type(self.optimizer).__name__} counts in its groups' options, and the saved state has none "
+                "that fit this run's groups."
             )
         for group, options in zip(self.optimizer.param_groups, groups, strict=True):
             group.update(options)
@@ -160,6 +161,34 @@ def build_optimizer(
         raise ConfigError(f"{what} has no usual rate (lr={lr!r}). Give it optimizer.lr=....")
     scales = _scales(optimizer, grouping.groups, of, float(lr))
     return Built(optimizer, float(lr), scales, grouping, options_of(optimizer), behaviour)
+
+
+def counted_state(
+    config: OptimizerConfig, grouping: Grouping, sparse: Collection[int] = (), maker: Maker | None = None
+) -> list[int]:
+    """Bytes of each tensor that the optimizer keeps for a model's parameters, whose memory is not needed.
+
+    Raises:
+        ConfigError: as `build_optimizer`.
+    """
+    stand_ins: dict[int, nn.Parameter] = {}
+    for parameter in (p for group in grouping.groups for p in group.parameters):
+        dtype = torch.float32 if parameter.dtype in HALF else parameter.dtype  # the master weight
+        stand_ins[id(parameter)] = nn.Parameter(
+            torch.empty(tuple(parameter.shape), dtype=dtype, device="meta")
+        )
+
+    def of(parameter: nn.Parameter) -> nn.Parameter:
+        return stand_ins[id(parameter)]
+
+    def make(given: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return (maker or make_shipped)(config, given, None)
+
+    build_optimizer(config, grouping, of, sparse=sparse, maker=maker)
+    try:
+        return state_bytes(make, [_as_dict(group, of) for group in grouping.groups])
+    except Exception:  # on a GPU alone, say: trials measure it
+        return []
 
 
 def _as_dict(group: Group, of: Callable[[nn.Parameter], nn.Parameter]) -> dict[str, Any]:

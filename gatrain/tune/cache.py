@@ -49,6 +49,7 @@ def fingerprint(config: RunConfig, hardware: Hardware, world_size: int, cwd: Pat
     """
     settings = {name: value for name, value in vars(config).items() if name not in NOT_MEASURED}
     settings["optimizer"] = _without_rates(codec.encode(config.optimizer))
+    settings["optimizer._target_"] = config.optimizer.node
     named = sorted({TRAINING, *targets(settings)})
     parts = {
         "version": VERSION,

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from gatrain import units
-from gatrain.config import RunConfig, SGDConfig
+from gatrain.config import RunConfig
 from gatrain.errors import DoesNotFitError
 from gatrain.hardware import Hardware
 from gatrain.inspected import Inspected
 
 
-def state_bytes(config: RunConfig, parameter_bytes: int, half_parameters: int = 0) -> int:
+def state_bytes(info: Inspected) -> int:
     """Bytes of parameters, gradients and optimizer state on every rank, whatever the micro-batch.
 
-    AdamW keeps two moments per parameter, SGD one where it has momentum. A trained 16-bit parameter has a master
-    weight besides, and all but itself is fp32.
+    A trained 16-bit parameter has an fp32 master weight and an fp32 gradient. What the optimizer keeps was counted
+    when the model was inspected.
     """
-    optimizer = config.optimizer
-    if isinstance(optimizer, SGDConfig) or optimizer.name == "sgd":
-        copies = 1 if getattr(optimizer, "momentum", 0.0) else 0
-    else:
-        copies = 2
-    half_bytes = 2 * half_parameters
-    return (parameter_bytes - half_bytes) * (2 + copies) + half_bytes + 4 * half_parameters * (2 + copies)
+    half_bytes = 2 * info.half_parameters
+    gradients = info.parameter_bytes - half_bytes + 4 * info.half_parameters
+    return info.parameter_bytes + 4 * info.half_parameters + gradients + info.optimizer_bytes
 
 
 def memory_per_rank(hardware: Hardware, local_ranks: int) -> int:
@@ -37,7 +33,7 @@ def check_state_fits(config: RunConfig, info: Inspected, hardware: Hardware, loc
     Raises:
         DoesNotFitError: parameters, gradients and optimizer state exceed the memory of the weakest rank.
     """
-    needed = state_bytes(config, info.parameter_bytes, info.half_parameters)
+    needed = state_bytes(info)
     free = memory_per_rank(hardware, local_ranks)
     allowed = int(free * config.tune.memory_fraction)
     if needed <= allowed:
@@ -49,9 +45,9 @@ def check_state_fits(config: RunConfig, info: Inspected, hardware: Hardware, loc
         else f"this machine for each of {local_ranks} process(es)"
     )
     advice = ["a smaller model"]
-    without = 2 * info.parameter_bytes + 6 * info.half_parameters
-    if needed > without:
-        advice.append(f"optimizer=sgd (which needs {units.size(without)} without momentum)")
+    if info.optimizer_bytes:
+        without = units.size(needed - info.optimizer_bytes)
+        advice.append(f"optimizer=sgd (which needs {without} without momentum)")
     if hardware.gpus and free < 0.9 * max(gpu.total_bytes for gpu in hardware.gpus):
         advice.append("a GPU that no other process uses")
     raise DoesNotFitError(

@@ -90,7 +90,7 @@ class Planner:
         self._overlaps = hardware.device == "cuda" and nodes.world_size > 1 and knobs.SYNC in space.open
         self._fresh: set[StepSettings] = set()  # measured now
         self._fixed = space.fixed_micro_batch
-        self._state_bytes = state_bytes(config, info.parameter_bytes, info.half_parameters)
+        self._state_bytes = state_bytes(info)
         self._used: dict[StepSettings, Curve] = {}
         self._measured_anything = False
         self._loss_remarks: dict[StepSettings, str] = {}
