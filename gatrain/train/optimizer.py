@@ -90,13 +90,7 @@ class Built:
         if not self.behaviour.counts_in_groups:
             return
         groups = part.get("groups") if isinstance(part, dict) else None
-        names = [set(group) for group in self.optimizer.param_groups]
-        fits = isinstance(groups, list) and len(groups) == len(names)
-        if (
-            groups is None
-            or not fits
-            or not all(set(g) <= known for g, known in zip(groups, names, strict=True))
-        ):
+        if not isinstance(groups, list) or [type(each) for each in groups] != [dict] * len(self.begun):
             raise SavedStateError(
                 f"{type(self.optimizer).__name__} counts in its groups' options, and the saved state has none "
                 "that fit this run's groups."
