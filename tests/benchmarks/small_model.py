@@ -1,6 +1,6 @@
 """Does a small model train as fast in gatrain as in a plain loop of one's own, and what does the host do meanwhile?
 
-    python tests/benchmarks/small_model.py [--steps 800] [--rounds 2] [--out FILE] [--smoke]
+    python tests/benchmarks/small_model.py [--steps 800] [--rounds 2] [--before FOLDER] [--out FILE] [--smoke]
 
 `recipe=llm` (4 layers, width 192, context 128) is so small that a step is the host's work more than the GPU's. Each
 round runs, one after the other on the same device:
@@ -8,6 +8,7 @@ round runs, one after the other on the same device:
     eager, compiled     a plain loop of the same model: autocast, cross-entropy, clipping, fused AdamW, batches
                         stacked from the same data, pinned, copied ahead
     gatrain             `gatrain fit recipe=llm` with its own plan, which is made before the first round
+    before              the same with the gatrain in FOLDER, an earlier one, where that is given
 
 at an effective batch of 32, and at 1 and 8 samples in micro-batches of one: what the seven more micro-steps of the
 last two cost, over seven, is the host's time for a micro-step. Samples per second are those of the steps after the
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -32,6 +34,8 @@ from common import header, result_path, write_result
 EFFECTIVE = 32
 SPLITS = {"effective_32": (EFFECTIVE, EFFECTIVE), "one_of_1": (1, 1), "eight_of_1": (8, 1)}
 """Name of a measurement -> (effective batch, micro-batch)."""
+ROOT = Path(__file__).resolve().parents[2]
+CACHES = Path(tempfile.mkdtemp())
 PLAIN = ("eager", "compiled")
 SMALL = ["compile=true"]
 """How gatrain computes the micro-batches of one: as the compiled loop does."""
@@ -111,8 +115,12 @@ def run_plain(kind: str, steps: int) -> dict[str, float]:
     return json.loads(done.stdout.strip().splitlines()[-1])  # type: ignore[no-any-return]
 
 
-def run_gatrain(folder: Path, steps: int, *words: str) -> dict[str, Any]:
-    """Seconds of a step of `gatrain fit`, for each of `SPLITS`, and the plan of the first."""
+def run_gatrain(folder: Path, steps: int, package: Path, *words: str) -> dict[str, Any]:
+    """Seconds of a step of `gatrain fit`, for each of `SPLITS`, and the plan of the first.
+
+    Args:
+        package: the folder that holds the gatrain to run.
+    """
     found: dict[str, Any] = {}
     for name, (effective, micro) in SPLITS.items():
         run_dir = folder / f"{name}_{time.monotonic_ns()}"
@@ -121,10 +129,12 @@ def run_gatrain(folder: Path, steps: int, *words: str) -> dict[str, Any]:
             [
                 *(sys.executable, "-m", "gatrain", "fit", "recipe=llm", f"batch.effective={effective}"),
                 *(f"train.steps={steps}", f"run.dir={run_dir}", "eval.samples=32", "train.check=off"),
+                "train.drop_last=true",  # the plain loop has no short window, which is compiled anew
                 *(*split, *words),
             ],
             capture_output=True,
             text=True,
+            env=environment(package),
         )
         if done.returncode:
             raise RuntimeError((done.stdout + done.stderr)[-2000:])
@@ -139,12 +149,19 @@ def run_gatrain(folder: Path, steps: int, *words: str) -> dict[str, Any]:
     return found
 
 
+def environment(package: Path) -> dict[str, str]:
+    """Of a process that imports gatrain from ``package``, with a cache of its own."""
+    path = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH")]))
+    return os.environ | {"PYTHONPATH": path, "GATRAIN_CACHE": str(CACHES / package.name)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--before", type=Path)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plain", choices=PLAIN, help=argparse.SUPPRESS)
     parser.add_argument("--smoke", action="store_true")
@@ -162,27 +179,24 @@ def main() -> None:
         "steps": steps,
         "rounds": [],
     }
+    packages = {"gatrain": ROOT} | ({"before": arguments.before.resolve()} if arguments.before else {})
     with tempfile.TemporaryDirectory() as folder:
         words = ["tune.max_seconds=10"] if arguments.smoke else []
-        began = time.monotonic()
-        plan = subprocess.run(
-            [
+        for name, package in packages.items():
+            began = time.monotonic()
+            command = [
                 sys.executable,
                 "-m",
                 "gatrain",
                 "autotune",
                 "recipe=llm",
                 f"batch.effective={EFFECTIVE}",
-                *words,
-            ],
-            capture_output=True,
-            text=True,
-        )
-        result["plan_s"] = time.monotonic() - began
-        print(plan.stdout[-1500:], flush=True)
+            ]
+            subprocess.run([*command, *words], capture_output=True, env=environment(package))
+            result[f"plan_s_{name}"] = round(time.monotonic() - began, 1)
         for _ in range(1 if arguments.smoke else arguments.rounds):
             times: dict[str, Any] = {kind: run_plain(kind, steps) for kind in PLAIN}
-            times["gatrain"] = run_gatrain(Path(folder), steps, *words)
+            times |= {name: run_gatrain(Path(folder), steps, each, *words) for name, each in packages.items()}
             result["rounds"].append(times)
             print(json.dumps(times), flush=True)
             result["answers"] = answers(result["rounds"])
@@ -193,7 +207,7 @@ def main() -> None:
 def answers(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     """Samples per second and the host's seconds for a micro-step, of each way, the median of the rounds."""
     found: dict[str, Any] = {}
-    for way in (*PLAIN, "gatrain"):
+    for way in rounds[0]:
         step_s = {name: statistics.median(each[way][name] for each in rounds) for name in SPLITS}
         found[way] = {
             "samples_per_s": round(EFFECTIVE / step_s["effective_32"], 1),
