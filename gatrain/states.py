@@ -67,6 +67,8 @@ class Progress:
     """Some gradient was not zero."""
     unreadable: int = 0
     """Samples that could not be read and were skipped, counted in every epoch."""
+    order: str = ""
+    """Fingerprint of the weights or lengths that the order follows from: the windows depend on them."""
     stream: dict[str, Any] | None = None
     """Of data that is a stream: where the next window begins. ``step`` alone does not tell it."""
 
@@ -275,6 +277,7 @@ def check_same_run(progress: Progress, expected: Progress) -> None:
         "seed": "train.seed",
         "data_samples": "the number of training samples",
         "drop_last": "train.drop_last",
+        "order": "the fingerprint of the weights or lengths of the order",
     }
     differences = [
         f"{label} was {getattr(progress, name)} and is {getattr(expected, name)}"

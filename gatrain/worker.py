@@ -80,7 +80,9 @@ def _train(run_dir: RunDir, stored: Reloaded, plan: Plan, rank: Rank) -> None:
     _stop_if_asked(rank)
 
     fresh = Progress(
-        *(0, 0, 0, config.batch.effective, config.train.seed, schedule.samples), drop_last=schedule.drop_last
+        *(0, 0, 0, config.batch.effective, config.train.seed, schedule.samples),
+        drop_last=schedule.drop_last,
+        order=str(getattr(schedule.order, "fingerprint", "")),
     )
     # what draws outside a seeded step repeats as well
     seed_everything(config.train.seed, PROCESS, rank.rank)

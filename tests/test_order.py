@@ -16,7 +16,8 @@ from torch.utils.data import Dataset, WeightedRandomSampler
 import gatrain
 from gatrain import build
 from gatrain.compose import compose
-from gatrain.errors import ConfigError
+from gatrain.errors import ConfigError, SavedStateError
+from gatrain.states import Progress, check_same_run
 from gatrain.tasks import Supervised
 from gatrain.tasks.parts import Part
 from gatrain.train.loader import WindowLoader
@@ -109,6 +110,15 @@ def test_rare_samples_are_drawn_as_often_as_common_ones_where_the_weights_say_so
     assert "an epoch is 100 draws with replacement" in schedule.order.sentence  # type: ignore[union-attr]
     zero = Weighted(Rare(), 0, [1.0, 0.0] * 50, samples=1000)
     assert not (zero.ids(0, np.arange(1000)) % 2).any()
+
+
+def test_a_run_does_not_go_on_with_other_weights() -> None:
+    one, other = (Weighted(Rare(), 0, [float(n), *[1.0] * 99]) for n in (1, 2))
+    assert one.fingerprint == Weighted(Rare(), 5, [1.0] * 100).fingerprint != other.fingerprint
+    before = Progress(3, 24, 0, 8, 3, 100, order=one.fingerprint)
+    check_same_run(before, Progress(0, 0, 0, 8, 3, 100, order=one.fingerprint))
+    with pytest.raises(SavedStateError, match="the fingerprint of the weights or lengths of the order was"):
+        check_same_run(before, Progress(0, 0, 0, 8, 3, 100, order=other.fingerprint))
 
 
 def test_a_sample_that_is_drawn_twice_is_augmented_in_two_ways_whoever_reads_it() -> None:

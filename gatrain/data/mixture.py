@@ -158,6 +158,11 @@ class MixedOrder:
         self._firsts = np.cumsum([0, *sizes[:-1]])
         self._seed = seed
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the parts' sizes and shares: a run goes on with the same ones."""
+        return f"{self._sizes} {self._shares}"
+
     def ids(self, epoch: int, positions: Ids) -> Ids:
         ids, _ = self._drawn(epoch, positions)
         return ids

@@ -26,7 +26,8 @@ class Order(Protocol):
 
     It may have ``samples``, the positions of an epoch (else as many as the data has); ``draws(epoch, positions)``,
     numbers that key the random augmentation of what stands there (else the epoch: a sample that stands in an
-    epoch several times must be told apart by it); and ``sentence``, what a person should know of it.
+    epoch several times must be told apart by it); ``fingerprint``, a text that differs where the order may, so that
+    a run goes on with the same one; and ``sentence``, what a person should know of it.
     """
 
     def ids(self, epoch: int, positions: Ids) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,11 @@ class Grouped:
         self._window = effective_batch
         self._group = windows * effective_batch
         self._epoch: tuple[int, Ids] = (-1, np.empty(0, dtype=np.int64))
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the lengths: a run goes on with the same ones."""
+        return f"{zlib.crc32(self._lengths.tobytes()):08x}"
 
     def ids(self, epoch: int, positions: Ids) -> Ids:
         if self._epoch[0] != epoch:
