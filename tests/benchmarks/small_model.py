@@ -135,6 +135,7 @@ def run_gatrain(folder: Path, steps: int, package: Path, *words: str) -> dict[st
             capture_output=True,
             text=True,
             env=environment(package),
+            cwd=package,  # `python -m` looks there first
         )
         if done.returncode:
             raise RuntimeError((done.stdout + done.stderr)[-2000:])
@@ -192,7 +193,7 @@ def main() -> None:
                 "recipe=llm",
                 f"batch.effective={EFFECTIVE}",
             ]
-            subprocess.run([*command, *words], capture_output=True, env=environment(package))
+            subprocess.run([*command, *words], capture_output=True, env=environment(package), cwd=package)
             result[f"plan_s_{name}"] = round(time.monotonic() - began, 1)
         for _ in range(1 if arguments.smoke else arguments.rounds):
             times: dict[str, Any] = {kind: run_plain(kind, steps) for kind in PLAIN}
