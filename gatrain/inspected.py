@@ -24,6 +24,8 @@ class Inspected:
     """Modes of activation checkpointing that the model offers."""
     half_parameters: int = 0
     """Trained parameters of 16 bits, which get fp32 main gradients and master weights."""
+    frozen_bytes: int = 0
+    """Of ``parameter_bytes``, what is never trained and so has no gradient."""
     optimizer_bytes: int = 0
     """Tensors that the optimizer keeps for all trained parameters, on each rank; 0 where that cannot be told."""
     half_dtypes: str = ""
@@ -53,6 +55,7 @@ class Inspected:
             "parameters",
             "parameter_bytes",
             "half_parameters",
+            "frozen_bytes",
             "optimizer_bytes",
         )
         schema.at_least(0, **{name: getattr(self, name) for name in names})

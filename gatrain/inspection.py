@@ -142,6 +142,7 @@ def _inspect(config: RunConfig, folder: Path, really: bool) -> Inspected:
         parameter_bytes=sum(parameter.numel() * parameter.element_size() for parameter in parameters),
         checkpointing_modes=available_modes(model),
         half_parameters=sum(parameter.numel() for parameter in half),
+        frozen_bytes=sum(p.numel() * p.element_size() for p in parameters if not p.requires_grad),
         optimizer_bytes=optimizer_bytes,
         half_dtypes=half_names(parameter.dtype for parameter in half),
         batch_norms=tuple(batch_norms(model)),

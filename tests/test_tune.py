@@ -379,6 +379,7 @@ def test_16_bit_parameters_are_named_and_count_their_masters() -> None:
     # the parameter itself, and master, main gradient and two moments in fp32
     assert tune.state_bytes(dataclasses.replace(half, optimizer_bytes=8000)) == 18_000
     assert tune.state_bytes(dataclasses.replace(half, parameter_bytes=2400)) == 10_000 + 800
+    assert tune.state_bytes(dataclasses.replace(half, parameter_bytes=2400, frozen_bytes=400)) == 10_000 + 400
     plan = tune.make_plan_for(config_of(64, micro=16), half, CPU, Nodes(2), run=no_trial)
     assert "All 1,000 parameters are bf16" in plan.notes[0]
     assert plan.settings.sync == "window"
