@@ -7,7 +7,7 @@ import copy
 import importlib.util
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,16 @@ from gatrain.errors import ConfigError, PeerFailed, SavedStateError
 from gatrain.hooks.best import Best
 from gatrain.hooks.early_stopping import EarlyStopping
 from gatrain.hooks.ema import EMA
+from gatrain.report.mlflow import MLflowLogger
+from gatrain.report.sink import Fanout, Logger
+from gatrain.report.wandb import WandbLogger
 from gatrain.states import keep_state
 from gatrain.train import parts, saved_state
+from gatrain.train.events import RunInfo
 from gatrain.train.hook import Hook, HookRun, TrainedStep
 from gatrain.train.hooks import Hooks, named
 from gatrain.train.ranks import Ranks
+from gatrain.train.records import RunSummary, StepRecord
 from gatrain.train.saved_state import Progress
 
 MODULE = """
@@ -619,3 +624,56 @@ def test_what_is_no_hook_and_no_logger_is_refused() -> None:
         build.build_hooks(config)
     with pytest.raises(ConfigError, match=r"not a gatrain\.Logger"):
         build.build_loggers(config)
+
+
+# --- trackers, without a network
+
+
+def info_of(folder: Path, first_step: int) -> RunInfo:
+    return RunInfo(
+        recipe="mine", run_dir=folder, device="CPU", world_size=1, effective_batch=12, equation="12 = 12",
+        precision="fp32", checkpointing="none", compile=False, sync="window", parameters=20, train_samples=12,
+        eval_samples=6, first_step=first_step, total_steps=4, steps_per_epoch=1,
+        settings={"optimizer.lr": 0.1, "data.token": "(hidden)"},
+    )  # fmt: skip
+
+
+def log_twice(folder: Path, make: Callable[[], Logger]) -> dict[str, str]:
+    """A run of two steps that is resumed for two more; gives the ids that the run folder keeps."""
+    for first_step in (0, 2):
+        with Fanout([make()]) as sinks:
+            sinks.start(info_of(folder, first_step))
+            for step in (first_step + 1, first_step + 2):
+                sinks.step(
+                    StepRecord(step, 1.0 / step, 0.5, 0.1, 12 * step, 9.0, 0.1, "0", metrics={"moves": step})
+                )
+            sinks.evaluation(first_step + 2, {"loss": 2.0, "ema.loss": 1.5})
+            sinks.end(RunSummary("completed", 4, 4, 0.25, 2.0, {}, 4, 0, 0, None, 1.0))
+        assert sinks.failures == []
+    ids: dict[str, str] = json.loads((folder / "loggers.json").read_text())
+    return ids
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_resumed_run_goes_on_in_the_same_run_of_weights_and_biases(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    ids = log_twice(tmp_path, lambda: WandbLogger(project="mine", tags=["a"]))
+    runs = sorted((tmp_path / "wandb").glob("offline-run-*"))
+    assert [run.name.rpartition("-")[2] for run in runs] == [ids["wandb/mine"]] * 2
+    assert all(b"train/moves" in file.read_bytes() for run in runs for file in run.glob("*.wandb"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_resumed_run_goes_on_in_the_same_run_of_mlflow(tmp_path: Path) -> None:
+    pytest.importorskip("mlflow")
+    ids = log_twice(tmp_path, lambda: MLflowLogger(str(tmp_path / "mlruns"), experiment="mine"))
+    (run,) = (tmp_path / "mlruns").glob(f"*/{ids['mlflow/mine']}")
+    lines = [line.split() for line in (run / "metrics" / "train" / "loss").read_text().splitlines()]
+    assert [(float(value), int(step)) for _, value, step in lines] == [
+        (1.0 / step, step) for step in range(1, 5)
+    ]
+    assert (run / "params" / "optimizer.lr").read_text() == "0.1"
+    assert len((run / "metrics" / "eval" / "ema.loss").read_text().splitlines()) == 2

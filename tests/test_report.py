@@ -37,9 +37,9 @@ from gatrain.report import (
     terminal_plot,
 )
 from gatrain.report import text as words
+from gatrain.report.averages import Averages
 from gatrain.report.jsonl import keep_until, read_lines
 from gatrain.report.live import LiveSink, _Console, _Region
-from gatrain.report.meter import Meter
 from gatrain.report.plan_plot import plan_plot_lines, terminal_points
 from gatrain.report.plot import sparkline
 from gatrain.rundir import RunDir, write_json
@@ -442,7 +442,7 @@ def test_a_terminal_that_is_gone_does_not_end_the_process(tmp_path: Path) -> Non
 
 
 def test_rates_come_from_the_records_and_forget_the_first_step(tmp_path: Path) -> None:
-    meter = Meter(run_info(tmp_path))
+    meter = Averages(run_info(tmp_path))
     meter.add(record(1, step_s=60.0, samples_per_s=8.0))
     assert meter.samples_per_s == pytest.approx(8.0)
     for step in (2, 3):
@@ -453,7 +453,7 @@ def test_rates_come_from_the_records_and_forget_the_first_step(tmp_path: Path) -
 
 
 def test_the_history_stays_small(tmp_path: Path) -> None:
-    meter = Meter(run_info(tmp_path))
+    meter = Averages(run_info(tmp_path))
     for step in range(1, 5001):
         meter.add(record(step, loss=float(step)))
     losses = meter.losses()

@@ -24,7 +24,7 @@ from rich.text import Text
 
 from gatrain import units
 from gatrain.report import text
-from gatrain.report.meter import Meter
+from gatrain.report.averages import Averages
 from gatrain.report.plain import silence, step_values
 from gatrain.report.plot import sparkline, terminal_plot
 from gatrain.report.sink import Logger
@@ -119,14 +119,14 @@ class LiveSink(Logger):
         self._console = console
         self._clock = clock
         self._lock = threading.Lock()  # the refreshing thread reads while the training thread adds
-        self._meter: Meter | None = None
+        self._meter: Averages | None = None
         self._region: _Region | None = None
         self._finished: Callable[[], int] = lambda: 0
-        self._started = self._heard = clock()
+        self._started = self._updated_at = clock()
 
     def start(self, info: RunInfo) -> None:
-        self._meter = Meter(info)
-        self._started = self._heard = self._clock()
+        self._meter = Averages(info)
+        self._started = self._updated_at = self._clock()
         self._say(Text.assemble(("gatrain ", "bold cyan"), (text.clean(info.recipe), "bold")))
         self._rows([*text.header_rows(info), ("results", text.clean(text.shown_path(info.run_dir)))])
         self._console.line()
@@ -146,7 +146,7 @@ class LiveSink(Logger):
         if self._meter is not None:
             with self._lock:
                 self._meter.add(record)
-                self._heard = self._clock()
+                self._updated_at = self._clock()
 
     def evaluation(self, step: int, metrics: Mapping[str, Any]) -> None:
         if self._meter is not None:
@@ -195,7 +195,7 @@ class LiveSink(Logger):
             now = self._clock()
             left = meter.seconds_left
             if left is not None:
-                left = max(0.0, left - (now - self._heard))
+                left = max(0.0, left - (now - self._updated_at))
             step = max(meter.step, self._finished())
             lines = [Text(), _progress(meter, step, now - self._started, left, width)]
             if meter.last is None:
@@ -211,7 +211,10 @@ class LiveSink(Logger):
         width = max(len(label) for label, _ in rows)
         for index, (label, value) in enumerate(rows):
             name = Text(f"  {label:<{width}}  ", f"bold {first}" if first and index == 0 else _LABEL)
-            if label in ("results", "to go on"):  # to be copied: in one piece, wherever the terminal folds it
+            if label in (
+                "results",
+                "resume with",
+            ):  # to be copied: in one piece, wherever the terminal folds it
                 self._console.print(name.append(value, Style(dim=False, bold=True)), soft_wrap=True)
                 continue
             self._say(_side_by_side(name, width + 4, Text(value)))
@@ -232,7 +235,7 @@ def _side_by_side(label: Text, width: int, value: Text) -> Table:
     return table
 
 
-def _progress(meter: Meter, step: int, elapsed: float, left: float | None, width: int) -> Text:
+def _progress(meter: Averages, step: int, elapsed: float, left: float | None, width: int) -> Text:
     info = meter.info
     done = step / info.total_steps if info.total_steps else 1.0
     before = f"step {step:>{len(str(info.total_steps))}}/{info.total_steps} "
@@ -249,14 +252,14 @@ def _progress(meter: Meter, step: int, elapsed: float, left: float | None, width
     return line.append(after)
 
 
-def _loss_line(meter: Meter, width: int) -> Text:
+def _loss_line(meter: Averages, width: int) -> Text:
     line = Text.assemble(("loss ", _LABEL), (text.decimal(meter.smooth_loss), _NUMBER))
     line.append(f" smoothed, {text.decimal(meter.last.loss if meter.last else None)} last  ", _LABEL)
     room = width - line.cell_len
     return line.append(sparkline(meter.losses(), room), "cyan") if room >= 4 else line
 
 
-def _facts(meter: Meter) -> list[str]:
+def _facts(meter: Averages) -> list[str]:
     values = step_values(meter)
     values.pop("loss")
     terms = [name for name in values if name.startswith("loss_terms.")]

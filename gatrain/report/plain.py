@@ -11,7 +11,7 @@ from typing import IO, Any, TextIO
 
 from gatrain import units
 from gatrain.report import text
-from gatrain.report.meter import Meter
+from gatrain.report.averages import Averages
 from gatrain.report.sink import Logger
 from gatrain.train.events import RunInfo
 from gatrain.train.records import RunSummary, StepRecord
@@ -36,14 +36,14 @@ class PlainSink(Logger):
         self._stream = sys.stdout if stream is None else stream
         self._log_every = log_every
         self._clock = clock
-        self._meter: Meter | None = None
+        self._meter: Averages | None = None
         self._started = clock()
         self._printed_at: float | None = None
         self._printed_step: int | None = None
         self._widths: dict[str, int] = {}
 
     def start(self, info: RunInfo) -> None:
-        self._meter = Meter(info)
+        self._meter = Averages(info)
         self._started = self._clock()
         title = f"gatrain {text.clean(info.recipe)}  {text.clean(text.shown_path(info.run_dir))}"
         self._print(title)
@@ -82,7 +82,7 @@ class PlainSink(Logger):
         self._print("")
         sample = text.showcase_lines(summary)
         if sample:
-            self._print("a sample of what was learnt:")
+            self._print("sample output:")
             for line in sample:
                 self._print(f"  | {line}".rstrip())
             self._print("")
@@ -93,7 +93,7 @@ class PlainSink(Logger):
         gap = min(10.0, max(1.0, (now - self._started) / 60))
         return self._printed_at is None or now - self._printed_at >= gap
 
-    def _step_line(self, meter: Meter) -> None:
+    def _step_line(self, meter: Averages) -> None:
         self._printed_at, self._printed_step = self._clock(), meter.step
         values = step_values(meter)
         values["left"] = (
@@ -106,7 +106,7 @@ class PlainSink(Logger):
                 parts.append(_stretch(value, width))
         self._print("  ".join(parts).rstrip())
 
-    def _step_label(self, meter: Meter, step: int) -> str:
+    def _step_label(self, meter: Averages, step: int) -> str:
         total = meter.info.total_steps
         return f"step {step:>{len(str(total))}}/{total}"
 
@@ -125,7 +125,7 @@ class PlainSink(Logger):
             raise
 
 
-def step_values(meter: Meter) -> dict[str, str]:
+def step_values(meter: Averages) -> dict[str, str]:
     """The newest numbers, written out, by a fixed name; what was not measured is left out."""
     record, values = meter.last, {}
     if record is None:

@@ -119,14 +119,14 @@ def header_rows(info: RunInfo) -> list[tuple[str, str]]:
     rows = [
         ("batch", clean(info.equation)),
         ("device", clean(info.device)),
-        ("computed in", ", ".join(how)),
+        ("precision", ", ".join(how)),
         ("parameters", f"{info.parameters:,}"),
         ("data", ", ".join(data)),
         ("steps", steps),
     ]
     if info.baseline_loss is not None:
         phrase = baseline_phrase(info.baseline_name, info.baseline_loss)
-        rows.append(("to beat", f"{phrase} (held-out loss)"))
+        rows.append(("baseline", f"{phrase} (held-out loss)"))
     return rows
 
 
@@ -185,7 +185,7 @@ def summary_rows(summary: RunSummary, info: RunInfo) -> list[tuple[str, str]]:
         rows.append(("weights", clean(f"{summary.weights} (safetensors.torch.load_model reads it)")))
     rows += [(f"{clean(name)} weights", clean(path)) for name, path in summary.exported.items()]
     if summary.status == "stopped":
-        rows.append(("to go on", resume_command(info.run_dir)))
+        rows.append(("resume with", resume_command(info.run_dir)))
     return rows
 
 

@@ -383,7 +383,7 @@ class Trainer:
     def _sample_output(self) -> str | None:
         shown = None
         if self.engine.ranks.rank == 0:
-            with self.aftermath.guard("the sample of what was learnt (showcase)"):
+            with self.aftermath.guard("the sample output (showcase)"):
                 shown = self.engine.showcase()
         return shown
 

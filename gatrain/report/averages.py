@@ -13,7 +13,7 @@ _RECENT = 50
 _HISTORY = 512
 
 
-class Meter:
+class Averages:
     """Sums up the records so far.
 
     Rates come from the records' own ``samples_per_s``, ``tokens_per_s`` and ``step_s``: records arrive
