@@ -1,0 +1,167 @@
+"""The learning rate is a function of the optimizer step alone: closed forms, torch's, one's own."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch.optim import lr_scheduler
+
+from gatrain import build
+from gatrain.config import BatchConfig, RunConfig, ScheduleConfig, SGDConfig
+from gatrain.errors import ConfigError
+from gatrain.optimizer_config import OwnSchedule, check_schedule
+from gatrain.train.schedule import Span, factor
+
+
+def curve(config: ScheduleConfig, steps: int = 12, effective_batch: int = 1) -> list[float]:
+    return [factor(config, Span(steps, effective_batch), step) for step in range(steps)]
+
+
+def own(target: str, steps: int = 12, lr: float | None = 0.2, **arguments: Any) -> list[float]:
+    config = RunConfig(
+        batch=BatchConfig(4),
+        optimizer=SGDConfig(lr=lr),  # type: ignore[arg-type]
+        schedule=OwnSchedule(target=target, arguments=arguments),
+    )
+    clock = build.step_clock(config, steps)
+    return [clock.factor(step) for step in range(steps)]
+
+
+def test_warm_up_and_cosine_over_eight_steps() -> None:
+    config = ScheduleConfig("warmup_cosine", warmup_steps=3, final_fraction=0.0)
+    right = [(s + 1) / 3 if s < 3 else 0.5 * (1 + math.cos(math.pi * (s - 3) / 5)) for s in range(8)]
+    assert curve(config, 8) == pytest.approx(right, abs=1e-15)
+
+
+def test_wsd_is_flat_until_the_last_steps() -> None:
+    config = ScheduleConfig("wsd", warmup_steps=2, decay_steps=4, final_fraction=0.0)
+    assert curve(config) == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+    fifth = ScheduleConfig("wsd", final_fraction=0.0)
+    assert curve(fifth, 10) == pytest.approx([1] * 9 + [0.5])
+    root = ScheduleConfig("wsd", decay_steps=4, final_fraction=0.2, decay_shape="sqrt")
+    assert curve(root)[-1] == pytest.approx(0.2 + 0.8 * (1 - math.sqrt(0.75)))
+
+
+def test_linear_inverse_root_step_and_one_cycle() -> None:
+    assert curve(ScheduleConfig("linear", final_fraction=0.0), 4) == [1.0, 0.75, 0.5, 0.25]
+    root = curve(ScheduleConfig("inverse_sqrt", warmup_steps=4))
+    assert root[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert root[8] == pytest.approx(math.sqrt(4 / 9))
+    steps = curve(ScheduleConfig("step", milestones=[3, 6], gamma=0.5), 8)
+    assert steps == [1, 1, 1, 0.5, 0.5, 0.5, 0.25, 0.25]
+    cycle = curve(ScheduleConfig("one_cycle", warmup_steps=4, initial_fraction=0.1, final_fraction=0.0))
+    assert cycle[0] == pytest.approx(0.1)
+    assert max(cycle) == cycle[4] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("in_steps", "in_samples"),
+    [
+        ({"name": "wsd", "decay_steps": 4}, {"name": "wsd", "decay_samples": 32}),
+        ({"name": "step", "milestones": [3, 6]}, {"name": "step", "milestone_samples": [24, 48]}),
+        ({"name": "linear", "warmup_steps": 4}, {"name": "linear", "warmup_samples": 32}),
+    ],
+)
+def test_what_is_given_in_samples_keeps_its_curve_when_the_effective_batch_changes(
+    in_steps: dict[str, Any], in_samples: dict[str, Any]
+) -> None:
+    wanted = curve(ScheduleConfig(**in_steps), 12, 8)
+    assert curve(ScheduleConfig(**in_samples), 12, 8) == wanted
+    finer = curve(ScheduleConfig(**in_samples), 24, 4)
+    if in_steps["name"] == "linear":  # the warm-up is counted at the end of a step
+        finer = finer[1::2][:4] + finer[::2][4:]
+    assert finer[::2] == wanted if in_steps["name"] != "linear" else finer == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (ScheduleConfig("constant", milestones=[3]), "milestones is a key of schedule=step"),
+        (ScheduleConfig("wsd", decay_steps=3, decay_samples=3), "both given"),
+        (ScheduleConfig("step"), r"milestones=None is not a list of increasing whole numbers"),
+        (ScheduleConfig("step", milestones=[6, 3]), "increasing"),
+        (ScheduleConfig("wsd", decay_shape="cubic"), "not one of linear, cosine, sqrt"),
+        (ScheduleConfig("warmup_cosin"), "Did you mean 'warmup_cosine'"),
+    ],
+)
+def test_keys_without_effect_are_refused(config: ScheduleConfig, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        check_schedule(config)
+
+
+TORCHS: dict[str, dict[str, Any]] = {
+    "OneCycleLR": {"max_lr": 0.2, "cycle_momentum": False},
+    "CosineAnnealingLR": {"T_max": 7, "eta_min": 0.01},
+    "CosineAnnealingWarmRestarts": {"T_0": 5},
+    "StepLR": {"step_size": 3},
+    "ExponentialLR": {"gamma": 0.9},
+    "PolynomialLR": {"total_iters": 12, "power": 2.0},
+}
+
+
+@pytest.mark.parametrize("name", TORCHS)
+def test_torchs_schedulers_give_their_rates(name: str) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.2)
+    options = {**TORCHS[name], **({"total_steps": 12} if name == "OneCycleLR" else {})}
+    scheduler = getattr(lr_scheduler, name)(optimizer, **options)
+    wanted = []
+    for _ in range(12):
+        wanted.append(optimizer.param_groups[0]["lr"] / 0.2)
+        optimizer.step()
+        if len(wanted) < 12:
+            scheduler.step()
+    assert own(f"torch.optim.lr_scheduler.{name}", **TORCHS[name]) == pytest.approx(wanted, rel=1e-12)
+
+
+class Halving:
+    def __init__(self, every: int, total_steps: int, effective_batch: int) -> None:
+        assert (total_steps, effective_batch) == (12, 4)
+        self.every = every
+
+    def __call__(self, step: int) -> float:
+        return float(0.5 ** (step // self.every))
+
+
+class Counts:
+    calls = 0
+
+    def __call__(self, step: int) -> float:
+        self.calls += 1
+        return 1.0 / self.calls
+
+
+def ramp(step: int, total_steps: int, power: float = 1.0) -> float:
+    return float((1 - step / total_steps) ** power)
+
+
+def negative(step: int) -> float:
+    return -1.0
+
+
+def text() -> str:
+    return "no schedule"
+
+
+def test_a_class_or_a_function_of_the_users_gives_the_factor() -> None:
+    assert own(f"{__name__}.Halving", every=4) == [1.0] * 4 + [0.5] * 4 + [0.25] * 4
+    assert own(f"{__name__}.ramp", power=2.0) == [(1 - s / 12) ** 2 for s in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("target", "arguments", "words"),
+    [
+        (f"{__name__}.Counts", {}, "counts its calls"),
+        (f"{__name__}.negative", {}, "gives -1.0 at step 0"),
+        (f"{__name__}.text", {}, "not a function of the optimizer step"),
+        ("torch.optim.lr_scheduler.ReduceLROnPlateau", {}, "follows the evaluation's loss"),
+        ("torch.optim.lr_scheduler.OneCycleLR", {"max_lr": 0.2}, "cycle_momentum=false"),
+    ],
+)
+def test_what_is_no_function_of_the_step_is_refused(
+    target: str, arguments: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        own(target, **arguments)
