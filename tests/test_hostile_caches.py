@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hostile import MARKER, Payload
 
 from gatrain import codec
 from gatrain.errors import LaunchError
@@ -25,18 +26,7 @@ from gatrain.tune import cache
 from gatrain.tune.curve import Curve
 
 FOUND = Inspected(4, 0, "data", 9, 36, ("none",))
-MARKER = "executed"
 DEEP = b"[" * 200_000
-
-
-class Payload:
-    """Whoever unpickles it leaves a file behind."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
-        return os.system, (f"touch '{self.folder / MARKER}'",)
 
 
 def curve_file() -> dict[str, Any]:

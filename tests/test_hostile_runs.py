@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from command import gatrain, project
+from hostile import MARKER, Payload
 
 from gatrain import fit, states
 from gatrain.errors import GatrainError
@@ -19,18 +20,7 @@ from gatrain.fit import resuming
 from gatrain.report.jsonl import read_lines
 from gatrain.rundir import RunDir, write_json
 
-MARKER = "executed"
 Change = Callable[[Path], Any]
-
-
-class Payload:
-    """Whoever unpickles it leaves a file behind."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
-        return os.system, (f"touch '{self.folder / MARKER}'",)
 
 
 MODULE = """

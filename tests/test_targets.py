@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 
 import command
 import pytest
+from hostile import Payload
 
 from gatrain import build, commands, target_rules, targets, trust
 from gatrain.errors import ConfigError
@@ -19,14 +19,6 @@ from gatrain.errors import ConfigError
 
 def T(target: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
     return {"_target_": target, **({"_args_": list(args)} if args else {}), **kwargs}
-
-
-class Payload:
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return os.system, (f"touch {self.path}",)
 
 
 MODULE = """
@@ -112,7 +104,7 @@ def forget_modules() -> None:
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "mine.py").write_text(MODULE)
     (tmp_path / "victim").write_text("keep")
-    (tmp_path / "pickled").write_bytes(pickle.dumps(Payload(str(tmp_path / "mark"))))
+    (tmp_path / "pickled").write_bytes(pickle.dumps(Payload(tmp_path, "mark")))
     (tmp_path / "script.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\n")
     (tmp_path / "hubconf.py").write_text(f"def m():\n    open({str(tmp_path / 'mark')!r}, 'w')\n")
     monkeypatch.chdir(tmp_path)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 from backports import zstd
+from hostile import Payload
 
 from gatrain import cli
 from gatrain.data import PaddedText, TextWindows, encoding, records
@@ -90,13 +91,6 @@ def zip_of(name: str, content: str) -> bytes:
     with zipfile.ZipFile(stream, "w") as archive:
         archive.writestr(name, content)
     return stream.getvalue()
-
-
-class Payload:
-    """Unpickled, it leaves a file behind."""
-
-    def __reduce__(self) -> Any:
-        return os.system, ("touch executed",)
 
 
 def damaged(data: bytes, place: int = -12) -> bytes:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hostile import Payload
 
 from gatrain import cli
 from gatrain.data import TextWindows, token_scan
@@ -54,13 +55,6 @@ def with_id(value: int, place: int = 1300) -> bytes:
     ids = IDS.copy()
     ids[place] = value
     return ids.tobytes()
-
-
-class Payload:
-    """Unpickled, it leaves a file behind."""
-
-    def __reduce__(self) -> Any:
-        return os.system, ("touch executed",)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ from gatrain.tune import cache, curve, finalists, protocol, search
 from gatrain.tune.curve import Curve
 from gatrain.units import GIB
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 WAY = StepSettings("fp32", "none", False, "window")
 
 
@@ -112,12 +114,6 @@ class Machine:
                     line(event="end", stopped=curve.MEMORY)
                     return
             line(event="end", stopped=curve.SHARE)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("GATRAIN_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
 
 
 def plan_on(machine: Machine, config: RunConfig, **options: Any) -> Any:

@@ -27,10 +27,7 @@ from gatrain.tune.finalists import Confirmation, Finalist, WholeSteps
 from gatrain.tune.search import Candidate
 from gatrain.units import GIB
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GATRAIN_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 class WholeMachine(Machine):

@@ -25,6 +25,8 @@ from gatrain.tune.curve import Curve
 from gatrain.tune.finalists import Confirmation, WholeSteps
 from gatrain.units import GIB
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 RESULTS = Path(__file__).parent / "benchmarks/results/tuner_sweep_2026-11-26.json"
 WORKLOADS = json.loads(RESULTS.read_text())["workloads"]
 H100, H200 = 79 * GIB, 139 * GIB
@@ -111,8 +113,7 @@ class Replay:
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GATRAIN_CACHE", str(tmp_path / "cache"))
+def _compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gatrain.tune.knobs.can_compile", lambda: True)
 
 
