@@ -236,11 +236,11 @@ def test_retune_reaches_the_tuner(
 ) -> None:
     asked: list[bool] = []
 
-    def make_plan_for(*args: object, retune: bool, **options: object) -> None:
+    def plan(*args: object, retune: bool, **options: object) -> None:
         asked.append(retune)
         raise LaunchError("enough")
 
-    monkeypatch.setattr("gatrain.tune.make_plan_for", make_plan_for)
+    monkeypatch.setattr("gatrain.tune.Tuner.plan", plan)
     for options in ([], ["--retune"]):
         code, _, err = call(capsys, *words, "recipe=vision", *options)
         assert (code, "enough" in err) == (LaunchError.exit_code, True)

@@ -83,18 +83,18 @@ def test_odd_measurements_count_as_none(
         "measurement": curve["measurements"][0],
     }
     write_json(cache.plan_file("key"), stored)
-    assert len(cache.load_curves("key", FOUND)) == 1
+    assert len(cache.load("key").of(FOUND).curves) == 1
     places[where].update(changes)
     write_json(cache.plan_file("key"), stored)
-    assert cache.load_curves("key", FOUND) == {}
+    assert cache.load("key").of(FOUND).curves == []
 
 
 def remembered(folder: Path) -> list[tuple[str, Path, Callable[[], Any], Any]]:
     """Name, file, reader, and what it gives where the file is of no use."""
     return [
-        ("curves", cache.plan_file("key"), lambda: cache.load_curves("key", FOUND), {}),
-        ("whole steps", cache.plan_file("key"), lambda: cache.load_confirmations("key", FOUND), []),
-        ("inspection", cache.plan_file("key"), lambda: cache.load_inspected("key"), None),
+        ("curves", cache.plan_file("key"), lambda: cache.load("key").curves, []),
+        ("whole steps", cache.plan_file("key"), lambda: cache.load("key").confirmations, []),
+        ("inspection", cache.plan_file("key"), lambda: cache.load("key").inspected, None),
         (
             "error report",
             folder / "logs" / "error_rank_0.json",

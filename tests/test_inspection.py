@@ -116,11 +116,11 @@ def test_files_are_those_that_values_name(here: Path) -> None:
 
 
 def measured(config: RunConfig, found: Inspected) -> None:
-    tune.make_plan_for(config, found, CPU, Nodes(1), run=Machine())
+    tune.Tuner(config, CPU, Nodes(1)).plan(found, run=Machine())
 
 
 def remembered(config: RunConfig) -> Inspected | None:
-    answer = tune.remembered(config, CPU, Nodes(1))
+    answer = tune.Tuner(config, CPU, Nodes(1)).remembered()
     if answer is None:
         return None
     plan, found = answer
@@ -175,18 +175,18 @@ def test_a_memory_refuses_no_run_and_answers_nothing_that_has_to_be_measured() -
     measured(own(), info_of(samples=20))
     larger = dataclasses.replace(own(), batch=dataclasses.replace(own().batch, effective=21))
     assert remembered(larger) is None
-    assert tune.remembered(own(), CPU, Nodes(2)) is None
+    assert tune.Tuner(own(), CPU, Nodes(2)).remembered() is None
 
 
 @pytest.mark.usefixtures("here")
 def test_curves_of_another_model_or_other_data_do_not_count() -> None:
     measured(own(), info_of())
     again = Machine()
-    tune.make_plan_for(own(), info_of(parameters=7), CPU, Nodes(1), run=again)
+    tune.Tuner(own(), CPU, Nodes(1)).plan(info_of(parameters=7), run=again)
     assert again.asked
     untouched = Machine()
     found = info_of(parameters=7, remarks=("looked at anew",))
-    tune.make_plan_for(own(), found, CPU, Nodes(1), run=untouched)
+    tune.Tuner(own(), CPU, Nodes(1)).plan(found, run=untouched)
     assert not untouched.asked
     assert remembered(own()) == found  # what was found last is what is remembered
 

@@ -24,7 +24,7 @@ from gatrain.train.modules import batch_norms, mode_remarks
 from gatrain.train.ranks import Ranks
 from gatrain.train.remainders import Splits, check_windows
 from gatrain.train.windows import WindowSchedule
-from gatrain.tune.knobs import norm_note
+from gatrain.tune.explain import norm_note
 
 CPU = torch.device("cpu")
 

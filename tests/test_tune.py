@@ -24,7 +24,7 @@ from gatrain.launch.world import Nodes
 from gatrain.nvml import Gpu
 from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, Measurement, Plan, StepSettings
 from gatrain.sources import source_hash
-from gatrain.tune import cache, curve, finalists, protocol, search
+from gatrain.tune import cache, curve, finalists, judging, protocol, search
 from gatrain.tune.curve import Curve
 from gatrain.units import GIB
 
@@ -119,7 +119,7 @@ class Machine:
 def plan_on(machine: Machine, config: RunConfig, **options: Any) -> Any:
     nodes = options.pop("nodes", Nodes(1))
     where = options.pop("hardware", CPU)
-    return tune.make_plan_for(config, info_of(), where, nodes, run=machine, **options)
+    return tune.Tuner(config, where, nodes).plan(info_of(), run=machine, **options)
 
 
 # ---- the arithmetic -------------------------------------------------------------------------------------
@@ -250,7 +250,7 @@ def test_truth_allows_for_rounding_and_dropout(
     precision: str, loss: float, noise: float, outcome: str
 ) -> None:
     m = Measurement(8, FITS, 1, 0.1, 0.0, 0.0, loss, reference_loss=2.0, loss_noise=noise)
-    judged = search.reject_wrong_losses(Curve(dataclasses.replace(WAY, precision=precision), (m,)))
+    judged = judging.reject_wrong_losses(Curve(dataclasses.replace(WAY, precision=precision), (m,)))
     assert judged.measurements[0].outcome == outcome
 
 
@@ -291,7 +291,7 @@ def test_compilation_that_is_asked_for_is_not_measured_along_the_whole_curve() -
     assert (plan.settings.compile, plan.micro_batch) == (True, 64)
     assert [len(asked.sizes) for asked in machine.asked] == [7, 1]
     assert machine.asked[1].sizes == (64,)
-    again = tune.make_plan_for(config_of(64, compile=True), info_of(), CPU, Nodes(1), run=no_trial)
+    again = tune.Tuner(config_of(64, compile=True), CPU, Nodes(1)).plan(info_of(), run=no_trial)
     assert (again.settings.compile, again.micro_batch) == (True, 64)
 
 
@@ -324,7 +324,7 @@ def test_the_users_own_error_before_any_trial_comes_through() -> None:
         raise ConfigError("model._target_ does not import")
 
     with pytest.raises(ConfigError, match="does not import"):
-        tune.make_plan_for(config_of(8), info_of(), CPU, Nodes(1), run=broken)
+        tune.Tuner(config_of(8), CPU, Nodes(1)).plan(info_of(), run=broken)
 
 
 # ---- what needs no trial --------------------------------------------------------------------------------
@@ -335,7 +335,7 @@ def no_trial(folder: Path) -> None:
 
 
 def test_a_fixed_micro_batch_needs_no_trial() -> None:
-    plan = tune.make_plan_for(config_of(23, micro=2), info_of(), CPU, Nodes(3), run=no_trial)
+    plan = tune.Tuner(config_of(23, micro=2), CPU, Nodes(3)).plan(info_of(), run=no_trial)
     assert plan.micro_batches == [[2, 2, 2, 2], [2, 2, 2, 2], [2, 2, 2, 1]]
     assert plan.settings == StepSettings("fp32", "none", compile=False, sync="window")
     assert "batch.micro=2 was asked for" in plan.reason
@@ -357,7 +357,7 @@ def test_no_candidate_is_named_by_a_size_that_its_split_does_not_have() -> None:
 
 def test_a_fixed_micro_batch_beyond_the_share_is_refused_first() -> None:
     with pytest.raises(PlanError, match=r"batch\.micro=8 or less"):
-        tune.make_plan_for(config_of(16, micro=10), info_of(), CPU, Nodes(2), run=no_trial)
+        tune.Tuner(config_of(16, micro=10), CPU, Nodes(2)).plan(info_of(), run=no_trial)
 
 
 def test_a_fixed_micro_batch_on_a_gpu_decides_only_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -367,7 +367,7 @@ def test_a_fixed_micro_batch_on_a_gpu_decides_only_the_rest(monkeypatch: pytest.
     assert (plan.micro_batch, plan.settings.checkpointing, plan.settings.compile) == (16, "full", True)
     assert all(asked.sizes == (16,) for asked in machine.asked)
     fixed = config_of(64, micro=16, checkpointing="none", compile=False)
-    assert tune.make_plan_for(fixed, info_of(), CUDA, Nodes(1), run=no_trial).micro_batch == 16
+    assert tune.Tuner(fixed, CUDA, Nodes(1)).plan(info_of(), run=no_trial).micro_batch == 16
 
 
 def test_16_bit_parameters_are_named_and_count_their_masters() -> None:
@@ -376,11 +376,11 @@ def test_16_bit_parameters_are_named_and_count_their_masters() -> None:
     assert tune.state_bytes(dataclasses.replace(half, optimizer_bytes=8000)) == 18_000
     assert tune.state_bytes(dataclasses.replace(half, parameter_bytes=2400)) == 10_000 + 800
     assert tune.state_bytes(dataclasses.replace(half, parameter_bytes=2400, frozen_bytes=400)) == 10_000 + 400
-    plan = tune.make_plan_for(config_of(64, micro=16), half, CPU, Nodes(2), run=no_trial)
+    plan = tune.Tuner(config_of(64, micro=16), CPU, Nodes(2)).plan(half, run=no_trial)
     assert "All 1,000 parameters are bf16" in plan.notes[0]
     assert plan.settings.sync == "window"
     overlap = dataclasses.replace(config_of(64, micro=16), sync="overlap")
-    assert tune.make_plan_for(overlap, half, CPU, Nodes(2), run=no_trial).settings.sync == "overlap"
+    assert tune.Tuner(overlap, CPU, Nodes(2)).plan(half, run=no_trial).settings.sync == "overlap"
 
 
 def test_a_model_too_large_for_any_plan_is_refused_at_once() -> None:
@@ -388,10 +388,10 @@ def test_a_model_too_large_for_any_plan_is_refused_at_once() -> None:
     with pytest.raises(
         DoesNotFitError, match=r"14\.9 GiB \(1,000,000,000 parameters x 16 bytes\).*optimizer=sgd"
     ):
-        tune.make_plan_for(config_of(8), info, CPU, Nodes(1), run=no_trial)
+        tune.Tuner(config_of(8), CPU, Nodes(1)).plan(info, run=no_trial)
     busy = dataclasses.replace(CUDA, gpus=[gpu(free=10 * GIB)])
     with pytest.raises(DoesNotFitError, match="no other process uses"):
-        tune.make_plan_for(config_of(8, micro=1), info, busy, Nodes(1), run=no_trial)
+        tune.Tuner(config_of(8, micro=1), busy, Nodes(1)).plan(info, run=no_trial)
 
 
 # ---- the cache ------------------------------------------------------------------------------------------
@@ -431,8 +431,8 @@ def test_the_possible_gain_is_the_fixed_part_by_the_flattest_line() -> None:
 def test_another_effective_batch_plans_from_the_stored_curve() -> None:
     plan_on(Machine(largest=16), config_of(64, checkpointing="none"))
     for effective in (509, 64, 16, 1):
-        plan = tune.make_plan_for(
-            config_of(effective, checkpointing="none"), info_of(), CPU, Nodes(1), run=no_trial
+        plan = tune.Tuner(config_of(effective, checkpointing="none"), CPU, Nodes(1)).plan(
+            info_of(), run=no_trial
         )
         assert sum(map(sum, plan.micro_batches)) == effective
         assert plan.micro_batch <= 16
@@ -446,7 +446,7 @@ def test_a_size_between_two_that_fit_is_measured_before_it_is_chosen() -> None:
     assert plan.micro_batch == 50
     assert any(t.micro_batch == 50 and t.outcome == FITS and t.peak_memory_bytes for t in plan.trials)
     # the stored curve still tells of the larger sizes
-    assert tune.make_plan_for(config_of(64), info_of(), CPU, Nodes(1), run=no_trial).micro_batch == 64
+    assert tune.Tuner(config_of(64), CPU, Nodes(1)).plan(info_of(), run=no_trial).micro_batch == 64
 
 
 @settings(max_examples=100, deadline=None)
@@ -550,11 +550,11 @@ def test_a_remembered_plan_respects_memory_that_others_took() -> None:
     busy = dataclasses.replace(CPU, memory_bytes=int(5.9 * GIB))  # the same machine by its fingerprint
     info = info_of()
     key = cache.fingerprint(config_of(64, checkpointing="none"), busy, 1)
-    assert cache.load_curves(key, info)
+    assert cache.load(key).of(info).curves
     tight = config_of(64, checkpointing="none", tune=TuneConfig(memory_fraction=20 / 5900))
-    assert curve_of({1: 1, 64: 1}).within(20).fitting[-1].micro_batch == 1
+    assert judging.within(curve_of({1: 1, 64: 1}), 20).fitting[-1].micro_batch == 1
     with pytest.raises(AssertionError):  # another memory_fraction is another fingerprint
-        tune.make_plan_for(tight, info, busy, Nodes(1), run=no_trial)
+        tune.Tuner(tight, busy, Nodes(1)).plan(info, run=no_trial)
 
 
 def test_an_unwritable_cache_does_not_stop_anything(own_cache: Path) -> None:

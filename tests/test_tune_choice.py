@@ -108,10 +108,10 @@ def test_a_clear_gap_needs_no_whole_steps() -> None:
 def test_whole_steps_are_remembered_for_their_effective_batch_only() -> None:
     machine = WholeMachine(lambda f, nth: 0.60 if f.micro_batch == 32 else 0.70, seconds=level)
     first = plan_on(machine, config_of(64))
-    again = tune.make_plan_for(config_of(64), _info(), CPU, Nodes(1), run=no_trial)
+    again = tune.Tuner(config_of(64), CPU, Nodes(1)).plan(_info(), run=no_trial)
     assert (again.micro_batch, again.trials) == (first.micro_batch, first.trials)
     assert "confirmed" in again.reason
-    other = tune.make_plan_for(config_of(60), _info(), CPU, Nodes(1), run=no_trial)
+    other = tune.Tuner(config_of(60), CPU, Nodes(1)).plan(_info(), run=no_trial)
     assert all(trial.confirmed_step_s is None for trial in other.trials)
     assert "whole steps were not timed" in other.reason
 
@@ -182,7 +182,7 @@ def test_a_person_who_interrupts_whole_steps_is_obeyed() -> None:
     with pytest.raises(Interrupted):
         plan_on(machine, config_of(64))
     # the curve was complete
-    assert tune.make_plan_for(config_of(64), _info(), CPU, Nodes(1), run=no_trial).micro_batch
+    assert tune.Tuner(config_of(64), CPU, Nodes(1)).plan(_info(), run=no_trial).micro_batch
 
 
 def _info() -> Any:
@@ -291,10 +291,10 @@ def test_the_plan_names_its_peak_and_its_budget() -> None:
     plan = plan_on(Machine(largest=16), config_of(64, checkpointing="none"))
     assert plan.predicted_peak_bytes == plan.micro_batch * 2**20
     assert plan.memory_budget_bytes == GIB
-    again = tune.make_plan_for(config_of(64, checkpointing="none"), _info(), CPU, Nodes(1), run=no_trial)
+    again = tune.Tuner(config_of(64, checkpointing="none"), CPU, Nodes(1)).plan(_info(), run=no_trial)
     assert again.predicted_peak_bytes == plan.predicted_peak_bytes
     assert again.memory_budget_bytes == GIB  # less than what is free now
-    fixed = tune.make_plan_for(config_of(8, micro=2), _info(), CPU, Nodes(1), run=no_trial)
+    fixed = tune.Tuner(config_of(8, micro=2), CPU, Nodes(1)).plan(_info(), run=no_trial)
     assert (fixed.predicted_peak_bytes, fixed.memory_budget_bytes) == (None, None)
 
 
@@ -520,7 +520,7 @@ def test_compiled_sizes_descend_where_larger_ones_are_slower(monkeypatch: pytest
 def test_another_effective_batch_compiles_only_what_it_will_use(monkeypatch: pytest.MonkeyPatch) -> None:
     machine, _ = compiling(lambda size: 0.004 * size, monkeypatch)
     for effective in (384, 256):
-        plan = tune.make_plan_for(config_of(effective), _info(), CUDA, Nodes(1), run=no_trial)
+        plan = tune.Tuner(config_of(effective), CUDA, Nodes(1)).plan(_info(), run=no_trial)
         assert sum(map(sum, plan.micro_batches)) == effective
         assert plan.settings.compile
     # below all compiled sizes the uncompiled curve says how much compiling promises: one size is measured

@@ -89,7 +89,9 @@ def plan_in(project: Path, effective: int = 16, nproc: int = 1, max_seconds: flo
         tune=TuneConfig(max_seconds=max_seconds),
     )
     hardware = detect_hardware("cpu")
-    return tune.make_plan_for(config, FACTS, hardware, Nodes(nproc), cwd=project)
+    tuner = tune.Tuner(config, hardware, Nodes(nproc), cwd=project)
+    with tuner.trial_host() as host:
+        return tuner.plan(FACTS, host)
 
 
 INTERRUPTED = """

@@ -123,7 +123,7 @@ def plan_of(replay: Replay, effective: int, *, retune: bool = True) -> Plan:
     hardware = dataclasses.replace(CUDA, gpus=[card])
 
     info = info_of(parameters=124_000_000, parameter_bytes=4 * 124_000_000)
-    return tune.make_plan_for(config, info, hardware, Nodes(1), run=replay, retune=retune)
+    return tune.Tuner(config, hardware, Nodes(1)).plan(info, run=replay, retune=retune)
 
 
 def was_measured(plan: Plan) -> bool:

@@ -42,12 +42,13 @@ def plan_run(
         known: what an inspection has found just now, and the listener knows of.
 
     Raises:
-        GatrainError: as `gatrain.tune.make_plan_for`, or as found by the inspection.
+        GatrainError: as `gatrain.tune.Tuner.plan`, or as found by the inspection.
     """
-    from gatrain import tune
+    from gatrain.tune import Tuner
 
+    tuner = Tuner(config, hardware, nodes, cwd)
     if known is None and not retune and nodes.nnodes == 1:
-        answer = tune.remembered(config, hardware, nodes, cwd=cwd)
+        answer = tuner.remembered()
         if answer is not None:
             if answer[1].data is not None:
                 listener.read(answer[1].data)
@@ -55,27 +56,18 @@ def plan_run(
     options: dict[str, Any] = {} if preparation is None else {"announce": preparation.announce}
     if run_dir is not None and nodes.nnodes > 1:
         options["shared"] = run_dir.path
-    with tune.trial_host(config, hardware, nodes, cwd, **options) as host:
+    with tuner.trial_host(**options) as host:
         found = known
         if found is None:
             listener.progress("Inspecting the model and the data")
             with begin_inspection(config_yaml, cwd) as inspection:
-                if hardware.device == "cuda" and tune.needs_trials(config, hardware):
+                if hardware.device == "cuda" and tuner.space.needs_trials:
                     host.start()  # its imports take as long as the inspection
                 found = inspected(inspection)
             if found.data is not None:
                 listener.read(found.data)
-        plan = tune.make_plan_for(
-            config,
-            found,
-            hardware,
-            nodes,
-            progress=listener.progress,
-            retune=retune,
-            cwd=cwd,
-            run=host,
-            config_yaml=config_yaml,
-        )
+        progress = listener.progress
+        plan = tuner.plan(found, host, progress=progress, retune=retune, config_yaml=config_yaml)
         return plan, found
 
 

@@ -16,147 +16,154 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gatrain.batch import Split
 from gatrain.config import RunConfig
 from gatrain.errors import GatrainError
 from gatrain.hardware import Hardware
 from gatrain.inspected import Inspected
 from gatrain.launch.world import Nodes
-from gatrain.plan import MadeFor, Plan
-from gatrain.tune import cache, knobs
+from gatrain.plan import Plan
+from gatrain.tune import cache, explain, knobs
+from gatrain.tune.cache import Known
 from gatrain.tune.estimate import check_state_fits, state_bytes
 from gatrain.tune.planner import Planner
 from gatrain.tune.processes import TrialHost
 
-__all__ = [
-    "make_plan_for",
-    "needs_trials",
-    "remembered",
-    "remembered_plan",
-    "state_bytes",
-    "trial_host",
-]
+__all__ = ["Tuner", "state_bytes"]
+
+Run = Callable[[Path], None]
 
 
-def make_plan_for(
-    config: RunConfig,
-    data_info: Inspected,
-    hardware: Hardware,
-    nodes: Nodes,
-    *,
-    progress: Callable[[str], None] = lambda text: None,
-    retune: bool = False,
-    cwd: Path | None = None,
-    run: Callable[[Path], None] | None = None,
-    config_yaml: str | None = None,
-) -> Plan:
-    """Find the split of ``config.batch.effective`` over ``nodes`` with the fastest optimizer step.
-
-    Values that the config fixes are taken as they are; with nothing left to decide no process is started.
-    Call it from the main thread: trial processes are stopped by Ctrl-C.
+class Tuner:
+    """One question to the tuner: how to compute ``config.batch.effective`` fastest on this world.
 
     Args:
         config: of the run.
-        data_info: what an inspection found model and data to be.
         hardware: of this machine; every node is taken to be like it.
         nodes: the world that will train; trials run on this node's part of it.
-        progress: told one sentence at a time, also from another thread.
-        retune: measure again, whatever the cache holds.
         cwd: folder of the user's own modules and data; None is the current one.
-        run: lets trial processes answer, such as a `TrialHost`; None starts one and ends it.
-        config_yaml: what the trial processes read, with its references unresolved, so that no secret is written
-            for them; None writes ``config``.
-
-    Raises:
-        PlanError: a fixed micro-batch exceeds a rank's share.
-        DoesNotFitError: the model does not fit in memory, even at one sample.
-        WorkerError: the user's code failed at every size.
-        GatrainError: what went wrong while the model or its data were built.
-        Interrupted, KeyboardInterrupt: a person stopped it; what was measured is kept in the cache.
     """
-    half = data_info.half_dtypes
-    space = knobs.search_space(config, hardware)
-    notes = [knobs.half_note(data_info.half_parameters, half, data_info.parameters)] if half else []
-    notes += data_info.remarks
-    fixed = space.fixed_micro_batch
-    split = Split(config.batch.effective, nodes.world_size)
-    if fixed is not None:
-        split.check_micro_batch(fixed)
-    check_state_fits(config, data_info, hardware, nodes.nproc)
-    if fixed is not None and not space.needs_trials:
-        plan = Plan(
-            split=split,
-            micro_batch=fixed,
-            settings=space.base,
-            reason=f"batch.micro={fixed} was asked for; {space.precision_reason}",
+
+    def __init__(self, config: RunConfig, hardware: Hardware, nodes: Nodes, cwd: Path | None = None) -> None:
+        self._hardware = hardware
+        self._nodes = nodes
+        self._cwd = cwd
+        self._key = cache.fingerprint(config, hardware, nodes.world_size, cwd)
+        self._known = cache.load(self._key)
+        self.space = knobs.search_space(config, hardware, nodes)
+
+    def trial_host(self, **options: Any) -> TrialHost:
+        """Trial processes for this question, not started yet: `TrialHost.start` lets their imports begin early.
+
+        Args:
+            options: ``shared`` and ``announce`` of `TrialHost`, for several nodes.
+        """
+        return TrialHost(
+            self._nodes, self._hardware.device, self._cwd, compiles=self.space.may_compile, **options
         )
-    else:
+
+    def plan(
+        self,
+        found: Inspected,
+        run: Run,
+        *,
+        progress: Callable[[str], None] = lambda text: None,
+        retune: bool = False,
+        config_yaml: str | None = None,
+    ) -> Plan:
+        """The split with the fastest optimizer step.
+
+        Values that the config fixes are taken as they are; with nothing left to decide no process is started.
+        Call it from the main thread: trial processes are stopped by Ctrl-C.
+
+        Args:
+            found: what an inspection found model and data to be.
+            run: lets trial processes answer, such as `trial_host`.
+            progress: told one sentence at a time, also from another thread.
+            retune: measure again, whatever the cache holds.
+            config_yaml: what the trial processes read, with its references unresolved, so that no secret is
+                written for them; None writes the config.
+
+        Raises:
+            PlanError: a fixed micro-batch exceeds a rank's share.
+            DoesNotFitError: the model does not fit in memory, even at one sample.
+            WorkerError: the user's code failed at every size.
+            GatrainError: what went wrong while the model or its data were built.
+            Interrupted, KeyboardInterrupt: a person stopped it; what was measured is kept in the cache.
+        """
+        space = self.space
+        if space.fixed_micro_batch is not None:
+            space.split.check_micro_batch(space.fixed_micro_batch)
+        state_bytes = check_state_fits(space.config, found, self._hardware, self._nodes.nproc)
+        if space.fixed_micro_batch is not None and not space.needs_trials:
+            plan = Plan(
+                split=space.split,
+                micro_batch=space.fixed_micro_batch,
+                settings=space.base,
+                reason=f"batch.micro={space.fixed_micro_batch} was asked for; {space.precision_reason}",
+            )
+        else:
+            plan = self._search(found, state_bytes, run, progress, retune, config_yaml)
+        return explain.with_model_notes(plan, found)
+
+    def remembered(self) -> tuple[Plan, Inspected] | None:
+        """A plan that nothing has to be measured for, and the model and data that it is for, as they were when it
+        was measured.
+
+        None where nothing is known, where a file that they are known to depend on has changed, or where what is
+        known would refuse the run: then they are inspected again, and whatever is said is of today.
+        """
+        known = self._known.inspected
+        if known is None or not known.is_current() or known.samples < self.space.split.effective_batch:
+            return None
+        try:
+            plan = self.remembered_plan(known)
+        except GatrainError:
+            return None
+        if plan is None or plan.made_for is None:
+            return None
+        return dataclasses.replace(
+            plan, made_for=dataclasses.replace(plan.made_for, is_remembered=True)
+        ), known
+
+    def remembered_plan(self, found: Inspected) -> Plan | None:
+        """The plan that `plan` would give without measuring; None if it would have to measure."""
+
+        class NotRemembered(Exception):
+            pass
+
+        def refuse(folder: Path) -> None:
+            raise NotRemembered
+
+        try:
+            return self.plan(found, refuse)
+        except NotRemembered:
+            return None
+
+    def _search(
+        self,
+        found: Inspected,
+        state_bytes: int,
+        run: Run,
+        progress: Callable[[str], None],
+        retune: bool,
+        config_yaml: str | None,
+    ) -> Plan:
+        def keep(measured: Known) -> None:
+            if (trouble := cache.store(self._key, measured)) is not None:
+                progress(trouble)
+
+        known = Known(inspected=found) if retune else self._known.of(found)
+        if known.curves and self._known.inspected != found:
+            keep(known)  # just looked at: the curves still are theirs
         planner = Planner(
-            config,
-            data_info,
-            hardware,
-            nodes,
-            space,
+            self.space,
+            found,
+            state_bytes,
+            known,
+            run,
+            keep=keep,
             progress=progress,
-            retune=retune,
-            cwd=cwd,
-            run=run,
+            shared=run.shared if isinstance(run, TrialHost) else None,
             config_yaml=config_yaml,
         )
-        plan = planner.plan()
-    if (note := knobs.norm_note(data_info.batch_norms, plan, data_info.synchronises)) is not None:
-        notes.append(note)
-    made_for = MadeFor(data_info.parameters, data_info.samples, data_info.eval_samples)
-    return dataclasses.replace(plan, notes=[*notes, *plan.notes], made_for=made_for)
-
-
-def needs_trials(config: RunConfig, hardware: Hardware) -> bool:
-    """Whether anything is left for trials to decide, if nothing is remembered."""
-    return knobs.search_space(config, hardware).needs_trials
-
-
-def trial_host(
-    config: RunConfig, hardware: Hardware, nodes: Nodes, cwd: Path | None = None, **options: Any
-) -> TrialHost:
-    """Trial processes for these spaces, not started yet: `TrialHost.start` lets their imports begin early.
-
-    Args:
-        options: ``shared`` and ``announce`` of `TrialHost`, for several nodes.
-    """
-    compiles = knobs.search_space(config, hardware).may_compile
-    return TrialHost(nodes, hardware.device, cwd, compiles=compiles, **options)
-
-
-def remembered_plan(
-    config: RunConfig, data_info: Inspected, hardware: Hardware, nodes: Nodes, *, cwd: Path | None = None
-) -> Plan | None:
-    """The plan that `make_plan_for` would give without measuring; None if it would have to measure."""
-
-    class NotRemembered(Exception):
-        pass
-
-    def refuse(folder: Path) -> None:
-        raise NotRemembered
-
-    try:
-        return make_plan_for(config, data_info, hardware, nodes, cwd=cwd, run=refuse)
-    except NotRemembered:
-        return None
-
-
-def remembered(
-    config: RunConfig, hardware: Hardware, nodes: Nodes, *, cwd: Path | None = None
-) -> tuple[Plan, Inspected] | None:
-    """A plan that nothing has to be measured for, and the model and data that it is for, as they were when it was
-    measured. None where nothing is known, where a file that they are known to depend on has changed, or where what
-    is known would refuse the run: then they are looked at again, and whatever is said is of today."""
-    known = cache.load_inspected(cache.fingerprint(config, hardware, nodes.world_size, cwd))
-    if known is None or known.samples < config.batch.effective:
-        return None
-    try:
-        plan = remembered_plan(config, known, hardware, nodes, cwd=cwd)
-    except GatrainError:
-        return None
-    if plan is None or plan.made_for is None:
-        return None
-    return dataclasses.replace(plan, made_for=dataclasses.replace(plan.made_for, is_remembered=True)), known
+        return planner.plan()

@@ -11,17 +11,16 @@ import hashlib
 import importlib.metadata
 import json
 import sys
-from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gatrain import __version__, codec, trust
+from gatrain import __version__, codec, schema, trust
 from gatrain.assets import cache_dir
 from gatrain.config import RunConfig
 from gatrain.errors import RunFolderError
 from gatrain.hardware import Hardware
 from gatrain.inspected import Inspected
-from gatrain.plan import StepSettings
 from gatrain.rundir import read_json, write_json
 from gatrain.sources import source_hash, targets
 from gatrain.tune.curve import Curve
@@ -93,59 +92,49 @@ def plan_file(key: str) -> Path:
     return cache_dir() / "plans" / f"{key}.json"
 
 
-def load_inspected(key: str) -> Inspected | None:
-    """What model and data were found to be when the curves with this fingerprint were measured; None where that is
-    not known, or where a file that it depends on has changed since."""
+@dataclass
+class Known:
+    """What one file holds."""
+
+    version: int = VERSION
+    inspected: Inspected | None = None
+    """What model and data were found to be when the curves were measured."""
+    curves: list[Curve] = field(default_factory=list)
+    confirmations: list[Confirmation] = field(default_factory=list)
+    """Full steps timed with them, oldest first."""
+
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: it is of another version.
+        """
+        schema.one_of((str(VERSION),), version=str(self.version))
+
+    def of(self, found: Inspected) -> Known:
+        """This, for a model and data as ``found``; with nothing measured where it was of others."""
+        before = self.inspected
+        names = ("fingerprint", "parameters", "parameter_bytes", "half_parameters", "synchronises")
+        if before is None or any(getattr(before, name) != getattr(found, name) for name in names):
+            return Known(inspected=found)
+        return Known(VERSION, found, list(self.curves), list(self.confirmations))
+
+
+def load(key: str) -> Known:
+    """What is stored under this fingerprint; nothing where there is no file, or a damaged one."""
     try:
-        found = codec.decode(Inspected, _stored(key)["inspected"], finite=False)
-    except (RunFolderError, KeyError, TypeError, ValueError, AttributeError):
+        return codec.decode(Known, read_json(plan_file(key)), finite=False)
+    except (RunFolderError, ValueError):
+        return Known()
+
+
+def store(key: str, known: Known) -> str | None:
+    """Keep it, atomically. Returns what went wrong, or None: a full disk must not stop a training."""
+    curves = [curve for curve in known.curves if curve.measurements]
+    if not curves:
         return None
-    return found if found.is_current() else None
-
-
-def load_curves(key: str, info: Inspected) -> dict[StepSettings, Curve]:
-    """Curves stored under this fingerprint; empty where there are none, the file is damaged, or they are of another
-    model or other data than ``info``."""
+    kept = Known(VERSION, known.inspected, curves, known.confirmations[-MAX_CONFIRMATIONS:])
     try:
-        curves = codec.decode(list[Curve], _stored_for(key, info)["curves"], finite=False)
-    except (RunFolderError, KeyError, TypeError, ValueError, AttributeError):
-        return {}
-    return {curve.settings: curve for curve in curves}
-
-
-def load_confirmations(key: str, info: Inspected) -> list[Confirmation]:
-    """Whole steps stored with those curves, oldest first, each for one effective batch and world size."""
-    try:
-        return codec.decode(list[Confirmation], _stored_for(key, info)["confirmations"])
-    except (RunFolderError, KeyError, TypeError, ValueError, AttributeError):
-        return []
-
-
-def _stored(key: str) -> dict[str, Any]:
-    stored = read_json(plan_file(key))
-    return stored if stored.get("version") == VERSION else {}
-
-
-def _stored_for(key: str, info: Inspected) -> dict[str, Any]:
-    stored, now = _stored(key), codec.encode(info)
-    same = ("fingerprint", "parameters", "parameter_bytes", "half_parameters", "synchronises")
-    return stored if all(stored["inspected"][name] == now[name] for name in same) else {}
-
-
-def store_curves(
-    key: str,
-    info: Inspected,
-    curves: dict[StepSettings, Curve],
-    confirmations: Sequence[Confirmation] = (),
-) -> str | None:
-    """Keep the curves, atomically. Returns what went wrong, or None: a full disk must not stop a training."""
-    kept = [codec.encode(curve) for curve in curves.values() if curve.measurements]
-    if not kept:
-        return None
-    whole = codec.encode(confirmations[-MAX_CONFIRMATIONS:])
-    stored = {"version": VERSION, "inspected": codec.encode(info), "curves": kept, "confirmations": whole}
-    try:
-        write_json(plan_file(key), stored, mode=0o600)  # names of files may tell something
+        write_json(plan_file(key), codec.encode(kept), mode=0o600)  # names of files may tell something
     except OSError as error:
         return f"the measurements could not be kept in {plan_file(key)}: {error}"
     return None

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from gatrain import schema
-from gatrain.plan import DOES_NOT_FIT, FITS, Measurement, StepSettings
+from gatrain.plan import FITS, Measurement, StepSettings
 
 SHARE, MEMORY, TIME, SLOWER, LEVEL, BROKEN, INTERRUPTED = (
     "share",
@@ -183,20 +183,6 @@ class Curve:
             modes=max(self.modes, other.modes, key=len),
             knobs=other.knobs or self.knobs,
             budget_bytes=other.budget_bytes if other.budget_bytes is not None else self.budget_bytes,
-        )
-
-    def within(self, limit_bytes: int) -> Curve:
-        """This curve where no more than ``limit_bytes`` is free now, for one measured when more was."""
-        return dataclasses.replace(
-            self,
-            measurements=tuple(
-                dataclasses.replace(
-                    m, outcome=DOES_NOT_FIT, error="it fitted before, but less memory is free now"
-                )
-                if m.outcome == FITS and (m.peak_memory_bytes or 0) > limit_bytes
-                else m
-                for m in self.measurements
-            ),
         )
 
     def check(self) -> None:

@@ -27,8 +27,8 @@ def memory_per_rank(hardware: Hardware, local_ranks: int) -> int:
     return hardware.memory_bytes // max(local_ranks, 1)
 
 
-def check_state_fits(config: RunConfig, info: Inspected, hardware: Hardware, local_ranks: int) -> None:
-    """Refuse in no time what cannot fit whatever the micro-batch.
+def check_state_fits(config: RunConfig, info: Inspected, hardware: Hardware, local_ranks: int) -> int:
+    """Refuse in no time what cannot fit whatever the micro-batch; return the bytes that always are in use.
 
     Raises:
         DoesNotFitError: parameters, gradients and optimizer state exceed the memory of the weakest rank.
@@ -37,7 +37,7 @@ def check_state_fits(config: RunConfig, info: Inspected, hardware: Hardware, loc
     free = memory_per_rank(hardware, local_ranks)
     allowed = int(free * config.tune.memory_fraction)
     if needed <= allowed:
-        return
+        return needed
     per_parameter = needed / max(info.parameters, 1)
     where = f"of the {units.size(free)} free on " + (
         f"the fullest GPU ({min(hardware.gpus[:local_ranks], key=lambda g: g.free_bytes).name})"

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 
 from gatrain import units
 from gatrain.batch import Split
-from gatrain.config import RunConfig
-from gatrain.plan import FITS, Measurement, Plan, StepSettings, Trial
+from gatrain.inspected import Inspected
+from gatrain.plan import FITS, MadeFor, Measurement, Plan, StepSettings, Trial
 from gatrain.train import read_ahead
 from gatrain.tune import advice, curve, knobs, search
 from gatrain.tune.curve import Curve
 from gatrain.tune.finalists import VARYING, Verdict, WholeSteps
+from gatrain.tune.knobs import SearchSpace
 from gatrain.tune.search import Candidate
 
 MOST_NOISY = 4
@@ -45,12 +46,9 @@ def make(
     decision: Decision,
     used: Mapping[StepSettings, Curve],
     chosen_curve: Curve,
+    space: SearchSpace,
     *,
-    config: RunConfig,
-    on_gpu: bool,
     is_remembered: bool,
-    max_seconds: float,
-    allowed_bytes: int,
 ) -> Plan:
     """Put the plan together.
 
@@ -58,8 +56,6 @@ def make(
         used: all curves that took part.
         chosen_curve: the one behind the decision.
         is_remembered: whether nothing was measured for this answer.
-        max_seconds: time that trials had, to name more.
-        allowed_bytes: memory that may be used now, for a remembered plan.
     """
     chosen, verdict = decision.chosen, decision.verdict
     reason = search.explain(
@@ -69,7 +65,7 @@ def make(
         reason += "; the model cannot tell these apart, and whole steps were not timed"
     if is_remembered:
         reason += " (remembered from earlier measurements; --retune measures again)"
-    budget = chosen_curve.budget_bytes or allowed_bytes
+    budget = chosen_curve.budget_bytes or space.allowed_bytes
     # few sizes are compiled: how far the sizes go is for the curve without compilation to say
     plain = used.get(dataclasses.replace(chosen_curve.settings, compile=False), chosen_curve)
     return Plan(
@@ -79,12 +75,14 @@ def make(
         reason=reason,
         trials=rows(decision, used.values()),
         notes=[
-            *observations(decision, chosen_curve, plain, max_seconds, config.batch.micro),
-            *loading(chosen_curve, chosen, config.train.data_workers),
+            *observations(decision, chosen_curve, plain, space),
+            *loading(chosen_curve, chosen, space.config.train.data_workers),
         ],
-        advice=advice.sentences(chosen_curve, chosen, optimizer=config.optimizer, on_gpu=on_gpu),
+        advice=advice.sentences(
+            chosen_curve, chosen, optimizer=space.config.optimizer, on_gpu=space.device == "cuda"
+        ),
         predicted_peak_bytes=chosen_curve.peak_bytes(chosen.micro_batch),
-        memory_budget_bytes=min(budget, allowed_bytes) if is_remembered else budget,
+        memory_budget_bytes=min(budget, space.allowed_bytes) if is_remembered else budget,
     )
 
 
@@ -112,8 +110,7 @@ def observations(
     decision: Decision,
     chosen_curve: Curve,
     plain: Curve,
-    max_seconds: float,
-    asked_micro_batch: int | str,
+    space: SearchSpace,
 ) -> list[str]:
     """What happened on the way and what the plan is, apart from advice."""
     notes = list(decision.remarks)
@@ -128,12 +125,12 @@ def observations(
     if chosen_curve.stopped == curve.TIME:
         notes.append(
             "Time for trials ran out before larger micro-batches were tried; "
-            f"tune.max_seconds={2 * max_seconds:g} --retune would allow more."
+            f"tune.max_seconds={2 * space.max_seconds:g} --retune would allow more."
         )
     elif chosen_curve.stopped in (curve.SLOWER, curve.LEVEL) and largest < share:
         why = "slower" if chosen_curve.stopped == curve.SLOWER else "no faster than the noise can show"
         notes.append(f"Micro-batches above {largest} were not tried: the last sizes were {why} per sample.")
-    elif plain.stopped == curve.SHARE and plain.largest < share and asked_micro_batch == "auto":
+    elif plain.stopped == curve.SHARE and plain.largest < share and space.fixed_micro_batch is None:
         notes.append(
             f"Micro-batches above {plain.largest} were not tried: by the times up to there they could be faster by "
             f"{plain.possible_gain:.1%} at most. --retune measures them."
@@ -228,3 +225,37 @@ def _without_sync(settings: StepSettings) -> StepSettings:
 def _order(row: Trial) -> tuple[bool, int, str, int]:
     way = row.settings
     return way.compile, knobs.CHECKPOINTING.values.index(way.checkpointing), way.knob_text, row.micro_batch
+
+
+def half_note(half_parameters: int, half_dtypes: str, parameters: int) -> str:
+    """What the plan says of trained 16-bit parameters."""
+    which = "All" if half_parameters == parameters else f"{half_parameters:,} of"
+    return (
+        f"{which} {parameters:,} parameters are {half_dtypes}: their gradients are summed in fp32 over micro-steps "
+        "and ranks, and the optimizer steps fp32 master weights, which are rounded into them after each step."
+    )
+
+
+def norm_note(batch_norms: Sequence[str], plan: Plan, synchronises: bool = False) -> str | None:
+    """What BatchNorm means for a plan with several micro-batches; None where it sees the whole batch at once."""
+    pieces = max(map(len, plan.micro_batches)) if synchronises else sum(map(len, plan.micro_batches))
+    if not batch_norms or pieces == 1:
+        return None
+    more = f" and {len(batch_norms) - 1} more" if len(batch_norms) > 1 else ""
+    sizes = sorted({size for rank in plan.micro_batches for size in rank})
+    which = f"({' or '.join(map(str, sizes))} samples{' of each rank' if synchronises else ''})"
+    return (
+        f"BatchNorm ('{batch_norms[0]}'{more}) normalises each micro-batch {which} by itself, so the result "
+        "depends on the split; GroupNorm or frozen BatchNorm would not."
+    )
+
+
+def with_model_notes(plan: Plan, found: Inspected) -> Plan:
+    """The plan with what is to be said of the model and its data, and of which ones it was made for."""
+    half = found.half_dtypes
+    notes = [half_note(found.half_parameters, half, found.parameters)] if half else []
+    notes += found.remarks
+    if (note := norm_note(found.batch_norms, plan, found.synchronises)) is not None:
+        notes.append(note)
+    made_for = MadeFor(found.parameters, found.samples, found.eval_samples)
+    return dataclasses.replace(plan, notes=[*notes, *plan.notes], made_for=made_for)

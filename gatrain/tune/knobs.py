@@ -9,15 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from gatrain.batch import Split
 from gatrain.config import RunConfig
 from gatrain.hardware import Hardware, choose_precision
-from gatrain.plan import Plan, StepSettings
+from gatrain.launch.world import Nodes
+from gatrain.plan import StepSettings
 from gatrain.tune.curve import KnobOffer
+from gatrain.tune.estimate import memory_per_rank
 
+MAX_SECONDS = {"cpu": 30.0, "cuda": 120.0}
+"""Time for trials where ``tune.max_seconds`` is null."""
 DECIDED, FEW_SIZES, WHERE_MEMORY_LIMITS, FULL_STEPS = (
     "decided",
     "few sizes",
@@ -116,16 +121,36 @@ def simplicity(settings: StepSettings) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """What the config leaves to the tuner, with everything resolved that needs no measurement."""
+    """What the config leaves to the tuner on one world, with everything resolved that needs no measurement."""
 
+    config: RunConfig
+    device: str
+    split: Split
     base: StepSettings
     """What to measure first: no checkpointing and no compilation unless they were asked for."""
     precision_reason: str
     open: tuple[Row, ...]
     """The rows that are left to trials, in the order in which they are tried."""
     fixed_micro_batch: int | None
-    has_knobs: bool = False
-    """Whether the run has further knobs."""
+    max_seconds: float
+    """Time for trials."""
+    free_bytes: int
+    """Memory that the weakest rank can take."""
+
+    @property
+    def allowed_bytes(self) -> int:
+        """Memory that a plan may use now."""
+        return int(self.free_bytes * self.config.tune.memory_fraction)
+
+    @property
+    def checks_loss(self) -> bool:
+        """Whether a loss that depends on the micro-batch is refused."""
+        return self.config.train.check == "error"
+
+    @property
+    def sizes(self) -> list[int]:
+        """Micro-batches worth measuring, rising."""
+        return self.split.candidates() if self.fixed_micro_batch is None else [self.fixed_micro_batch]
 
     @property
     def may_compile(self) -> bool:
@@ -133,12 +158,18 @@ class SearchSpace:
         return COMPILE in self.open or self.base.compile
 
     @property
+    def overlaps(self) -> bool:
+        """Whether the overlapped reduction is compared: on several GPUs, unless it was asked for."""
+        return self.device == "cuda" and self.split.world_size > 1 and SYNC in self.open
+
+    @property
     def needs_trials(self) -> bool:
         """Whether anything is left that only a measurement can decide."""
-        return self.fixed_micro_batch is None or self.has_knobs or any(row is not SYNC for row in self.open)
+        is_open = any(row is not SYNC for row in self.open)
+        return self.fixed_micro_batch is None or bool(self.config.knobs) or is_open
 
 
-def search_space(config: RunConfig, hardware: Hardware) -> SearchSpace:
+def search_space(config: RunConfig, hardware: Hardware, nodes: Nodes) -> SearchSpace:
     """Read the config's ``auto`` values.
 
     On a CPU a fixed micro-batch leaves nothing to measure: without a hard memory limit there is nothing that
@@ -155,37 +186,18 @@ def search_space(config: RunConfig, hardware: Hardware) -> SearchSpace:
     asked = {row: getattr(config, row.name) for row in is_open}
     base = {row.name: row.values[0] if value == "auto" else value for row, value in asked.items()}
     return SearchSpace(
+        config=config,
+        device=hardware.device,
+        split=Split(config.batch.effective, nodes.world_size),
         base=StepSettings(precision=precision, **base),
         precision_reason=reason,
         open=tuple(row for row in ROWS if is_open.get(row, False)),
         fixed_micro_batch=fixed,
-        has_knobs=bool(config.knobs),
-    )
-
-
-def half_note(half_parameters: int, half_dtypes: str, parameters: int) -> str:
-    """What the plan says of trained 16-bit parameters."""
-    which = "All" if half_parameters == parameters else f"{half_parameters:,} of"
-    return (
-        f"{which} {parameters:,} parameters are {half_dtypes}: their gradients are summed in fp32 over micro-steps "
-        "and ranks, and the optimizer steps fp32 master weights, which are rounded into them after each step."
+        max_seconds=config.tune.max_seconds or MAX_SECONDS[hardware.device],
+        free_bytes=memory_per_rank(hardware, nodes.nproc),
     )
 
 
 def can_compile() -> bool:
     """Whether torch.compile can make GPU kernels here: it needs Triton."""
     return importlib.util.find_spec("triton") is not None
-
-
-def norm_note(batch_norms: Sequence[str], plan: Plan, synchronises: bool = False) -> str | None:
-    """What BatchNorm means for a plan with several micro-batches; None where it sees the whole batch at once."""
-    pieces = max(map(len, plan.micro_batches)) if synchronises else sum(map(len, plan.micro_batches))
-    if not batch_norms or pieces == 1:
-        return None
-    more = f" and {len(batch_norms) - 1} more" if len(batch_norms) > 1 else ""
-    sizes = sorted({size for rank in plan.micro_batches for size in rank})
-    which = f"({' or '.join(map(str, sizes))} samples{' of each rank' if synchronises else ''})"
-    return (
-        f"BatchNorm ('{batch_norms[0]}'{more}) normalises each micro-batch {which} by itself, so the result "
-        "depends on the split; GroupNorm or frozen BatchNorm would not."
-    )

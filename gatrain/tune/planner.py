@@ -8,33 +8,25 @@ A curve that the cache holds is not measured again.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gatrain import batch, units
-from gatrain.batch import Split
-from gatrain.config import RunConfig
 from gatrain.errors import ExactnessError, GatrainError, Interrupted
-from gatrain.hardware import Hardware
 from gatrain.inspected import Inspected
-from gatrain.launch.world import Nodes
 from gatrain.plan import FAILED, FITS, SKIPPED, Measurement, Plan, StepSettings
-from gatrain.tune import cache, curve, explain, finalists, knobs, memory_model, protocol, refusal, search
+from gatrain.tune import curve, explain, finalists, judging, knobs, memory_model, protocol, refusal, search
+from gatrain.tune.cache import Known
 from gatrain.tune.curve import Curve
-from gatrain.tune.estimate import memory_per_rank, state_bytes
 from gatrain.tune.explain import Decision
 from gatrain.tune.finalists import Confirmation, WholeSteps
 from gatrain.tune.knobs import Row, SearchSpace
-from gatrain.tune.processes import TrialHost
 from gatrain.tune.protocol import WholeSpec
 from gatrain.tune.runner import Progress, Run, TrialRunner, sentence
 from gatrain.tune.search import Candidate
 
-MAX_SECONDS = {"cpu": 30.0, "cuda": 120.0}
-"""Time for trials where ``tune.max_seconds`` is null."""
 WORTH_RECOMPUTING = {"selective": 1.06, "full": 1.15}
 """A last doubling of the micro-batch that gained this factor says that larger ones may gain more than recomputation
 costs: 2 to 10 % selective and 15 to 30 % full, on an H100; further doublings gain less and less."""
@@ -64,45 +56,33 @@ class Planner:
 
     def __init__(
         self,
-        config: RunConfig,
-        info: Inspected,
-        hardware: Hardware,
-        nodes: Nodes,
         space: SearchSpace,
+        info: Inspected,
+        state_bytes: int,
+        known: Known,
+        run: Run,
         *,
+        keep: Callable[[Known], None],
         progress: Progress,
-        retune: bool = False,
-        cwd: Path | None = None,
-        run: Run | None = None,
+        shared: Path | None = None,
         config_yaml: str | None = None,
     ) -> None:
-        self._config = config
-        self._hardware = hardware
         self._space = space
-        self._progress = progress
-        self._split = Split(config.batch.effective, nodes.world_size)
-        self._equal_steps = info.synchronises and nodes.world_size > 1
-        self._info = info
-        self._key = cache.fingerprint(config, hardware, nodes.world_size, cwd)
-        self._curves: dict[StepSettings, Curve] = {} if retune else cache.load_curves(self._key, info)
-        self._confirmations = [] if retune else cache.load_confirmations(self._key, info)
-        self._free_bytes = memory_per_rank(hardware, nodes.nproc)
-        self._overlaps = hardware.device == "cuda" and nodes.world_size > 1 and knobs.SYNC in space.open
-        self._fresh: set[StepSettings] = set()  # measured now
+        self._split = space.split
         self._fixed = space.fixed_micro_batch
-        self._state_bytes = state_bytes(info)
+        self._progress = progress
+        self._runner = TrialRunner(
+            space.config, run, space.max_seconds, self._keep, progress, shared, config_yaml
+        )
+        self._keep_known = keep
+        self._known = known
+        self._curves = {curve.settings: curve for curve in known.curves}
+        self._equal_steps = info.synchronises and space.split.world_size > 1
+        self._state_bytes = state_bytes
+        self._fresh: set[StepSettings] = set()  # measured now
         self._used: dict[StepSettings, Curve] = {}
         self._measured_anything = False
         self._loss_remarks: dict[StepSettings, str] = {}
-        limit = config.tune.max_seconds or MAX_SECONDS[hardware.device]
-        self._max_seconds = limit
-        self._trials = contextlib.ExitStack()
-        if run is None:
-            run = self._trials.enter_context(
-                TrialHost(nodes, hardware.device, cwd, compiles=space.may_compile)
-            )
-        shared = run.shared if isinstance(run, TrialHost) else None
-        self._runner = TrialRunner(config, run, limit, self._keep, progress, shared, config_yaml)
 
     def plan(self) -> Plan:
         """Measure what is missing and choose.
@@ -111,24 +91,23 @@ class Planner:
             DoesNotFitError: not even the smallest size fits.
             WorkerError: every size failed for another reason.
         """
-        if self._curves and cache.load_inspected(self._key) != self._info:
-            self._store()  # model and data have just been looked at, and the curves still are theirs
-        with self._trials:
-            asked = self._space.base
-            # Each size compiles for long, so even where compilation is asked for the curve is found without it.
-            explores = asked.compile and self._fixed is None
-            first = dataclasses.replace(asked, compile=False) if explores else asked
-            base = self._curve(first, self._sizes())
-            if explores and not self._measured():
-                self._curve(asked, self._sizes())  # fused kernels may fit where the plain ones do not
-            rows = [*self._space.open, *([knobs.COMPILE] if explores else [])]
-            self._explore(sorted({*rows}, key=knobs.ROWS.index), base, required=explores)
-            self._explore([knobs.row_of(offer) for offer in base.knobs], base)
-            self._measure_promising()
-            options = [option for option in self._allowed() if option.measured]
-            if not options:
-                refusal.refuse(self._used, self._space, self._config, self._hardware.device, self._free_bytes)
-            return self._answer(self._decide(options))
+        asked = self._space.base
+        # Each size compiles for long, so even where compilation is asked for the curve is found without it.
+        explores = asked.compile and self._fixed is None
+        first = dataclasses.replace(asked, compile=False) if explores else asked
+        for way in dict.fromkeys((first, asked)):
+            if way == first or not self._measured():  # fused kernels may fit where the plain ones do not
+                self._curve(way, self._space.sizes)
+        base = self._used[first]
+        rows = [*self._space.open, *([knobs.COMPILE] if explores else [])]
+        self._explore(sorted({*rows}, key=knobs.ROWS.index), base, required=explores)
+        self._explore([knobs.row_of(offer) for offer in base.knobs], base)
+        self._measure_promising()
+        options = [option for option in self._allowed() if option.measured]
+        if not options:
+            refusal.refuse(self._used, self._space)
+        decision = self._decide(options)
+        return self._answer(decision)
 
     def _allowed(self) -> list[Candidate]:
         """The candidates that may be chosen: uncompiled ones only lead the way where compilation is asked for."""
@@ -161,10 +140,6 @@ class Planner:
         fitting = self._used[option.settings].fitting
         return not fitting or option.micro_batch < fitting[0].micro_batch
 
-    def _sizes(self) -> list[int]:
-        fixed = self._space.fixed_micro_batch
-        return self._split.candidates() if fixed is None else [fixed]
-
     def _curve(self, way: StepSettings, sizes: list[int]) -> Curve:
         """The curve for one way of computing over rising sizes, from the cache if it can answer."""
         known = self._curves.get(way)
@@ -173,7 +148,7 @@ class Planner:
         elif self._fixed is not None:
             answered = self._fixed in {m.micro_batch for m in known.fitting}
         else:
-            answered = known.answers(sizes, self._max_seconds)
+            answered = known.answers(sizes, self._space.max_seconds)
         if not answered:
             self._measure(way, self._missing(known, sizes), rises=self._fixed is None)
         return self._judged(way)
@@ -186,21 +161,10 @@ class Planner:
 
     def _judged(self, way: StepSettings) -> Curve:
         """The curve with wrong results refused, and what does not fit any more if it is an old one."""
-        found = self._curves[way]
-        if way not in self._fresh:
-            found = found.within(int(self._free_bytes * self._config.tune.memory_fraction))
-        judged = search.reject_wrong_losses(found)
-        if (wrong := search.wrong_at_every_size(found, judged)) is not None:
-            if self._config.train.check == "error":
-                refusal.refuse_loss(wrong, found.fitting[0])
-            judged = found  # the user knows
-            self._loss_remarks[way] = refusal.loss_text(wrong, found.fitting[0])
-        elif (noisy := search.unrepeatable(found)) is not None:
-            self._loss_remarks[way] = (
-                f"The same samples with the same seed gave other losses at micro-batch {noisy.micro_batch} "
-                f"({noisy.loss:.6g} and {noisy.repeated_loss:.6g}): data, collate or model draw numbers that "
-                "gatrain does not control, so losses could not be compared between sizes."
-            )
+        limit_bytes = None if way in self._fresh else self._space.allowed_bytes
+        judged, remark = judging.judged(self._curves[way], limit_bytes, refuses=self._space.checks_loss)
+        if remark is not None:
+            self._loss_remarks[way] = remark
         self._used[way] = judged
         return judged
 
@@ -213,7 +177,7 @@ class Planner:
     def _keep(self, measured: Curve) -> None:
         """Merge with what the cache knew, and store at once: also on Ctrl-C."""
         known = self._curves.get(measured.settings)
-        if known is not None and self._space.fixed_micro_batch is not None:
+        if known is not None and self._fixed is not None:
             # one size more says nothing about why the curve ended
             measured = dataclasses.replace(measured, stopped=known.stopped, max_seconds=known.max_seconds)
         elif known is not None and known.stopped != curve.INTERRUPTED and measured.largest < known.largest:
@@ -224,13 +188,12 @@ class Planner:
 
     def _keep_confirmation(self, confirmation: Confirmation | None) -> None:
         if confirmation is not None:
-            self._confirmations.append(confirmation)
+            self._known.confirmations.append(confirmation)
             self._store()
 
     def _store(self) -> None:
-        trouble = cache.store_curves(self._key, self._info, self._curves, self._confirmations)
-        if trouble is not None:
-            self._progress(trouble)
+        self._known.curves = list(self._curves.values())
+        self._keep_known(self._known)
 
     def _explore(self, rows: Sequence[Row], base: Curve, *, required: bool = False) -> None:
         """Try the values of the rows in turn, each from the best settings so far.
@@ -265,7 +228,7 @@ class Planner:
             way = row.set(limited.settings, value)
             if way not in self._curves and self._out_of_time(bool(options)):
                 return
-            sizes = [size for size in self._sizes() if 2 * size >= largest]
+            sizes = [size for size in self._space.sizes if 2 * size >= largest]
             if way.compile:
                 self._climb(way, next((size for size in sizes if size > largest), largest), limited)
                 measured = self._used[way]
@@ -314,7 +277,7 @@ class Planner:
         measured = self._measure(way, [start], rises=False)
         if self._fixed is not None or start not in {m.micro_batch for m in measured.fitting}:
             return
-        sizes = self._sizes()
+        sizes = self._space.sizes
         gains: list[float] = []
         best, flat = start, 0
         for size in [each for each in sizes if each > start]:
@@ -342,7 +305,7 @@ class Planner:
             return
         cuts = {batch.even_size(self._split.share, -(-self._split.share // k)) for k in range(1, 65)}
         lowest = STEP_UP * known.fitting[-1].micro_batch
-        budget = known.budget_bytes or self._free_bytes
+        budget = known.budget_bytes or self._space.free_bytes
         for size in sorted(cuts, reverse=True):
             if lowest <= size < refused and self._predicted_peak(way, size) <= budget:
                 self._gain_of(way, size, best)
@@ -366,7 +329,7 @@ class Planner:
             self._skip(way, size, curve.TIME, protocol.no_time(needed_s, self._runner.seconds_left))
             return None
         peak = self._predicted_peak(way, size)
-        over = peak - (known.budget_bytes or self._free_bytes)
+        over = peak - (known.budget_bytes or self._space.free_bytes)
         if over > memory_model.STEP_ERROR * peak:
             text = f"its predicted peak is {units.size(over)} above what may be used"
             self._skip(way, size, curve.MEMORY, text)
@@ -377,7 +340,7 @@ class Planner:
     def _skip(self, way: StepSettings, size: int, why: str, text: str) -> None:
         known = self._curves[way]
         refused = Measurement(size, SKIPPED, error=text)
-        skipped = Curve(way, (refused,), why, self._max_seconds, known.modes, known.knobs)
+        skipped = Curve(way, (refused,), why, self._space.max_seconds, known.modes, known.knobs)
         self._keep(skipped)
         self._progress(sentence(skipped.measurements[0]))
         self._judged(way)
@@ -394,7 +357,7 @@ class Planner:
         return is_above and (is_below or known.measurements[0].micro_batch <= start)
 
     def _out_of_time(self, has_answer: bool) -> bool:
-        return has_answer and self._runner.seconds_left < MIN_ROUND_S[self._hardware.device]
+        return has_answer and self._runner.seconds_left < MIN_ROUND_S[self._space.device]
 
     def _options(self) -> list[Candidate]:
         return [
@@ -412,7 +375,7 @@ class Planner:
         near = finalists.finalists(options)
         overlapping = self._overlapping(near[0])
         remarks = [*self._runner.notices, *dict.fromkeys(self._loss_remarks.values())]
-        remarks += [NOT_OVERLAPPED] if self._overlaps and not overlapping else []
+        remarks += [NOT_OVERLAPPED] if self._space.overlaps and not overlapping else []
         named = {option.key: option for option in (*near, *overlapping)}
         timed = self._known_whole_steps(list(named.values()))
         if timed is None and len(named) > 1 and self._measured_anything and self._fixed is None:
@@ -428,7 +391,7 @@ class Planner:
 
     def _overlapping(self, best: Candidate) -> list[Candidate]:
         """The best candidate with the other way of reducing: on several GPUs only whole steps can compare."""
-        if not self._overlaps:
+        if not self._space.overlaps:
             return []
         other = dataclasses.replace(best, settings=knobs.SYNC.set(best.settings, "overlap"))
         return [other] if self._fits_beside(other, best) else []
@@ -436,7 +399,7 @@ class Planner:
     def _known_whole_steps(self, near: list[Candidate]) -> list[tuple[Candidate, WholeSteps]] | None:
         """What an interleaved run says of these candidates, the newest that has the best and another."""
         named = [finalists.finalist_of(o) for o in near]
-        for run in reversed(self._confirmations):
+        for run in reversed(self._known.confirmations):
             found = [
                 (o, steps) for o, f in zip(near, named, strict=True) if (steps := run.get(f)) is not None
             ]
@@ -447,7 +410,7 @@ class Planner:
     def _confirm(self, near: list[Candidate]) -> None:
         """Time whole steps of these candidates in the warm trial processes, if time and memory allow."""
         near = self._affordable([option for option in near if self._fits_beside(option, near[0])])
-        seconds = min(finalists.MAX_SECONDS[self._hardware.device], max(0.0, self._runner.seconds_left))
+        seconds = min(finalists.MAX_SECONDS[self._space.device], max(0.0, self._runner.seconds_left))
         count, _ = finalists.affordable([option.step_s for option in near], seconds)
         if count < 2:
             return
@@ -488,7 +451,7 @@ class Planner:
         curves = [self._curve_of(each) for each in (option, best)]
         largest = max(c.peak_bytes(o.micro_batch) or 0 for c, o in zip(curves, (option, best), strict=True))
         largest += max((m.fragmentation_bytes for c in curves for m in c.fitting), default=0)
-        budget = self._free_bytes * self._config.tune.memory_fraction
+        budget = self._space.allowed_bytes
         others = MAX_ENGINES_BESIDE * self._state_bytes
         return largest + others <= budget
 
@@ -507,11 +470,8 @@ class Planner:
             decision,
             self._used,
             self._curve_of(decision.chosen),
-            config=self._config,
-            on_gpu=self._hardware.device == "cuda",
+            self._space,
             is_remembered=not self._measured_anything,
-            max_seconds=self._max_seconds,
-            allowed_bytes=int(self._free_bytes * self._config.tune.memory_fraction),
         )
 
 

@@ -6,22 +6,18 @@ from collections.abc import Mapping
 from typing import NoReturn
 
 from gatrain import units
-from gatrain.config import RunConfig
-from gatrain.errors import DoesNotFitError, ExactnessError, WorkerError
-from gatrain.plan import DOES_NOT_FIT, FAILED, Measurement, StepSettings
+from gatrain.errors import DoesNotFitError, WorkerError
+from gatrain.plan import DOES_NOT_FIT, FAILED, StepSettings
 from gatrain.tune import knobs
 from gatrain.tune.curve import Curve
 from gatrain.tune.knobs import SearchSpace
 
 
-def refuse(
-    used: Mapping[StepSettings, Curve], space: SearchSpace, config: RunConfig, device: str, free_bytes: int
-) -> NoReturn:
+def refuse(used: Mapping[StepSettings, Curve], space: SearchSpace) -> NoReturn:
     """Say why there is no plan.
 
     Args:
         used: all that was measured or remembered.
-        free_bytes: memory that the weakest rank had.
 
     Raises:
         DoesNotFitError: memory; names what was tried and what to type next.
@@ -40,40 +36,18 @@ def refuse(
     ways = "; ".join(knobs.describe(way) for way in used)
     peak = f" (peak {units.size(smallest.peak_memory_bytes)})" if smallest.peak_memory_bytes else ""
     raise DoesNotFitError(
-        f"the model does not fit at micro-batch {smallest.micro_batch}{peak}: {units.size(free_bytes)} were "
-        f"free per rank, of which tune.memory_fraction={config.tune.memory_fraction:g} may be "
-        f"used. Tried: {ways}. {smallest.error or ''} Use {', or '.join(_ways_out(used, space, device))}."
+        f"the model does not fit at micro-batch {smallest.micro_batch}{peak}: {units.size(space.free_bytes)} were "
+        f"free per rank, of which tune.memory_fraction={space.config.tune.memory_fraction:g} may be "
+        f"used. Tried: {ways}. {smallest.error or ''} Use {', or '.join(_ways_out(used, space))}."
     )
 
 
-def refuse_loss(wrong: Measurement, smallest: Measurement) -> NoReturn:
-    """Refuse to plan for a loss that depends on the micro-batch size.
-
-    Raises:
-        ExactnessError: with the two numbers, the likely cause and what to write.
-    """
-    raise ExactnessError(
-        f"{loss_text(wrong, smallest)} No split can be planned. train.check=warn plans all the same."
-    )
-
-
-def loss_text(wrong: Measurement, smallest: Measurement) -> str:
-    """What was seen, the likely cause, and what to write."""
-    return (
-        f"The loss depends on the micro-batch: one sample, repeated, has a loss of {wrong.reference_loss:.6g} at "
-        f"micro-batch {smallest.micro_batch} and of {wrong.loss:.6g} at {wrong.micro_batch}. Likely cause: a mean "
-        "handed on as a sum, or samples that are compared with one another. Return a sum over samples from "
-        "loss_sum() and count them in weight(), give task.weight for a mean over something else, or use another "
-        "loss."
-    )
-
-
-def _ways_out(used: Mapping[StepSettings, Curve], space: SearchSpace, device: str) -> list[str]:
+def _ways_out(used: Mapping[StepSettings, Curve], space: SearchSpace) -> list[str]:
     tried = {way.checkpointing for way in used}
     modes: Mapping[str, None] = dict.fromkeys(mode for each in used.values() for mode in each.modes)
     found = ["checkpointing=full"] if "full" in modes and "full" not in tried else []
     if space.fixed_micro_batch is not None and space.fixed_micro_batch > 1:
         found.append("batch.micro=auto")
-    if space.base.precision == "fp32" and device == "cuda":
+    if space.base.precision == "fp32" and space.device == "cuda":
         found.append("precision=bf16")
     return [*found, "smaller samples (a shorter context, a lower resolution)", "a smaller model"]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from gatrain import codec, scratch, units
+from gatrain import scratch, units
 from gatrain.config import RunConfig
 from gatrain.errors import DoesNotFitError, GatrainError, Interrupted, WorkerError
 from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, Measurement, StepSettings
@@ -50,7 +51,7 @@ class TrialRunner:
     ) -> None:
         self._config = config
         # JSON is YAML as well
-        self._written = config_yaml or json.dumps(codec.encode(config))
+        self._written = config_yaml or json.dumps(dataclasses.asdict(config))
         self._shared = shared
         self._run = run
         self._spent_s = 0.0

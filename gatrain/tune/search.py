@@ -14,20 +14,17 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from gatrain import batch, units
 from gatrain.batch import Split
-from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, Measurement, StepSettings, Trial
+from gatrain.plan import DOES_NOT_FIT, FITS, Measurement, StepSettings, Trial
 from gatrain.tune import knobs
 from gatrain.tune.curve import Curve
 
 NOISE = 0.01
 """Step times that differ by less than this part are taken as equal."""
-LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 5e-2}
-"""Relative difference between losses of equal samples that rounding in that precision cannot explain."""
 NEARLY = 1 / 16
 """A micro-batch that is smaller than a measured size by at most this part takes as long per sample."""
 
@@ -61,56 +58,6 @@ class Candidate:
 def parts(share: int, size: int) -> tuple[tuple[int, int], ...]:
     """The micro-batches that a share is cut into where none may exceed ``size``: (samples, how many) of each."""
     return tuple(collections.Counter(batch.micro_batch_sizes(share, size)).items())
-
-
-def reject_wrong_losses(curve: Curve) -> Curve:
-    """Turn sizes whose loss disagrees with the smallest size's into failures: a wrong answer is no answer."""
-    judged = tuple(_judge(m, curve.settings.precision) for m in curve.measurements)
-    return dataclasses.replace(curve, measurements=judged)
-
-
-def wrong_at_every_size(found: Curve, judged: Curve) -> Measurement | None:
-    """The first size whose loss disagrees with the smallest's, where all larger sizes do: then it is the loss that
-    depends on the size. A kernel that is wrong at some sizes, or a compiled one, is another matter."""
-    larger = [m for m in found.fitting if m.loss is not None and m.reference_loss is not None][1:]
-    failed = {m.micro_batch for m in judged.measurements if m.outcome == FAILED}
-    if found.settings.compile or not larger or not all(m.micro_batch in failed for m in larger):
-        return None
-    return larger[0]
-
-
-def unrepeatable(curve: Curve) -> Measurement | None:
-    """A size whose loss differs from itself, repeated with the same samples and seed."""
-    tolerance = LOSS_TOLERANCE.get(curve.settings.precision, 5e-2)
-    return next((m for m in curve.fitting if _is_unrepeatable(m, tolerance)), None)
-
-
-def _is_unrepeatable(m: Measurement, tolerance: float) -> bool:
-    if m.loss is None or m.repeated_loss is None or not math.isfinite(m.loss):
-        return False
-    return not abs(m.loss - m.repeated_loss) <= 0.1 * tolerance * abs(m.loss)
-
-
-def disagrees(loss: float, reference: float, noise: float, precision: str) -> bool:
-    """Whether rounding and dropout cannot explain the difference to the reference."""
-    # six standard deviations: dropout alone must practically never reject a size
-    allowed = max(LOSS_TOLERANCE.get(precision, 5e-2) * abs(reference), 6 * noise, 1e-6)
-    return not abs(loss - reference) <= allowed  # true for nan, which is what we want
-
-
-def _judge(m: Measurement, precision: str) -> Measurement:
-    if m.outcome != FITS or m.loss is None or m.reference_loss is None or not math.isfinite(m.reference_loss):
-        return m
-    if not disagrees(m.loss, m.reference_loss, m.loss_noise, precision):
-        return m
-    if _is_unrepeatable(m, LOSS_TOLERANCE.get(precision, 5e-2)):
-        return m  # says nothing about this size
-    return dataclasses.replace(
-        m,
-        outcome=FAILED,
-        error=f"wrong result: the loss of the same sample is {m.loss:.6g} at this size and "
-        f"{m.reference_loss:.6g} at the smallest",
-    )
 
 
 def extended(compiled: Curve, plain: Curve) -> Curve:

@@ -71,10 +71,10 @@ def _planned(
     settings = {"precision": precision, "checkpointing": config.checkpointing}
     if isinstance(config.batch.micro, int):
         return config.batch.micro, f"batch.micro={config.batch.micro}", settings
-    from gatrain.tune import remembered_plan
+    from gatrain.tune import Tuner
 
     nodes = Nodes(max(1, len(hardware.gpus)))
-    plan = remembered_plan(config, inspected, hardware, nodes, cwd=cwd)
+    plan = Tuner(config, hardware, nodes, cwd).remembered_plan(inspected)
     if plan is not None:
         settings = {"precision": plan.settings.precision, "checkpointing": plan.settings.checkpointing}
         return plan.micro_batch, "the remembered plan", settings

@@ -233,11 +233,11 @@ class Bench:
     def _options(self, effective: int) -> list[Any]:
         from gatrain import codec
         from gatrain.batch import Split
-        from gatrain.tune import search
+        from gatrain.tune import judging, search
         from gatrain.tune.curve import Curve
 
         curves = codec.decode(list[Curve], list(self.found["curves"].values()), finite=False)
-        judged = [search.reject_wrong_losses(curve) for curve in curves]
+        judged = [judging.reject_wrong_losses(curve) for curve in curves]
         return [o for curve in judged for o in search.candidates(curve, Split(effective, 1)) if o.measured]
 
     # --- whole steps ------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from gatrain.train.batches import bytes_of
 from gatrain.train.meter import Meter
 from gatrain.train.seeding import seed_everything
 from gatrain.tune.curve import DIFFERS
-from gatrain.tune.search import disagrees
+from gatrain.tune.judging import disagrees
 from gatrain.tune.trials.batches import TrialBatches
 from gatrain.tune.trials.memory import Memory
 
