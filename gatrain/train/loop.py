@@ -349,21 +349,22 @@ class Trainer:
     def _evaluate(self) -> bool:
         """Evaluate; False where a stop was asked for meanwhile. An error of it costs this evaluation alone."""
         clock, step = self._saver.clock, self.progress.step
-        began = clock.now()
+        began, found, is_whole = clock.now(), {}, False
         try:
             found = self._evaluate_weights()
             for name, weights in self.hooks.other_weights() if found else ():
                 with self.hooks.in_place(name, weights):
                     found |= {f"{name}.{key}": value for key, value in _numbers(self._evaluate_weights())}
+            is_whole = bool(found)
         except EvaluationStopped:
             return False
         except EvaluationError as error:
             self.aftermath.add("the evaluation", str(error), f"after step {step}")
-            found = {}
         clock.evaluated(began)
         self._evaluation, self._evaluated_step = found, step
         if found:
             self.sinks.evaluation(step, found)
+        if is_whole:
             self.hooks.evaluated(step, found)
             for name in self.hooks.settle():
                 self._saver.keep(self.progress, name)
