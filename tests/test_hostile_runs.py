@@ -44,8 +44,8 @@ class Points(torch.utils.data.Dataset):
 """
 RECIPE = """
 defaults: [base, _self_]
-model: {_target_: hostile.Net}
-data: {_target_: hostile.Points}
+model: {_target_: hostile_points.Net}
+data: {_target_: hostile_points.Points}
 batch: {effective: 8, micro: 4}
 train: {steps: 6, log_every: 1, check: 'off'}
 precision: fp32
@@ -57,8 +57,8 @@ save: {every: 1, keep: 0, minutes: 0}
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A user's folder with one run of six steps, each of them saved."""
     folder = tmp_path_factory.mktemp("user")
-    project(folder, MODULE, RECIPE, "hostile")
-    gatrain(folder, "fit", "recipe=hostile", "run.dir=run")
+    project(folder, MODULE, RECIPE, "hostile_points")
+    gatrain(folder, "fit", "recipe=hostile_points", "run.dir=run")
     return folder
 
 
@@ -274,7 +274,7 @@ HOSTILE: dict[str, tuple[int, Change]] = {
     "config seed": (2, in_config("seed: 0", f"seed: {10**30}")),
     "config effective": (8, in_config("effective: 8", "effective: 12")),
     "config precision": (2, in_config("precision: fp32", "precision: fp12")),
-    "config target": (2, in_config("hostile.Net", "os.system")),
+    "config target": (2, in_config("hostile_points.Net", "os.system")),
     **{f"link {name}": (7, lambda run, name=name: link_out(run, name)) for name in LINKS},  # type: ignore[misc]
     "lock link": (7, as_lock(lambda plan, lock: lock.symlink_to(plan))),
     "lock hard link": (7, as_lock(lambda plan, lock: lock.hardlink_to(plan))),
