@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -196,6 +197,8 @@ def _train(run_dir: RunDir, stored: Reloaded, plan: Plan, rank: Rank) -> None:
         )
         sinks.watch(trainer.finished_steps)
         with out_of_memory.told(config, plan, run_dir, rank.device.type, available_modes(engine.model)):
+            gc.collect()
+            gc.freeze()  # set-up left a million objects, which no collection in a step needs to look through
             summary = trainer.run()
         if summary.status == "stopped":
             rank.stop_anywhere()  # every rank names the signal that came to one of them

@@ -125,6 +125,8 @@ def check_before_first_step(
     lenient: bool = False,
 ) -> list[str]:
     """`check_loss` on samples of window ``step``, those of this rank first. Collective."""
+    if not engine.step.strategy.needs_sum_over_samples:
+        return []  # a loss of all samples together is what the strategy is for
     window = schedule.window(step)
     first, _ = window.slice_of(engine.ranks.rank, engine.ranks.world_size)
     return check_loss(

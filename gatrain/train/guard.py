@@ -49,23 +49,25 @@ class Guard:
         """From here on read the verdict on the host at each window."""
         self._at_once = True
 
+    @torch.no_grad()
     def keep_buffers(self) -> None:
         """Remember the buffers before a window: its forward moves BatchNorm's statistics, NaN included."""
-        for dtype, buffers in _by_dtype(self._model.buffers()).items():
-            flat = torch.cat([buffer.detach().reshape(-1) for buffer in buffers])
-            if self._stopped is not None and dtype in self._kept:
-                flat = torch.where(self._stopped > 0, self._kept[dtype], flat)
-            self._kept[dtype] = flat
+        for dtype, buffers in _by_dtype(_buffers_of(self._model)).items():
+            kept = self._kept.get(dtype)
+            if kept is None or not kept.are_like(buffers):
+                self._kept[dtype] = _Kept(buffers)
+            else:
+                kept.take(buffers, self._stopped)
 
     @torch.no_grad()
     def restore_buffers(self) -> None:
         """Put the buffers back as they were before the window that was not finite."""
-        for dtype, buffers in _by_dtype(self._model.buffers()).items():
-            sizes = [buffer.numel() for buffer in buffers]
-            if dtype not in self._kept or sum(sizes) != self._kept[dtype].numel():
-                continue  # the forward made other buffers: there is nothing to go back to
-            for buffer, kept in zip(buffers, self._kept[dtype].split(sizes), strict=True):
-                buffer.copy_(kept.view(buffer.shape))
+        for dtype, buffers in _by_dtype(_buffers_of(self._model)).items():
+            kept = self._kept.get(dtype)
+            if kept is not None and kept.are_like(
+                buffers
+            ):  # else the forward made others: there is no way back
+                torch._foreach_copy_(buffers, kept.parts)
 
     def step(self, norm: Tensor, loss_is_bad: Tensor | None = None) -> bool:
         """Let the optimizer step where ``norm``, the gradient's, and the loss are finite.
@@ -89,6 +91,50 @@ class Guard:
         finally:
             del self._optimizer.found_inf  # type: ignore[attr-defined]
         return True
+
+
+class _Kept:
+    """Copies of buffers of one dtype: taken in one call, since a small model has more buffers than time."""
+
+    def __init__(self, buffers: list[Tensor]) -> None:
+        self._shapes = [buffer.shape for buffer in buffers]
+        self._flat, self.parts = self._room(buffers)
+        self._new: tuple[Tensor, list[Tensor]] | None = None
+        torch._foreach_copy_(self.parts, buffers)
+
+    def _room(self, buffers: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        sizes = [buffer.numel() for buffer in buffers]
+        flat = torch.empty(sum(sizes), dtype=buffers[0].dtype, device=buffers[0].device)
+        return flat, [part.view(s) for part, s in zip(flat.split(sizes), self._shapes, strict=True)]
+
+    def are_like(self, buffers: list[Tensor]) -> bool:
+        return self._shapes == [buffer.shape for buffer in buffers]
+
+    def take(self, buffers: list[Tensor], stopped: Tensor | None) -> None:
+        """Copy the buffers, unless ``stopped`` is above 0, which only the device may know."""
+        if stopped is None:
+            torch._foreach_copy_(self.parts, buffers)
+            return
+        flat, parts = self._new = self._new or self._room(buffers)
+        torch._foreach_copy_(parts, buffers)
+        torch.where(stopped > 0, self._flat, flat, out=self._flat)
+
+
+def _buffers_of(model: nn.Module) -> Iterable[Tensor]:
+    """As `nn.Module.buffers`, each once; without the names, which take most of its time."""
+    found: dict[int, Tensor] = {}
+    seen: set[int] = set()
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        for buffer in module._buffers.values():
+            if buffer is not None:
+                found[id(buffer)] = buffer
+        waiting += [child for child in module._modules.values() if child is not None]
+    return found.values()
 
 
 def _by_dtype(buffers: Iterable[Tensor]) -> dict[torch.dtype, list[Tensor]]:

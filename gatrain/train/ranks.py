@@ -113,16 +113,18 @@ class Ranks:
         return flags > 0
 
     def gather_rows(self, tensor: Tensor) -> list[Tensor]:
-        """Every rank's tensor of shape [n, ...], in the order of the ranks; n may differ. On the device."""
+        """Every rank's tensor of shape [n, ...], in the order of the ranks; n may differ. On the device.
+
+        A rank with n = 0 need not know the other dimensions.
+        """
         if self.world_size == 1:
             return [tensor]
-        slots = [0.0] * self.world_size
-        slots[self.rank] = float(len(tensor))
-        rows = [int(count) for count in self.sum(slots)]
-        if not max(rows):
-            return [tensor for _ in rows]
-        padded = tensor.new_zeros(max(rows), *tensor.shape[1:])
-        padded[: len(tensor)] = tensor.detach()
+        shapes = self.gather((tuple(tensor.shape), tensor.dtype))
+        rows = [shape[0] for shape, _ in shapes]
+        shape, dtype = max(shapes, key=lambda each: each[0][0])
+        padded = torch.zeros(shape, dtype=dtype, device=tensor.device)  # as long as the longest
+        if len(tensor):
+            padded[: len(tensor)] = tensor.detach()
         parts = [torch.empty_like(padded) for _ in rows]
         dist.all_gather(parts, padded)
         return [part[:count] for part, count in zip(parts, rows, strict=True)]

@@ -196,7 +196,7 @@ class Step:
         if self.scaler is not None:
             self.scaler.update(None if made else self.scaler.get_scale())  # without an update it stays
         self.masters.copy_to_model()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.parallel.drop_gradients()
         return Update(norm, made)
 
     # --- further means of strategies ----------------------------------------------------------------------

@@ -196,9 +196,11 @@ class SizeMeter:
     def _loss_of_one_sample(self, same: tuple[Batch, Mapping[str, float]]) -> tuple[float | None, float]:
         """Loss per unit weight of a batch of equal samples, and its spread over seeds at the smallest size.
 
-        Equal samples make the result independent of the size even for layers that mix the batch. Waits for
-        the device.
+        Equal samples make the result independent of the size even for layers that mix the batch. None where it
+        may depend on the size and the gradient is exact all the same. Waits for the device.
         """
+        if not self._engine.step.strategy.needs_sum_over_samples:
+            return None, 0.0
         seeds = NOISE_SEEDS if self._reference.loss is None else 1
         losses = []
         for seed in range(seeds):
