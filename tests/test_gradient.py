@@ -252,6 +252,7 @@ def test_a_strategy_from_a_users_folder_trains_resumes_and_verifies(tmp_path: Pa
     (tmp_path / "recipes" / "mine.yaml").write_text(RECIPE)
     words = ["fit", "recipe=mine", "optimizer=sgd", "optimizer.lr=0.05", "precision=fp32"]
     fixed = ["checkpointing=none", "compile=false", "sync=window"]
+    fixed += ["optimizer.momentum=0", "optimizer.nesterov=false", "optimizer.weight_decay=0"]
     gatrain(tmp_path, *words, *fixed, "batch.micro=3", "train.steps=2", "run.dir=two")
     gatrain(tmp_path, "resume", "two", "train.steps=4")
     task = Pairs()
@@ -266,4 +267,5 @@ def test_a_strategy_from_a_users_folder_trains_resumes_and_verifies(tmp_path: Pa
             for parameter in model.parameters():
                 parameter -= 0.05 * parameter.grad
     assert [each["loss"] for each in metrics(tmp_path / "two")] == pytest.approx(losses, rel=1e-5)
-    assert "two processes" in gatrain(tmp_path, "verify", "recipe=mine", "batch.micro=3")
+    said = gatrain(tmp_path, "verify", "recipe=mine", "batch.micro=3")
+    assert "equal" in said

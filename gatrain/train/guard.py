@@ -38,7 +38,7 @@ class Guard:
         self._at_once = at_once or not self._fused
         self._stopped: Tensor | None = None
         """On the device: 1.0 after a window that was not finite."""
-        self._kept: dict[torch.dtype, Tensor] = {}
+        self._kept: dict[torch.dtype, _Kept] = {}
 
     @property
     def stopped(self) -> Tensor | None:
