@@ -23,6 +23,7 @@ from gatrain.errors import ConfigError, PeerFailed, SavedStateError
 from gatrain.hooks.best import Best
 from gatrain.hooks.early_stopping import EarlyStopping
 from gatrain.hooks.ema import EMA
+from gatrain.plan import StepSettings
 from gatrain.report.mlflow import MLflowLogger
 from gatrain.report.sink import Fanout, Logger
 from gatrain.report.wandb import WandbLogger
@@ -459,6 +460,24 @@ def test_16_bit_parameters_are_averaged_in_fp32_and_exported_in_16() -> None:
         ema.load_state_dict({"averages": {"weight": torch.zeros(3)}, "buffers": {}})
     with pytest.raises(SavedStateError, match="another model"):
         ema.load_state_dict({"averages": {"other": torch.zeros(2, 2)}, "buffers": {}})
+
+
+def test_trials_and_predictions_hold_as_much_memory_as_hooks_will() -> None:
+    words = ["recipe=vision", "device=cpu"]
+    config = compose([*words, "hooks=[ema]"]).config
+    task = build.build_task(config)
+    engine = build.build_engine(
+        task, config, StepSettings("fp32", "none", False, "window"), torch.device("cpu"), in_place=True
+    )
+    averages = sum(p.numel() * p.element_size() for p in engine.model.parameters())
+    assert engine.reserved is not None
+    assert averages <= engine.reserved.numel() <= 2 * averages
+    assert (
+        build.build_engine(
+            task, config, StepSettings("fp32", "none", False, "window"), torch.device("cpu")
+        ).reserved
+        is None
+    )
 
 
 # --- watching a number

@@ -53,7 +53,8 @@ class EMA(Hook):
 
     def device_bytes(self, model: nn.Module) -> int:
         trained = [p for p in model.parameters() if p.requires_grad]
-        return sum(p.numel() * max(4, p.element_size()) for p in trained) + CHUNK_BYTES
+        held = sum(p.numel() * max(4, p.element_size()) for p in trained)
+        return held + min(held, CHUNK_BYTES)
 
     def start(self, run: HookRun) -> None:
         self._model, self._trained = run.model, dict(run.trained)

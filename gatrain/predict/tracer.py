@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-from gatrain.build import optimizer_maker
+from gatrain.build import build_hooks, optimizer_maker
 from gatrain.config import RunConfig
 from gatrain.construction import check_shapes, kept_defaults
 from gatrain.predict.recorder import Recorder
@@ -78,6 +78,7 @@ class StepTracer:
             ).optimizer
         )
         self._clip_norm = config.optimizer.clip_norm
+        self._hooks = list(build_hooks(config).values())
         self._step: Step
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -109,7 +110,7 @@ class StepTracer:
                     block.__dict__["forward"] = forward
 
     def _make_held(self) -> Held:
-        """Bytes of parameters, buffers and optimizer state: all that outlives a step."""
+        """Bytes of parameters, buffers, optimizer state and hooks: all that outlives a step."""
         for parameter in self._parameters:
             parameter.grad = torch.zeros_like(parameter)
         self._optimizer.step()
@@ -120,7 +121,8 @@ class StepTracer:
         state = pytree.tree_leaves([*self._optimizer.state.values()])
         optimizer = self._recorder.adopt(leaf for leaf in state if isinstance(leaf, Tensor))
         gradients = [parameter.numel() * parameter.element_size() for parameter in self._parameters]
-        return Held(model, optimizer, gradients=gradients)
+        hooks = [size for hook in self._hooks if (size := hook.device_bytes(self._model))]
+        return Held(model, [*optimizer, *hooks], gradients=gradients)
 
     def _mark_gradient(self, parameter: Tensor) -> None:
         assert isinstance(parameter, nn.Parameter)
