@@ -258,6 +258,7 @@ def test_a_strategy_from_a_users_folder_trains_resumes_and_verifies(tmp_path: Pa
     task = Pairs()
     model = build.build_model(task, 0, torch.device("cpu"))
     schedule, losses = WindowSchedule(len(task.train_data), SAMPLES, 0), []
+    found = metrics(tmp_path / "two")
     for index in range(4):
         total, count = task.loss_sum(model, [task.train_data.tensors[0][schedule.window(index).ids.copy()]])
         losses.append(float(total.detach()) / count)
@@ -265,7 +266,7 @@ def test_a_strategy_from_a_users_folder_trains_resumes_and_verifies(tmp_path: Pa
         (total / count).backward()
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter -= 0.05 * parameter.grad
-    assert [each["loss"] for each in metrics(tmp_path / "two")] == pytest.approx(losses, rel=1e-5)
+                parameter -= found[index]["lr"] * parameter.grad
+    assert [each["loss"] for each in found] == pytest.approx(losses, rel=1e-5)
     said = gatrain(tmp_path, "verify", "recipe=mine", "batch.micro=3")
     assert "equal" in said
