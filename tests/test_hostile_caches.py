@@ -93,7 +93,7 @@ def remembered(folder: Path) -> list[tuple[str, Path, Callable[[], Any], Any]]:
     """Name, file, reader, and what it gives where the file is of no use."""
     return [
         ("curves", cache.plan_file("key"), lambda: cache.load("key").curves, []),
-        ("whole steps", cache.plan_file("key"), lambda: cache.load("key").confirmations, []),
+        ("full steps", cache.plan_file("key"), lambda: cache.load("key").confirmations, []),
         ("inspection", cache.plan_file("key"), lambda: cache.load("key").inspected, None),
         (
             "error report",

@@ -23,7 +23,7 @@ from gatrain.launch.world import Nodes
 from gatrain.plan import FAILED, FITS, Measurement, Plan
 from gatrain.tune import advice, curve, explain, finalists, memory_model, protocol, search
 from gatrain.tune.curve import Curve
-from gatrain.tune.finalists import Confirmation, Finalist, WholeSteps
+from gatrain.tune.finalists import Confirmation, Finalist, StepTimings
 from gatrain.tune.search import Candidate
 from gatrain.units import GIB
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 class WholeMachine(Machine):
-    """Answers for whole steps too: ``whole_s`` gives a finalist's seconds in one round."""
+    """Answers for full steps too: ``whole_s`` gives a finalist's seconds in one round."""
 
     def __init__(self, whole_s: Callable[[Finalist, int], float], **formulas: Any) -> None:
         super().__init__(**formulas)
@@ -45,16 +45,16 @@ class WholeMachine(Machine):
         asked = self.asked[-1]
         if self.rank_factors:
             self._rewrite(folder)
-        if asked.whole is None:
+        if asked.full_steps is None:
             return
-        named = list(asked.whole.finalists)
+        named = list(asked.full_steps.finalists)
         self.timed.append(named)
         if self.crash_in_whole_steps:
             raise WorkerError("the rank was killed (SIGKILL)")
-        entries = tuple(WholeSteps(f, tuple(self.whole_s(f, nth) for nth in range(5))) for f in named)
+        entries = tuple(StepTimings(f, tuple(self.whole_s(f, nth) for nth in range(5))) for f in named)
         found = Confirmation(entries)
         with open(folder / protocol.LINES, "a") as file:
-            file.write(json.dumps({"event": "whole", "confirmation": codec.encode(found)}) + "\n")
+            file.write(json.dumps({"event": "full_steps", "confirmation": codec.encode(found)}) + "\n")
 
     def _rewrite(self, folder: Path) -> None:
         lines = [json.loads(line) for line in (folder / protocol.LINES).read_text().splitlines()]
@@ -77,8 +77,8 @@ def test_a_close_call_is_decided_by_whole_steps_and_says_so() -> None:
     machine = WholeMachine(lambda f, nth: 0.60 if f.micro_batch == 32 else 0.70 + 0.001 * nth, seconds=level)
     plan = plan_on(machine, config_of(64))
     assert plan.micro_batch == 32  # the model would take 64
-    assert [asked.whole is None for asked in machine.asked] == [True, False]
-    assert "confirmed over 5 whole steps each: the next, micro-batch" in plan.reason
+    assert [asked.full_steps is None for asked in machine.asked] == [True, False]
+    assert "confirmed over 5 full steps each: the next, micro-batch" in plan.reason
     assert "600 ms per optimizer step" in plan.reason
     confirmed = {t.micro_batch: t.confirmed_step_s for t in plan.trials if t.confirmed_step_s is not None}
     assert confirmed[32] == pytest.approx(0.60)
@@ -113,7 +113,7 @@ def test_whole_steps_are_remembered_for_their_effective_batch_only() -> None:
     assert "confirmed" in again.reason
     other = tune.Tuner(config_of(60), CPU, Nodes(1)).plan(_info(), run=no_trial)
     assert all(trial.confirmed_step_s is None for trial in other.trials)
-    assert "whole steps were not timed" in other.reason
+    assert "full steps were not timed" in other.reason
 
 
 def test_a_crash_in_whole_steps_leaves_the_curve_and_the_modelled_choice() -> None:
@@ -122,7 +122,7 @@ def test_a_crash_in_whole_steps_leaves_the_curve_and_the_modelled_choice() -> No
     plan = plan_on(machine, config_of(64))
     assert plan.micro_batch == 64
     assert all(trial.outcome == FITS for trial in plan.trials)
-    assert "whole steps were not timed" in plan.reason
+    assert "full steps were not timed" in plan.reason
 
 
 def test_close_calls_between_ways_of_computing_share_one_set_of_processes(
@@ -215,11 +215,11 @@ def test_the_verdict_is_never_much_slower_than_the_best_and_ignores_a_drift(
     assert verdict is not None
     place = [option.key for option, _ in timed].index(verdict.chosen.key)
     # a drift that meets all alike is no noise: only what is equal may lose to the simpler one
-    assert medians[place] <= min(medians) * (1 + finalists.EQUAL) * (1 + 1e-9)
+    assert medians[place] <= min(medians) * (1 + finalists.EQUAL_WITHIN) * (1 + 1e-9)
 
 
-def _steps(size: int, seconds: Sequence[float]) -> WholeSteps:
-    return WholeSteps(Finalist(WAY, size, Split(8, 1)), tuple(seconds))
+def _steps(size: int, seconds: Sequence[float]) -> StepTimings:
+    return StepTimings(Finalist(WAY, size, Split(8, 1)), tuple(seconds))
 
 
 def test_however_noisy_a_clearly_slower_finalist_never_wins() -> None:
@@ -320,7 +320,7 @@ def test_a_better_effective_batch_is_near_and_really_better(
         return min(search.share_seconds(measured, share, size) for size in sizes) / batch_size
 
     for better in advice.better_batches(measured, Split(effective, world_size)):
-        assert abs(better.effective_batch - effective) <= advice.REACH * effective
+        assert abs(better.effective_batch - effective) <= advice.NEARBY * effective
         assert better.gain >= advice.WORTH_SAYING
         assert per_sample(better.effective_batch) < per_sample(effective)
 

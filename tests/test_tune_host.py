@@ -70,12 +70,12 @@ def processes_of(group: int) -> list[int]:
 
 def test_one_start_answers_many_requests(host: TrialHost, project: Path) -> None:
     asked = runner(host)
-    first, _ = asked.measure(WAY, [1, 2], rises=False)
+    first, _ = asked.measure(WAY, [1, 2], stop_early=False)
     assert host._process is not None
     pid = host._process.pid
     began = time.perf_counter()
-    second, _ = asked.measure(WAY, [4], rises=False)
-    third, _ = asked.measure(StepSettings("fp32", "none", False, "overlap"), [8], rises=False)
+    second, _ = asked.measure(WAY, [4], stop_early=False)
+    third, _ = asked.measure(StepSettings("fp32", "none", False, "overlap"), [8], stop_early=False)
     assert time.perf_counter() - began < 5  # another start imports torch
     assert host._process.pid == pid
     assert (sizes(first), sizes(second), sizes(third)) == ({1: FITS, 2: FITS}, {4: FITS}, {8: FITS})
@@ -87,9 +87,9 @@ def test_one_start_answers_many_requests(host: TrialHost, project: Path) -> None
 
 def test_after_a_death_the_next_request_finds_new_processes(host: TrialHost) -> None:
     asked = runner(host, what="death", at=4)
-    curve, _ = asked.measure(WAY, [2, 4], rises=False)
+    curve, _ = asked.measure(WAY, [2, 4], stop_early=False)
     assert sizes(curve) == {2: FITS, 4: "failed"}
-    curve, _ = asked.measure(WAY, [1], rises=False)
+    curve, _ = asked.measure(WAY, [1], stop_early=False)
     assert sizes(curve) == {1: FITS}
 
 

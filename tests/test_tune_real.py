@@ -147,7 +147,7 @@ def test_close_calls_are_timed_as_whole_steps_on_all_ranks(project: Path) -> Non
     for trial in confirmed.values():
         assert trial.confirmed_step_s > 0.02 * 9  # all micro-steps of the slowest rank
         assert trial.confirmed_steps >= 3
-    assert "whole steps" in plan.reason
+    assert "full steps" in plan.reason
     assert plan.micro_batch in confirmed
     assert 0 < plan.predicted_peak_bytes <= plan.memory_budget_bytes
 

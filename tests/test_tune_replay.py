@@ -22,7 +22,7 @@ from gatrain.launch.world import Nodes
 from gatrain.plan import FITS, Measurement, Plan, StepSettings
 from gatrain.tune import finalists, protocol
 from gatrain.tune.curve import Curve
-from gatrain.tune.finalists import Confirmation, WholeSteps
+from gatrain.tune.finalists import Confirmation, StepTimings
 from gatrain.units import GIB
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -93,17 +93,17 @@ class Replay:
             return dataclasses.replace(measure(size), noise=self.noise / 2, compile_s=compile_s)
 
         device.measure = measured  # type: ignore[method-assign]
-        stopped = device.walk(list(asked.sizes), rises=asked.rises)
+        stopped = device.walk(list(asked.sizes), stop_early=asked.stop_early)
         modes = sorted({mode for mode, _ in self.curves}, key=("none", "selective", "full").index)
         lines: list[dict[str, Any]] = [{"event": "ready", "modes": modes, "budget_bytes": budget}]
         lines += [*device.said, {"event": "end", "stopped": stopped}]
-        if asked.whole is not None:
+        if asked.full_steps is not None:
             entries = tuple(
-                WholeSteps(f, tuple(self._whole(f, f.split.effective_batch) for _ in range(3)))
-                for f in asked.whole.finalists
+                StepTimings(f, tuple(self._whole(f, f.split.effective_batch) for _ in range(3)))
+                for f in asked.full_steps.finalists
             )
             found = Confirmation(entries)
-            lines.append({"event": "whole", "confirmation": codec.encode(found)})
+            lines.append({"event": "full_steps", "confirmation": codec.encode(found)})
         with open(folder / protocol.LINES, "a") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
 

@@ -61,8 +61,8 @@ class FakeGpu:
         this = SimpleNamespace(device=SimpleNamespace(type=device), stop_requested=False)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(session.torch.cuda, "synchronize", lambda device: None)
-            patch.setattr(session, "FEW", few)
-            return session.Rise(asked, self, self, self, self, this).run()  # type: ignore[arg-type]
+            patch.setattr(session, "IDLE_SIZES_BELOW", few)
+            return session.SizeSweep(asked, self, self, self, self, this).run()  # type: ignore[arg-type]
 
     @property
     def outcomes(self) -> dict[int, str]:
@@ -173,14 +173,14 @@ def test_a_time_that_other_sizes_contradict_is_measured_again_and_the_fastest_co
         1: pytest.approx(0.0011), 2: pytest.approx(0.0021), 4: pytest.approx(0.0042),
     }  # fmt: skip
     assert last[2]["again"] == 2
-    answers = protocol.read_answers(json.dumps(line) for line in device.said)
+    answers = protocol.read_output(json.dumps(line) for line in device.said)
     assert sorted(m.micro_batch for m in answers.measurements) == [1, 2, 4]
 
 
 def test_what_stays_contradictory_is_not_measured_for_ever() -> None:
     device = FakeGpu(lambda size: MIB, 10**9, lambda size: 9.0 if size == 2 else 0.01 * size)
     device.walk([1, 2, 4, 8], device="cpu")
-    assert device.tried.count(2) == 1 + session.MOST_AGAIN
+    assert device.tried.count(2) == 1 + session.MAX_REPEATS
     assert device.tried.count(4) == 1
 
 

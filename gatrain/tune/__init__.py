@@ -1,10 +1,10 @@
 """The tuner: the fastest exact split of one effective batch on the hardware at hand, by measurement.
 
-    config + hardware -> settings (what is asked) -> estimate (what cannot fit) -> planner
-    planner -> cache (what is known) or rounds (what is measured) -> search (the model's choice)
-            -> confirm (whole steps decide close calls) -> answer, advice -> Plan, or refusal
-    ====== process boundary: folders with trial_spec.json and config.yaml; trials.jsonl comes back ======
-    host (imports once, forks) -> trial -> measure (one size), memory, memory_model, whole (whole steps, in turn)
+    config + hardware -> knobs (what is asked: the search space) -> estimate (what cannot fit) -> planner
+    planner -> cache (what is known) or runner (what is measured) -> judging -> search (the model's choice)
+            -> finalists (full steps decide close calls) -> explain, advice -> Plan, or refusal
+    ====== process boundary: folders with trial_spec.json and config.yaml; trials.jsonl comes back (protocol) ======
+    trials/: host (imports once, forks) -> session -> measure (one size), full_step (full steps, in turn)
 
 Importing this package imports no torch.
 """

@@ -15,7 +15,7 @@ from gatrain.tune.curve import Curve
 from gatrain.tune.search import Candidate
 
 MOST_SENTENCES = 3
-REACH = 0.15
+NEARBY = 0.15
 """Part of the effective batch by which a better one may differ."""
 WORTH_SAYING = 0.02
 """Less time per sample than this is not worth another effective batch."""
@@ -84,9 +84,9 @@ def better_batches(curve: Curve, split: Split) -> list[BetterBatch]:
 
 
 def _well_split(curve: Curve, split: Split) -> list[int]:
-    """Effective batches within `REACH` that are whole multiples of a measured size on every rank, nearest first."""
+    """Effective batches within `NEARBY` that are multiples of a measured size on every rank, nearest first."""
     effective_batch = split.effective_batch
-    reach = int(effective_batch * REACH)
+    reach = int(effective_batch * NEARBY)
     found: set[int] = set()
     for m in curve.fitting:
         unit = m.micro_batch * split.world_size

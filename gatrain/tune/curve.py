@@ -29,13 +29,13 @@ WORTH_TRIALS = 0.03
 DIFFERS = 0.20
 """Repeats of one size that differ by more than this part are measured again, and so is a size that takes by so much
 longer than a larger one."""
-FAR = 2.0
+FAR_FACTOR = 2.0
 """Factor by which a size may take longer per sample than a smaller one before it is measured again."""
 UNEQUAL, UNEQUAL_SIZES = 0.10, 3
 """Ranks whose micro-step times differ by more than this part, at each of so many sizes, are unequal."""
 
 
-def doubtful(measurements: Iterable[Measurement], far: float = FAR) -> list[int]:
+def doubtful(measurements: Iterable[Measurement], far: float = FAR_FACTOR) -> list[int]:
     """Sizes whose time the others contradict, smallest first: one that takes longer than a larger size, or longer
     per sample than a smaller one by the factor ``far``. Disturbances only add, so the longer time is in doubt."""
     points = sorted(

@@ -14,15 +14,15 @@ from gatrain.plan import FITS, MadeFor, Measurement, Plan, StepSettings, Trial
 from gatrain.train import read_ahead
 from gatrain.tune import advice, curve, knobs, search
 from gatrain.tune.curve import Curve
-from gatrain.tune.finalists import VARYING, Verdict, WholeSteps
+from gatrain.tune.finalists import VARYING, StepTimings, Verdict
 from gatrain.tune.knobs import SearchSpace
 from gatrain.tune.search import Candidate
 
 MOST_NOISY = 4
 """Sizes that a note names."""
-TimedCandidate = tuple[Candidate, WholeSteps]
+TimedCandidate = tuple[Candidate, StepTimings]
 
-MUCH_MEMORY = 256 * units.MIB
+WORTH_TELLING_BYTES = 256 * units.MIB
 """Main memory that loading may hold before the plan speaks of it."""
 
 
@@ -33,13 +33,13 @@ class Decision:
     chosen: Candidate
     options: Sequence[Candidate]
     verdict: Verdict | None = None
-    """Of whole steps; None where the model alone decided."""
+    """Of full steps; None where the model alone decided."""
     timed: Sequence[TimedCandidate] = field(default_factory=list)
-    """All finalists, also those that failed as a whole step."""
+    """All finalists, also those that failed as a full step."""
     remarks: Sequence[str] = ()
     """What could not be compared, and why."""
     is_close: bool = False
-    """The model could not tell the best from the next, and no whole steps were timed."""
+    """The model could not tell the best from the next, and no full steps were timed."""
 
 
 def make(
@@ -62,7 +62,7 @@ def make(
         chosen, decision.options, used.values(), (verdict.step_s, verdict.sentence) if verdict else None
     )
     if decision.is_close:
-        reason += "; the model cannot tell these apart, and whole steps were not timed"
+        reason += "; the model cannot tell these apart, and full steps were not timed"
     if is_remembered:
         reason += " (remembered from earlier measurements; --retune measures again)"
     budget = chosen_curve.budget_bytes or space.allowed_bytes
@@ -94,7 +94,7 @@ def loading(chosen_curve: Curve, chosen: Candidate, workers: int) -> list[str]:
     share = chosen.split.share
     micro_bytes, window_bytes = measured[-1] * chosen.micro_batch, measured[-1] * share
     held = read_ahead.held_bytes(workers, micro_bytes, window_bytes)
-    if held < MUCH_MEMORY:
+    if held < WORTH_TELLING_BYTES:
         return []
     parts = f"two windows of {units.size(window_bytes)}"
     if workers:
@@ -149,7 +149,7 @@ def observations(
             )
         elif steps.error:
             notes.append(
-                f"{search.name(option, chosen).capitalize()} fits as a micro-step but failed as a whole step "
+                f"{search.name(option, chosen).capitalize()} fits as a micro-step but failed as a full step "
                 f"({steps.error}), so it was not chosen."
             )
     if not chosen.split.is_even:

@@ -1,8 +1,8 @@
-"""The finalists: which candidates are timed as whole optimizer steps, and what those times say. No torch.
+"""The finalists: which candidates are timed as full optimizer steps, and what those times say. No torch.
 
 The model of `gatrain.tune.search` composes a step from parts. What it leaves out (the copies of a real window, a
 size between two measured ones, an allocator that must keep two sizes at once) is a few percent, so
-candidates closer than that are decided by whole steps, timed in turn: A B C A B C. A disturbance then meets all of
+candidates closer than that are decided by full steps, timed in turn: A B C A B C. A disturbance then meets all of
 them alike, and the noise is that of the ratios within a round, not of the machine.
 """
 
@@ -18,16 +18,16 @@ from gatrain.batch import Split
 from gatrain.plan import StepSettings
 from gatrain.tune.search import Candidate, name, simplicity
 
-CLOSE, MOST_CLOSE = 0.03, 1.0
+FINALIST_WITHIN, FINALIST_AT_MOST = 0.03, 1.0
 """Part of the best's step time within which a candidate is a finalist: where the micro-steps' times were steady,
 and at most, where they were noisy."""
 MAX_FINALISTS = 3
 ROUNDS = (3, 15)
 MAX_SECONDS = {"cpu": 8.0, "cuda": 10.0}
-"""For all whole steps together, warm-up included."""
+"""For all full steps together, warm-up included."""
 VARYING = "not every micro-step uses all parameters"
 """Why an overlapped reduction is not compared."""
-EQUAL, MOST_EQUAL = 0.005, 0.03
+EQUAL_WITHIN, EQUAL_AT_MOST = 0.005, 0.03
 """Differences below the first are always noise; above the second never, however noisy the machine is."""
 
 
@@ -48,7 +48,7 @@ class Finalist:
 
 
 @dataclass(frozen=True)
-class WholeSteps:
+class StepTimings:
     """What one finalist showed: seconds of each round on the slowest rank, or why there are none."""
 
     finalist: Finalist
@@ -65,9 +65,9 @@ class WholeSteps:
 class Confirmation:
     """One interleaved run of finalists for one effective batch on one world."""
 
-    entries: tuple[WholeSteps, ...]
+    entries: tuple[StepTimings, ...]
 
-    def get(self, finalist: Finalist) -> WholeSteps | None:
+    def get(self, finalist: Finalist) -> StepTimings | None:
         """What this run says of one finalist."""
         return next((entry for entry in self.entries if entry.finalist == finalist), None)
 
@@ -100,7 +100,7 @@ def finalists(options: Sequence[Candidate]) -> list[Candidate]:
 
     def is_close(option: Candidate) -> bool:
         noise = 2 * math.hypot(option.noise, best.noise) if option.key != best.key else 0.0
-        return option.step_s <= best.step_s * (1 + min(max(CLOSE, noise), MOST_CLOSE))
+        return option.step_s <= best.step_s * (1 + min(max(FINALIST_WITHIN, noise), FINALIST_AT_MOST))
 
     near = sorted(filter(is_close, options), key=lambda option: (option.step_s, simplicity(option)))
     kept: list[Candidate] = []
@@ -139,8 +139,8 @@ def affordable(step_s: Sequence[float], seconds: float) -> tuple[int, int]:
     return 0, 0
 
 
-def verdict(timed: Sequence[tuple[Candidate, WholeSteps]]) -> Verdict | None:
-    """Choose by whole steps: the best median, and within the noise of the ratios the simpler candidate.
+def verdict(timed: Sequence[tuple[Candidate, StepTimings]]) -> Verdict | None:
+    """Choose by full steps: the best median, and within the noise of the ratios the simpler candidate.
 
     None where fewer than two have times: there is nothing to compare.
     """
@@ -152,10 +152,10 @@ def verdict(timed: Sequence[tuple[Candidate, WholeSteps]]) -> Verdict | None:
     equal = [
         (option, steps)
         for option, steps in ranked
-        if gaps[option.key][0] <= min(max(gaps[option.key][1], EQUAL), MOST_EQUAL)
+        if gaps[option.key][0] <= min(max(gaps[option.key][1], EQUAL_WITHIN), EQUAL_AT_MOST)
     ]
     chosen, steps = min(equal, key=lambda pair: (*simplicity(pair[0]), pair[1].median_s))
-    rounds = f"confirmed over {len(steps.seconds)} whole steps each"
+    rounds = f"confirmed over {len(steps.seconds)} full steps each"
     if len(equal) > 1:
         rival = next(option for option, _ in equal if option.key != chosen.key)
         gap, noise = gaps[rival.key] if chosen.key == best.key else gaps[chosen.key]
@@ -166,7 +166,7 @@ def verdict(timed: Sequence[tuple[Candidate, WholeSteps]]) -> Verdict | None:
         )
         text = (
             f"{rounds}: the difference to {name(rival, chosen)} ({gap:.1%}) is within the noise "
-            f"({max(noise, EQUAL):.1%}), {why}"
+            f"({max(noise, EQUAL_WITHIN):.1%}), {why}"
         )
     else:
         second = ranked[1][0]

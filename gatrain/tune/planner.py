@@ -21,9 +21,9 @@ from gatrain.tune import curve, explain, finalists, judging, knobs, memory_model
 from gatrain.tune.cache import Known
 from gatrain.tune.curve import Curve
 from gatrain.tune.explain import Decision
-from gatrain.tune.finalists import Confirmation, WholeSteps
+from gatrain.tune.finalists import Confirmation, StepTimings
 from gatrain.tune.knobs import Row, SearchSpace
-from gatrain.tune.protocol import WholeSpec
+from gatrain.tune.protocol import FullStepSpec
 from gatrain.tune.runner import Progress, Run, TrialRunner, sentence
 from gatrain.tune.search import Candidate
 
@@ -34,7 +34,7 @@ MIN_ROUND_S = {"cpu": 5.0, "cuda": 15.0}
 """Seconds that must be left to begin with another way of computing."""
 MIN_SIZE_S = 2.0
 MAX_COMPILE_S = 15.0
-"""Seconds of compilation, at most, that timing the finalists as whole steps is worth."""
+"""Seconds of compilation, at most, that timing the finalists as full steps is worth."""
 NOT_OVERLAPPED = (
     "The overlapped reduction was not compared: memory does not hold both ways beside each other at this "
     "micro-batch. sync=overlap takes it anyway."
@@ -43,7 +43,7 @@ MAX_PROMISING = 3
 """Sizes, at most, that are measured because the line between others promises something of them."""
 MAX_FLAT = 2
 """Compiled sizes in a row without a gain that end the climb: one alone may be noise."""
-CLEARLY = 0.03
+CLEARLY_SLOWER = 0.03
 """Part by which a larger compiled size must be slower per sample to end the climb at once."""
 STEP_UP = 1.15
 """Factor above the largest compiled size that fits from which one more, below what does not, is worth compiling."""
@@ -95,9 +95,9 @@ class Planner:
         # Each size compiles for long, so even where compilation is asked for the curve is found without it.
         explores = asked.compile and self._fixed is None
         first = dataclasses.replace(asked, compile=False) if explores else asked
-        for way in dict.fromkeys((first, asked)):
-            if way == first or not self._measured():  # fused kernels may fit where the plain ones do not
-                self._curve(way, self._space.sizes)
+        for settings in dict.fromkeys((first, asked)):
+            if settings == first or not self._measured():  # fused kernels may fit where the plain ones do not
+                self._curve(settings, self._space.sizes)
         base = self._used[first]
         rows = [*self._space.open, *([knobs.COMPILE] if explores else [])]
         self._explore(sorted({*rows}, key=knobs.ROWS.index), base, required=explores)
@@ -133,16 +133,16 @@ class Planner:
             needed_s = MIN_SIZE_S + (compile_s if option.settings.compile else 0.0)
             if math.isfinite(best) and self._runner.seconds_left < needed_s:
                 return
-            self._measure(option.settings, [option.micro_batch], rises=False)
+            self._measure(option.settings, [option.micro_batch], stop_early=False)
 
     def _is_estimate(self, option: Candidate) -> bool:
         """Whether only the uncompiled curve tells of this size."""
         fitting = self._used[option.settings].fitting
         return not fitting or option.micro_batch < fitting[0].micro_batch
 
-    def _curve(self, way: StepSettings, sizes: list[int]) -> Curve:
+    def _curve(self, settings: StepSettings, sizes: list[int]) -> Curve:
         """The curve for one way of computing over rising sizes, from the cache if it can answer."""
-        known = self._curves.get(way)
+        known = self._curves.get(settings)
         if known is None:
             answered = False
         elif self._fixed is not None:
@@ -150,22 +150,22 @@ class Planner:
         else:
             answered = known.answers(sizes, self._space.max_seconds)
         if not answered:
-            self._measure(way, self._missing(known, sizes), rises=self._fixed is None)
-        return self._judged(way)
+            self._measure(settings, self._missing(known, sizes), stop_early=self._fixed is None)
+        return self._judged(settings)
 
-    def _measure(self, way: StepSettings, sizes: list[int], *, rises: bool) -> Curve:
+    def _measure(self, settings: StepSettings, sizes: list[int], *, stop_early: bool) -> Curve:
         self._measured_anything = True
-        self._fresh.add(way)
-        self._runner.measure(way, sizes, rises=rises)
-        return self._judged(way)
+        self._fresh.add(settings)
+        self._runner.measure(settings, sizes, stop_early=stop_early)
+        return self._judged(settings)
 
-    def _judged(self, way: StepSettings) -> Curve:
+    def _judged(self, settings: StepSettings) -> Curve:
         """The curve with wrong results refused, and what does not fit any more if it is an old one."""
-        limit_bytes = None if way in self._fresh else self._space.allowed_bytes
-        judged, remark = judging.judged(self._curves[way], limit_bytes, refuses=self._space.checks_loss)
+        limit_bytes = None if settings in self._fresh else self._space.allowed_bytes
+        judged, remark = judging.judged(self._curves[settings], limit_bytes, refuses=self._space.checks_loss)
         if remark is not None:
-            self._loss_remarks[way] = remark
-        self._used[way] = judged
+            self._loss_remarks[settings] = remark
+        self._used[settings] = judged
         return judged
 
     @staticmethod
@@ -225,15 +225,15 @@ class Planner:
         for value in limited.modes:
             if value == row.of(limited.settings) or gain < WORTH_RECOMPUTING.get(value, 0.0):
                 continue
-            way = row.set(limited.settings, value)
-            if way not in self._curves and self._out_of_time(bool(options)):
+            settings = row.set(limited.settings, value)
+            if settings not in self._curves and self._out_of_time(bool(options)):
                 return
             sizes = [size for size in self._space.sizes if 2 * size >= largest]
-            if way.compile:
-                self._climb(way, next((size for size in sizes if size > largest), largest), limited)
-                measured = self._used[way]
+            if settings.compile:
+                self._climb(settings, next((size for size in sizes if size > largest), largest), limited)
+                measured = self._used[settings]
             else:
-                measured = self._curve(way, sizes)
+                measured = self._curve(settings, sizes)
             if measured.fitting and measured.stopped != curve.MEMORY:
                 return  # memory is no longer what limits
 
@@ -258,92 +258,96 @@ class Planner:
                 option.micro_batch
                 for option in options
                 if option.settings == chosen.settings
-                and option.step_s <= (1 + finalists.CLOSE) * chosen.step_s
+                and option.step_s <= (1 + finalists.FINALIST_WITHIN) * chosen.step_s
             ]
-            way = row.set(chosen.settings, value)
-            if way in self._curves or not self._out_of_time(has_answer=not required):
-                self._climb(way, max(near, default=chosen.micro_batch), self._used[chosen.settings])
+            settings = row.set(chosen.settings, value)
+            if settings in self._curves or not self._out_of_time(has_answer=not required):
+                self._climb(settings, max(near, default=chosen.micro_batch), self._used[chosen.settings])
 
-    def _climb(self, way: StepSettings, start: int, plain: Curve) -> None:
+    def _climb(self, settings: StepSettings, start: int, plain: Curve) -> None:
         """Measure a compiled curve: upwards from ``start`` while each size gains, downwards if the first did not.
 
         Args:
             plain: the curve that suggested ``start``: its shape tells of sizes that are not compiled.
         """
-        known = self._curves.get(way)
+        known = self._curves.get(settings)
         if known is not None and self._covers(known, start, plain):
-            self._judged(way)
+            self._judged(settings)
             return
-        measured = self._measure(way, [start], rises=False)
+        measured = self._measure(settings, [start], stop_early=False)
         if self._fixed is not None or start not in {m.micro_batch for m in measured.fitting}:
             return
         sizes = self._space.sizes
         gains: list[float] = []
         best, flat = start, 0
         for size in [each for each in sizes if each > start]:
-            gain = self._gain_of(way, size, best)
+            gain = self._gain_of(settings, size, best)
             if gain is None:
-                if self._used[way].stopped == curve.MEMORY and not (gains and gains[-1] < -search.NOISE):
-                    self._below_refused(way, size, best)
+                if self._used[settings].stopped == curve.MEMORY and not (gains and gains[-1] < -search.NOISE):
+                    self._below_refused(settings, size, best)
                 break
             gains.append(gain)
             best, flat = (size, 0) if gain >= search.NOISE else (best, flat + 1)
-            if flat == MAX_FLAT or gain < -CLEARLY or (flat and self._compile_s(way) > MAX_COMPILE_S):
+            if (
+                flat == MAX_FLAT
+                or gain < -CLEARLY_SLOWER
+                or (flat and self._compile_s(settings) > MAX_COMPILE_S)
+            ):
                 break
         if gains and gains[0] < -search.NOISE and best == start:  # larger is slower, so smaller may be faster
             for size in [each for each in reversed(sizes) if each < start]:
-                gain = self._gain_of(way, size, best)
+                gain = self._gain_of(settings, size, best)
                 if gain is None or gain < search.NOISE:
                     break
                 best = size
 
-    def _below_refused(self, way: StepSettings, refused: int, best: int) -> None:
+    def _below_refused(self, settings: StepSettings, refused: int, best: int) -> None:
         """One size more between the largest that fits and one that does not: the largest cut of the share that the
         memory line lets hope for."""
-        known = self._used[way]
-        if self._compile_s(way) > MAX_COMPILE_S:
+        known = self._used[settings]
+        if self._compile_s(settings) > MAX_COMPILE_S:
             return
         cuts = {batch.even_size(self._split.share, -(-self._split.share // k)) for k in range(1, 65)}
         lowest = STEP_UP * known.fitting[-1].micro_batch
         budget = known.budget_bytes or self._space.free_bytes
         for size in sorted(cuts, reverse=True):
-            if lowest <= size < refused and self._predicted_peak(way, size) <= budget:
-                self._gain_of(way, size, best)
+            if lowest <= size < refused and self._predicted_peak(settings, size) <= budget:
+                self._gain_of(settings, size, best)
                 return
 
-    def _compile_s(self, way: StepSettings) -> float:
-        return max((m.compile_s or 0.0 for m in self._used[way].fitting), default=0.0)
+    def _compile_s(self, settings: StepSettings) -> float:
+        return max((m.compile_s or 0.0 for m in self._used[settings].fitting), default=0.0)
 
-    def _predicted_peak(self, way: StepSettings, size: int) -> float:
+    def _predicted_peak(self, settings: StepSettings, size: int) -> float:
         """Peak bytes at ``size``, from the nearest size that fits: what is not state grows with the samples."""
-        near = min(self._used[way].fitting, key=lambda m: abs(m.micro_batch - size))
+        near = min(self._used[settings].fitting, key=lambda m: abs(m.micro_batch - size))
         state = self._state_bytes
         return state + ((near.peak_memory_bytes or 0) - state) * size / near.micro_batch
 
-    def _gain_of(self, way: StepSettings, size: int, best: int) -> float | None:
+    def _gain_of(self, settings: StepSettings, size: int, best: int) -> float | None:
         """Measure one size more: the part by which it is faster per sample than ``best``; None where it does not
         fit or there is no time."""
-        known = self._used[way]
-        needed_s = self._compile_s(way) + MIN_SIZE_S
+        known = self._used[settings]
+        needed_s = self._compile_s(settings) + MIN_SIZE_S
         if self._runner.seconds_left < needed_s:
-            self._skip(way, size, curve.TIME, protocol.no_time(needed_s, self._runner.seconds_left))
+            self._skip(settings, size, curve.TIME, protocol.no_time(needed_s, self._runner.seconds_left))
             return None
-        peak = self._predicted_peak(way, size)
+        peak = self._predicted_peak(settings, size)
         over = peak - (known.budget_bytes or self._space.free_bytes)
         if over > memory_model.STEP_ERROR * peak:
             text = f"its predicted peak is {units.size(over)} above what may be used"
-            self._skip(way, size, curve.MEMORY, text)
+            self._skip(settings, size, curve.MEMORY, text)
             return None
-        found = {m.micro_batch: m for m in self._measure(way, [size], rises=False).fitting}
+        found = {m.micro_batch: m for m in self._measure(settings, [size], stop_early=False).fitting}
         return _rate(found[size]) / _rate(found[best]) - 1 if size in found else None
 
-    def _skip(self, way: StepSettings, size: int, why: str, text: str) -> None:
-        known = self._curves[way]
+    def _skip(self, settings: StepSettings, size: int, why: str, text: str) -> None:
+        known = self._curves[settings]
         refused = Measurement(size, SKIPPED, error=text)
-        skipped = Curve(way, (refused,), why, self._space.max_seconds, known.modes, known.knobs)
+        skipped = Curve(settings, (refused,), why, self._space.max_seconds, known.modes, known.knobs)
         self._keep(skipped)
         self._progress(sentence(skipped.measurements[0]))
-        self._judged(way)
+        self._judged(settings)
 
     @staticmethod
     def _covers(known: Curve, start: int, plain: Curve) -> bool:
@@ -362,8 +366,8 @@ class Planner:
     def _options(self) -> list[Candidate]:
         return [
             candidate
-            for way in self._used
-            for candidate in search.candidates(self._extended(way), self._split, self._fixed)
+            for settings in self._used
+            for candidate in search.candidates(self._extended(settings), self._split, self._fixed)
             if not self._equal_steps or search.has_equal_steps(candidate)
         ]
 
@@ -371,16 +375,16 @@ class Planner:
         return [option for option in self._options() if option.measured]
 
     def _decide(self, options: list[Candidate]) -> Decision:
-        """Choose by the model and, where that is a close call, by whole steps. Pure but for those trials."""
+        """Choose by the model and, where that is a close call, by full steps. Pure but for those trials."""
         near = finalists.finalists(options)
         overlapping = self._overlapping(near[0])
         remarks = [*self._runner.notices, *dict.fromkeys(self._loss_remarks.values())]
         remarks += [NOT_OVERLAPPED] if self._space.overlaps and not overlapping else []
         named = {option.key: option for option in (*near, *overlapping)}
-        timed = self._known_whole_steps(list(named.values()))
+        timed = self._known_full_steps(list(named.values()))
         if timed is None and len(named) > 1 and self._measured_anything and self._fixed is None:
             self._confirm(list(named.values()))
-            timed = self._known_whole_steps(list(named.values()))
+            timed = self._known_full_steps(list(named.values()))
         if timed is not None:
             if (verdict := finalists.verdict(timed)) is not None:
                 return Decision(verdict.chosen, options, verdict, timed, remarks=remarks)
@@ -390,13 +394,13 @@ class Planner:
         return Decision(chosen, options, timed=timed or [], remarks=remarks, is_close=len(near) > 1)
 
     def _overlapping(self, best: Candidate) -> list[Candidate]:
-        """The best candidate with the other way of reducing: on several GPUs only whole steps can compare."""
+        """The best candidate with the other way of reducing: on several GPUs only full steps can compare."""
         if not self._space.overlaps:
             return []
         other = dataclasses.replace(best, settings=knobs.SYNC.set(best.settings, "overlap"))
         return [other] if self._fits_beside(other, best) else []
 
-    def _known_whole_steps(self, near: list[Candidate]) -> list[tuple[Candidate, WholeSteps]] | None:
+    def _known_full_steps(self, near: list[Candidate]) -> list[tuple[Candidate, StepTimings]] | None:
         """What an interleaved run says of these candidates, the newest that has the best and another."""
         named = [finalists.finalist_of(o) for o in near]
         for run in reversed(self._known.confirmations):
@@ -408,22 +412,22 @@ class Planner:
         return None
 
     def _confirm(self, near: list[Candidate]) -> None:
-        """Time whole steps of these candidates in the warm trial processes, if time and memory allow."""
+        """Time full steps of these candidates in the warm trial processes, if time and memory allow."""
         near = self._affordable([option for option in near if self._fits_beside(option, near[0])])
         seconds = min(finalists.MAX_SECONDS[self._space.device], max(0.0, self._runner.seconds_left))
         count, _ = finalists.affordable([option.step_s for option in near], seconds)
         if count < 2:
             return
-        asked = WholeSpec(
+        asked = FullStepSpec(
             seconds,
             tuple(finalists.finalist_of(o) for o in near[:count]),
         )
         try:
-            _, confirmation = self._runner.measure(near[0].settings, (), whole=asked)
+            _, confirmation = self._runner.measure(near[0].settings, (), full_steps=asked)
         except (Interrupted, ExactnessError):
             raise
         except GatrainError as error:  # the modelled choice stands
-            self._progress(f"the finalists could not be timed as whole steps: {error}")
+            self._progress(f"the finalists could not be timed as full steps: {error}")
             return
         self._keep_confirmation(confirmation)
 
@@ -459,11 +463,11 @@ class Planner:
         """The curve behind a candidate, also where it differs in the way of reducing."""
         return self._extended(dataclasses.replace(option.settings, sync=self._space.base.sync))
 
-    def _extended(self, way: StepSettings) -> Curve:
+    def _extended(self, settings: StepSettings) -> Curve:
         """What was measured in one way, and what that says of smaller sizes."""
-        plain = self._used.get(dataclasses.replace(way, compile=False))
-        used = self._used[way]
-        return search.extended(used, plain) if way.compile and plain is not None else used
+        plain = self._used.get(dataclasses.replace(settings, compile=False))
+        used = self._used[settings]
+        return search.extended(used, plain) if settings.compile and plain is not None else used
 
     def _answer(self, decision: Decision) -> Plan:
         return explain.make(

@@ -8,7 +8,7 @@ Lines of ``trials.jsonl``, each flushed, so that a crash or Ctrl-C keeps what wa
     {"event": "start", "micro_batch": b}                     about to try b; without an answer: a crash
     {"event": "trial", "measurement": {...}}                 the answer
     {"event": "end", "stopped": "memory"}                    why no larger size was tried
-    {"event": "whole", "confirmation": {...}}                whole steps of the finalists, if there was a close call
+    {"event": "full_steps", "confirmation": {...}}           of the finalists, if there was a close call
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ POLL_S = 0.01
 
 
 @dataclass(frozen=True)
-class WholeSpec:
-    """Whole optimizer steps to time after the sizes; see `gatrain.tune.finalists`."""
+class FullStepSpec:
+    """Full optimizer steps to time after the sizes; see `gatrain.tune.finalists`."""
 
     max_seconds: float
     finalists: tuple[Finalist, ...]
@@ -56,9 +56,9 @@ class TrialSpec:
     patience_s: float = 0.0
     """Seconds beyond these that may be spent while larger sizes still gain a lot: on a busy machine a
     choice made too early would cost more in training."""
-    rises: bool = True
+    stop_early: bool = True
     """Sizes rise, and larger ones that bring nothing end it; False measures every size in the order given."""
-    whole: WholeSpec | None = None
+    full_steps: FullStepSpec | None = None
     check: bool = True
     """Check the loss before the first size, if these processes have not done so."""
 
@@ -71,7 +71,7 @@ class TrialSpec:
 
 
 @dataclass
-class Answers:
+class TrialOutput:
     """What trial processes have said so far."""
 
     modes: tuple[str, ...] | None = None
@@ -116,7 +116,7 @@ class Answers:
                     return found
                 case "end":
                     self.stopped = str(said["stopped"])
-                case "whole":
+                case "full_steps":
                     self.confirmation = codec.decode(Confirmation, said["confirmation"])
         except (ValueError, KeyError, TypeError):
             pass
@@ -130,9 +130,9 @@ def no_time(needed_s: float, left_s: float) -> str:
     return f"no time: it would take about {units.seconds(needed_s)}, and {units.seconds(left_s)} are left"
 
 
-def read_answers(lines: Iterable[str]) -> Answers:
+def read_output(lines: Iterable[str]) -> TrialOutput:
     """All lines of one ``trials.jsonl``."""
-    answers = Answers()
+    answers = TrialOutput()
     for line in lines:
         answers.take(line)
     return answers

@@ -18,7 +18,7 @@ from gatrain.rundir import write_text
 from gatrain.tune import curve, knobs, protocol
 from gatrain.tune.curve import Curve
 from gatrain.tune.finalists import Confirmation
-from gatrain.tune.protocol import Answers, TrialSpec, WholeSpec
+from gatrain.tune.protocol import FullStepSpec, TrialOutput, TrialSpec
 
 Progress = Callable[[str], None]
 Run = Callable[[Path], None]
@@ -69,47 +69,47 @@ class TrialRunner:
 
     def measure(
         self,
-        way: StepSettings,
+        settings: StepSettings,
         sizes: Sequence[int],
         *,
-        rises: bool = True,
-        whole: WholeSpec | None = None,
+        stop_early: bool = True,
+        full_steps: FullStepSpec | None = None,
     ) -> tuple[Curve, Confirmation | None]:
         """Measure ``sizes``, in that order, computed in one ``way``, in processes of their own.
 
         A rank that dies leaves its size as a failure, and what was measured before it counts.
 
         Args:
-            whole: whole steps to time in the same warm processes afterwards.
+            full_steps: to time in the same warm processes afterwards.
 
         Raises:
             GatrainError: the processes failed before the model was built: the user's own error.
             Interrupted, KeyboardInterrupt: a person stopped it; what was measured has been kept.
         """
         asked = TrialSpec(
-            settings=way,
+            settings=settings,
             sizes=tuple(sizes),
             seconds=self.seconds_left,
             memory_fraction=self._config.tune.memory_fraction,
             # a limit that a person has set is kept
             patience_s=self._max_seconds if self._config.tune.max_seconds is None else 0.0,
-            rises=rises,
-            whole=whole,
+            stop_early=stop_early,
+            full_steps=full_steps,
             check=self._checks,
         )
-        answers, error = Answers(), None
+        answers, error = TrialOutput(), None
         # private to this user: the config in it may hold secrets that were given literally
         with scratch.folder("gatrain_tune_", self._shared) as folder:
             asked.write(folder)
             write_text(folder / protocol.CONFIG, self._written, mode=0o600)
-            self._progress(_announcement(way, sizes, rises))
+            self._progress(_announcement(settings, sizes, stop_early))
             began = time.time()
             try:
                 with listening(folder / protocol.LINES, self._tell):
                     self._run(folder)
             except (Interrupted, KeyboardInterrupt):
                 answers = _read(folder)  # what ended before the interruption is complete
-                self._keep(self._curve(way, answers, answers.stopped or curve.INTERRUPTED))
+                self._keep(self._curve(settings, answers, answers.stopped or curve.INTERRUPTED))
                 raise
             except GatrainError as caught:
                 error = caught
@@ -118,24 +118,30 @@ class TrialRunner:
             self._spent_s += max(0.0, time.time() - (answers.ready_at or began))
         if answers.is_checking and isinstance(error, WorkerError | DoesNotFitError) and self._checks:
             self._checks = False  # a process died in it: let the sizes tell which
-            return self.measure(way, sizes, rises=rises, whole=whole)
+            return self.measure(settings, sizes, stop_early=stop_early, full_steps=full_steps)
         if error is not None:
-            if whole is not None and answers.stopped is not None:
-                self._progress(f"the finalists could not be timed as whole steps: {error}")
+            if full_steps is not None and answers.stopped is not None:
+                self._progress(f"the finalists could not be timed as full steps: {error}")
             answers = _after_crash(answers, error)
-        measured = self._curve(way, answers, answers.stopped or curve.BROKEN)
+        measured = self._curve(settings, answers, answers.stopped or curve.BROKEN)
         if sizes:
             self._keep(measured)
         return measured, answers.confirmation
 
-    def _curve(self, way: StepSettings, answers: Answers, stopped: str) -> Curve:
+    def _curve(self, settings: StepSettings, answers: TrialOutput, stopped: str) -> Curve:
         measurements = sorted(answers.measurements, key=lambda m: m.micro_batch)
         modes = answers.modes or ("none",)
         return Curve(
-            way, tuple(measurements), stopped, self._max_seconds, modes, answers.knobs, answers.budget_bytes
+            settings,
+            tuple(measurements),
+            stopped,
+            self._max_seconds,
+            modes,
+            answers.knobs,
+            answers.budget_bytes,
         )
 
-    def _take_notices(self, answers: Answers) -> None:
+    def _take_notices(self, answers: TrialOutput) -> None:
         for text in answers.notices:
             if text not in self.notices:
                 self.notices.append(text)
@@ -145,12 +151,12 @@ class TrialRunner:
         self._progress(sentence(measurement))
 
 
-def _announcement(way: StepSettings, sizes: Sequence[int], rises: bool) -> str:
+def _announcement(settings: StepSettings, sizes: Sequence[int], stop_early: bool) -> str:
     if not sizes:
-        return "timing whole optimizer steps of the finalists, in turn"
-    what = f"measuring {knobs.describe(way)}"
-    if rises:
-        return f"{what}: rising micro-batches"
+        return "timing full optimizer steps of the finalists, in turn"
+    what = f"measuring {knobs.describe(settings)}"
+    if stop_early:
+        return f"{what}: increasing micro-batches"
     return f"{what}: micro-batch {', '.join(map(str, sizes))}"
 
 
@@ -163,13 +169,13 @@ def sentence(m: Measurement) -> str:
     return f"{text} ({m.error})" if m.error else text
 
 
-def _read(folder: Path) -> Answers:
+def _read(folder: Path) -> TrialOutput:
     with contextlib.suppress(OSError):
-        return protocol.read_answers((folder / protocol.LINES).read_text(encoding="utf-8").splitlines())
-    return Answers()
+        return protocol.read_output((folder / protocol.LINES).read_text(encoding="utf-8").splitlines())
+    return TrialOutput()
 
 
-def _after_crash(answers: Answers, error: GatrainError) -> Answers:
+def _after_crash(answers: TrialOutput, error: GatrainError) -> TrialOutput:
     """Make the death of a rank the outcome of the size under way.
 
     Raises:
@@ -192,14 +198,14 @@ def listening(path: Path, tell: Callable[[Measurement], None]) -> Iterator[None]
     ended = threading.Event()
 
     def follow() -> None:
-        answers, rest, position = Answers(), "", 0
+        answers, rest, position = TrialOutput(), "", 0
         while True:
             last = ended.wait(0.2)
             with contextlib.suppress(OSError), open(path, encoding="utf-8") as file:
                 file.seek(position)
-                *whole, rest = (rest + file.read()).split("\n")
+                *full_steps, rest = (rest + file.read()).split("\n")
                 position = file.tell()
-                for line in whole:
+                for line in full_steps:
                     if (measurement := answers.take(line)) is not None:
                         tell(measurement)
             if last:

@@ -226,7 +226,7 @@ def explain(
     """The choice in one sentence, with its numbers.
 
     Args:
-        confirmed: measured seconds of whole steps, and what they say of the other finalists.
+        confirmed: measured seconds of full steps, and what they say of the other finalists.
     """
     others = [o for o in options if o.measured and o.key != chosen.key]
     text = f"{name(chosen, chosen)} takes {units.seconds(confirmed[0] if confirmed else chosen.step_s)}"

@@ -7,7 +7,7 @@ GPT-2 124M at an effective batch of 512 (`recipe=gpt2`), in this order:
     plan    `gatrain autotune` from empty caches of plans and of compiled kernels: seconds, and what was chosen
     rate    `gatrain fit` with that plan: tokens per second of the steps after the first ten
     check   four short runs with `train.check=off` and `train.check=error` in turn: the seconds between them
-    best    every compiled size that fits, then the best of them beside the plan as whole steps, in turn
+    best    every compiled size that fits, then the best of them beside the plan as full steps, in turn
 
 One JSON file with hardware, versions and commands is written after each part; what time does not allow is left out
 and named. `--smoke` runs a tiny model on the CPU.
@@ -150,20 +150,20 @@ class OneGpu:
         from gatrain.plan import Plan
         from gatrain.tune import search
         from gatrain.tune.finalists import Finalist
-        from gatrain.tune.protocol import WholeSpec
+        from gatrain.tune.protocol import FullStepSpec
 
         plan = Plan.from_dict(self._bench.part(self._effective)["plan"]["plan"])
         way = dataclasses.replace(plan.settings, compile=not self._arguments.smoke, checkpointing="none")
         sizes = (4, 8, 16) if self._arguments.smoke else SIZES
         runner = self._bench._runner()
-        curve, _ = runner.measure(way, sizes, rises=False)
+        curve, _ = runner.measure(way, sizes, stop_early=False)
         options = [o for o in search.candidates(curve, self._effective, 1) if o.measured]
         best = sorted(options, key=lambda o: o.step_s)[: FINALISTS + 1]
         chosen = Finalist(plan.settings, plan.micro_batch, plan.split)
         rivals = [Finalist(o.settings, o.micro_batch, o.split) for o in best]
         named = tuple(dict.fromkeys([chosen, *rivals]))[: FINALISTS + 1]
-        asked = WholeSpec(WHOLE_S, named)
-        _, confirmation = self._bench._runner().measure(chosen.settings, (), whole=asked)
+        asked = FullStepSpec(WHOLE_S, named)
+        _, confirmation = self._bench._runner().measure(chosen.settings, (), full_steps=asked)
         found: dict[str, Any] = {
             "sizes": [
                 {"micro_batch": m.micro_batch, "outcome": m.outcome, "micro_step_s": m.micro_step_s,

@@ -10,7 +10,7 @@ For each workload and two effective batches, the second of them prime:
     sweep   micro-batch x checkpointing x compile, each as timed micro-steps, reduction and update, from which the
             step at the effective batch is composed. Recomputation only adds work at an equal micro-batch, so with
             checkpointing one size that also fits without it is measured, and those that do not
-    whole   the best of the sweep and the chosen plan as whole steps, in one interleaved run
+    whole   the best of the sweep and the chosen plan as full steps, in one interleaved run
     soak    1,000 micro-steps (at least 20 steps) of the plan on the longest samples; peak against its budget
 
 Results are added to one JSON file, dated, with hardware, versions and every command. A stage that was done is left
@@ -39,7 +39,7 @@ from typing import Any
 
 from common import VIT, header, result_path, write_result
 
-STAGES = ("plan", "sweep", "whole", "soak")
+STAGES = ("plan", "sweep", "full_steps", "soak")
 MODES = ("none", "selective", "full")
 LEAST_S = 40.0
 """Seconds that must be left to begin with anything."""
@@ -182,7 +182,7 @@ class Bench:
             if self.seconds_left < LEAST_S:
                 return False
             # one size after the other, so that memory for the next is predicted from those before
-            curve, _ = self._runner().measure(way, sizes, rises=False)
+            curve, _ = self._runner().measure(way, sizes, stop_early=False)
             stored[label] = dataclasses.asdict(curve)
             self.save()
         if len(stored) < len(ways):
@@ -240,13 +240,13 @@ class Bench:
         judged = [judging.reject_wrong_losses(curve) for curve in curves]
         return [o for curve in judged for o in search.candidates(curve, Split(effective, 1)) if o.measured]
 
-    # --- whole steps ------------------------------------------------------------------------------------
+    # --- full steps ------------------------------------------------------------------------------------
 
-    def whole(self) -> None:
-        """The sweep's best and the plan, each as whole steps, in turn; for both effective batches."""
+    def full_steps(self) -> None:
+        """The sweep's best and the plan, each as full steps, in turn; for both effective batches."""
         from gatrain.plan import Plan
         from gatrain.tune.finalists import Finalist
-        from gatrain.tune.protocol import WholeSpec
+        from gatrain.tune.protocol import FullStepSpec
 
         for effective in self.effective_batches:
             plan = Plan.from_dict(self.part(effective)["plan"]["plan"])
@@ -256,14 +256,14 @@ class Bench:
             named = tuple(dict.fromkeys([chosen, *rivals[:FINALISTS]]))
             if len(named) < 2:
                 named = (chosen, rivals[-1])
-            asked = WholeSpec(WHOLE_S, named)
-            _, confirmation = self._runner().measure(chosen.settings, (), whole=asked)
+            asked = FullStepSpec(WHOLE_S, named)
+            _, confirmation = self._runner().measure(chosen.settings, (), full_steps=asked)
             if confirmation is None:
-                raise RuntimeError(f"whole steps at {effective} were not timed")
+                raise RuntimeError(f"full steps at {effective} were not timed")
             entries = [dataclasses.asdict(e) | {"median_s": e.median_s} for e in confirmation.entries]
             fastest = min(e.median_s for e in confirmation.entries)
             mine = confirmation.get(chosen)
-            self.part(effective)["whole"] = {
+            self.part(effective)["full_steps"] = {
                 "entries": entries,
                 "plan_over_best": mine.median_s / fastest if mine else None,
             }
@@ -292,7 +292,7 @@ class Bench:
 
 
 def soak_here(micro_steps: int, steps: int, words: list[str]) -> None:
-    """Run whole steps on the longest samples and print the peak, as one JSON line."""
+    """Run full steps on the longest samples and print the peak, as one JSON line."""
     import torch
 
     from gatrain import build
@@ -351,7 +351,7 @@ def run_stages(bench: Bench, stages: list[str]) -> None:
     done: dict[str, Callable[[], bool]] = {
         "plan": lambda: "plan" in bench.part(second),
         "sweep": lambda: "sweep" in bench.part(second),
-        "whole": lambda: "whole" in bench.part(second),
+        "full_steps": lambda: "full_steps" in bench.part(second),
         "soak": lambda: "soak" in bench.part(second),
     }
     for stage in stages:
@@ -363,8 +363,8 @@ def run_stages(bench: Bench, stages: list[str]) -> None:
                 bench.plan()
             case "sweep" if not bench.sweep():
                 return
-            case "whole":
-                bench.whole()
+            case "full_steps":
+                bench.full_steps()
             case "soak":
                 for effective in (first, second):
                     if "soak" not in bench.part(effective) and bench.seconds_left > 60:
@@ -437,7 +437,7 @@ def main() -> None:
         print(f"{name} took {time.monotonic() - began:.0f} s", flush=True)
         for effective in bench.effective_batches:
             part = bench.part(effective)
-            ratio = part.get("whole", {}).get("plan_over_best")
+            ratio = part.get("full_steps", {}).get("plan_over_best")
             planned = part.get("plan", {})
             print(
                 name, effective, planned.get("plan", {}).get("equation"), "plan / best of the sweep:", ratio,

@@ -1,4 +1,4 @@
-"""Whole optimizer steps of the finalists, timed in turn, as training runs them. In a trial process."""
+"""Full optimizer steps of the finalists, timed in turn, as training runs them. In a trial process."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from gatrain.train.knobs import Knobs
 from gatrain.train.meter import Meter
 from gatrain.train.micro_batches import LoadedWindow, MicroBatch
 from gatrain.tune import finalists
-from gatrain.tune.finalists import Confirmation, Finalist, WholeSteps
-from gatrain.tune.protocol import WholeSpec
+from gatrain.tune.finalists import Confirmation, Finalist, StepTimings
+from gatrain.tune.protocol import FullStepSpec
 from gatrain.tune.trials.batches import TrialBatches
 from gatrain.tune.trials.measure import Failure, Peers, attempt
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 PROBES = 6
 """Micro-steps, each with other random numbers, that show which parameters are used."""
-MUCH_LONGER = 2.0
-"""Times the allowed seconds that whole steps may take before they are given up."""
+GIVE_UP_FACTOR = 2.0
+"""Times the allowed seconds that full steps may take before they are given up."""
 
 
-class WholeStepTimer:
+class FullStepTimer:
     """Times finalists in turn; every rank runs it in step.
 
     Args:
@@ -60,7 +60,7 @@ class WholeStepTimer:
         self._windows: dict[Finalist, LoadedWindow] = {}
         self._steps = 0
 
-    def run(self, asked: WholeSpec) -> Confirmation | None:
+    def run(self, asked: FullStepSpec) -> Confirmation | None:
         """Time ``asked.finalists``. Collective.
 
         None where fewer than two can be timed within the time allowed, or a person stops it.
@@ -75,7 +75,7 @@ class WholeStepTimer:
         total = sum(warm[nth][1] for nth in running)
         rounds = min(finalists.ROUNDS[1], int(asked.max_seconds / max(total, 1e-9)) - 1)
         rounds = max(rounds, finalists.ROUNDS[0])  # they were found affordable by their predicted times
-        if len(running) < 2 or rounds * total > MUCH_LONGER * asked.max_seconds:
+        if len(running) < 2 or rounds * total > GIVE_UP_FACTOR * asked.max_seconds:
             rounds = 0  # what failed is said all the same
             if len(running) == len(named):
                 return None
@@ -88,7 +88,7 @@ class WholeStepTimer:
                 failures[nth] = failures[nth] or failure
                 seconds[nth].append(taken)
         entries = [
-            WholeSteps(each, () if failure else tuple(seconds[nth]), failure.text if failure else None)
+            StepTimings(each, () if failure else tuple(seconds[nth]), failure.text if failure else None)
             for nth, (each, failure) in enumerate(zip(named, failures, strict=True))
         ]
         return Confirmation(tuple(entries))
@@ -136,7 +136,7 @@ class WholeStepTimer:
         return Failure(FAILED, f"{finalists.VARYING} ({name} by {left_out[name]} of {len(every)})")
 
     def _step(self, finalist: Finalist) -> tuple[Failure | None, float]:
-        """One whole step: (failure of any rank, seconds of the slowest). Collective; waits for the device."""
+        """One full step: (failure of any rank, seconds of the slowest). Collective; waits for the device."""
         window = self._window(finalist)
         engine = self._engine(finalist.settings)
         self._peers.gather(None)  # start together

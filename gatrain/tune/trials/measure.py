@@ -40,12 +40,12 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 TARGET_S = {"cpu": 0.5, "cuda": 0.4}
-"""Seconds of timed micro-steps to aim at for one size; close calls are decided by whole steps."""
+"""Seconds of timed micro-steps to aim at for one size; close calls are decided by full steps."""
 REPEATS = {"cpu": (3, 60), "cuda": (4, 20)}
-"""Fewest and most timed micro-steps; they are spread over `CYCLES` whole steps."""
+"""Fewest and most timed micro-steps; they are spread over `CYCLES` full steps."""
 CYCLES = 2
 MORE_CYCLES, MORE_S = 8, {"cpu": 1.5, "cuda": 1.0}
-"""Further whole steps of a size whose repeats differ by more than `gatrain.tune.curve.DIFFERS`, and the seconds
+"""Further full steps of a size whose repeats differ by more than `gatrain.tune.curve.DIFFERS`, and the seconds
 that they may take."""
 GUESSES, CHEAP_S = 3, 0.05
 """Micro-steps behind the first guess of their time, where they are cheap: one alone may have waited for others."""
@@ -54,7 +54,7 @@ WARM_UPS = {"cpu": 0, "cuda": 2}
 TYPICAL: dict[str, Callable[[list[float]], float]] = {"cpu": min, "cuda": statistics.median}
 """How to read repeated times: a CPU is shared with others, who can only add; a GPU is this process's own."""
 NOISE_SEEDS = 3
-USUAL = 4
+TYPICAL_BATCHES = 4
 """Batches of random samples that are timed where lengths vary."""
 
 
@@ -146,7 +146,8 @@ class SizeMeter:
             worst = self._on_device(self._batches.worst_case(size))
             state["host_bytes"] = bytes_of(worst[0])
             self._engine.micro_step(*worst)
-            state["timed"] = [self._on_device(each) for each in self._batches.usual(size, USUAL)] or [worst]
+            usual = self._batches.usual(size, TYPICAL_BATCHES)
+            state["timed"] = [self._on_device(each) for each in usual] or [worst]
             for each in state["timed"]:
                 for _ in range(WARM_UPS[self._device.type]):
                     self._engine.micro_step(*each)
@@ -239,15 +240,15 @@ class SizeMeter:
         failure = attempt(lambda: seconds.append(self._timed(lambda: self._engine.update(self._updates))))
         return self._peers.worst(failure), reduce_s, seconds[0] if seconds else math.nan
 
-    def _cycles(self, batches: Sequence[Any], slowest: float) -> tuple[Failure | None, Times]:
-        """Whole steps with every part timed; more of them where the repeats of any rank disagree. Collective.
+    def _cycles(self, batches: Sequence[Any], slowest: float) -> tuple[Failure | None, SizeTimes]:
+        """Full steps with every part timed; more of them where the repeats of any rank disagree. Collective.
 
         Args:
             batches: on the device, each with its scale; taken in turn.
             slowest: seconds of a micro-step on the slowest rank, so that all ranks choose the same repeats.
         """
         repeats = max(repeats_for(slowest, self._device.type), CYCLES * len(batches))
-        times = Times(self._device.type, [[] for _ in batches])
+        times = SizeTimes(self._device.type, [[] for _ in batches])
 
         def micro_steps() -> None:
             marks = [self._meter.mark()]
@@ -283,7 +284,7 @@ class SizeMeter:
         size: int,
         loss: float | None,
         noise: float,
-        times: Times,
+        times: SizeTimes,
     ) -> Measurement:
         """Compare notes: slowest rank's times, largest peak, the loss that is furthest off. Collective."""
         peak, fragmentation = self._memory.peak(), self._memory.fragmentation()
@@ -332,7 +333,7 @@ class SizeMeter:
 
 
 @dataclass
-class Times:
+class SizeTimes:
     """What one rank saw of one size: seconds of the micro-steps of each batch, of reductions and of updates."""
 
     device: str
@@ -364,7 +365,7 @@ class Times:
             self.device == "cpu"
         ):  # short micro-steps slip through where others use the machine, long ones do not
             return max(statistics.median(each) / max(min(each), 1e-12) - 1 for each in self.micro_s) / 2
-        return max(relative_error(each) for each in self.micro_s)
+        return max(standard_error(each) for each in self.micro_s)
 
 
 def spread_of(seconds: Sequence[float], device: str) -> float:
@@ -377,7 +378,7 @@ def spread_of(seconds: Sequence[float], device: str) -> float:
     return (ranked[-1 - quarter] - ranked[quarter]) / max(statistics.median(ranked), 1e-12)
 
 
-def relative_error(seconds: Sequence[float]) -> float:
+def standard_error(seconds: Sequence[float]) -> float:
     """Standard error of the mean of repeated times, as a part of their mean."""
     mean = statistics.fmean(seconds)
     return statistics.pstdev(seconds) / mean / math.sqrt(len(seconds)) if mean > 0 else 0.0

@@ -34,7 +34,7 @@ from gatrain.tune import curve, protocol
 from gatrain.tune.memory_model import between, fit_line
 from gatrain.tune.protocol import TrialSpec
 from gatrain.tune.trials.batches import TrialBatches
-from gatrain.tune.trials.full_step import WholeStepTimer
+from gatrain.tune.trials.full_step import FullStepTimer
 from gatrain.tune.trials.measure import (
     Peers,
     Reference,
@@ -43,29 +43,29 @@ from gatrain.tune.trials.measure import (
 )
 from gatrain.tune.trials.memory import Memory, memory_of, predicted_peak
 
-LEVEL_GAIN, FALL = 0.01, 0.02
+TREND_GAIN, TREND_FALL = 0.01, 0.02
 """Two sizes in a row that gain less than the one, or lose more than the other, end the rise."""
-SURE = 3.0
+TREND_SIGMAS = 3.0
 """Standard errors by which a size must be slower to be called so."""
-MUCH = 1.2
+GAIN_TO_EXTEND_DEADLINE = 1.2
 SHARE_OF_BUDGET = 0.25
 """Part of the remaining time that the largest size may take once the curve is level."""
 MAX_FAILURES = 2
-MOST_AGAIN = 3
+MAX_REPEATS = 3
 """Times that a size is measured again, at most."""
 REFINEMENTS, WORTH_REFINING = 2, 0.03
-IDLE, FEW = 1.2, 16
+IDLE_FACTOR, IDLE_SIZES_BELOW = 1.2, 16
 """A size that takes less than this factor longer than a smaller one waits for the host; only sizes below this part
 of the share are left out for it."""
 SMALLEST_GAP = {"cpu": 4, "cuda": 2}
 """Samples between a size that fits and one that does not, below which nothing in between is tried."""
 CHECKED = 4
 """Samples on which the loss is checked before the first size."""
-STILL = 1e-30
+NO_UPDATE_LR = 1e-30
 """Learning rate of trials: the update does its work and moves nothing, so all sizes see the same weights."""
 
 
-class Lines:
+class TrialLog:
     """Rank 0's side of ``trials.jsonl``."""
 
     def __init__(self, folder: Path, is_writer: bool) -> None:
@@ -81,7 +81,7 @@ class Lines:
 def work(folder: Path, this: Rank) -> None:
     """Answer requests until the host is killed. Every rank runs it, and all see the same requests."""
     _to_log(folder, this)
-    desk = Desk(this, compiles=bool(read_json(folder / protocol.WORLD)["compiles"]))
+    desk = TrialSession(this, compiles=bool(read_json(folder / protocol.WORLD)["compiles"]))
     pending = protocol.requests(folder)
     while True:
         told = desk.peers.gather((next(pending) if this.rank == 0 else None, this.stop_requested))
@@ -98,7 +98,7 @@ def work(folder: Path, this: Rank) -> None:
             return  # a GPU error spoils whatever follows: the next request starts other processes
 
 
-class Desk:
+class TrialSession:
     """What ranks keep between requests: the task, one engine with its model, the reference losses, the budget."""
 
     def __init__(self, this: Rank, *, compiles: bool) -> None:
@@ -125,15 +125,15 @@ class Desk:
     def answer(self, folder: Path) -> bool:
         """Measure what the folder's spec asks for; returns whether these processes may go on. Collective."""
         asked = TrialSpec.read(folder)
-        lines = Lines(folder, self._rank.rank == 0)
+        lines = TrialLog(folder, self._rank.rank == 0)
         memory = self._memory = self._memory or memory_of(self._rank, asked.memory_fraction)
         config = load_config(folder / protocol.CONFIG)
-        config = dataclasses.replace(config, optimizer=config.optimizer.held_still(STILL))
+        config = dataclasses.replace(config, optimizer=config.optimizer.held_still(NO_UPDATE_LR))
         batches = self._prepare(config)
         with self._knobs.applied(asked.settings.knobs):
             engine, rise, stopped = self._sweep(asked, config, batches, memory, lines)
-        if asked.whole is not None and stopped not in (curve.INTERRUPTED, curve.BROKEN):
-            timer = WholeStepTimer(
+        if asked.full_steps is not None and stopped not in (curve.INTERRUPTED, curve.BROKEN):
+            timer = FullStepTimer(
                 config,
                 batches,
                 this=self._rank,
@@ -142,16 +142,16 @@ class Desk:
                 warm=self._warm,
                 knobs=self._knobs,
             )
-            confirmation = timer.run(asked.whole)
+            confirmation = timer.run(asked.full_steps)
             if confirmation is not None:
-                lines.write("whole", confirmation=codec.encode(confirmation))
+                lines.write("full_steps", confirmation=codec.encode(confirmation))
             del timer  # and with it the engines of the other ways
             gc.collect()
         return stopped != curve.BROKEN or not rise.is_broken()
 
     def _sweep(
-        self, asked: TrialSpec, config: RunConfig, batches: TrialBatches, memory: Memory, lines: Lines
-    ) -> tuple[Engine, Rise, str]:
+        self, asked: TrialSpec, config: RunConfig, batches: TrialBatches, memory: Memory, lines: TrialLog
+    ) -> tuple[Engine, SizeSweep, str]:
         """The sizes that were asked for, and why there are no larger ones. Collective."""
         try:
             engine = self._engine_for(asked.settings, config, batches.task)
@@ -176,9 +176,9 @@ class Desk:
         lines.write("ready", modes=list(modes), knobs=offers, budget_bytes=budget_bytes, at=time.time())
         reference = self._references.setdefault(asked.settings.precision, Reference())
         meter = SizeMeter(engine, batches, self._rank, self.peers, memory, reference)
-        rise = Rise(asked, meter, self.peers, memory, lines, self._rank)
+        rise = SizeSweep(asked, meter, self.peers, memory, lines, self._rank)
         stopped = rise.run()
-        lines.write("end", stopped=stopped)  # the curve is complete, whatever becomes of the whole steps
+        lines.write("end", stopped=stopped)  # the curve is complete, whatever becomes of the full steps
         self._warm.setdefault(asked.settings, set()).update(m.micro_batch for m in rise.measured)
         return engine, rise, stopped
 
@@ -227,11 +227,11 @@ def _to_log(folder: Path, this: Rank) -> None:
         os.dup2(log.fileno(), 2)
 
 
-class Rise:
+class SizeSweep:
     """The walk through rising sizes, and the reasons to end it. Every rank runs it in step."""
 
     def __init__(
-        self, asked: TrialSpec, meter: SizeMeter, peers: Peers, memory: Memory, lines: Lines, this: Rank
+        self, asked: TrialSpec, meter: SizeMeter, peers: Peers, memory: Memory, lines: TrialLog, this: Rank
     ) -> None:
         self._asked = asked
         self._meter = meter
@@ -269,7 +269,7 @@ class Rise:
                 return curve.BROKEN
             self._measure_doubtful()
             sizes = self._without_idle(sizes)
-            trend = self._trend() if self._asked.rises and len(sizes) > 0 else None
+            trend = self._trend() if self._asked.stop_early and len(sizes) > 0 else None
             if trend == curve.SLOWER:
                 return trend
             if trend == curve.LEVEL:
@@ -279,12 +279,12 @@ class Rise:
 
     def _measure_doubtful(self) -> None:
         """Measure again what other sizes contradict, while there is time for it. Collective."""
-        for size in curve.doubtful(self.measured) if self._asked.rises else ():
+        for size in curve.doubtful(self.measured) if self._asked.stop_early else ():
             before = next(m for m in self.measured if m.micro_batch == size)
             needed = predicted_seconds(before, size, self._rank.device.type)
             left = self._deadline - time.monotonic()
             # rank 0's clock decides for all
-            if before.again >= MOST_AGAIN or self._peers.gather(needed > SHARE_OF_BUDGET * left)[0]:
+            if before.again >= MAX_REPEATS or self._peers.gather(needed > SHARE_OF_BUDGET * left)[0]:
                 continue
             self._lines.write("start", micro_batch=size)
             self._replace(before.with_repeat(self._meter.measure(size)))
@@ -300,11 +300,16 @@ class Rise:
 
     def _without_idle(self, sizes: list[int]) -> list[int]:
         """Leave out the next size where the last ones kept the GPU waiting: it will take as long as they do."""
-        if not self._asked.rises or self._rank.device.type == "cpu" or len(sizes) < 3 or len(self._rates) < 2:
+        if (
+            not self._asked.stop_early
+            or self._rank.device.type == "cpu"
+            or len(sizes) < 3
+            or len(self._rates) < 2
+        ):
             return sizes
         (low, low_rate), (high, high_rate) = self._rates[-2:]
-        took_as_long = high / high_rate < IDLE * low / low_rate
-        return sizes[1:] if took_as_long and sizes[0] <= self._asked.sizes[-1] // FEW else sizes
+        took_as_long = high / high_rate < IDLE_FACTOR * low / low_rate
+        return sizes[1:] if took_as_long and sizes[0] <= self._asked.sizes[-1] // IDLE_SIZES_BELOW else sizes
 
     def _note(self, measured: Measurement, seconds: float) -> None:
         self._lines.write("trial", measurement=codec.encode(measured))
@@ -354,7 +359,9 @@ class Rise:
         """Try up to `REFINEMENTS` sizes between the largest that fits and the smallest that does not, while
         larger ones were still clearly faster. Collective."""
         for _ in range(REFINEMENTS):
-            if not (self._asked.rises and self._last_fit and len(self._rates) > 1 and self._still_rises()):
+            if not (
+                self._asked.stop_early and self._last_fit and len(self._rates) > 1 and self._still_rises()
+            ):
                 return
             gap = SMALLEST_GAP[self._rank.device.type]
             size = between(self._last_fit.micro_batch, refused, gap)
@@ -379,7 +386,7 @@ class Rise:
 
     def _is_gaining(self) -> bool:
         """Whether the last size was much faster per sample than the one before: the best is still ahead."""
-        return len(self._rates) < 2 or self._rates[-1][1] > MUCH * self._rates[-2][1]
+        return len(self._rates) < 2 or self._rates[-1][1] > GAIN_TO_EXTEND_DEADLINE * self._rates[-2][1]
 
     def _skip(self, size: int, text: str) -> None:
         self._lines.write("trial", measurement=codec.encode(Measurement(size, SKIPPED, error=text)))
@@ -408,9 +415,9 @@ class Rise:
         best = max(rate for _, rate in self._rates[:-2])
         last_two = [rate for _, rate in self._rates[-2:]]
         noise = max((m.noise or 0.0 for m in self.measured[-2:]), default=0.0)
-        if all(rate < best * (1 - max(FALL, SURE * noise)) for rate in last_two):
+        if all(rate < best * (1 - max(TREND_FALL, TREND_SIGMAS * noise)) for rate in last_two):
             return curve.SLOWER
-        return curve.LEVEL if all(rate < best * (1 + LEVEL_GAIN) for rate in last_two) else None
+        return curve.LEVEL if all(rate < best * (1 + TREND_GAIN) for rate in last_two) else None
 
     def _last(self, size: int) -> str:
         """Try the largest size if that is cheap. Collective."""
