@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from gatrain.train.batches import map_tensors, tensors_of
 from gatrain.train.checkpointing import apply_checkpointing, blocks_of
 from gatrain.train.groups import group_parameters
 from gatrain.train.main_gradients import MasterWeights
-from gatrain.train.optimizer import build_optimizer
+from gatrain.train.optimizer import build_optimizer, counted_state
 from gatrain.train.precision import autocast_for
 from gatrain.train.ranks import Ranks, buckets_of, flatten
 from gatrain.train.seeding import MODEL, seeded
@@ -65,7 +66,7 @@ class StepTracer:
         self._asked = asked
         self._batches = batches
         self._recorder = Recorder()
-        grouping = group_parameters(config.optimizer, model)
+        grouping, maker = group_parameters(config.optimizer, model), optimizer_maker(config.optimizer)
         self._masters = MasterWeights(model)
         self._parameters = self._masters.trained
         self._optimizer = _fused(
@@ -73,12 +74,15 @@ class StepTracer:
                 config.optimizer,
                 grouping,
                 self._masters.of,
-                maker=optimizer_maker(config.optimizer),
+                maker=maker,
                 try_first=False,
             ).optimizer
         )
         self._clip_norm = config.optimizer.clip_norm
         self._hooks = list(build_hooks(config).values())
+        self._can_step = True
+        """Without numbers; of an optimizer that looks at them only the state is predicted, not its temporaries."""
+        self._count_state = partial(counted_state, config.optimizer, grouping, (), maker)
         self._step: Step
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -113,13 +117,20 @@ class StepTracer:
         """Bytes of parameters, buffers, optimizer state and hooks: all that outlives a step."""
         for parameter in self._parameters:
             parameter.grad = torch.zeros_like(parameter)
-        self._optimizer.step()
+        counted: list[int] = []
+        try:
+            self._optimizer.step()
+        except Exception:
+            self._can_step = False
+            self._optimizer.state.clear()
+            with torch.utils._python_dispatch._disable_current_modes():
+                counted = self._count_state()
         self._masters.copy_to_model()
         self._optimizer.zero_grad(set_to_none=True)
         tensors = [*self._model.parameters(), *self._model.buffers(), *self._parameters]
         model = self._recorder.adopt(tensors)
         state = pytree.tree_leaves([*self._optimizer.state.values()])
-        optimizer = self._recorder.adopt(leaf for leaf in state if isinstance(leaf, Tensor))
+        optimizer = counted or self._recorder.adopt(leaf for leaf in state if isinstance(leaf, Tensor))
         gradients = [parameter.numel() * parameter.element_size() for parameter in self._parameters]
         hooks = [size for hook in self._hooks if (size := hook.device_bytes(self._model))]
         return Held(model, [*optimizer, *hooks], gradients=gradients)
@@ -167,7 +178,8 @@ class StepTracer:
         self._masters.take_changes()
         limit = float("inf") if self._clip_norm is None else self._clip_norm
         nn.utils.clip_grad_norm_(self._parameters, limit, foreach=True)
-        self._optimizer.step()
+        if self._can_step:
+            self._optimizer.step()
         self._masters.copy_to_model()
         self._optimizer.zero_grad(set_to_none=True)
 

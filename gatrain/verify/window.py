@@ -24,6 +24,7 @@ from gatrain.train.batches import map_tensors, move_to, tensors_of
 from gatrain.train.checkpointing import apply_checkpointing
 from gatrain.train.frozen import frozen_randomness
 from gatrain.train.gradient import GradientStrategy
+from gatrain.train.groups import group_parameters
 from gatrain.train.held_state import HeldState, perturb
 from gatrain.train.main_gradients import MasterWeights, half_names, half_parameters
 from gatrain.train.micro_batches import LoadedWindow, MicroBatch
@@ -368,6 +369,9 @@ class Verification:
     def model(self, path: Path) -> nn.Module:
         """The recipe's model as the path wants it, in training mode, always with the same weights."""
         model = build.build_model(self.task, self.config.train.seed, self.device)
+        group_parameters(
+            self.config.optimizer, model
+        )  # frozen and trained as in the run, thawed later included
         tensors = [*model.parameters(), *model.buffers()]
         if not self._weights:
             self.ranks.broadcast_from_first(tensor.data for tensor in model.parameters())
