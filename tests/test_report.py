@@ -587,6 +587,7 @@ def test_a_disk_that_stays_full_is_among_what_failed(tmp_path: Path, monkeypatch
 def test_tensorboard_gets_every_point_after_a_full_disk(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.summary.writer.record_writer import RecordWriter
 
     from gatrain.report import TensorBoardSink
 
@@ -594,11 +595,13 @@ def test_tensorboard_gets_every_point_after_a_full_disk(tmp_path: Path) -> None:
     sinks = Fanout([sink, hearing := Hearing()])
     sinks.start(run_info(tmp_path))
     for step in range(1, 6):
-        if step == 3:  # the writer's thread has died
-            sink._writer.file_writer.event_writer._async_writer._worker.exception = OSError(
-                errno.ENOSPC, "full"
-            )
+        if step == 3:
+            sink._writer.close()
+            full = Path("/dev/full").open("wb")  # noqa: SIM115
+            sink._writer._writer = RecordWriter(full)
         sinks.step(record(step))
+        if step == 3:
+            sinks.evaluation(3, {"loss": 1.0})
     sinks.end({})
     assert ["the disk is full" in hearing.notices[0], "writes again" in hearing.notices[1]] == [True, True]
     read = EventAccumulator(str(tmp_path))

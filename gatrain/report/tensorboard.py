@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import threading
+import itertools
+import os
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +20,7 @@ from gatrain.train.events import RunInfo
 from gatrain.train.records import RunSummary, StepRecord
 
 FLUSH_S = 30.0
+BUFFER_BYTES = 2**20
 MOST_WAITING = 30_000
 """Steps whose points wait in memory for a disk that takes none."""
 
@@ -25,8 +28,9 @@ MOST_WAITING = 30_000
 class TensorBoardSink(Logger):
     """Writes scalars of steps (train/, speed/, memory/) and evaluations (eval/) to ``folder``.
 
-    The writer's thread ends for good at the first error of the disk. So points are kept until a flush has
-    succeeded, and after an error a new writer gets them all.
+    All points of a step are one event, and events reach the file together, every `FLUSH_S` seconds: TensorBoard's
+    own writer opens the file for each of them, in a thread that holds the interpreter's lock against the training.
+    Points are kept until a flush has succeeded, and after an error a new file gets them all.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -34,7 +38,7 @@ class TensorBoardSink(Logger):
         """The run folder's own by default."""
         self.missing = 0
         self._info: RunInfo | None = None
-        self._writer: Any = None
+        self._writer: _EventFile | None = None
         self._kept: list[tuple[Mapping[str, float], int]] = []
         self._flushed_at = time.monotonic()
         self._failed = False
@@ -50,7 +54,6 @@ class TensorBoardSink(Logger):
     def start(self, info: RunInfo) -> None:
         self._info = info
         self.folder = self.folder or RunDir(info.run_dir).tensorboard
-        _keep_writers_quiet()
         with self._told():
             self._open()
 
@@ -79,7 +82,7 @@ class TensorBoardSink(Logger):
             self.missing += len(self._kept.pop(0)[0])
         if self._writer is not None:
             with self._told():
-                _write(self._writer, values, step)
+                self._writer.add(values, step)
         if self._writer is None or time.monotonic() > self._flushed_at + FLUSH_S:
             self._flush()
 
@@ -89,7 +92,7 @@ class TensorBoardSink(Logger):
             if writer is None:
                 writer = self._open()
                 for values, step in self._kept:
-                    _write(writer, values, step)
+                    writer.add(values, step)
             writer.flush()
         self._kept, self._failed, self._flushed_at = [], False, time.monotonic()
 
@@ -104,37 +107,54 @@ class TensorBoardSink(Logger):
                 self.close()
             raise
 
-    def _open(self) -> Any:
-        from torch.utils.tensorboard import SummaryWriter  # late: it takes a second, and only rank 0 wants it
-
+    def _open(self) -> _EventFile:
         assert self._info is not None
+        assert self.folder is not None
         first = self._kept[0][1] if self._failed and self._kept else self._info.first_step + 1
         # Points after the step that the run goes on from belong to steps that will be trained again.
-        writer: Any = SummaryWriter  # untyped in torch
-        self._writer = writer(log_dir=str(self.folder), purge_step=first, flush_secs=int(FLUSH_S))
+        self._writer = _EventFile(self.folder, first)
         return self._writer
 
 
-def _write(writer: Any, values: Mapping[str, float], step: int) -> None:
-    """All points of a step in one event: the writer's thread, which holds the interpreter's lock against the
-    training, opens the file for each event."""
-    from tensorboard.compat.proto.summary_pb2 import Summary
+class _EventFile:
+    """One file of events, which TensorBoard reads beside the earlier ones of its folder.
 
-    points = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-    writer._get_file_writer().add_summary(Summary(value=points), step)
+    Args:
+        first_step: points of this step and of later ones in earlier files count no more.
+    """
+
+    _made = itertools.count()
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary = Event, Summary
+        folder.mkdir(parents=True, exist_ok=True)
+        now = time.time()
+        name = f"events.out.tfevents.{int(now):010d}.{socket.gethostname()}.{os.getpid()}.{next(self._made)}"
+        file = (folder / name).open("ab", buffering=BUFFER_BYTES)
+        self._writer: Any = RecordWriter(file)  # which closes it
+        self._write(Event(wall_time=now, file_version="brain.Event:2"))
+        log = SessionLog(status=SessionLog.START)
+        self._write(Event(wall_time=now, step=first_step, session_log=log))
+        self.flush()
+
+    def add(self, values: Mapping[str, float], step: int) -> None:
+        points = [self._summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._write(self._event(wall_time=time.time(), step=step, summary=self._summary(value=points)))
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _write(self, event: Any) -> None:
+        self._writer.write(event.SerializeToString())
 
 
 def where_installed() -> TensorBoardSink | None:
     """What ``logger: auto`` stands for: TensorBoard where the ``tensorboard`` package can be imported."""
     return TensorBoardSink() if importlib.util.find_spec("tensorboard") is not None else None
-
-
-def _keep_writers_quiet() -> None:
-    """An error of a writer's thread is raised at the next event; it need not be printed as a traceback too."""
-    before = threading.excepthook
-
-    def hook(args: threading.ExceptHookArgs) -> None:
-        if type(args.thread).__name__ != "_AsyncWriterThread" or not isinstance(args.exc_value, OSError):
-            before(args)
-
-    threading.excepthook = hook
