@@ -142,14 +142,13 @@ def _check_streams(task: Task, config: RunConfig) -> None:
     if config.train.steps is None:
         raise ConfigError(
             f"{name} is a stream, which does not tell how many samples it has, so "
-            f"train.epochs={config.train.epochs} has "
-            "no meaning for it. Use for example train.steps=1000 train.epochs=null."
+            f"train.epochs={config.train.epochs} has no meaning for it. Use for example train.steps=1000 "
+            "train.epochs=null."
         )
     if config.order not in ("shuffle", "sequential"):
         raise ConfigError(
             f"{name} is a stream, which is read in its own order: order={config.order!r} needs samples by "
-            "number. Leave "
-            "order out, or give a dataset with __len__ and __getitem__."
+            "number. Leave order out, or give a dataset with __len__ and __getitem__."
         )
 
 
@@ -165,9 +164,8 @@ def window_schedule(config: RunConfig, task: Task, effective_batch: int | None =
     if isinstance(data, Stream):
         if data.is_whole and total < effective:
             raise DataError(
-                f"{data.name} is a stream of {total} samples, fewer than batch.effective={effective}: no "
-                "window could be "
-                f"filled. Use batch.effective={max(total, 1)} or less, or more data."
+                f"{data.name} is a stream of {total} samples, fewer than batch.effective={effective}: no window "
+                f"could be filled. Use batch.effective={max(total, 1)} or less, or more data."
             )
         endless = ENDLESS * effective
         return StreamWindows(endless, effective, seed, config.train.drop_last, first=total)

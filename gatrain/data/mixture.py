@@ -118,9 +118,8 @@ class MixedSamples(ConcatDataset[Any]):
         for name, share, weight in zip(names, self.shares, weights, strict=True):
             if weight and not share:
                 raise ConfigError(
-                    f"the weight of part {name} is {weight:g}, which is not one of the {self.samples} samples "
-                    "of an epoch. "
-                    "Give it a larger weight, or a larger data.samples."
+                    f"the weight of part {name} is {weight:g}, which is not one of the {self.samples} samples of "
+                    "an epoch. Give it a larger weight, or a larger data.samples."
                 )
         self.deterministic = all(getattr(part, "deterministic", False) for part in parts)
 
@@ -193,8 +192,8 @@ def _by_number(name: str, train: Any) -> Any:
     if not (hasattr(train, "__len__") and hasattr(train, "__getitem__")) or len(train) == 0:
         raise ConfigError(
             f"part {name} of the mixture is "
-            f"{'empty' if hasattr(train, '__len__') else f'a {type(train).__name__}'}. A "
-            "part needs samples by number (__len__ and __getitem__); streams are mixed by their own library."
+            f"{'empty' if hasattr(train, '__len__') else f'a {type(train).__name__}'}. A part needs samples by "
+            "number (__len__ and __getitem__); streams are mixed by their own library."
         )
     return train
 

@@ -117,8 +117,7 @@ def find_splits(data: Any, eval_fraction: float = 0.0) -> tuple[Samples, Samples
         if eval_fraction and isinstance(train, Stream):
             raise ConfigError(
                 f"task.eval_fraction={eval_fraction} is a share of all samples, and a stream does not tell how "
-                "many it "
-                "has. Give an object with train and eval, each a stream or a dataset."
+                "many it has. Give an object with train and eval, each a stream or a dataset."
             )
         if eval_fraction:
             total = len(train)

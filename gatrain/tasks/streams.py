@@ -50,8 +50,7 @@ class Stream:
         if isinstance(source, Iterator) or iter(source) is source:
             raise ConfigError(
                 f"{name} is an iterator ({type(source).__name__}), which can be read only once. Give an object "
-                "whose "
-                "__iter__ starts anew each time, such as a torch.utils.data.IterableDataset."
+                "whose __iter__ starts anew each time, such as a torch.utils.data.IterableDataset."
             )
         self.source = source
         self.name = name
@@ -108,8 +107,8 @@ class Stream:
             if first and not (again and same(first[0], again[0])):
                 raise DataError(
                     f"{self.name} is a stream that begins with another sample when it is iterated again, so no "
-                    "run could "
-                    "go on with it. Give its shuffle a seed, and let its __iter__ start anew each time."
+                    "run could go on with it. Give its shuffle a seed, and let its __iter__ start anew each "
+                    "time."
                 )
             self._first[seed] = first
         return self._first[seed]
@@ -166,8 +165,7 @@ class StreamReader:
         """
         if not self.place:
             raise DataError(
-                f"{self.name} is a stream that gave no sample in epoch {self.epoch + 1}: it can be "
-                "read only "
+                f"{self.name} is a stream that gave no sample in epoch {self.epoch + 1}: it can be read only "
                 "once, or is empty. Let its __iter__ start anew each time, or give a smaller train.steps."
             )
         self.epoch, self.place, self._iterator = self.epoch + 1, 0, None
@@ -205,9 +203,9 @@ class StreamReader:
                 )
             if "last" in position and position["last"] != fingerprint(self._last):
                 raise DataError(
-                    f"sample {wanted[1] - 1} of epoch {wanted[0] + 1} of {self.name} is not the one that the "
-                    "run had read "
-                    "there: it is another stream than before, or not one that begins anew in the same order."
+                    f"sample {wanted[1] - 1} of epoch {wanted[0] + 1} of {self.name} is not the one that the run "
+                    "had read there: it is another stream than before, or not one that begins anew in the same "
+                    "order."
                 )
         self._before = self._own_state()
         self.skipped_s = time.monotonic() - began
@@ -262,8 +260,7 @@ class StreamReader:
             if inspect.isgenerator(self._iterator):
                 raise DataError(
                     f"{where}: {error}. It is to be skipped, but a generator ends with its first error: leave "
-                    "the sample "
-                    "out inside it, or write a class with __next__."
+                    "the sample out inside it, or write a class with __next__."
                 ) from error
             sample = BrokenInStream(str(error))
         except GatrainError:

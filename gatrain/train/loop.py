@@ -232,10 +232,10 @@ class Trainer:
         """
         if not ranks_read_the_same(result.counts, self.engine.ranks.world_size):
             raise ExactnessError(
-                f"step {loaded.index + 1}: the ranks read other samples at the same places of the stream, so "
-                "its update "
-                "is not saved. Every rank reads the whole stream and takes its part of each window: leave out what "
-                "splits it by rank (split_dataset_by_node, split_by_node), and give its shuffle a seed."
+                f"step {loaded.index + 1}: the ranks read other samples at the same places of the stream, so its "
+                "update is not saved. Every rank reads the whole stream and takes its part of each window: "
+                "leave out what splits it by rank (split_dataset_by_node, split_by_node), and give its shuffle "
+                "a seed."
             )
         held = int(result.counts["samples"] + result.counts["dropped"])
         is_other = int(result.counts["digest"]) != loaded.window_digest and held <= MOST_EXACT_PAIRS
