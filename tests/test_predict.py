@@ -251,7 +251,7 @@ def test_a_further_micro_step_is_the_first_one_with_its_gradients_given_up() -> 
                 recorder, live, most = Recorder(), {}, [0, 0]
                 with recorder:
                     for index in range(2):
-                        tracer._accumulation.micro_step(batch, {"loss": 1.0})
+                        tracer._step.forward_backward(batch, {"loss": 1.0})
                         for number, size in recorder.take()[0]:
                             live[number] = rounded(size)
                             if size < 0:
