@@ -7,6 +7,7 @@ import copy
 import importlib.util
 import json
 import math
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -682,7 +683,11 @@ def test_a_resumed_run_goes_on_in_the_same_run_of_weights_and_biases(
     ids = log_twice(tmp_path, lambda: WandbLogger(project="mine", tags=["a"]))
     runs = sorted((tmp_path / "wandb").glob("offline-run-*"))
     assert [run.name.rpartition("-")[2] for run in runs] == [ids["wandb/mine"]] * 2
-    assert all(b"train/moves" in file.read_bytes() for run in runs for file in run.glob("*.wandb"))
+    files = [file for run in runs for file in run.glob("*.wandb")]
+    deadline = time.monotonic() + 20  # wandb's own process writes them
+    while not all(b"train/moves" in file.read_bytes() for file in files):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @pytest.mark.filterwarnings("ignore")
