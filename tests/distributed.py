@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 import tempfile
@@ -20,8 +21,11 @@ def run_on_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> l
 
     ``function`` must be importable from a test module. An exception on any rank fails the test.
     """
+    # forked from a process that has imported torch, which is never asked to compute
+    multiprocessing.set_forkserver_preload(["torch.distributed", "torch.nn.parallel", "gatrain.train.engine"])
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_run, args=(world_size, _free_port(), folder, function, args), nprocs=world_size)
+        given = (world_size, _free_port(), folder, function, args)
+        mp.start_processes(_run, given, nprocs=world_size, start_method="forkserver")
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 

@@ -60,12 +60,14 @@ class _Double(torch.utils.data.Dataset[Any]):
         return x.double(), y
 
 
+def _trained_in_turn(sync: str) -> list[dict[str, Any]]:
+    return [_trained(shares, sync) for shares in (None, [9, 3], [12, 0])]
+
+
 @pytest.mark.parametrize("sync", ["window", "overlap"])
 def test_unequal_shares_train_the_same_weights(sync: str) -> None:
     one = _trained(None, sync)
-    equal = run_on_ranks(2, _trained, None, sync)
-    uneven = run_on_ranks(2, _trained, [9, 3], sync)
-    extreme = run_on_ranks(2, _trained, [12, 0], sync)
+    equal, uneven, extreme = zip(*run_on_ranks(2, _trained_in_turn, sync), strict=True)
     assert [rank["samples"] for rank in equal] == [31, 31]
     assert [rank["samples"] for rank in uneven] == [9 * 5 + 2, 3 * 5]
     assert [rank["samples"] for rank in extreme] == [62, 0]
