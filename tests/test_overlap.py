@@ -396,7 +396,7 @@ def _told_of_varying() -> list[str]:
         way = StepSettings("fp32", "none", False, "overlap")
         engine = Engine(task, model, way, SGDConfig(lr=1e-9), Ranks.current(), torch.device("cpu"))
         this = Rank(rank, rank, 2, 2, torch.device("cpu"))
-        timer = FullStepTimer(RunConfig(), TrialBatches(task), this, Peers(this), engine, {})
+        timer = FullStepTimer(RunConfig(), TrialBatches(task), this, Peers(this), engine, {}, {})
         failure = timer._varying(Finalist(way, 4, batch.Split(16, 2)))
         told.append(failure.text if failure else "")
         assert all(p.grad is None for p in model.parameters())
