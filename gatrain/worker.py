@@ -47,7 +47,7 @@ def _train(run_dir: RunDir, stored: Reloaded, plan: Plan, rank: Rank) -> None:
     from gatrain.report.data_lines import left_out
     from gatrain.report.jsonl import read_lines, unreadable
     from gatrain.tasks.streams import Stream
-    from gatrain.train import order, out_of_memory, samples
+    from gatrain.train import groups, order, out_of_memory, samples
     from gatrain.train.aftermath import Aftermath
     from gatrain.train.check import check_before_first_step
     from gatrain.train.checkpointing import available_modes
@@ -154,12 +154,8 @@ def _train(run_dir: RunDir, stored: Reloaded, plan: Plan, rank: Rank) -> None:
             half_dtypes=engine.masters.dtypes,
         )
         sinks.start(info)
-        if spared := list(engine.built.grouping.exempt):
-            more = f" and {len(spared) - 3} more" if len(spared) > 3 else ""
-            sinks.notice(
-                f"optimizer.weight_decay does not apply to {', '.join(spared[:3])}{more}: the model lists "
-                f"{'it' if len(spared) == 1 else 'them'} in no_weight_decay()"
-            )
+        for text in groups.notices(engine.built.grouping, engine.model, config.optimizer.groups):
+            sinks.notice(text)
         if is_stream:
             sinks.notice(streams_are_read(config, rank.world_size))
         if config.order == "shuffle" and (unused := order.unused_sampler(task.train_data, source)):

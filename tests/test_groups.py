@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from gatrain.config import ScheduleConfig, SGDConfig
 from gatrain.errors import ConfigError
 from gatrain.models.gpt import GPT
-from gatrain.optimizer_config import check_optimizer
+from gatrain.optimizer_config import MuonConfig, check_optimizer
 from gatrain.plan import StepSettings
 from gatrain.tasks.base import Batch, Task
 from gatrain.train.depth import depths_of
 from gatrain.train.engine import Engine, StepClock
-from gatrain.train.groups import group_parameters
+from gatrain.train.groups import group_parameters, notices
 from gatrain.train.micro_batches import LoadedWindow, MicroBatch
 from gatrain.train.optimizer import build_optimizer
 from gatrain.train.ranks import Ranks
@@ -260,3 +260,16 @@ def test_what_a_rule_freezes_is_never_touched_and_keeps_no_state() -> None:
     held = {id(p) for group in built.optimizer.param_groups for p in group["params"]}
     assert id(model[0].weight) not in held
     assert not model[0].weight.requires_grad
+
+
+def test_what_the_groups_are_is_told_once() -> None:
+    model = OwnGroups()
+    grouping = group_parameters(SGDConfig(groups=[{"match": "body.*", "thaw_at": 3}]), model)
+    assert notices(grouping, model, None) == [
+        "optimizer.groups trains body.weight, body.bias from step 3 on",
+        "the model's own parameter_groups() is not used: optimizer.groups=model takes its groups",
+    ]
+    muon = MuonConfig()
+    assert "Muon steps 0.weight, AdamW everything else" in notices(
+        group_parameters(muon, small()), small(), None
+    ).pop(0)

@@ -18,6 +18,8 @@ from gatrain.optimizer_config import DIMS, RULE_KEYS, MuonConfig, OptimizerConfi
 from gatrain.train.depth import depths_of
 
 _SHOWN = 8
+_OWN_GROUPS = ("parameter_groups", "param_groups")
+"""Methods by which a model says how its parameters are grouped."""
 _OPERATIONS = {
     ">=": int.__ge__, "<=": int.__le__, ">": int.__gt__, "<": int.__lt__, "==": int.__eq__, "=": int.__eq__,
     "": int.__eq__,
@@ -99,6 +101,39 @@ def group_parameters(config: OptimizerConfig, model: nn.Module) -> Grouping:
         thaw_at={name: rule["thaw_at"] for name, rule in rule_of.items() if "thaw_at" in rule},
         frozen=[name for name, rule in rule_of.items() if rule.get("frozen")],
     )
+
+
+def notices(grouping: Grouping, model: nn.Module, groups: Any) -> list[str]:
+    """What a person should know of the groups, a sentence each.
+
+    Args:
+        groups: ``optimizer.groups`` as it was given.
+    """
+    said = []
+    if grouping.exempt:
+        names, more = _first(grouping.exempt)
+        said.append(
+            f"optimizer.weight_decay does not apply to {names}{more}: the model lists "
+            f"{'it' if len(grouping.exempt) == 1 else 'them'} in no_weight_decay()"
+        )
+    if by_muon := [
+        name for group in grouping.groups if group.options.get("use_muon") for name in group.names
+    ]:
+        names, more = _first(by_muon)
+        said.append(
+            f"Muon steps {names}{more}, AdamW everything else (optimizer.adamw=[...] names other ones)"
+        )
+    for at in sorted(set(grouping.thaw_at.values())):
+        names, more = _first([name for name, step in grouping.thaw_at.items() if step == at])
+        said.append(f"optimizer.groups trains {names}{more} from step {at} on")
+    own = next((m for m in _OWN_GROUPS if callable(getattr(model, m, None))), None)
+    if own is not None and groups is None:
+        said.append(f"the model's own {own}() is not used: optimizer.groups=model takes its groups")
+    return said
+
+
+def _first(names: Sequence[str]) -> tuple[str, str]:
+    return ", ".join(names[:3]), f" and {len(names) - 3} more" if len(names) > 3 else ""
 
 
 class Thawing:
@@ -205,9 +240,7 @@ def check_options(groups: Iterable[Group], defaults: Mapping[str, Any], optimize
 
 def _own_options(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> dict[str, dict[str, Any]]:
     """Options of each parameter by the model's own ``parameter_groups()`` or ``param_groups()``."""
-    method = next(
-        (name for name in ("parameter_groups", "param_groups") if callable(getattr(model, name, None))), None
-    )
+    method = next((name for name in _OWN_GROUPS if callable(getattr(model, name, None))), None)
     if method is None:
         raise ConfigError(
             f"optimizer.groups=model: {type(model).__name__} has no method parameter_groups(). Give it one that "
