@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gatrain.errors import ConfigError, ExactnessError, PeerFailed
 from gatrain.train.modules import check_is_replicated
-from gatrain.train.ranks import SPARSE, Ranks, buckets_of, flatten, layout_of, unflatten
+from gatrain.train.ranks import SPARSE, Ranks, buckets_of, flatten, layout_of
 
 LATE = (
     "a parameter got a second gradient after its reduction had begun, as with reentrant checkpointing of a part "
@@ -79,9 +79,8 @@ class OverlappedReduction:
         for place in range(len(self._parameters)):
             layouts[place] = self._found.get(place, layout_of(self._parameters[place]))
         failures, late, *found = self._ranks.sum([float(failed), float(self._came_late), *layouts])
-        for work, bucket, flat in self._pending:
+        for work in self._pending:
             work.wait()  # makes the current stream wait; the host goes on
-            unflatten(bucket, flat)
         reduced = self._usual
         if not failures:
             self._usual = [place for place, layout in enumerate(found) if layout % SPARSE]
@@ -119,7 +118,7 @@ class OverlappedReduction:
         ]
         self._bucket_of = {place: nth for nth, bucket in enumerate(self._buckets) for place in bucket}
         self._missing = [set(bucket) for bucket in self._buckets]
-        self._pending: list[tuple[dist.Work, list[nn.Parameter], Tensor]] = []
+        self._pending: list[dist.Work] = []
         self._found: dict[int, float] = {}
         self._started = 0
         self._came_late = False
@@ -144,7 +143,7 @@ class OverlappedReduction:
         work = dist.all_reduce(flat, async_op=True)
         assert work is not None
         self._found |= found
-        self._pending.append((work, bucket, flat))
+        self._pending.append(work)
         self._started += 1
 
 

@@ -137,7 +137,7 @@ class Ranks:
             dist.broadcast(tensor, src=0)
 
     def reduce_gradients(self, parameters: Sequence[nn.Parameter], layouts: Sequence[float]) -> None:
-        """Sum ``.grad`` over all ranks, each parameter once, 16-bit gradients in fp32.
+        """Sum ``.grad`` over all ranks, each parameter once. (`MainGradients` stand in for 16-bit parameters.)
 
         Args:
             parameters: the same ones in the same order on every rank.
@@ -156,12 +156,11 @@ class Ranks:
         pending = []
         for bucket in buckets_of(dense):
             flat = flatten(bucket)
-            pending.append((dist.all_reduce(flat, async_op=True), bucket, flat))
+            pending.append(dist.all_reduce(flat, async_op=True))  # .grad are views of it
         for parameter in sparse:
             self._reduce_sparse(parameter)
-        for work, bucket, flat in pending:
+        for work in pending:
             work.wait()  # makes the current stream wait; the host goes on
-            unflatten(bucket, flat)
 
     def _reduce_sparse(self, parameter: nn.Parameter) -> None:
         """Add the rows that the ranks have, without the table's other rows. Waits for the device."""
@@ -177,9 +176,10 @@ class Ranks:
         if not max(rows):  # all ranks have an empty one
             parameter.grad = mine if mine is not None else _no_rows(parameter, sparse_dim)
             return
-        dtype = _reduction_dtype(parameter.dtype)
         indices = torch.zeros(sparse_dim, max(rows), dtype=torch.int64, device=parameter.device)
-        values = torch.zeros(max(rows), *parameter.shape[sparse_dim:], dtype=dtype, device=parameter.device)
+        values = torch.zeros(
+            max(rows), *parameter.shape[sparse_dim:], dtype=parameter.dtype, device=parameter.device
+        )
         if mine is not None:
             indices[:, : rows[self.rank]] = mine._indices()
             values[: rows[self.rank]] = mine._values()
@@ -187,14 +187,13 @@ class Ranks:
         all_values = [torch.empty_like(values) for _ in rows]
         dist.all_gather(all_indices, indices)
         dist.all_gather(all_values, values)
-        total = torch.sparse_coo_tensor(
+        # a row that appears twice is added by whoever takes the gradient
+        parameter.grad = torch.sparse_coo_tensor(
             torch.cat([part[:, :count] for part, count in zip(all_indices, rows, strict=True)], dim=1),
             torch.cat([part[:count] for part, count in zip(all_values, rows, strict=True)]),
             parameter.shape,
             check_invariants=False,
         )
-        # a row that appears twice is added by whoever takes the gradient, but never in 16 bits
-        parameter.grad = total if dtype == parameter.dtype else total.coalesce().to(parameter.dtype)
 
 
 SPARSE = 2.0**24
@@ -254,15 +253,10 @@ def buckets_of(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
     return buckets
 
 
-def _reduction_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-
-
 def flatten(bucket: list[nn.Parameter]) -> Tensor:
     """Copy the gradients into one buffer and point ``.grad`` at it, so that the originals are freed at once."""
     first = bucket[0]
-    dtype = _reduction_dtype(first.dtype)
-    flat = torch.zeros(sum(p.numel() for p in bucket), dtype=dtype, device=first.device)
+    flat = torch.zeros(sum(p.numel() for p in bucket), dtype=first.dtype, device=first.device)
     views, gradients, offset = [], [], 0
     for parameter in bucket:
         # the parameter's own strides: fused optimizers want gradients laid out like parameters
@@ -272,8 +266,7 @@ def flatten(bucket: list[nn.Parameter]) -> Tensor:
             views.append(view)
             dense = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
             gradients.append(dense)
-        if dtype == parameter.dtype:
-            parameter.grad = view
+        parameter.grad = view
     if views:
         torch._foreach_copy_(views, gradients)
     return flat
@@ -281,13 +274,3 @@ def flatten(bucket: list[nn.Parameter]) -> Tensor:
 
 def _dense_strides(parameter: Tensor) -> tuple[int, ...]:
     return torch.empty_like(parameter, device="meta").stride()
-
-
-def unflatten(bucket: list[nn.Parameter], flat: Tensor) -> None:
-    """Give back 16-bit gradients, rounded once; others are views of the buffer already."""
-    offset = 0
-    for parameter in bucket:
-        if flat.dtype != parameter.dtype:
-            view = flat.as_strided(parameter.size(), _dense_strides(parameter), offset)
-            parameter.grad = view.to(parameter.dtype)
-        offset += parameter.numel()
