@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,8 @@ SMALL = ["compile=true"]
 """How gatrain computes the micro-batches of one: as the compiled loop does."""
 
 
-def plain_loop(kind: str, steps: int) -> dict[str, float]:
-    """Seconds of a step of a person's own loop, for each of `SPLITS`."""
+def plain_loop(kind: str, steps: int, splits: Sequence[str] = tuple(SPLITS)) -> dict[str, float]:
+    """Seconds of a step of a person's own loop, for each of ``splits``."""
     import torch
 
     from gatrain import build
@@ -50,7 +51,8 @@ def plain_loop(kind: str, steps: int) -> dict[str, float]:
 
     task = build.build_task(compose(["recipe=llm"]).config)
     found = {}
-    for name, (effective, micro) in SPLITS.items():
+    for name in splits:
+        effective, micro = SPLITS[name]
         torch.compiler.reset()
         found[name] = step_seconds(task, kind == "compiled", effective, micro, steps)
     return found
@@ -106,23 +108,26 @@ def step_seconds(task: Any, compiled: bool, effective: int, micro: int, steps: i
     return (time.perf_counter() - began) / (steps - steps // 4)
 
 
-def run_plain(kind: str, steps: int) -> dict[str, float]:
+def run_plain(kind: str, steps: int, splits: Sequence[str]) -> dict[str, float]:
     """`plain_loop` in a process of its own."""
-    command = [sys.executable, __file__, "--plain", kind, "--steps", str(steps)]
+    command = [sys.executable, __file__, "--plain", kind, "--steps", str(steps), "--splits", *splits]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
     return json.loads(done.stdout.strip().splitlines()[-1])  # type: ignore[no-any-return]
 
 
-def run_gatrain(folder: Path, steps: int, package: Path, *words: str) -> dict[str, Any]:
-    """Seconds of a step of `gatrain fit`, for each of `SPLITS`, and the plan of the first.
+def run_gatrain(
+    folder: Path, steps: int, package: Path, splits: Sequence[str], words: Sequence[str]
+) -> dict[str, Any]:
+    """Seconds of a step of `gatrain fit`, for each of ``splits``, and the plan of the first.
 
     Args:
         package: the folder that holds the gatrain to run.
     """
     found: dict[str, Any] = {}
-    for name, (effective, micro) in SPLITS.items():
+    for name in splits:
+        effective, micro = SPLITS[name]
         run_dir = folder / f"{name}_{time.monotonic_ns()}"
         split = [] if effective == EFFECTIVE else [f"batch.micro={micro}", "checkpointing=none", *SMALL]
         done = subprocess.run(
@@ -165,13 +170,14 @@ def main() -> None:
     parser.add_argument("--before", type=Path)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plain", choices=PLAIN, help=argparse.SUPPRESS)
+    parser.add_argument("--splits", nargs="*", default=list(SPLITS), help=argparse.SUPPRESS)
     parser.add_argument("--smoke", action="store_true")
     arguments = parser.parse_args()
     steps = 8 if arguments.smoke else arguments.steps
     if arguments.smoke:
         SMALL.clear()
     if arguments.plain:
-        print(json.dumps(plain_loop(arguments.plain, steps)))
+        print(json.dumps(plain_loop(arguments.plain, steps, arguments.splits)))
         return
     out = result_path("small_model", arguments.out)
     result: dict[str, Any] = {
@@ -195,9 +201,11 @@ def main() -> None:
             ]
             subprocess.run([*command, *words], capture_output=True, env=environment(package), cwd=package)
             result[f"plan_s_{name}"] = round(time.monotonic() - began, 1)
-        for _ in range(1 if arguments.smoke else arguments.rounds):
-            times: dict[str, Any] = {kind: run_plain(kind, steps) for kind in PLAIN}
-            times |= {name: run_gatrain(Path(folder), steps, each, *words) for name, each in packages.items()}
+        for nth in range(1 if arguments.smoke else arguments.rounds):
+            splits = list(SPLITS)[: 1 if nth else None]  # the small ones once: they tell of the host alone
+            times: dict[str, Any] = {kind: run_plain(kind, steps, splits) for kind in PLAIN}
+            for name, package in packages.items():
+                times[name] = run_gatrain(Path(folder), steps, package, splits, words)
             result["rounds"].append(times)
             print(json.dumps(times), flush=True)
             result["answers"] = answers(result["rounds"])
@@ -209,7 +217,10 @@ def answers(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     """Samples per second and the host's seconds for a micro-step, of each way, the median of the rounds."""
     found: dict[str, Any] = {}
     for way in rounds[0]:
-        step_s = {name: statistics.median(each[way][name] for each in rounds) for name in SPLITS}
+        step_s = {
+            name: statistics.median(each[way][name] for each in rounds if name in each[way])
+            for name in SPLITS
+        }
         found[way] = {
             "samples_per_s": round(EFFECTIVE / step_s["effective_32"], 1),
             "micro_step_ms": round(1000 * (step_s["eight_of_1"] - step_s["one_of_1"]) / 7, 3),
