@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gatrain.plan import DOES_NOT_FIT, FITS, SKIPPED, Measurement, StepSettings
+from gatrain.train.gradient import StepCost
 from gatrain.tune import curve, explain, protocol
 from gatrain.tune.curve import Curve
 from gatrain.tune.trials import measure, session
@@ -194,6 +195,8 @@ def test_times_that_grow_with_the_size_are_not_doubted(steps: list[float], facto
 class Slot:
     """An engine and a clock: a micro-step takes what the list says."""
 
+    step = SimpleNamespace(strategy=SimpleNamespace(cost=StepCost()))
+
     def __init__(self, seconds: list[float]) -> None:
         self.seconds, self.now, self.steps = seconds, 0.0, 0
 
@@ -205,7 +208,7 @@ class Slot:
         return self.now
 
 
-def cycles(seconds: list[float], monkeypatch: pytest.MonkeyPatch) -> measure.Times:
+def cycles(seconds: list[float], monkeypatch: pytest.MonkeyPatch) -> measure.SizeTimes:
     slot = Slot(seconds)
     meter = object.__new__(measure.SizeMeter)
     meter._engine = slot  # type: ignore[assignment]
@@ -213,7 +216,7 @@ def cycles(seconds: list[float], monkeypatch: pytest.MonkeyPatch) -> measure.Tim
     meter._device = SimpleNamespace(type="cpu")  # type: ignore[assignment]
     meter._peers = SimpleNamespace(gather=lambda value: [value], worst=lambda failure: failure)  # type: ignore[assignment]
     monkeypatch.setattr(measure.SizeMeter, "_close_step", lambda self: (None, 0.0, 0.0))
-    failure, times = meter._cycles([()], 0.1)
+    failure, times = meter._cycles([(None, {})], 0.1)
     assert failure is None
     return times
 
@@ -246,3 +249,18 @@ def test_noise_is_said_in_one_sentence_with_its_numbers() -> None:
     (note,) = explain.noisy(Curve(WAY, (calm, settled)), Curve(WAY, (calm, settled)), share=4)
     assert "now they agree" in note
     assert explain.noisy(Curve(WAY, (calm,)), Curve(WAY, (calm,)), share=4) == []
+
+
+@pytest.mark.parametrize(("micro_steps", "forwards", "wanted"), [(1, 0, "b"), (1, 1, "fb"), (2, 2, "ffbb")])
+def test_a_micro_steps_time_holds_every_pass_that_the_strategy_makes(
+    micro_steps: float, forwards: float, wanted: str
+) -> None:
+    made: list[str] = []
+    cost = StepCost(micro_steps, forwards)
+    engine = SimpleNamespace(
+        step=SimpleNamespace(strategy=SimpleNamespace(cost=cost)),
+        forward_pass=lambda batch: made.append("f"),
+        micro_step=lambda batch, scale: made.append("b"),
+    )
+    measure.SizeMeter._passes(SimpleNamespace(_engine=engine), None, {})  # type: ignore[arg-type]
+    assert "".join(made) == wanted

@@ -145,12 +145,12 @@ class SizeMeter:
             # memory is that of the worst batch; time is that of usual ones, where they differ
             worst = self._on_device(self._batches.worst_case(size))
             state["host_bytes"] = bytes_of(worst[0])
-            self._engine.micro_step(*worst)
+            self._passes(*worst)
             usual = self._batches.usual(size, TYPICAL_BATCHES)
             state["timed"] = [self._on_device(each) for each in usual] or [worst]
             for each in state["timed"]:
                 for _ in range(WARM_UPS[self._device.type]):
-                    self._engine.micro_step(*each)
+                    self._passes(*each)
             state["micro_step_s"] = self._guess(state["timed"][0])
 
         failure = self._peers.worst(attempt(first_pass))
@@ -180,12 +180,20 @@ class SizeMeter:
         batch, weights = prepared
         return self._engine.to_device(batch), {name: 1 / w if w else 0.0 for name, w in weights.items()}
 
+    def _passes(self, batch: Batch, scale: Mapping[str, float]) -> None:
+        """What the gradient strategy computes for one micro-batch: a micro-step's time is that of all of it."""
+        cost = self._engine.step.strategy.cost
+        for _ in range(round(cost.forwards)):
+            self._engine.forward_pass(batch)
+        for _ in range(max(1, round(cost.micro_steps))):
+            self._engine.micro_step(batch, scale)
+
     def _guess(self, prepared: tuple[Batch, Mapping[str, float]]) -> float:
         """Seconds of a micro-step, roughly."""
-        found = self._timed(lambda: self._engine.micro_step(*prepared))
+        found = self._timed(lambda: self._passes(*prepared))
         for _ in range(GUESSES - 1):
             if found < CHEAP_S:
-                found = min(found, self._timed(lambda: self._engine.micro_step(*prepared)))
+                found = min(found, self._timed(lambda: self._passes(*prepared)))
         return found
 
     def _timed(self, call: Callable[[], object]) -> float:
@@ -253,7 +261,7 @@ class SizeMeter:
         def micro_steps() -> None:
             marks = [self._meter.mark()]
             for nth in range(-(-repeats // CYCLES)):
-                self._engine.micro_step(*batches[nth % len(batches)])
+                self._passes(*batches[nth % len(batches)])
                 marks.append(self._meter.mark())
             # read only now: on a GPU the marks were queued, and the host waits once
             for nth, (start, end) in enumerate(itertools.pairwise(marks)):
