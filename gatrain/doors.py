@@ -84,7 +84,7 @@ def node_of(key: str, value: Any, where: str = "") -> dict[str, Any]:
         if name not in shipped:
             raise ConfigError(
                 f"{where}={name} is not one of {', '.join(shipped)}.{nearest(str(name), tuple(shipped))} "
-                f"One of your own goes by its class: {where}._target_=my_module.MyClass."
+                f"One of your own goes by its class: '{where}={{_target_: my_module.MyClass}}'."
             )
         node = {"_target_": shipped[name], **node}
     return node

@@ -136,9 +136,7 @@ class Step:
                 try:
                     if window.failure is not None:
                         raise window.failure
-                    update = self.strategy(
-                        window, self
-                    )  # .grad of each parameter: this rank's part of the sum
+                    update = self.strategy(window, self)  # .grad: this rank's part of the sum over samples
                 except Exception as error:
                     self.parallel.tell_of_failure(error)  # the others wait in the reduction
                     error.before_update = not self._was_updated  # type: ignore[attr-defined]
@@ -165,22 +163,17 @@ class Step:
             last: of this rank's window: lets the reduction start in this backward.
         """
         scale = self.scale if scale is None else scale
-        with (
-            self.parallel.micro_step()
-        ):  # DistributedDataParallel reads in the forward that it is not to reduce
+        with self.parallel.micro_step():  # around both passes: no module reduces by itself
             with self.autocast():
-                terms = named_loss_sums(
-                    self.loss_sum(batch)
-                )  # {term: (sum over the samples [], weight used)}
+                terms = named_loss_sums(self.loss_sum(batch))  # {term: (sum over samples [], weight used)}
             self.backward(_share(terms, scale), last=last)
         self.counts.add(terms)
 
     def backward(self, share: Tensor, *, last: bool = False) -> None:
         """Backward of this rank's share of the window's loss, a scalar: one pass of any kind."""
         with self.parallel.backward(last):
-            (
-                share if self.scaler is None else self.scaler.scale(share)
-            ).backward()  # .grad += this pass's part
+            share = share if self.scaler is None else self.scaler.scale(share)
+            share.backward()  # .grad += the gradient of this share
         self.parallel.settle()
 
     def update(self, loss_is_bad: Tensor | None = None) -> Update:
