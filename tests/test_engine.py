@@ -237,7 +237,7 @@ def test_lengths_become_dynamic_and_numbers_of_samples_do_not() -> None:
     torch._dynamo.reset()
     task = Next()
     task.variable_length = True
-    model = GPT(vocab_size=17, context=64, layers=4, heads=2, width=16)
+    model = GPT(vocab_size=17, context=64, layers=8, heads=2, width=16)
     loss_sum = CompiledLossSum(task, model, backend=backend)
     for samples in (4, 3, 2):  # a table of 64 positions must not be taken for 64 samples
         for length in (32, 24, 16, 20):
