@@ -21,7 +21,7 @@ def recipe_schema() -> dict[str, Any]:
     """The schema of a file in ``recipes/``: its keys are those of `gatrain.settings`, and the user's own nodes."""
     root: dict[str, Any] = {
         "$schema": DRAFT,
-        "title": "gatrain recipe",
+        "title": "A recipe of gatrain",
         "type": "object",
         "additionalProperties": False,
         "properties": {

@@ -52,7 +52,7 @@ class EarlyStopping(Hook):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         best, waited = state.get("best"), state.get("waited")
         if not isinstance(best, dict) or type(waited) is not int:
-            raise SavedStateError("the saved state of early_stopping is not what gatrain writes.")
+            raise SavedStateError("the saved state of early_stopping has other keys than best and waited.")
         self._best.load_state_dict(best)
         self._waited = waited
         self._stop_if_due()
