@@ -1,5 +1,5 @@
-"""Every door at once: own optimizer, schedule, gradient strategy, hook, logger, stream, scheduler and knob of a person,
-from one folder and YAML alone, train, are killed, go on to the same bits, and are verified."""
+"""Every door at once: a person's own parts, from one folder and YAML alone, train, are killed, go on to the same bits,
+and are verified."""
 
 from __future__ import annotations
 
