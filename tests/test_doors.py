@@ -1,5 +1,4 @@
-"""Every door at once: a person's own parts, from one folder and YAML alone, train, are killed, go on to the same bits,
-and are verified."""
+"""Every door at once: a person's own parts, from a folder and YAML alone, killed, resumed and verified."""
 
 from __future__ import annotations
 
