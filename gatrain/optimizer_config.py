@@ -202,6 +202,13 @@ def check_optimizer(optimizer: OptimizerConfig) -> None:
         above_zero("optimizer.clip_norm", optimizer.clip_norm)
     if optimizer.layer_decay is not None and not 0 < optimizer.layer_decay <= 1:
         raise ConfigError(f"optimizer.layer_decay={optimizer.layer_decay} is not above 0 and at most 1.")
+    if isinstance(optimizer, SGDConfig):
+        at_least("optimizer.momentum", optimizer.momentum, 0)
+        if optimizer.nesterov and not optimizer.momentum:
+            raise ConfigError(
+                "optimizer.nesterov=true is a form of momentum, but optimizer.momentum=0. Use "
+                "optimizer.momentum=0.9, or add optimizer.nesterov=false."
+            )
     if isinstance(optimizer, MuonConfig):
         one_of("optimizer.adjust_lr_fn", optimizer.adjust_lr_fn, ("match_rms_adamw", "original"))
         at_least("optimizer.ns_steps", optimizer.ns_steps, 1)

@@ -147,6 +147,7 @@ def test_a_loader_process_that_the_users_code_ends_says_so(stop: BaseException) 
     class Task:
         train_data = Ending()
         collates_deterministically = False
+        collates_by_default = False
 
     task: Any = Task()
     found = _MicroBatches(task, task.train_data, 0).__getitems__([(0, 1)])
