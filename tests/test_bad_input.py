@@ -92,7 +92,7 @@ BAD = [
     Bad("fit recipe=llm +train.stepz=1", CONFIG, ("stepz", "'train.steps'")),
     # values
     Bad("fit recipe=llm optimizer=adam", CONFIG, ("optimizer=adam", "'adamw'", "sgd")),
-    Bad("fit recipe=vision optimizer=sgd optimizer.momentum=0", CONFIG, ("optimizer.nesterov=false", "optimizer.momentum=0.9")),
+    Bad("fit recipe=vision optimizer=sgd optimizer.momentum=0", CONFIG, ("optimizer.nesterov=false",)),
     Bad("fit recipe=llm precision=bf15", CONFIG, ("precision=bf15", "'bf16'")),
     Bad("fit recipe=llm checkpointing=ful", CONFIG, ("checkpointing=ful", "'full'")),
     Bad("fit recipe=llm train.steps=many", CONFIG, ("train.steps=many", "whole number")),
