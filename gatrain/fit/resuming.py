@@ -181,8 +181,8 @@ def _has_whole_state(run_dir: RunDir) -> bool:
 
 def _nothing_saved(run_dir: RunDir) -> str:
     return (
-        f"{run_dir.path} has no saved state to go on from. Start again: {commands.start_over(run_dir)} (the run ended "
-        "before its first saved state; save.every=100 saves every 100 steps)"
+        f"{run_dir.path} has no saved state to go on from. Start again: {commands.start_over(run_dir)} "
+        "(the run ended before its first saved state; save.every=100 saves every 100 steps)"
     )
 
 
