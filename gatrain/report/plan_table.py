@@ -13,12 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from gatrain import batch, units
+from gatrain.config import CHECKPOINTING
 from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, SKIPPED, Plan, Trial
 from gatrain.report import text
 
 _OUTCOMES = {FITS: "fits", DOES_NOT_FIT: "does not fit", FAILED: "failed", SKIPPED: "skipped"}
 _STYLES = {FITS: "green", DOES_NOT_FIT: "red", FAILED: "bold red", SKIPPED: "dim"}
-_CHECKPOINTING = ("none", "selective", "full")
 _MARK = "->"
 _NO_VALUE = "-"
 
@@ -146,7 +146,7 @@ def sorted_trials(plan: Plan) -> list[Trial]:
 
     def order(trial: Trial) -> tuple[bool, int, str, bool, str, int]:
         way = trial.settings
-        level = _CHECKPOINTING.index(way.checkpointing)
+        level = CHECKPOINTING.index(way.checkpointing)
         is_other = _variant(trial) != _variant(plan)
         return is_other, level, way.precision, not way.compile, way.knob_text, trial.micro_batch
 

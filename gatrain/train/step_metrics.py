@@ -72,9 +72,8 @@ class StepMetrics:
         norms = [p.norm.double() for p in pending]
         measured = [v for p in pending for v in p.metrics.values() if isinstance(v, Tensor)]
         extra = [value.to(engine.device, torch.float64) for value in measured]
-        values = iter(
-            torch.stack([*losses, *norms, *scales, *extra]).tolist()
-        )  # the device is waited for here
+        # the device is waited for here
+        values = iter(torch.stack([*losses, *norms, *scales, *extra]).tolist())
         local = list(islice(values, len(losses)))
         norms_read = list(islice(values, len(norms)))
         scales_read = list(islice(values, len(scales))) or [None] * len(pending)

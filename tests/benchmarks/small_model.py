@@ -150,7 +150,8 @@ def run_gatrain(
         if effective == EFFECTIVE:
             plan = json.loads((run_dir / "plan.json").read_text())
             found["plan"] = {
-                key: plan.get(key) for key in ("micro_batch", "micro_batches", "compile", "settings", "split")
+                key: plan.get(key)
+                for key in ("micro_batch", "micro_batches", "compile", "checkpointing", "precision")
             }
     return found
 
