@@ -108,10 +108,11 @@ def gradient_step(
     scaler: torch.amp.GradScaler | None = None,
     main_gradients: MainGradients | None = None,
     strategy: GradientStrategy | None = None,
+    parallel: Replicated | None = None,
     task: Task | None = None,
 ) -> Step:
-    """A step that gives gradients and makes no updates, of a model that is the same on all ranks already."""
-    strategy, parallel = strategy or Plain(), Replicated()
+    """A step of a model that is the same on all ranks already. It gives gradients; see `Step.updates_with`."""
+    strategy, parallel = strategy or Plain(), parallel or Replicated()
     overlaps = sync == "overlap" and strategy.overlaps
     parallel.set_up(model, ranks, main_gradients=main_gradients, overlaps=overlaps)
     return Step(

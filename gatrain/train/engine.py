@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from gatrain.config import OptimizerConfig, ScheduleConfig
 from gatrain.plan import StepSettings
 from gatrain.tasks.base import Batch, LossSum, LossSums, Task, asks_for_step, loss_sum_at, named_loss_sums
+from gatrain.train.accumulate import gradient_step
 from gatrain.train.checkpointing import apply_checkpointing
 from gatrain.train.compiling import CompiledLossSum
 from gatrain.train.gradient import GradientStrategy
-from gatrain.train.gradient.plain import Plain
 from gatrain.train.groups import Thawing, group_parameters
 from gatrain.train.guard import Guard
 from gatrain.train.main_gradients import MasterWeights
@@ -30,7 +30,6 @@ from gatrain.train.ranks import Ranks
 from gatrain.train.schedule import Factor, Span, factor
 from gatrain.train.seeding import kept_random_state, seed_everything
 from gatrain.train.staging import Staging
-from gatrain.train.step import Step
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ class Engine:
         parallel: Replicated | None = None,
         maker: Maker | None = None,
     ) -> None:
-        strategy, parallel = strategy or Plain(), parallel or Replicated()
+        parallel = parallel or Replicated()
         self.task, self.device, self.ranks, self.settings = task, device, ranks, settings
         self._clock = clock
         # what is trained now or later wants a gradient from here on: state, buckets and masters are made for it
@@ -104,23 +103,20 @@ class Engine:
         self.guard = Guard(model, self.optimizer, device, at_once=at_once)
         self.reserved: Tensor | None = None
         """In trials: as much memory as hooks will hold."""
-        parallel.set_up(
-            model,
-            ranks,
-            main_gradients=self.masters,
-            overlaps=settings.sync == "overlap" and strategy.overlaps,
-        )
         self._compiled = CompiledLossSum(task, model) if settings.compile else None
         self._loss_sum = self._loss_function()
-        self.step = Step(
+        self.step = gradient_step(
             model,
             self._loss_sum,
             term_names=task.loss_terms,
-            parallel=parallel,
-            strategy=strategy,
+            ranks=ranks,
+            sync=settings.sync,
             stage=Staging(device),
             autocast=autocast_for(settings.precision, device),
             scaler=self.scaler,
+            main_gradients=self.masters,
+            strategy=strategy,
+            parallel=parallel,
             task=task,
         )
         self.step.updates_with(
