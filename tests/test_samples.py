@@ -25,7 +25,7 @@ from gatrain.tasks import Supervised
 from gatrain.tasks.base import is_deterministic
 from gatrain.tasks.losses import samples_in
 from gatrain.tasks.parts import find_splits
-from gatrain.train import samples, seeding
+from gatrain.train import loader, samples, seeding
 from gatrain.train.batches import bytes_of, map_tensors, move_to
 from gatrain.train.evaluate import evaluation_keys
 from gatrain.train.loader import DRAWS_UNDECLARED, WindowLoader
@@ -152,6 +152,22 @@ def test_samples_read_in_a_process_are_the_same_and_leave_this_one_untouched() -
 # What a thread may read
 
 
+@pytest.fixture
+def slow_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is read counts as slow, and is left to a thread where it may be."""
+    monkeypatch.setattr(loader, "QUICK_S", -1.0)
+
+
+def test_a_thread_reads_windows_only_where_they_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = batches(loaded(task_of(Plain())))
+    for quick_s, in_thread in ((60.0, False), (-1.0, True)):
+        monkeypatch.setattr(loader, "QUICK_S", quick_s)
+        data = Plain()
+        assert equal(batches(loaded(task_of(data))), expected)
+        assert ("gatrain-loader" in data.threads) is in_thread
+
+
+@pytest.mark.usefixtures("slow_reading")
 def test_a_thread_reads_only_what_is_known_to_draw_nothing() -> None:
     for data, in_thread in ((Plain(), True), (Drawn(), False), (Drawn(declared=True), False)):
         loaded(task_of(data))
@@ -221,6 +237,7 @@ def test_what_is_loaded_ahead_has_room_in_main_and_shared_memory() -> None:
         bounded(1, 60 * MIB, 60 * MIB, free)
 
 
+@pytest.mark.usefixtures("slow_reading")
 def test_windows_are_the_same_however_little_memory_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     task = task_of(Drawn(11))
     plain = task_of(Plain(11))

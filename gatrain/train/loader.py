@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,13 @@ DRAWS_UNDECLARED = (
     "the data or its collate function is declared deterministic but draws random numbers: it is read with seeds, "
     "and not ahead in a thread. Leave `deterministic = True` (or `deterministic_collate = True`) out."
 )
+
+
+QUICK_S = 2e-3
+"""A window that is read in less is read between two steps, while the device works: a thread would take turns with
+the step's own Python, which costs a small model more than the reading (``tests/benchmarks/small_model.py``)."""
+SLOW_IN_ROW = 2
+"""Windows that took longer, one after the other, before a thread reads the rest."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +78,9 @@ class WindowLoader:
     ``shares`` are the plan's samples of each rank in a full window; None means that all ranks are equal.
 
     With ``workers`` processes the next window is read while the current one is computed. Without, a thread
-    reads ahead only where nothing in it can draw from the random generators, which belong to the whole process
-    and to the model's forward: declared data and collate functions, looked at during the first window.
+    reads ahead where a window takes long to read and nothing in it can draw from the random generators, which
+    belong to the whole process and to the model's forward: declared data and collate functions, looked at during
+    the first window.
 
     Raises:
         GatrainError: while iterating, when samples cannot be read or weighed.
@@ -98,7 +107,7 @@ class WindowLoader:
         self._range = range(start, stop)
         self._workers = workers
         self._pin_memory = pin_memory
-        self._in_thread = False
+        self._draws_nothing = False
         self._told: set[str] = set()
         self._ahead = ReadAhead(workers, PREFETCH, next_window=True)
         self._is_sized = False
@@ -108,13 +117,16 @@ class WindowLoader:
         if self._workers:
             yield from in_background(windows, lambda: self._ahead.next_window)
             return
-        self._in_thread = False
+        self._draws_nothing = False
         for first in itertools.islice(windows, 1):  # read here, so that what draws numbers is noticed
             yield first
             declared = is_deterministic(self._task.train_data) and self._task.collates_deterministically
-            self._in_thread = declared and not any(m.undeclared_draws for m in first.micro_batches)
-        self._in_thread = self._in_thread and self._ahead.next_window
-        yield from in_background(windows) if self._in_thread else windows
+            self._draws_nothing = declared and not any(m.undeclared_draws for m in first.micro_batches)
+        if self._draws_nothing and self._ahead.next_window:
+            yield from _while_quick(windows)
+            yield from in_background(windows)
+        else:
+            yield from windows
 
     def _cut(self, window: Window) -> tuple[int, list[list[Key]]]:
         """This rank's part of a window: the place of its first sample, and (epoch, sample) by micro-batch."""
@@ -127,7 +139,7 @@ class WindowLoader:
         data, seed = self._task.train_data, self._schedule.seed
         if not self._workers:
             for each in keys:
-                micro = samples.load(self._task, data, each, seed, trusted=self._in_thread)
+                micro = samples.load(self._task, data, each, seed, trusted=self._draws_nothing)
                 self._look_at_size(micro)
                 yield micro
             return
@@ -238,6 +250,19 @@ def _from_processes(
 
 def unchanged(item: Any) -> Any:
     return item
+
+
+def _while_quick(windows: Iterator[LoadedWindow]) -> Iterator[LoadedWindow]:
+    """The windows up to where `SLOW_IN_ROW` of them took longer than `QUICK_S` to read."""
+    slow = 0
+    while slow < SLOW_IN_ROW:
+        began = time.perf_counter()
+        window = next(windows, None)
+        if window is None:
+            return
+        slow = slow + 1 if time.perf_counter() - began > QUICK_S else 0
+        yield window
+        del window  # before the next one is read
 
 
 def in_background(
