@@ -75,6 +75,8 @@ def _check_values(config: RunConfig) -> None:
                 check = getattr(instantiate(where, node), "check", None)
                 if check is not None:
                     check(config)
+    if doors.is_shipped(doors.node_of("gradient", config.gradient)["_target_"]):
+        build_strategy(config)
 
 
 def nodes_of(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -321,12 +323,24 @@ def build_engine(
 
 
 def build_strategy(config: RunConfig) -> GradientStrategy:
-    """Make the way from a window to its gradient.
+    """Make the way from a window to its gradient: that of ``gradient``, or the one that the optimizer asks for.
 
     Raises:
-        ConfigError: ``gradient`` names something else.
+        ConfigError: ``gradient`` names something else, or does not go with the rest of the configuration.
     """
-    return _part_of("gradient", config.gradient, GradientStrategy)  # type: ignore[type-abstract]
+    wanted, given = config.optimizer.gradient, config.gradient
+    if wanted is not None:
+        asked = doors.node_of("gradient", given)["_target_"]
+        shipped = doors.SHIPPED["gradient"]
+        if asked not in (shipped["plain"], shipped[wanted]):
+            raise ConfigError(
+                f"optimizer={config.optimizer.name} takes gradients as gradient={wanted} gives them, and gradient="
+                f"{given!r} is another way. Leave gradient out, or use optimizer=adamw."
+            )
+        given = given if asked == shipped[wanted] else wanted
+    made: GradientStrategy = _part_of("gradient", given, GradientStrategy)  # type: ignore[type-abstract]
+    made.check(config)
+    return made
 
 
 def build_parallel(config: RunConfig) -> Replicated:

@@ -35,6 +35,11 @@ class OptimizerConfig:
         """The node with a ``_target_`` of a class of the user's; None for a short name."""
         return None
 
+    @property
+    def gradient(self) -> str | None:
+        """The shipped gradient strategy that it works with; None for any that leaves the gradient in ``.grad``."""
+        return None
+
     def held_still(self, lr: float) -> OptimizerConfig:
         """The same with every rate at ``lr``: for trials, which should move no weight."""
         if not isinstance(self.groups, list | tuple):

@@ -156,6 +156,8 @@ def _train(run_dir: RunDir, stored: Reloaded, plan: Plan, rank: Rank) -> None:
         sinks.start(info)
         for text in groups.notices(engine.built.grouping, engine.model, config.optimizer.groups):
             sinks.notice(text)
+        for text in engine.step.strategy.notices(engine, sum(map(len, plan.split.sizes(plan.micro_batch)))):
+            sinks.notice(text)
         if is_stream:
             sinks.notice(streams_are_read(config, rank.world_size))
         if config.order == "shuffle" and (unused := order.unused_sampler(task.train_data, source)):

@@ -124,9 +124,10 @@ class Engine:
             self.masters,
             self.guard,
             self._set_rates,
-            optimizer_config.clip_norm,
+            lambda parallel: parallel.clip(optimizer_config.clip_norm),
             thaw=self._thawing.before_step if clock is not None else None,
         )
+        self.step.strategy.set_up(self)
 
     def _loss_function(self) -> Callable[[Batch], LossSums]:
         compiled, task, model = self._compiled, self.task, self.model
@@ -152,7 +153,7 @@ class Engine:
 
     def micro_step(self, batch: Batch, scale: Mapping[str, float]) -> None:
         """Forward and backward of one batch on the device, without any reduction."""
-        self.step.forward_backward(batch, scale)
+        self.step.strategy.micro_step(self.step, batch, scale)
 
     def forward_pass(self, batch: Batch) -> None:
         """A forward of one batch on the device, without a graph: what `StepCost.forwards` counts."""
@@ -161,7 +162,7 @@ class Engine:
 
     def reduce(self) -> None:
         """Let the ranks agree, then add their gradients. Collective."""
-        self.step.parallel.reduce()
+        self.step.strategy.reduce(self.step)
 
     def update(self, number: int) -> Tensor:
         """Unscale, clip the whole reduced gradient, step the optimizer, drop the gradients.
@@ -183,7 +184,7 @@ class Engine:
         """Which trained parameters this micro-batch gives a gradient, by name; it is dropped. For trials."""
         scale = {name: 1 / weight if weight else 0.0 for name, weight in micro_batch.weights.items()}
         seed_everything(seed)
-        self.micro_step(self.to_device(micro_batch.batch), scale)
+        self.step.forward_backward(self.to_device(micro_batch.batch), scale)
         self.step.counts.take()
         used = {}
         for name, parameter in self.model.named_parameters():

@@ -305,7 +305,10 @@ class Remedies:
 
     run_dir: RunDir
     lr: float
-    clip_norm: float | None
+    may_clip: bool
+    """Whether ``optimizer.clip_norm`` can be added."""
+    may_skip: bool
+    """Whether ``train.nonfinite=skip`` can be."""
     skips: bool
     """``train.nonfinite=skip`` already."""
     limit: int
@@ -335,7 +338,8 @@ class Remedies:
                 f"in fp32 it is finite. A new run in its place, with {other}: "
                 f"{commands.start_over(self.run_dir, {'precision': other})}"
             )
-        if self.can_resume and findings.parameter is None and (findings.some_are_finite or not bad):
+        may_skip = self.may_skip and self.can_resume and findings.parameter is None
+        if may_skip and (findings.some_are_finite or not bad):
             lines.append(
                 f"to allow more of them in a row: {self._command({'train.nonfinite_limit': f'{10 * self.limit}'})}"
                 if self.skips
@@ -347,7 +351,7 @@ class Remedies:
 
     def lower_rate(self) -> str:
         """What to type for a lower rate."""
-        clip = {} if self.clip_norm else {"optimizer.clip_norm": "1.0"}
+        clip = {"optimizer.clip_norm": "1.0"} if self.may_clip else {}
         return self._command({"optimizer.lr": f"{self.lr / 10:g}"} | clip)
 
     def _command(self, changes: Mapping[str, str]) -> str:

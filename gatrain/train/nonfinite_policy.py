@@ -24,11 +24,8 @@ class Verdict:
     findings: nonfinite.Findings
     goes_on: bool
     """The window was skipped, and training goes on."""
-
-    @property
-    def state_is_good(self) -> bool:
-        """Whether the state before the window can be saved."""
-        return self.findings.parameter is None
+    state_is_good: bool
+    """Whether the state before the window can be saved."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +51,12 @@ class NonFinitePolicy:
         what = f"step {record.step} is not finite: {what}."
         story = nonfinite.story(findings, self.engine.task.train_data, loss, norm, step.before.updates)
         train, in_row = self.config.train, step.before.nonfinite_in_row + 1
+        is_good = findings.parameter is None and self.engine.step.strategy.keeps_state
         if step.result.skipped and train.nonfinite == "skip" and findings.parameter is None:
             if in_row <= train.nonfinite_limit:
-                return Verdict(f"{what} Skipped, no rank made an update. {story}", findings, True)
+                return Verdict(f"{what} Skipped, no rank made an update. {story}", findings, True, is_good)
             story = f"It is number {in_row} in a row (train.nonfinite_limit={train.nonfinite_limit}). {story}"
-        return Verdict(f"{what} {story}", findings, False)
+        return Verdict(f"{what} {story}", findings, False, is_good)
 
 
 def remedies(engine: Engine, config: RunConfig, run_dir: RunDir, updates: int) -> nonfinite.Remedies:
@@ -66,7 +64,8 @@ def remedies(engine: Engine, config: RunConfig, run_dir: RunDir, updates: int) -
     return nonfinite.Remedies(
         run_dir=run_dir,
         lr=engine.built.lr,
-        clip_norm=config.optimizer.clip_norm,
+        may_clip=config.optimizer.clip_norm is None and engine.step.strategy.holds_gradients,
+        may_skip=engine.step.strategy.keeps_state,
         skips=config.train.nonfinite == "skip",
         limit=config.train.nonfinite_limit,
         precision=engine.settings.precision,

@@ -78,12 +78,12 @@ class Step:
         masters: MasterWeights,
         guard: Guard,
         set_rates: Callable[[int], None],
-        clip_norm: float | None,
+        clip: Callable[[Replicated], Tensor],
         thaw: Callable[[int], None] | None = None,
     ) -> None:
         """What `update` needs; the library form, verify and predictions make no updates."""
         self.optimizer, self.masters, self.guard = optimizer, masters, guard
-        self._set_rates, self._clip_norm, self._thaw = set_rates, clip_norm, thaw
+        self._set_rates, self._clip, self._thaw = set_rates, clip, thaw
 
     # --- from the window to the updated parameters --------------------------------------------------------
 
@@ -142,7 +142,7 @@ class Step:
                     error.before_update = not self._was_updated  # type: ignore[attr-defined]
                     raise
                 if update is None:
-                    self.parallel.reduce()  # one host sum: nobody failed; then the all-reduce of .grad
+                    self.strategy.reduce(self)  # one host sum: nobody failed; then the all-reduce of .grad
                 if self.device.type == "cpu" or not self._is_checked:
                     self.counts.check()
                     self._is_checked = True
@@ -178,12 +178,10 @@ class Step:
 
     def update(self, loss_is_bad: Tensor | None = None) -> Update:
         """Unscale, clip the whole reduced gradient, step the optimizer, drop the gradients."""
-        self._was_updated = True
-        self._set_rates(self.number)
-        self.masters.take_changes()
+        self.begin_update()
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        norm = self.parallel.clip(self._clip_norm)  # [], before clipping; the same on every rank
+        norm = self._clip(self.parallel)  # [], before clipping; the same on every rank
         assert self.guard is not None
         made = self.guard.step(norm, loss_is_bad)  # where norm and loss are finite; all ranks decide alike
         if self.scaler is not None:
@@ -191,6 +189,12 @@ class Step:
         self.masters.copy_to_model()
         self.parallel.drop_gradients()
         return Update(norm, made)
+
+    def begin_update(self) -> None:
+        """Rates and weights as the update needs them. From here on the state before the window may be gone."""
+        self._was_updated = True
+        self._set_rates(self.number)
+        self.masters.take_changes()
 
     # --- further means of strategies ----------------------------------------------------------------------
 

@@ -8,14 +8,18 @@ are made and in which order; the step decides how a pass is computed, reduced an
 from __future__ import annotations
 
 import abc
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from gatrain.config import RunConfig
+from gatrain.tasks.base import Batch
 from gatrain.train.micro_batches import LoadedWindow
 
 if TYPE_CHECKING:
+    from gatrain.train.engine import Engine
     from gatrain.train.step import Step
 
 
@@ -56,6 +60,33 @@ class GradientStrategy(abc.ABC):
     """Whether its last backward on every rank is `Step.backward` with ``last``: then ``sync=overlap`` may start to
     reduce in it. Otherwise gradients are reduced after it, whatever ``sync`` says."""
     cost: StepCost = StepCost()
+    holds_gradients: bool = True
+    """Whether the gradients of all parameters are in memory at once, between micro-steps and at the update."""
+    keeps_state: bool = True
+    """Whether parameters and optimizer are as before the window until its update. Otherwise a window that fails or
+    is not finite ends the run, and what is saved is the state of an earlier step."""
+
+    def check(self, config: RunConfig) -> None:  # noqa: B027
+        """Look at the whole configuration before anything runs.
+
+        Raises:
+            ConfigError: what does not go with this strategy, why, and what to write instead.
+        """
+
+    def set_up(self, engine: Engine) -> None:  # noqa: B027
+        """Look at the model, the optimizer and the ranks, once, when the engine is made. All ranks call it.
+
+        Raises:
+            ConfigError: as `check`, for what only these show.
+        """
+
+    def notices(self, engine: Engine, micro_batches: int) -> list[str]:
+        """What a person should know before the first step, a sentence each.
+
+        Args:
+            micro_batches: of a whole window, over all ranks.
+        """
+        return []
 
     @abc.abstractmethod
     def __call__(self, window: LoadedWindow, step: Step) -> Update | None:
@@ -68,10 +99,21 @@ class GradientStrategy(abc.ABC):
         - ``step.forward_backward(batch)``: one micro-batch's share, by the task's ``loss_sum``;
         - ``step.autocast()``, ``step.model``, ``step.task`` and ``step.backward(scalar)``: other passes;
         - ``step.scale``: 1/T of each loss term; ``step.counts.add(terms)`` for losses that it computes itself;
-        - ``step.gather(tensor)``, ``step.agree(flag)``: the only collectives; all ranks call them in one order;
+        - ``step.parallel.gather(tensor)``, ``step.parallel.agree(flag)``: the only collectives; all ranks call them
+          in one order;
         - ``step.reset()``: forget what the window has come to so far.
 
         Returns:
-            None: the step reduces ``.grad`` and makes the update. An `Update` where the strategy has made it itself
-            (with ``step.reduce`` and ``step.update``, or in its own way): the step then leaves it at that.
+            None: `reduce` and the update follow. An `Update` where the strategy has made both itself (with
+            ``step.parallel.reduce`` and ``step.update``, or in its own way): the step then leaves it at that.
         """
+
+    def micro_step(
+        self, step: Step, batch: Batch, scale: Mapping[str, float] | None = None, *, last: bool = False
+    ) -> None:
+        """One micro-batch forward and backward with what the strategy does of its gradients: trials time it too."""
+        step.forward_backward(batch, scale, last=last)
+
+    def reduce(self, step: Step) -> None:
+        """Add over the ranks what the micro-steps have left, after they agreed that nobody failed. Collective."""
+        step.parallel.reduce()
