@@ -315,6 +315,7 @@ def build_engine(
         strategy=build_strategy(config),
         parallel=build_parallel(config),
         maker=optimizer_maker(config.optimizer),
+        batch_rule=(config.batch.rule, config.batch.rule_base),
     )
     if in_place and config.hooks:
         held = sum(hook.device_bytes(model) for hook in build_hooks(config).values())

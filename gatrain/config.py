@@ -9,6 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from gatrain.batch_rule import OF_ADAM, scaled
+from gatrain.batch_rule import RULES as RULES
+from gatrain.batch_stages import UNITS as UNITS
+from gatrain.batch_stages import BatchStages, read_stages, spelt
 from gatrain.config_checks import above_zero, at_least, one_of
 from gatrain.errors import ConfigError
 from gatrain.optimizer_config import OPTIMIZERS as OPTIMIZERS
@@ -30,10 +34,41 @@ CHECKS = ("error", "warn", "off")
 
 @dataclass(frozen=True)
 class BatchConfig:
-    effective: int = 32
-    """Samples per optimizer step over all ranks and micro-steps. Nothing changes it."""
+    effective: Any = 32
+    """Samples per optimizer step over all ranks and micro-steps. Nothing changes it but you: ``{0: 64, 1000: 256}``
+    are stages, each from its step on."""
     micro: Any = "auto"
     """Samples in one forward and backward on one rank: ``auto`` (measured) or a number."""
+    effective_by: str = "steps"
+    """What the places in stages of ``effective`` count: ``steps``, ``samples``, ``tokens`` or ``epochs``."""
+    rule: str = "none"
+    """What a change of the effective batch does to the optimizer: ``none``, ``linear`` (lr * k), ``sqrt`` (Adam: lr
+    * sqrt(k), 1 - beta by k, eps / sqrt(k)) or ``half_life`` (Adam: beta2 ** k); k is relative to ``base``."""
+    base: int | None = None
+    """The effective batch that ``optimizer.lr`` was chosen for; null is that of the first stage."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.effective, str) and self.effective.isdigit():  # from ${oc.env:...}
+            object.__setattr__(self, "effective", int(self.effective))
+
+    @property
+    def stages(self) -> BatchStages:
+        """The effective batch over the run.
+
+        Raises:
+            ConfigError: ``effective`` is neither a number nor stages.
+        """
+        return read_stages(self.effective, self.effective_by)
+
+    @property
+    def largest(self) -> int:
+        """The effective batch, the largest where there are stages: what memory and plan are for."""
+        return self.stages.largest
+
+    @property
+    def rule_base(self) -> int:
+        """The effective batch that ``rule`` starts from."""
+        return self.stages.first if self.base is None else self.base
 
 
 @dataclass(frozen=True)
@@ -162,14 +197,14 @@ def validate(config: RunConfig) -> None:
         config.compile in (0, 1) and config.compile is not bool(config.compile)
     ):
         raise ConfigError(f"compile={config.compile!r} is not one of true, false, auto.")
-    at_least("batch.effective", config.batch.effective, 1)
+    _check_batch(config.batch)
     micro = config.batch.micro
     if micro != "auto" and (isinstance(micro, bool) or not isinstance(micro, int) or micro < 1):
         raise ConfigError(f"batch.micro={micro!r} is not 'auto' or a whole number of at least 1.")
-    if isinstance(micro, int) and micro > config.batch.effective:
+    if isinstance(micro, int) and micro > (most := config.batch.largest):
         raise ConfigError(
-            f"batch.micro={micro} is larger than batch.effective={config.batch.effective}. "
-            f"Use batch.micro={config.batch.effective} or less, or batch.micro=auto."
+            f"batch.micro={micro} is larger than batch.effective={most}. "
+            f"Use batch.micro={most} or less, or batch.micro=auto."
         )
     train = config.train
     if train.steps is not None and train.epochs is not None:
@@ -190,6 +225,7 @@ def validate(config: RunConfig) -> None:
     at_least("train.nonfinite_limit", train.nonfinite_limit, 1)
     one_of("train.check", config.train.check, CHECKS)
     check_optimizer(config.optimizer)
+    _check_rule(config.batch, config.optimizer)
     check_schedule(config.schedule)
     at_least("eval.every", config.eval.every, 0)
     if config.eval.samples is not None:
@@ -210,6 +246,46 @@ def validate(config: RunConfig) -> None:
         # a task of the user's own may make its model and data itself: `build.check_targets` asks what it takes
         if getattr(config, key) is not None or (ready and key != "loss"):
             _has_target(key, getattr(config, key))
+
+
+def _check_batch(batch: BatchConfig) -> None:
+    one_of("batch.effective_by", batch.effective_by, UNITS)
+    one_of("batch.rule", batch.rule, RULES)
+    if batch.base is not None:
+        at_least("batch.base", batch.base, 1)
+    stages = batch.stages
+    if not stages.is_constant:
+        raise ConfigError(
+            f"batch.effective={spelt(batch.effective)}: stages cannot be trained yet. Write a number."
+        )
+    if stages.is_constant and batch.effective_by != "steps":
+        raise ConfigError(
+            f"batch.effective_by={batch.effective_by} counts where stages begin, and batch.effective="
+            f"{spelt(batch.effective)} has one. Write stages, or leave batch.effective_by out."
+        )
+    if batch.base is not None and batch.rule == "none":
+        raise ConfigError(
+            f"batch.base={batch.base} is what batch.rule starts from, and batch.rule=none changes nothing. Add "
+            "batch.rule=linear, sqrt or half_life, or leave batch.base out."
+        )
+    if batch.rule != "none" and batch.base is None and stages.is_constant:
+        raise ConfigError(
+            f"batch.rule={batch.rule} has nothing to do: batch.effective={batch.effective} never changes. Add "
+            "batch.base=... (the effective batch that optimizer.lr was chosen for), or write stages."
+        )
+
+
+def _check_rule(batch: BatchConfig, optimizer: OptimizerConfig) -> None:
+    if batch.rule not in OF_ADAM or optimizer.node is not None:  # the user's own: when it is made
+        return
+    if not isinstance(optimizer, AdamWConfig):
+        raise ConfigError(
+            f"batch.rule={batch.rule} speaks of Adam's betas, and the optimizer is {optimizer.name}. Use "
+            "batch.rule=linear, or set optimizer.lr for the effective batch and leave batch.rule out."
+        )
+    first, second = optimizer.betas
+    for effective in batch.stages.sizes:
+        scaled(batch.rule, effective / batch.rule_base, (first, second), optimizer.eps)
 
 
 def _has_target(key: str, node: Any) -> None:

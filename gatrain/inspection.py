@@ -107,9 +107,9 @@ def _inspect(config: RunConfig, folder: Path, really: bool) -> Inspected:
     task, source = build.build_task_and_source(config)
     samples = len(task.train_data)
     is_endless = isinstance(task.train_data, Stream) and not task.train_data.is_whole
-    if samples < config.batch.effective and not is_endless:
+    if samples < config.batch.largest and not is_endless:
         raise DataError(
-            f"the training data has {samples} samples, fewer than batch.effective={config.batch.effective}. "
+            f"the training data has {samples} samples, fewer than batch.effective={config.batch.largest}. "
             f"Use batch.effective={samples} or less, or more data."
             if samples
             else "the training data is empty."

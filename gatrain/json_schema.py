@@ -51,6 +51,9 @@ def _value(setting: Setting) -> dict[str, Any]:
         schema["default"] = spelt(setting.default) if isinstance(setting.default, tuple) else setting.default
     if setting.key in CHOICES:
         return schema | {"anyOf": [{"enum": list(CHOICES[setting.key])}, REFERENCE]}
+    if setting.key == "batch.effective":
+        stages = {"type": "object", "additionalProperties": {"type": "integer"}}
+        return schema | {"anyOf": [{"type": "integer"}, stages, REFERENCE]}
     if setting.key in doors.SHIPPED or setting.hint is Any:
         return schema  # a name, a mapping, or a list of them
     return schema | {"anyOf": [*_of_type(setting.hint), REFERENCE]}

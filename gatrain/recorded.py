@@ -35,6 +35,7 @@ FREE = (
 """Settings that may be another in config.yaml: how long a run trains, what it writes, how a window is computed."""
 OF_THE_RUN = (
     "batch.effective",
+    "batch.effective_by",
     "train.seed",
     "train.drop_last",
     "optimizer.name",

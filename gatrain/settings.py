@@ -24,6 +24,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "compile": ("auto", True, False),
     "train.nonfinite": config.NONFINITE,
     "train.check": config.CHECKS,
+    "batch.effective_by": config.UNITS,
+    "batch.rule": config.RULES,
     "schedule.decay_shape": (None, *optimizer_config.DECAY_SHAPES),
 }
 """Settings that take one of a few values."""
@@ -50,6 +52,8 @@ class Setting:
         """The type or the values allowed, in words."""
         if self.key == "batch.micro":
             return "auto | whole number"
+        if self.key == "batch.effective":
+            return "whole number | {0: number, start: number, ...}"
         if self.key in CHOICES:
             return " | ".join(spelt(choice) for choice in CHOICES[self.key])
         if self.key in doors.SHIPPED:

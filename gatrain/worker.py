@@ -289,6 +289,7 @@ def _go_on(
     if engine.scaler and progress.scaler:
         engine.scaler.load_state_dict(progress.scaler)
     engine.built.load(loaded.parts)
+    engine.scaling.load(loaded.parts)
     return progress, problems, loaded.parts
 
 

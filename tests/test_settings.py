@@ -48,7 +48,8 @@ def test_examples_of_the_help_compose() -> None:
     ("typed", "offered"),
     [
         ("recipe=vi", ["recipe=vision"]),
-        ("batch.", ["batch.effective=", "batch.micro="]),
+        ("batch.m", ["batch.micro="]),
+        ("batch.effective", ["batch.effective=", "batch.effective_by="]),
         ("precision=b", ["precision=bf16"]),
         ("optimizer=s", ["optimizer=sgd"]),
         ("nothing=", []),

@@ -30,6 +30,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from gatrain import assets, secrets
 from gatrain.compose import (
+    COMMAND_LINE,
+    DEFAULT,
     Composed,
     Reloaded,
     bounds,
@@ -73,6 +75,7 @@ def compose(overrides: Sequence[str], cwd: Path) -> Composed:
             raise ConfigError(messages.explain(error, context)) from error
     if OmegaConf.get_type(composed) is not RunConfig:
         raise ConfigError(_no_schema(recipe))
+    _replace_stages(composed, parsed)
     leaves = dict(sources.leaves_of(OmegaConf.to_container(composed)))
     parts = sources.parts_of(elements, folders, read_yaml)
     setters = sources.sources_of(leaves, parts, parsed)
@@ -87,6 +90,7 @@ def compose(overrides: Sequence[str], cwd: Path) -> Composed:
     timed = moment.settle(composed, leaves)
     leaves |= timed
     config = _to_config(composed, leaves)
+    _check_stages(config, setters)
     validate(config)
     settled, references = settle(composed)
     return Composed(
@@ -211,6 +215,24 @@ def _displacing(parsed: list[Override]) -> list[Override]:
         if other and other.partition("=")[0] not in given and override.value() is not None:
             displaced += messages.parse_overrides([other])
     return [*parsed, *displaced]
+
+
+def _replace_stages(composed: DictConfig, parsed: list[Override]) -> None:
+    """Let typed stages of the batch take the place of a recipe's: merged, as Hydra merges mappings, they would
+    train stages that nobody wrote together."""
+    for override in parsed:
+        if override.key_or_group == "batch.effective" and isinstance(override.value(), dict):
+            OmegaConf.update(composed, "batch.effective", override.value(), merge=False)
+
+
+def _check_stages(config: RunConfig, setters: Mapping[str, str]) -> None:
+    """Name the file where the batch is no batch: the schema leaves open whether it has stages."""
+    try:
+        _ = config.batch.stages
+    except ConfigError as error:
+        whose = [setters[key] for key in setters if sources.is_below("batch.effective", key)]
+        files = [each for each in whose if each not in (COMMAND_LINE, DEFAULT)]
+        raise ConfigError(f"{files[0]}: {error}" if files else str(error)) from None
 
 
 def read_yaml(path: Path) -> DictConfig:

@@ -62,6 +62,11 @@ def parts_of(
     return found
 
 
+def is_below(known: str, key: str) -> bool:
+    """Whether ``key`` is ``known`` or below it."""
+    return key == known or key.startswith(f"{known}.")
+
+
 def sources_of(
     leaves: Mapping[str, Any], parts: Sequence[Part], parsed: Sequence[Override]
 ) -> dict[str, str]:
@@ -71,7 +76,7 @@ def sources_of(
         sources |= {key: str(part.path) for key in part.leaves if key in sources}
     for override in parsed:
         for key in leaves:
-            if key == override.key_or_group or key.startswith(f"{override.key_or_group}."):
+            if is_below(override.key_or_group, key):
                 chooses_file = sources[key] != DEFAULT and _is_group(override, parts)
                 sources[key] = sources[key] if chooses_file else COMMAND_LINE
     return sources

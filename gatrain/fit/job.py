@@ -95,5 +95,5 @@ def find_world(config: RunConfig, request: WorldRequest) -> tuple[Hardware, Node
         )
     nodes = request.nodes(nproc)
     if isinstance(config.batch.micro, int):
-        batch.Split(config.batch.effective, nodes.world_size).check_micro_batch(config.batch.micro)
+        batch.Split(config.batch.largest, nodes.world_size).check_micro_batch(config.batch.micro)
     return hardware, nodes

@@ -211,10 +211,10 @@ def _plan_of(run_dir: RunDir, config: RunConfig) -> Plan:
         DamagedFileError: it is none, or one for another batch.
     """
     plan = run_dir.load_plan()
-    if plan.effective_batch != config.batch.effective:
+    if plan.effective_batch != config.batch.largest:
         raise DamagedFileError(
             f"{run_dir.plan} is a plan for an effective batch of {plan.effective_batch}, and {run_dir.config} asks "
-            f"for {config.batch.effective}. One of them was changed: restore it."
+            f"for {config.batch.largest}. One of them was changed: restore it."
         )
     return plan
 

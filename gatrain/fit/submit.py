@@ -67,7 +67,7 @@ def submit(
     per_node = nproc if nproc is not None else resources.gpus_per_node
     if isinstance(config.batch.micro, int):
         world_size = (resources.nodes or 1) * (per_node or 1)
-        batch.Split(config.batch.effective, world_size).check_micro_batch(config.batch.micro)
+        batch.Split(config.batch.largest, world_size).check_micro_batch(config.batch.micro)
     words = [word for word in overrides if not word.startswith(("run.dir=", "run.name="))]
     words.append(commands.setting("run.dir", folder))
     options = [] if nproc is None else ["--nproc", str(nproc)]

@@ -80,7 +80,7 @@ def predict(
     if nproc < 1:
         raise ConfigError(f"--nproc {nproc} is below 1, the smallest number of processes.")
     if isinstance(config.batch.micro, int):
-        batch.Split(config.batch.effective, nproc).check_micro_batch(config.batch.micro)
+        batch.Split(config.batch.largest, nproc).check_micro_batch(config.batch.micro)
     began = time.perf_counter()
     precisions = {gpu: _precision(config, gpu) for gpu in gpus}
     memory_bytes = max(gpu.memory_bytes for gpu in gpus)
@@ -100,7 +100,7 @@ def predict(
         )
     prediction = Prediction(
         recipe=composed.recipe,
-        effective_batch=config.batch.effective,
+        effective_batch=config.batch.largest,
         world_size=nproc,
         parameters=first.parameters,
         gpus=[forecasters[precisions[gpu]].on(gpu) for gpu in gpus],

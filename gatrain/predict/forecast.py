@@ -96,7 +96,7 @@ class Forecaster:
         self._world_size = world_size
         self._precision = precision
         self._sync = sync
-        self._effective = config.batch.effective
+        self._effective = config.batch.largest
         self._share = batch.Split(self._effective, world_size).share
 
     def on(self, gpu: GpuModel) -> GpuForecast:

@@ -48,7 +48,7 @@ def request_for(config: RunConfig, memory_bytes: int, world_size: int, precision
         modes=["none", "selective", "full"] if mode == "auto" else [mode],
         world_size=world_size,
         sync="window" if config.sync == "auto" else config.sync,
-        share=batch.Split(config.batch.effective, world_size).share,
+        share=batch.Split(config.batch.largest, world_size).share,
         memory_bytes=memory_bytes,
         fixed=config.batch.micro if isinstance(config.batch.micro, int) else None,
     )

@@ -14,6 +14,7 @@ from gatrain.config import OptimizerConfig, ScheduleConfig
 from gatrain.plan import StepSettings
 from gatrain.tasks.base import Batch, LossSum, LossSums, Task, asks_for_step, loss_sum_at, named_loss_sums
 from gatrain.train.accumulate import gradient_step
+from gatrain.train.batch_scaling import BatchScaling
 from gatrain.train.checkpointing import apply_checkpointing
 from gatrain.train.compiling import CompiledLossSum
 from gatrain.train.gradient import GradientStrategy
@@ -62,6 +63,7 @@ class Engine:
         strategy: the way from a window to its gradient.
         parallel: how the model lies on the ranks.
         maker: makes an optimizer of the user's own.
+        batch_rule: what another effective batch does to the optimizer, and the one that its values are for.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Engine:
         strategy: GradientStrategy | None = None,
         parallel: Replicated | None = None,
         maker: Maker | None = None,
+        batch_rule: tuple[str, int] = ("none", 1),
     ) -> None:
         parallel = parallel or Replicated()
         self.task, self.device, self.ranks, self.settings = task, device, ranks, settings
@@ -96,6 +99,7 @@ class Engine:
         self.optimizer = self.built.optimizer
         if self.built.behaviour.can_be_primed:
             prime(self.optimizer)
+        self.scaling = BatchScaling(*batch_rule, self.optimizer, self.built.lr)
         named = dict(model.named_parameters())
         self._thawing = Thawing([(named[name], at) for name, at in grouping.thaw_at.items()])
         self.masters.copy_to_model()  # the same weights: they were stepped with rate zero
@@ -215,8 +219,9 @@ class Engine:
         self.built.set_rate(self.learning_rate(number))
 
     def learning_rate(self, step: int) -> float:
-        """Learning rate of optimizer step ``step`` (from 0)."""
-        return self.built.lr * (1.0 if self._clock is None else self._clock.factor(step))
+        """Learning rate of optimizer step ``step`` (from 0), at the effective batch that `scaling` is set to."""
+        rate = self.built.lr * (1.0 if self._clock is None else self._clock.factor(step))
+        return rate * self.scaling.lr_factor
 
     def forward(self, batch: Batch) -> None:
         """The forward of one host batch as in training, uncompiled, with random numbers that nobody misses."""

@@ -135,6 +135,7 @@ class Trainer:
             return True
         if self.hooks.ended:
             return False
+        self._set_to(self.schedule.effective_batch)
         meter, log_every = self._metrics.meter, self.config.train.log_every
         previous = meter.mark()
         for loaded in self._windows(self.progress, self.total_steps, self.config.train.data_workers):
@@ -175,6 +176,12 @@ class Trainer:
             if stop or self.hooks.ended:
                 return stop
         return False
+
+    def _set_to(self, effective: int) -> None:
+        """Set the optimizer to the effective batch of the windows to come, and say what that does."""
+        self.engine.scaling.set_to(effective)
+        if self.config.batch.rule != "none":
+            self.sinks.notice(self.engine.scaling.words(effective))
 
     # --- windows
 

@@ -135,7 +135,7 @@ class StateSaver:
             self.engine.model,
             self.engine.optimizer,
             self.engine.masters,
-            {**self.hooks.parts(), **self.engine.built.parts()},
+            {**self.hooks.parts(), **self.engine.built.parts(), **self.engine.scaling.parts()},
             self.hooks.exports(),
         )
         return saved_state.write(folder, state, self.config.save.keep, self.sinks.notice)

@@ -103,7 +103,7 @@ class Tuner:
             )
         else:
             plan = self._search(found, state_bytes, run, progress, retune, config_yaml)
-        return explain.with_model_notes(plan, found)
+        return explain.with_batch_notes(explain.with_model_notes(plan, found), space.config)
 
     def remembered(self) -> tuple[Plan, Inspected] | None:
         """A plan that nothing has to be measured for, and the model and data that it is for, as they were when it

@@ -7,8 +7,9 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from gatrain import units
+from gatrain import batch_rule, units
 from gatrain.batch import Split
+from gatrain.config import AdamWConfig, RunConfig
 from gatrain.inspected import Inspected
 from gatrain.plan import FITS, MadeFor, Measurement, Plan, StepSettings, Trial
 from gatrain.train import read_ahead
@@ -259,3 +260,24 @@ def with_model_notes(plan: Plan, found: Inspected) -> Plan:
         notes.append(note)
     made_for = MadeFor(found.parameters, found.samples, found.eval_samples)
     return dataclasses.replace(plan, notes=[*notes, *plan.notes], made_for=made_for)
+
+
+def with_batch_notes(plan: Plan, config: RunConfig) -> Plan:
+    """The plan with what ``batch.rule`` does to the optimizer at each effective batch of the run."""
+    batch, optimizer = config.batch, config.optimizer
+    if batch.rule == "none":
+        return plan
+    betas, eps = (optimizer.betas, optimizer.eps) if isinstance(optimizer, AdamWConfig) else (None, None)
+    base = batch_rule.Scaled(1.0, betas, eps)
+    notes = [
+        batch_rule.in_words(
+            batch.rule,
+            batch.rule_base,
+            effective,
+            optimizer.lr,
+            base,
+            batch_rule.scaled(batch.rule, effective / batch.rule_base, betas, eps),
+        )
+        for effective in batch.stages.sizes
+    ]
+    return dataclasses.replace(plan, notes=[*plan.notes, *(f"{note}." for note in notes)])

@@ -188,7 +188,7 @@ def search_space(config: RunConfig, hardware: Hardware, nodes: Nodes) -> SearchS
     return SearchSpace(
         config=config,
         device=hardware.device,
-        split=Split(config.batch.effective, nodes.world_size),
+        split=Split(config.batch.largest, nodes.world_size),
         base=StepSettings(precision=precision, **base),
         precision_reason=reason,
         open=tuple(row for row in ROWS if is_open.get(row, False)),

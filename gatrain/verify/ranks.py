@@ -95,7 +95,7 @@ class Cases:
     def one_process(self, planned_micro_batch: int | None) -> list[dict[str, Any]]:
         """The planned split, an awkward one, the mean of means where that is a mistake; then as it trains."""
         count = len(self._proof.ids)
-        planned = planned_sizes(count, self._proof.config.batch.effective, planned_micro_batch)
+        planned = planned_sizes(count, self._proof.config.batch.largest, planned_micro_batch)
         awkward = awkward_sizes(count)
         differ = self._weights_differ(awkward)
         cases = []

@@ -214,7 +214,7 @@ def _check_loss(engine: Engine, config: RunConfig) -> list[str]:
     """Measuring what may not be split would be in vain. A few samples only: nobody knows yet what fits.
     Collective."""
     samples = len(engine.task.train_data)
-    schedule = build.window_schedule(config, engine.task, min(config.batch.effective, samples))
+    schedule = build.window_schedule(config, engine.task, min(config.batch.largest, samples))
     return check_before_first_step(engine, config, schedule, 0, CHECKED, lenient=True)
 
 
