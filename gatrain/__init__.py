@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from gatrain.loops.accumulator import Accumulator as Accumulator
+    from gatrain.loops.optimizer import AccumulatingOptimizer as AccumulatingOptimizer
     from gatrain.report.sink import Logger as Logger
     from gatrain.tasks.base import Task as Task
     from gatrain.train.accumulate import accumulate as accumulate
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from gatrain.train.windows import windows as windows
 
 _LIBRARY = {
+    "AccumulatingOptimizer": "gatrain.loops.optimizer",
+    "Accumulator": "gatrain.loops.accumulator",
     "Task": "gatrain.tasks.base",
     "accumulate": "gatrain.train.accumulate",
     "Logger": "gatrain.report.sink",
@@ -31,6 +35,8 @@ _LIBRARY = {
 }
 
 __all__ = [
+    "AccumulatingOptimizer",
+    "Accumulator",
     "Hook",
     "HookRun",
     "Logger",

@@ -74,6 +74,7 @@ ROOMS: dict[str, set[str]] = {
         "tasks",
     },
     "hooks": {"config", "train"},
+    "loops": {"tasks", "train"},
     "launch": {"causes", "doors", "imports", "offspring", "rundir", "plan", "scratch"},
     "rank": {"hardware", "launch"},
     "report": {
@@ -134,7 +135,7 @@ THIRD_PARTY = {
     "hydra": {"compose"},
     "omegaconf": {"build", "compose"},
     "torch": {
-        "hooks", "optimizers",
+        "hooks", "loops", "optimizers",
         "build", "construction", "data", "hardware", "inspection", "launch", "models", "predict", "rank", "report",
         "tasks", "train", "tune", "verify", "worker",
     },

@@ -30,6 +30,8 @@ def test_the_example_is_short_and_gives_the_same_losses_on_two_processes() -> No
 def test_the_public_names_are_these_and_load_on_demand() -> None:
     assert gatrain.__all__ == sorted(gatrain.__all__)
     assert set(gatrain.__all__) == {
+        "AccumulatingOptimizer",
+        "Accumulator",
         "Hook",
         "HookRun",
         "Logger",
