@@ -32,6 +32,7 @@ from gatrain.train.hook import Hook
 from gatrain.train.hooks import named
 from gatrain.train.knobs import Knobs, by_name
 from gatrain.train.modules import sparse_parameters
+from gatrain.train.norm import Normalisation
 from gatrain.train.optimizer import Maker, check_takes_sparse, counted_state
 from gatrain.train.optimizer_state import check_step
 from gatrain.train.parallel import Replicated
@@ -42,6 +43,7 @@ from gatrain.train.stream_loader import StreamWindows
 from gatrain.train.windows import WindowSchedule
 
 T = TypeVar("T")
+_AS_MADE = Normalisation()
 
 
 def check_targets(config: RunConfig) -> None:
@@ -252,10 +254,18 @@ def build_knobs(config: RunConfig) -> Knobs:
     )
 
 
-def build_model(task: Task, seed: int, device: torch.device, *, in_place: bool = False) -> nn.Module:
+def build_model(
+    task: Task,
+    seed: int,
+    device: torch.device,
+    *,
+    norm: Normalisation = _AS_MADE,
+    in_place: bool = False,
+) -> nn.Module:
     """Make the model with the run's seed: the same weights on every rank and every world size.
 
     Args:
+        norm: what is done about its BatchNorm layers (`build_norm`).
         in_place: make it on the device at once, where that works: much quicker, and with other weights.
 
     Raises:
@@ -265,16 +275,16 @@ def build_model(task: Task, seed: int, device: torch.device, *, in_place: bool =
         # what fails here, wrapped in whatever error, is made on the CPU below
         with contextlib.suppress(Exception), kept_defaults():
             with seeded(seed, MODEL), torch.device(device):
-                model = check_shapes(task.build_model())
+                model = norm.convert(check_shapes(task.build_model()))
             check_numbers(model)
             return model.to(device)
     with seeded(seed, MODEL):
-        model = check_shapes(task.build_model())
+        model = norm.convert(check_shapes(task.build_model()))
     check_numbers(model)
     return model.to(device)
 
 
-def model_for_a_look(task: Task, seed: int) -> nn.Module:
+def model_for_a_look(task: Task, seed: int, norm: Normalisation = _AS_MADE) -> nn.Module:
     """The model with its shapes, and without memory if it can be made so.
 
     Raises:
@@ -285,7 +295,7 @@ def model_for_a_look(task: Task, seed: int) -> nn.Module:
         with seeded(seed, MODEL):
             return task.build_model()
 
-    return check_shapes(build_without_memory_or_really(task.build_model, really))
+    return norm.convert(check_shapes(build_without_memory_or_really(task.build_model, really)))
 
 
 def build_engine(
@@ -302,7 +312,8 @@ def build_engine(
     Args:
         in_place: see `build_model`; for trials, where any weights serve.
     """
-    model = build_model(task, config.train.seed, device, in_place=in_place)
+    norm = build_norm(config)
+    model = build_model(task, config.train.seed, device, norm=norm, in_place=in_place)
     engine = Engine(
         task,
         model,
@@ -317,6 +328,7 @@ def build_engine(
         maker=optimizer_maker(config.optimizer),
         batch_rule=(config.batch.rule, config.batch.rule_base),
     )
+    norm.attach(engine.step)
     if in_place and config.hooks:
         held = sum(hook.device_bytes(model) for hook in build_hooks(config).values())
         engine.reserved = torch.ones(held, dtype=torch.uint8, device=device)
@@ -342,6 +354,15 @@ def build_strategy(config: RunConfig) -> GradientStrategy:
     made: GradientStrategy = _part_of("gradient", given, GradientStrategy)  # type: ignore[type-abstract]
     made.check(config)
     return made
+
+
+def build_norm(config: RunConfig) -> Normalisation:
+    """Make what is done about BatchNorm.
+
+    Raises:
+        ConfigError: ``norm`` names something else.
+    """
+    return _part_of("norm", config.norm, Normalisation)
 
 
 def build_parallel(config: RunConfig) -> Replicated:

@@ -168,6 +168,10 @@ class RunConfig:
     gradient: Any = "plain"
     """The way from a window to its gradient: ``plain``, or the ``_target_`` of your own
     (`gatrain.train.gradient.GradientStrategy`)."""
+    norm: Any = "keep"
+    """BatchNorm under accumulation: ``keep`` (each micro-batch by itself, running statistics moved once for each
+    window), ``torch`` (moved by every micro-batch), ``group``, ``layer``, ``instance`` (conversion), ``frozen`` (by
+    running statistics), ``sync`` (one micro-batch of all ranks), or your own by ``_target_``."""
     parallel: Any = "replicated"
     """How model and gradients lie on the ranks: ``replicated``, or the ``_target_`` of your own."""
     logger: Any = "auto"

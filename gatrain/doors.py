@@ -41,6 +41,15 @@ SHIPPED: dict[str, dict[str, str]] = {
         "grouped": "gatrain.train.order.grouped.Grouped",
     },
     "gradient": {"plain": "gatrain.train.gradient.plain.Plain"},
+    "norm": {
+        "keep": "gatrain.train.norm.keep.Keep",
+        "torch": "gatrain.train.norm.keep.Torch",
+        "group": "gatrain.train.norm.convert.Group",
+        "layer": "gatrain.train.norm.convert.Layer",
+        "instance": "gatrain.train.norm.convert.Instance",
+        "frozen": "gatrain.train.norm.convert.Frozen",
+        "sync": "gatrain.train.norm.convert.Sync",
+    },
     "parallel": {"replicated": "gatrain.train.parallel.Replicated"},
 }
 """For each door, by its configuration key: the short names with what they stand for."""

@@ -34,6 +34,8 @@ class Inspected:
     """Names of the modules whose results depend on the micro-batch."""
     synchronises: bool = False
     """Whether there is SyncBatchNorm among them: all ranks need equally many micro-steps."""
+    running_statistics: str = ""
+    """What the plan says of their running statistics where a window has several micro-batches."""
     remarks: tuple[str, ...] = ()
     """Sentences on the data and the model for the plan."""
     data: DataRecord | None = None

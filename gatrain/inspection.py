@@ -116,11 +116,12 @@ def _inspect(config: RunConfig, folder: Path, really: bool) -> Inspected:
         )
     data = look_at_data(task, source)
     remarks = [*data.warnings(), *compare_classes(data.report, config.model)]
+    norm = build.build_norm(config)
     try:
         if really:
-            model = build.build_model(task, config.train.seed, torch.device("cpu"))
+            model = build.build_model(task, config.train.seed, torch.device("cpu"), norm=norm)
         else:
-            model = build.model_for_a_look(task, config.train.seed)
+            model = build.model_for_a_look(task, config.train.seed, norm)
     except Exception:
         if really:
             raise
@@ -147,7 +148,8 @@ def _inspect(config: RunConfig, folder: Path, really: bool) -> Inspected:
         half_dtypes=half_names(parameter.dtype for parameter in half),
         batch_norms=tuple(batch_norms(model)),
         synchronises=any(isinstance(module, torch.nn.SyncBatchNorm) for module in model.modules()),
-        remarks=(*remarks, *mode_remarks(model)),
+        running_statistics=norm.running_statistics,
+        remarks=(*remarks, *mode_remarks(model), *norm.remarks(model)),
         data=data,
         code=tuple(code),
         files=files | file_states(code),

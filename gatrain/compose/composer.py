@@ -108,6 +108,10 @@ def compose(overrides: Sequence[str], cwd: Path) -> Composed:
     )
 
 
+BEFORE: dict[str, Any] = {"norm": "torch"}
+"""What a run trains with whose stored configuration is of a version without the key, if not with the default."""
+
+
 def reload(path: Path, overrides: Sequence[str], values: Mapping[str, Any]) -> Reloaded:
     """See `gatrain.compose.reload`."""
     parsed = _displacing(messages.parse_overrides(overrides))
@@ -159,7 +163,8 @@ def _optimizer_name(stored: DictConfig) -> str:
 
 def _schema_for(stored: DictConfig, optimizer: str) -> DictConfig:
     """The schema that a stored configuration is merged into."""
-    return own.opened(schema.thawed(RunConfig(optimizer=schema.OPTIMIZERS[optimizer]())), stored)
+    before = {key: value for key, value in BEFORE.items() if key not in stored}
+    return own.opened(schema.thawed(RunConfig(optimizer=schema.OPTIMIZERS[optimizer](), **before)), stored)
 
 
 def take_recipe(overrides: Sequence[str], cwd: Path) -> tuple[str, list[str]]:

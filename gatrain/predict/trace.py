@@ -154,7 +154,7 @@ def _trace(
 ) -> TraceResult:
     traces: list[ModeTrace] = []
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = model_without_memory(task, config.train.seed)
+        model = model_without_memory(task, config.train.seed, build.build_norm(config))
         offered = available_modes(model)
         parameters = [p.numel() for p in model.parameters()]
         gradients = sum(

@@ -26,6 +26,7 @@ from gatrain.train.batches import map_tensors, tensors_of
 from gatrain.train.checkpointing import apply_checkpointing, blocks_of
 from gatrain.train.groups import group_parameters
 from gatrain.train.main_gradients import MasterWeights
+from gatrain.train.norm import Normalisation
 from gatrain.train.optimizer import build_optimizer, counted_state
 from gatrain.train.precision import autocast_for
 from gatrain.train.ranks import Ranks, buckets_of, flatten
@@ -203,14 +204,15 @@ def _fused(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return optimizer
 
 
-def model_without_memory(task: Task, seed: int = 0) -> nn.Module:
+def model_without_memory(task: Task, seed: int = 0, norm: Normalisation | None = None) -> nn.Module:
     """The model with fake parameters. Where building it needs numbers, it is built for real and emptied."""
+    norm = norm or Normalisation()
     try:
         with kept_defaults(), _no_rejection():
-            model = check_shapes(task.build_model())
+            model = norm.convert(check_shapes(task.build_model()))
     except Exception:  # if the reason is another one, the second attempt says it
         with torch.utils._python_dispatch._disable_current_modes(), seeded(seed, MODEL):
-            model = check_shapes(task.build_model())
+            model = norm.convert(check_shapes(task.build_model()))
     mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
     known: dict[int, Any] = {}
     for module in model.modules():

@@ -32,8 +32,8 @@ def synchronised_norms(model: nn.Module, device: torch.device) -> list[str]:
     names = [name for name in batch_norms(model) if isinstance(model.get_submodule(name), nn.SyncBatchNorm)]
     if names and device.type == "cpu":
         raise ConfigError(
-            f"SyncBatchNorm ('{names[0]}') works on GPUs only. On a CPU use nn.GroupNorm, which is exact for any "
-            "split, nn.BatchNorm, or one process."
+            f"SyncBatchNorm ('{names[0]}') works on GPUs only. On a CPU use norm=group (GroupNorm), which is "
+            "exact for any split, nn.BatchNorm, or one process."
         )
     return names
 
@@ -44,7 +44,7 @@ def unequal_steps_text(names: Sequence[str], steps: Sequence[float]) -> str:
     return (
         f"SyncBatchNorm ('{names[0]}') needs equally many micro-steps on every rank, or the ranks wait for each "
         f"other for ever; this window would give them {numbers}. Use a batch.effective that divides by the number "
-        "of ranks, train.drop_last=true for a short window at the end of an epoch, or nn.GroupNorm."
+        "of ranks, train.drop_last=true for a short window at the end of an epoch, or norm=group."
     )
 
 

@@ -68,6 +68,8 @@ class Step:
         """Updates made before the one in hand, which set the learning rate and what a loss is told."""
         self.scale: Mapping[str, float] = {}
         """1/T of each loss term, for the window in hand; 0 for a term that no sample has."""
+        self.before_micro_step: list[Callable[[LoadedWindow, int], None]] = []
+        """Called in `seed`, with the window and the micro-step's index."""
         self._is_checked = False
         self._before = self.counts.noted()
         self._was_updated = False
@@ -211,6 +213,8 @@ class Step:
 
     def seed(self, window: LoadedWindow, k: int) -> None:
         """Set the random generators to the numbers of micro-step k, the same ones however often it is computed."""
+        for listener in self.before_micro_step:
+            listener(window, k)
         if (seed := window.seed_of(k)) is not None:
             seed_everything(*seed)
 

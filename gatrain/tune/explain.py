@@ -237,17 +237,28 @@ def half_note(half_parameters: int, half_dtypes: str, parameters: int) -> str:
     )
 
 
-def norm_note(batch_norms: Sequence[str], plan: Plan, synchronises: bool = False) -> str | None:
-    """What BatchNorm means for a plan with several micro-batches; None where it sees the whole batch at once."""
+def norm_note(
+    batch_norms: Sequence[str], plan: Plan, synchronises: bool = False, running_statistics: str = ""
+) -> str | None:
+    """What BatchNorm means for a plan with several micro-batches; None where it sees the whole batch at once.
+
+    Args:
+        running_statistics: a sentence on them, for a rank with several micro-batches.
+    """
     pieces = max(map(len, plan.micro_batches)) if synchronises else sum(map(len, plan.micro_batches))
     if not batch_norms or pieces == 1:
         return None
-    more = f" and {len(batch_norms) - 1} more" if len(batch_norms) > 1 else ""
+    count = len(batch_norms)
+    layers = (
+        f"{count} BatchNorm layers ('{batch_norms[0]}' to '{batch_norms[-1]}') normalise" if count > 1 else ""
+    )
+    layers = layers or f"BatchNorm ('{batch_norms[0]}') normalises"
     sizes = sorted({size for rank in plan.micro_batches for size in rank})
+    moved = f" {running_statistics}" if running_statistics and max(map(len, plan.micro_batches)) > 1 else ""
     which = f"({' or '.join(map(str, sizes))} samples{' of each rank' if synchronises else ''})"
     return (
-        f"BatchNorm ('{batch_norms[0]}'{more}) normalises each micro-batch {which} by itself, so the result "
-        "depends on the split; GroupNorm or frozen BatchNorm would not."
+        f"{layers} each micro-batch {which} by itself: Ghost BatchNorm, whose result depends on the split. "
+        f"norm=group and norm=frozen depend on no split.{moved}"
     )
 
 
@@ -256,7 +267,8 @@ def with_model_notes(plan: Plan, found: Inspected) -> Plan:
     half = found.half_dtypes
     notes = [half_note(found.half_parameters, half, found.parameters)] if half else []
     notes += found.remarks
-    if (note := norm_note(found.batch_norms, plan, found.synchronises)) is not None:
+    norms = found.batch_norms, plan, found.synchronises, found.running_statistics
+    if (note := norm_note(*norms)) is not None:
         notes.append(note)
     made_for = MadeFor(found.parameters, found.samples, found.eval_samples)
     return dataclasses.replace(plan, notes=[*notes, *plan.notes], made_for=made_for)

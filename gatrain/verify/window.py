@@ -65,6 +65,7 @@ class Verification:
         self.ranks = ranks
         self.task: Task = build.build_task(config)
         self.strategy = build.build_strategy(config)
+        self.norm = build.build_norm(config)
         self.notes: list[str] = []
         self.shorten = False
         self.paths: list[Path] = []
@@ -368,7 +369,7 @@ class Verification:
 
     def model(self, path: Path) -> nn.Module:
         """The recipe's model as the path wants it, in training mode, always with the same weights."""
-        model = build.build_model(self.task, self.config.train.seed, self.device)
+        model = build.build_model(self.task, self.config.train.seed, self.device, norm=self.norm)
         group_parameters(
             self.config.optimizer, model
         )  # frozen and trained as in the run, thawed later included

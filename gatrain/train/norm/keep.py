@@ -1,0 +1,68 @@
+"""BatchNorm stays as it is: Ghost BatchNorm, with running statistics that move once for each window."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from gatrain.train.micro_batches import LoadedWindow
+from gatrain.train.modules import batch_norms
+from gatrain.train.norm import Normalisation
+
+if TYPE_CHECKING:
+    from gatrain.train.step import Step
+
+
+class Torch(Normalisation):
+    """BatchNorm as PyTorch computes it in a loop: each micro-batch moves the running statistics by the whole
+    momentum, so that K of them forget the past K times as fast."""
+
+    exact = "the gradient of Ghost BatchNorm; running statistics depend on the number of micro-batches"
+    running_statistics = (
+        "Each micro-batch moves the running statistics by the whole momentum, so they depend on the split too: "
+        "norm=keep corrects that."
+    )
+
+
+class Keep(Normalisation):
+    """BatchNorm over micro-batches, with the momentum m of running statistics as 1 - (1 - m)^(n / N) for a
+    micro-batch of n among the N samples of this rank's window: whatever the split, a window leaves (1 - m) of what
+    was before.
+
+    One micro-batch alone has m itself. ``momentum=None``, the mean over all batches, is left as it is.
+    """
+
+    exact = "the gradient of Ghost BatchNorm over micro-batches, another model than BatchNorm over the window"
+    running_statistics = (
+        "Running statistics move by their momentum once for each window, in shares of its micro-batches."
+    )
+
+    def __init__(self) -> None:
+        self._momenta: list[tuple[_BatchNorm, float]] = []
+
+    def attach(self, step: Step) -> None:
+        norms = map(step.model.get_submodule, batch_norms(step.model))
+        self._momenta = [
+            (m, m.momentum) for m in norms if isinstance(m, _BatchNorm) and m.momentum is not None
+        ]
+        if self._momenta:
+            step.before_micro_step.append(self._share_momentum)
+
+    def _share_momentum(self, window: LoadedWindow, k: int) -> None:
+        share = share_of(window, k)
+        for module, momentum in self._momenta:
+            module.momentum = corrected(momentum, share)
+
+
+def share_of(window: LoadedWindow, k: int) -> float:
+    """Micro-batch ``k``'s part of this rank's samples of the window; equal parts where nobody counted them."""
+    sizes = [micro.samples for micro in window.micro_batches]
+    known = [size for size in sizes if size is not None]
+    total = sum(known)
+    return known[k] / total if total and len(known) == len(sizes) else 1 / len(sizes)
+
+
+def corrected(momentum: float, share: float) -> float:
+    """The momentum of a part of a window, so that all parts leave ``1 - momentum`` of what was before."""
+    return momentum if share == 1 else 1 - (1 - momentum) ** share
