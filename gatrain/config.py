@@ -166,7 +166,8 @@ class RunConfig:
     """What sees each update and evaluation, in this order: ``ema``, ``early_stopping``, ``keep_best``, or your own
     `gatrain.Hook` by ``_target_``; with values as ``{name: ema, decay: 0.99}``."""
     gradient: Any = "plain"
-    """The way from a window to its gradient: ``plain``, or the ``_target_`` of your own
+    """The way from a window to its gradient: ``plain``, ``cached`` (for a loss of all samples of a step, such as a
+    contrastive one; one forward more), or the ``_target_`` of your own
     (`gatrain.train.gradient.GradientStrategy`)."""
     norm: Any = "keep"
     """BatchNorm under accumulation: ``keep`` (each micro-batch by itself, running statistics moved once for each

@@ -40,7 +40,10 @@ SHIPPED: dict[str, dict[str, str]] = {
         "weighted": "gatrain.train.order.weighted.Weighted",
         "grouped": "gatrain.train.order.grouped.Grouped",
     },
-    "gradient": {"plain": "gatrain.train.gradient.plain.Plain"},
+    "gradient": {
+        "plain": "gatrain.train.gradient.plain.Plain",
+        "cached": "gatrain.train.gradient.cached.Cached",
+    },
     "norm": {
         "keep": "gatrain.train.norm.keep.Keep",
         "torch": "gatrain.train.norm.keep.Torch",

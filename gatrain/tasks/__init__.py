@@ -4,5 +4,6 @@ from gatrain.tasks.base import Task
 from gatrain.tasks.huggingface import HuggingFace
 from gatrain.tasks.language_model import LanguageModel
 from gatrain.tasks.supervised import Supervised
+from gatrain.tasks.window import WindowTask
 
-__all__ = ["HuggingFace", "LanguageModel", "Supervised", "Task"]
+__all__ = ["HuggingFace", "LanguageModel", "Supervised", "Task", "WindowTask"]

@@ -96,6 +96,15 @@ class Supervised(Task):
         inputs, targets = self._pair(batch)
         return self._loss.sum(self._scores(model(inputs)), targets, inputs)
 
+    def represent(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
+        """For ``gradient=cached``: what the loss compares, outputs and targets, one row for each sample."""
+        inputs, targets = self._pair(batch)
+        return {"outputs": self._scores(model(inputs)), "targets": targets}
+
+    def window_loss(self, rows: Mapping[str, Any]) -> LossSum:
+        """The loss over all outputs and targets of a window: one that is a mean over them need not be a sum."""
+        return self._loss.sum(rows["outputs"], rows["targets"])
+
     def eval_metrics(self, model: nn.Module, batch: Batch) -> Mapping[str, LossSum]:
         """``accuracy``, where targets are class numbers and outputs are scores ``[B, classes, ...]``."""
         inputs, targets = self._pair(batch)

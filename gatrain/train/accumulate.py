@@ -110,6 +110,7 @@ def gradient_step(
     strategy: GradientStrategy | None = None,
     parallel: Replicated | None = None,
     task: Task | None = None,
+    method: Callable[[str], Callable[[Batch], Any]] | None = None,
 ) -> Step:
     """A step of a model that is the same on all ranks already. It gives gradients; see `Step.updates_with`."""
     strategy, parallel = strategy or Plain(), parallel or Replicated()
@@ -125,4 +126,5 @@ def gradient_step(
         autocast=autocast,
         scaler=scaler,
         task=task,
+        method=method,
     )

@@ -70,6 +70,7 @@ def check_loss(
     mode: str = "error",
     micro_batch: int | None = None,
     lenient: bool = False,
+    of_rows: Callable[[Batch], Tensor] | None = None,
 ) -> list[str]:
     """Compare a few samples computed whole and in pieces. Collective.
 
@@ -82,6 +83,7 @@ def check_loss(
         mode: ``error``, ``warn`` or ``off``.
         micro_batch: of the plan, if there is one; not many more samples are computed at once.
         lenient: an error of the user's model is no verdict: for trials, where sizes may fail.
+        of_rows: what must be a sum over samples instead of the loss (`GradientStrategy.sum_to_check`).
 
     Returns:
         What to tell: the fault under ``warn``, and what could not be checked.
@@ -96,7 +98,7 @@ def check_loss(
     found = LossCheck()
     error: Exception | None = None
     try:
-        found = _Check(engine, ids, epoch, seed, micro_batch).run()
+        found = _Check(engine, ids, epoch, seed, micro_batch, of_rows=of_rows).run()
     except GatrainError as caught:
         error = caught
     except Exception as caught:
@@ -125,8 +127,11 @@ def check_before_first_step(
     lenient: bool = False,
 ) -> list[str]:
     """`check_loss` on samples of window ``step``, those of this rank first. Collective."""
-    if not engine.step.strategy.needs_sum_over_samples:
-        return []  # a loss of all samples together is what the strategy is for
+    strategy, of_rows = engine.step.strategy, None
+    if not strategy.needs_sum_over_samples:  # a loss of all samples together is what the strategy is for
+        of_rows = strategy.sum_to_check(engine.step)
+        if of_rows is None:
+            return []
     window = schedule.window(step)
     first, _ = window.slice_of(engine.ranks.rank, engine.ranks.world_size)
     return check_loss(
@@ -137,6 +142,7 @@ def check_before_first_step(
         mode=config.train.check,
         micro_batch=micro_batch,
         lenient=lenient,
+        of_rows=of_rows,
     )
 
 
@@ -193,6 +199,7 @@ class _Check:
     notices: list[str] = field(default_factory=list)
     in_haste: bool = False
     """The model is large: few samples, and no more precision than training has."""
+    of_rows: Callable[[Batch], Tensor] | None = None
 
     def run(self) -> LossCheck:
         model, task = self.engine.model, self.engine.task
@@ -342,7 +349,11 @@ class _Check:
             if way.frozen:
                 stack.enter_context(frozen_randomness(engine.model))
             stack.enter_context(watch)
-            sums = named_loss_sums(engine.loss_sum(batch))
+            if self.of_rows is None:
+                sums = named_loss_sums(engine.loss_sum(batch))
+            else:
+                total = self.of_rows(batch)
+                sums = {name: (total, weight) for name, weight in made.weights.items()}
         losses, weights, has_graph = {}, {}, False
         for name, (total, weight) in sums.items():
             if not isinstance(total, Tensor) or total.numel() != 1:
@@ -616,6 +627,15 @@ class _Check:
             _Fault: with the cause.
             _Unclear: numbers of Python's or NumPy's generators decide.
         """
+
+        if self.of_rows is not None:
+            sizes = " + ".join(str(piece.count) for piece in pieces)
+            raise _Fault(
+                f"represent() must compute each sample by itself, but a fixed sum over the rows of {whole.count} "
+                f"samples is {wanted:.6g} as one micro-batch and {sum(given):.6g} as {sizes}: it normalises over "
+                "the batch, compares samples, or depends on how far the batch is padded. Move what needs other "
+                "samples into window_loss()."
+            )
 
         def loss(made: _Made) -> float:
             return self._forward(made, state).losses[name]

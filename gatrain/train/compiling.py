@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
-from gatrain.tasks.base import Batch, LossSums, Task, asks_for_step
+from gatrain.tasks.base import Batch, Task, asks_for_step
 from gatrain.train.checkpointing import blocks_of
 from gatrain.train.lengths import shapes_of
 
@@ -36,6 +36,7 @@ runs two graphs instead of two for each block, which a small model feels (``test
 
 class CompiledLossSum:
     """A function from a batch on the device to the task's loss sums, compiled on its first calls.
+    Or to what another ``method`` ``(model, batch)`` of the task gives.
 
     A window has at most two shapes unless lengths vary, so shapes are static: dynamic ones cost some speed. Where
     lengths vary, they alone become dynamic. Where they turn out to vary although the task says that they do not,
@@ -47,14 +48,16 @@ class CompiledLossSum:
         backend: of `torch.compile`.
     """
 
-    def __init__(self, task: Task, model: nn.Module, backend: Any = "inductor") -> None:
+    def __init__(
+        self, task: Task, model: nn.Module, backend: Any = "inductor", method: str = "loss_sum"
+    ) -> None:
         import torch._dynamo
 
         limit = torch._dynamo.config.recompile_limit
         torch._dynamo.config.recompile_limit = max(limit, RECOMPILATIONS)
-        self._task, self._model, self._backend = task, model, backend
+        self._task, self._model, self._backend, self._method = task, model, backend, method
         self._is_dynamic = bool(task.variable_length)
-        self._call: Callable[..., LossSums] = _compiled(task, model, backend, self._is_dynamic)
+        self._call: Callable[..., Any] = _compiled(task, model, backend, self._is_dynamic, method)
         self._stopped = False
         self._shapes: set[tuple[tuple[int, ...], ...]] = set()
         self._lengths: set[tuple[tuple[int, ...], ...]] = set()
@@ -62,7 +65,7 @@ class CompiledLossSum:
         self.notices: list[str] = []
         """What a person has to know, in order; whoever tells it clears it."""
 
-    def __call__(self, batch: Batch, **told: int) -> LossSums:
+    def __call__(self, batch: Batch, **told: int) -> Any:
         """``told``: the ``step``, for a loss that asks for it (`gatrain.tasks.base.asks_for_step`)."""
         shapes = shapes_of(batch)
         if self._stopped or shapes in self._shapes:
@@ -82,7 +85,7 @@ class CompiledLossSum:
 
     def _become_dynamic(self) -> None:
         self._is_dynamic = True
-        self._call = _compiled(self._task, self._model, self._backend, True)
+        self._call = _compiled(self._task, self._model, self._backend, True, self._method)
         self.notices.append(
             f"batches came in {len(self._shapes)} shapes, so lengths are compiled as dynamic from here on; "
             "variable_length = True on the data does so from the start."
@@ -90,7 +93,7 @@ class CompiledLossSum:
 
     def _stop(self) -> None:
         self._stopped = True
-        self._call = functools.partial(self._task.loss_sum, self._model)
+        self._call = functools.partial(getattr(self._task, self._method), self._model)
         self.notices.append(
             f"{len(self._shapes)} shapes of batches made torch compile {self._again} times and more, so nothing is "
             "compiled from here on; pad batches to fewer shapes, or set compile=false."
@@ -110,26 +113,31 @@ def _without_count(shapes: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...]
     return tuple(shape[1:] if shape and shape[0] == count else shape for shape in shapes)
 
 
-def _compiled(task: Task, model: nn.Module, backend: Any, is_dynamic: bool) -> Callable[..., LossSums]:
+def _compiled(
+    task: Task, model: nn.Module, backend: Any, is_dynamic: bool, method: str
+) -> Callable[..., Any]:
+    plain: Callable[..., Any] = getattr(task, method)
+    is_loss = method == "loss_sum"
+
     def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         made = torch.compile(function, dynamic=None if is_dynamic else False, backend=backend)
         return _with_static_batch(made) if is_dynamic else made
 
     blocks = repeated_blocks(model)
-    if not blocks and asks_for_step(task):
+    if not blocks and is_loss and asks_for_step(task):
         blocks = [model]  # a number that changes with each step would compile the loss again and again
     if not blocks:
-        return compiled(lambda batch: task.loss_sum(model, batch))
+        return compiled(lambda batch: plain(model, batch))
     # Dynamo looks at the gradient of a block's input, which is a result and has none (seen in 2.11 to 2.15)
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-    loss_sum = task.partly_compiled_loss_sum(compiled)
+    call_task = task.partly_compiled_loss_sum(compiled) if is_loss else plain
     calls = [(block, compiled(block._call_impl)) for block in blocks]
 
-    def run(batch: Batch, **told: int) -> LossSums:
+    def run(batch: Batch, **told: int) -> Any:
         for block, call in calls:
             block.__dict__["_compiled_call_impl"] = call  # what nn.Module.compile sets
         try:
-            return loss_sum(model, batch, **told)
+            return call_task(model, batch, **told)
         finally:
             for block, _ in calls:
                 block.__dict__["_compiled_call_impl"] = None

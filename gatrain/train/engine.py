@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +109,7 @@ class Engine:
         self.reserved: Tensor | None = None
         """In trials: as much memory as hooks will hold."""
         self._compiled = CompiledLossSum(task, model) if settings.compile else None
+        self._methods: dict[str, Callable[[Batch], Any]] = {}
         self._loss_sum = self._loss_function()
         self.step = gradient_step(
             model,
@@ -122,6 +124,7 @@ class Engine:
             strategy=strategy,
             parallel=parallel,
             task=task,
+            method=self._method,
         )
         self.step.updates_with(
             self.optimizer,
@@ -140,6 +143,17 @@ class Engine:
         if compiled is not None:
             return lambda batch: compiled(batch, step=self.step.number)
         return self.loss_sum
+
+    def _method(self, name: str) -> Callable[[Batch], Any]:
+        """A method ``(model, batch)`` of the task, compiled if the run is: for gradient strategies."""
+        if name not in self._methods:
+            model, plain = self.model, getattr(self.task, name)
+            self._methods[name] = (
+                CompiledLossSum(self.task, model, method=name)
+                if self.settings.compile
+                else functools.partial(plain, model)
+            )
+        return self._methods[name]
 
     def loss_sum(self, batch: Batch) -> LossSums:
         """The task's loss sums of one batch on the device, uncompiled."""
@@ -200,9 +214,11 @@ class Engine:
 
     def new_notices(self) -> list[str]:
         """What compilation has to tell since the last call."""
-        if self._compiled is None:
-            return []
-        found, self._compiled.notices = self._compiled.notices, []
+        found = []
+        for each in (self._compiled, *self._methods.values()):
+            if isinstance(each, CompiledLossSum):
+                found += each.notices
+                each.notices = []
         return found
 
     def newly_thawed(self) -> list[str]:
@@ -230,9 +246,15 @@ class Engine:
 
     def evaluate(self, batch: Batch) -> tuple[dict[str, LossSum], dict[str, LossSum]]:
         """Loss sums and further metric sums of one batch on the device; no gradients, evaluation mode."""
-        with evaluating(self.model), torch.no_grad(), self.autocast():
+        with self.evaluating():
             losses = named_loss_sums(self._loss_sum(batch))
             return losses, dict(self.task.eval_metrics(self.model, batch))
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Context of a forward for evaluation: no gradients, the run's precision, the model in evaluation mode."""
+        with evaluating(self.model), torch.no_grad(), self.autocast():
+            yield
 
     def showcase(self) -> str | None:
         """What the task has to show of the model (a generated sample, say). One rank alone may call it."""

@@ -15,6 +15,7 @@ from gatrain.train.loader import load_batches
 from gatrain.train.ranks import Ranks
 from gatrain.train.samples import Key
 from gatrain.train.seeding import EVALUATION, seeded
+from gatrain.train.window_evaluation import WindowEvaluation
 
 RESERVED = ("step", "loss", "loss_terms", "unreadable_samples", "unreadable")
 """Names in a line of evaluations.jsonl that are not those of metrics."""
@@ -38,6 +39,7 @@ def evaluate(
     samples: int | None,
     micro_batch: int,
     workers: int = 0,
+    window_samples: int | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
     describe: Callable[[BaseException], str] = str,
 ) -> dict[str, Any]:
@@ -49,6 +51,8 @@ def evaluate(
     ``unreadable_samples`` and named in ``unreadable``, where there are any; the means are over the others.
 
     Args:
+        window_samples: of a window, for gradient strategies that evaluate in windows
+            (`gatrain.train.window_evaluation`).
         describe: an error in words, for the ranks that did not raise it.
 
     Raises:
@@ -61,7 +65,10 @@ def evaluate(
     count = min(len(engine.task.eval_data), samples or len(engine.task.eval_data))
     on_device: _DeviceSums = {}
     skipped: list[str] = []
-    batches = _batches_into(on_device, skipped, engine, count, micro_batch, workers)
+    windows = None
+    if window_samples is not None and engine.step.strategy.evaluates_windows:
+        windows = WindowEvaluation(engine.task, window_samples)
+    batches = _batches_into(on_device, skipped, engine, count, micro_batch, workers, windows)
     sums, problem, stopped = _Sums(), "", False
     # the user's code runs in here, and no collective: whatever happens on one rank, all meet after each batch
     for _ in evaluation_keys(
@@ -87,7 +94,16 @@ def evaluate(
             raise EvaluationError(f"rank {rank}: {text}" if len(found) > 1 else text)
     if any(stop for _, stop, _, _ in found):
         raise EvaluationStopped
-    means = _means(engine, list(dict.fromkeys(name for _, _, names, _ in found for name in names)), sums)
+    every = [name for _, _, names, _ in found for name in names]
+    if windows is not None:
+        try:  # every rank computes the same
+            with engine.evaluating():
+                of_windows = windows.sums(engine.ranks, engine.device)
+        except Exception as error:
+            raise EvaluationError(explain(error, describe)) from error
+        sums |= {name: [float(total), float(weight)] for name, (total, weight) in of_windows.items()}
+        every += engine.ranks.share_object(list(of_windows))
+    means = _means(engine, list(dict.fromkeys(every)), sums)
     unreadable = [reason for _, _, _, reasons in found for reason in reasons]
     return means | ({"unreadable_samples": len(unreadable), "unreadable": unreadable} if unreadable else {})
 
@@ -104,7 +120,13 @@ def evaluation_keys(task: Task, ranks: Ranks, count: int, micro_batch: int) -> l
 
 
 def _batches_into(
-    sums: _DeviceSums, skipped: list[str], engine: Engine, count: int, micro_batch: int, workers: int
+    sums: _DeviceSums,
+    skipped: list[str],
+    engine: Engine,
+    count: int,
+    micro_batch: int,
+    workers: int,
+    windows: WindowEvaluation | None,
 ) -> Generator[None, None, None]:
     """Add this rank's batches to ``sums``, and samples that were skipped to ``skipped``; one batch for each `next`.
     Not collective."""
@@ -117,7 +139,13 @@ def _batches_into(
             yield
             continue
         with seeded(0, EVALUATION, *micro.keys[0]):
-            losses, metrics = engine.evaluate(engine.to_device(micro.batch))
+            batch = engine.to_device(micro.batch)
+            if windows is None:
+                losses, metrics = engine.evaluate(batch)
+            else:
+                with engine.evaluating():
+                    windows.add(engine.step.method("represent"), batch, micro.keys)
+                    losses, metrics = {}, dict(engine.task.eval_metrics(engine.model, batch))
         _check_names(metrics)
         for kind, found in (("loss", losses), ("metric", metrics)):
             for name, (total, weight) in found.items():

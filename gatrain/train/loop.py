@@ -384,6 +384,7 @@ class Trainer:
             samples=self.config.eval.samples,
             micro_batch=self.plan.micro_batch,
             workers=self.config.train.data_workers,
+            window_samples=self.plan.effective_batch,
             stop_requested=self.stop_requested,
             describe=self.aftermath.describe,
         )

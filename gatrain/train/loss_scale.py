@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 TRIES = 3
 """Times that a window is computed again; each has a scale found fit before."""
+BLIND_TRIES = 12
+"""Times, where no micro-batch by itself tells what fits: the scale is halved for each. From PyTorch's first scale,
+2^16, to 2^4."""
 
 
 def try_lower_scales(
@@ -30,8 +33,9 @@ def try_lower_scales(
     """
     assert isinstance(step.scaler, LossScaler)
     before = step.scaler.state_dict()
-    for _ in range(TRIES):
-        if not _lower_scale(step, step.scaler, window, result):
+    alone = step.strategy.needs_sum_over_samples
+    for _ in range(TRIES if alone else BLIND_TRIES):
+        if not (_lower_scale if alone else _halve)(step, step.scaler, window, result):
             break
         result, update = step.attempt(window)
         if update.made:
@@ -76,6 +80,15 @@ def _lower_scale(step: Step, scaler: LossScaler, window: LoadedWindow, result: W
         scaler.set_to(scale)
     if scale == before:  # only the sum overflowed
         scaler.set_to(scale / 2)
+    return True
+
+
+def _halve(step: Step, scaler: LossScaler, window: LoadedWindow, result: WindowResult) -> bool:
+    """As `_lower_scale`, for a loss of all samples together: no micro-batch says anything by itself."""
+    scale = scaler.get_scale() / 2
+    if not math.isfinite(result.loss()) or scale < LOWEST_SCALE:
+        return False
+    scaler.set_to(scale)
     return True
 
 

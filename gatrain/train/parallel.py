@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gatrain.errors import PeerFailed, WorkerError
+from gatrain.tasks.window import Rows
+from gatrain.train.gathered_rows import gathered
 from gatrain.train.main_gradients import MainGradients
 from gatrain.train.modules import sparse_parameters
 from gatrain.train.optimizer import clip_with_sparse
@@ -110,6 +113,13 @@ class Replicated:
             return [tensor]
         self._agree()
         return self.ranks.gather_rows(tensor)
+
+    def gather_nested(self, rows: Rows | None) -> tuple[Rows, int]:
+        """`gathered` within a window: rows of all ranks, and the place of this rank's first one. Collective."""
+        if self.ranks.world_size > 1:
+            self._agree()
+        device = self.parameters[0].device if self.parameters else torch.device("cpu")
+        return gathered(self.ranks, rows, device)
 
     def agree(self, flag: bool) -> bool:
         """Whether ``flag`` is true on any rank. Collective within a window."""

@@ -80,17 +80,11 @@ def _has_other_devices() -> bool:
 @contextlib.contextmanager
 def kept_random_state() -> Iterator[None]:
     """Leave the generators of ``random``, numpy and torch (and CUDA's, where it is in use) as they were."""
-    state = random_state()
-    on_cuda = _uses_cuda()
-    cuda = torch.cuda.get_rng_state_all() if on_cuda else []
+    state = all_random_states()
     try:
         yield
     finally:
-        random.setstate(state[0])
-        np.random.set_state(state[1])
-        torch.set_rng_state(state[2])
-        if on_cuda:
-            torch.cuda.set_rng_state_all(cuda)
+        set_random_states(state)
 
 
 @contextlib.contextmanager
@@ -99,6 +93,20 @@ def seeded(*parts: int) -> Iterator[None]:
     with kept_random_state():
         seed_everything(*parts)
         yield
+
+
+def all_random_states() -> tuple[Any, Any, torch.Tensor, list[torch.Tensor]]:
+    """State of the generators of ``random``, numpy and torch, and of CUDA's, where it is in use."""
+    return *random_state(), torch.cuda.get_rng_state_all() if _uses_cuda() else []
+
+
+def set_random_states(state: tuple[Any, Any, torch.Tensor, list[torch.Tensor]]) -> None:
+    """Put the generators back to where they were at `all_random_states`."""
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    torch.set_rng_state(state[2])
+    if state[3]:
+        torch.cuda.set_rng_state_all(state[3])
 
 
 def random_state() -> tuple[Any, Any, torch.Tensor]:

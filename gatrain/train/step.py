@@ -9,6 +9,7 @@ sums. The weights that the losses really used are compared with T.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -42,6 +43,7 @@ class Step:
         autocast: makes a context manager for the forward.
         scaler: fp16 loss scaler; one scale for the whole window.
         task: for strategies that compute other passes than ``loss_sum``.
+        method: gives a method ``(model, batch)`` of the task by its name, as a function of the batch.
     """
 
     def __init__(
@@ -56,8 +58,10 @@ class Step:
         autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
         scaler: torch.amp.GradScaler | None = None,
         task: Task | None = None,
+        method: Callable[[str], Callable[[Batch], Any]] | None = None,
     ) -> None:
         self.model, self.task, self.loss_sum = model, task, loss_sum
+        self.method = method or (lambda name: functools.partial(getattr(task, name), model))
         self.parallel, self.ranks, self.strategy = parallel, parallel.ranks, strategy
         self.stage, self.autocast, self.scaler = stage, autocast, scaler
         self.device = parallel.parameters[0].device if parallel.parameters else torch.device("cpu")
@@ -66,8 +70,10 @@ class Step:
         self.guard: Guard | None = None
         self.number = 0
         """Updates made before the one in hand, which set the learning rate and what a loss is told."""
+        self.totals: Mapping[str, float] = {}
+        """T of each loss term, for the window in hand."""
         self.scale: Mapping[str, float] = {}
-        """1/T of each loss term, for the window in hand; 0 for a term that no sample has."""
+        """1/T of each loss term; 0 for one that no sample has."""
         self.before_micro_step: list[Callable[[LoadedWindow, int], None]] = []
         """Called in `seed`, with the window and the micro-step's index."""
         self._is_checked = False
@@ -132,6 +138,7 @@ class Step:
         self._before, self._was_updated, update = self.counts.noted(), False, None
         try:
             totals, counts = self.counts.of(window)  # {term: T}: one host sum over the ranks
+            self.totals = totals
             if any(totals.values()):
                 self.scale = {name: 1 / total if total else 0.0 for name, total in totals.items()}
                 self.parallel.begin_window()
@@ -168,7 +175,7 @@ class Step:
         with self.parallel.micro_step():  # around both passes: no module reduces by itself
             with self.autocast():
                 terms = named_loss_sums(self.loss_sum(batch))  # {term: (sum over samples [], weight used)}
-            self.backward(_share(terms, scale), last=last)
+            self.backward(share_of(terms, scale), last=last)
         self.counts.add(terms)
 
     def backward(self, share: Tensor, *, last: bool = False) -> None:
@@ -226,7 +233,7 @@ class Step:
             self.guard.restore_buffers()
 
 
-def _share(terms: Mapping[str, LossSum], scale: Mapping[str, float]) -> Tensor:
+def share_of(terms: Mapping[str, LossSum], scale: Mapping[str, float]) -> Tensor:
     """The sum over the loss terms of sum / T: a scalar with graph."""
     for name in terms:
         if name not in scale:

@@ -90,16 +90,16 @@ def _cause(n: Numbers) -> tuple[str, str]:
         _OWN_SUM
         if n.is_own_task
         else "If the loss is a mean over something else than samples, give task.weight=my_module.count, a "
-        "function of the targets that counts it. A loss that compares samples cannot be accumulated: use one that "
-        "does not, or compute each effective batch in one piece on one rank (batch.micro equal to "
-        "batch.effective, with train.check=warn).",
+        "function of the targets that counts it. For a loss that compares samples add gradient=cached: it is then "
+        "computed over all outputs of the effective batch, exactly, for one forward more.",
     )
 
 
 _OWN_SUM = (
-    "Return a sum over samples from loss_sum(), each computed on its own, and let weight() count them. A loss that "
-    "compares samples cannot be accumulated: use one that does not, or compute each effective batch in one piece "
-    "on one rank (batch.micro equal to batch.effective, with train.check=warn)."
+    "Return a sum over samples from loss_sum(), each computed on its own, and let weight() count them. For a loss "
+    "that compares samples, let the task be a gatrain.tasks.WindowTask, with represent(model, batch) and "
+    "window_loss(rows) in the place of loss_sum(), and add gradient=cached: exact for any split, for one forward "
+    "more."
 )
 
 

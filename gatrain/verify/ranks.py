@@ -133,7 +133,7 @@ class Cases:
         for path in self._proving():
             cases.append(self._split("two processes", path, splits))
             cases.append(self._split("mutation: ranks averaged", path, splits, RanksAveraged()))
-        if self._proof.trained is not None:
+        if self._proof.trained is not None and self._proof.strategy.needs_sum_over_samples:
             cases.append(self._summed("two processes, summed", self._proof.trained, splits))
         return cases
 
@@ -171,8 +171,9 @@ class Cases:
         against = f"one shot in {finer.name}"
         name = f"trained path, {against}"
         cases = [self._case(name, path, splits, lambda: proof.split(path, splits)[0], wanted, limit)]
-        cases.append(self._summed("trained path, summed", path, splits, total))
-        if proof.half_dtypes:
+        if proof.strategy.needs_sum_over_samples:
+            cases.append(self._summed("trained path, summed", path, splits, total))
+        if proof.half_dtypes and proof.strategy.needs_sum_over_samples:
             cases.append(
                 self._case(
                     "mutation: 16-bit sums",

@@ -1,6 +1,7 @@
 """The door `gradient`: ways from a window to its gradient, each a file that the step does not know.
 
-``gradient: plain`` is a backward for each micro-batch. Another one is a class of one's own, named by
+``gradient: plain`` is a backward for each micro-batch; ``cached`` is for a loss of all samples of a window. Another
+one is a class of one's own, named by
 ``gradient._target_`` and written from the means that `gatrain.train.step.Step` has: a strategy decides which passes
 are made and in which order; the step decides how a pass is computed, reduced and applied.
 """
@@ -8,7 +9,7 @@ are made and in which order; the step decides how a pass is computed, reduced an
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -59,6 +60,8 @@ class GradientStrategy(abc.ABC):
     overlaps: bool = False
     """Whether its last backward on every rank is `Step.backward` with ``last``: then ``sync=overlap`` may start to
     reduce in it. Otherwise gradients are reduced after it, whatever ``sync`` says."""
+    evaluates_windows: bool = False
+    """Whether held-out samples are evaluated in windows (`gatrain.train.window_evaluation`), not one by one."""
     cost: StepCost = StepCost()
     holds_gradients: bool = True
     """Whether the gradients of all parameters are in memory at once, between micro-steps and at the update."""
@@ -88,6 +91,11 @@ class GradientStrategy(abc.ABC):
         """
         return []
 
+    def sum_to_check(self, step: Step) -> Callable[[Batch], Tensor] | None:
+        """What must be a sum over samples where the loss need not be (`needs_sum_over_samples`): a scalar of a
+        batch on the device, checked before the first step as the loss is otherwise. None: nothing is checked."""
+        return None
+
     @abc.abstractmethod
     def __call__(self, window: LoadedWindow, step: Step) -> Update | None:
         """Add this rank's part of the window's gradient to the ``.grad`` of the parameters.
@@ -97,10 +105,12 @@ class GradientStrategy(abc.ABC):
         - ``step.batches(window)``: index and batch on the device, one after the other, any number of times;
         - ``step.seed(window, k)``: the random numbers of micro-step k, the same at each call;
         - ``step.forward_backward(batch)``: one micro-batch's share, by the task's ``loss_sum``;
-        - ``step.autocast()``, ``step.model``, ``step.task`` and ``step.backward(scalar)``: other passes;
+        - ``step.method(name)``: a method ``(model, batch)`` of the task as a function of the batch, compiled where
+          the run is; with ``step.autocast()``, ``step.parallel.micro_step()`` and ``step.backward(scalar)``: other
+          passes;
         - ``step.scale``: 1/T of each loss term; ``step.counts.add(terms)`` for losses that it computes itself;
-        - ``step.parallel.gather(tensor)``, ``step.parallel.agree(flag)``: the only collectives; all ranks call them
-          in one order;
+        - ``step.parallel.gather(tensor)``, ``gather_nested(rows)``, ``agree(flag)``: the only collectives; all
+          ranks call them in one order;
         - ``step.reset()``: forget what the window has come to so far.
 
         Returns:
