@@ -191,7 +191,9 @@ def test_what_would_not_be_exact_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"BatchNorm \('0'\) mixes .* Use GroupNorm"):
         engine(task, nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 4)))
     engine(task, nn.Sequential(nn.BatchNorm1d(5).eval(), nn.Linear(5, 4)))
-    with pytest.raises(ConfigError, match=r"gradient=cached needs a task with represent.*gatrain.tasks.WindowTask"):
+    with pytest.raises(
+        ConfigError, match=r"gradient=cached needs a task with represent.*gatrain.tasks.WindowTask"
+    ):
         step_of(None, task.build_model()).gradient(window(cut(task, [4])))
 
     def refused(kind: type[Exception], text: str, **methods: Any) -> None:

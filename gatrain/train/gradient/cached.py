@@ -158,7 +158,7 @@ def _refuse_inexact(step: Step) -> None:
     if names := batch_norms(step.model):
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise ConfigError(
-            f"gradient=cached computes each micro-batch twice and needs rows that depend on their own sample alone, "
+            "gradient=cached computes each micro-batch twice and needs rows that depend on their own sample alone, "
             f"but BatchNorm ('{names[0]}'{more}) mixes those of a micro-batch. Use GroupNorm or LayerNorm, or "
             "BatchNorm in evaluation mode."
         )
