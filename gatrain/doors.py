@@ -25,7 +25,6 @@ SHIPPED: dict[str, dict[str, str]] = {
         "ema": "gatrain.hooks.ema.EMA",
         "early_stopping": "gatrain.hooks.early_stopping.EarlyStopping",
         "keep_best": "gatrain.hooks.keep_best.KeepBest",
-        "noise_scale": "gatrain.hooks.noise_scale.NoiseScale",
     },
     "logger": {
         "auto": "gatrain.report.tensorboard.where_installed",
@@ -44,6 +43,7 @@ SHIPPED: dict[str, dict[str, str]] = {
     "gradient": {
         "plain": "gatrain.train.gradient.plain.Plain",
         "cached": "gatrain.train.gradient.cached.Cached",
+        "fold": "gatrain.train.gradient.fold.Fold",
     },
     "norm": {
         "keep": "gatrain.train.norm.keep.Keep",

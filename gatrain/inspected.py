@@ -28,6 +28,8 @@ class Inspected:
     """Of ``parameter_bytes``, what is never trained and so has no gradient."""
     optimizer_bytes: int = 0
     """Tensors that the optimizer keeps for all trained parameters, on each rank; 0 where that cannot be told."""
+    gradient_bytes: int | None = None
+    """What the gradients take at most at once; None: those of all trained parameters."""
     half_dtypes: str = ""
     """Their dtypes: ``bf16``, ``fp16`` or ``bf16 and fp16``."""
     batch_norms: tuple[str, ...] = ()

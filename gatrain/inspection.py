@@ -98,7 +98,7 @@ def _inspect(config: RunConfig, folder: Path, really: bool) -> Inspected:
     from gatrain.tasks.streams import Stream
     from gatrain.train.checkpointing import available_modes
     from gatrain.train.data_look import compare_classes, look_at_data
-    from gatrain.train.main_gradients import half_names, half_parameters
+    from gatrain.train.main_gradients import HALF, half_names, half_parameters
     from gatrain.train.modules import batch_norms, mode_remarks
 
     nodes = {key: getattr(config, key) for key in OPEN_NODES}
@@ -132,6 +132,8 @@ def _inspect(config: RunConfig, folder: Path, really: bool) -> Inspected:
     if not any(parameter.requires_grad for parameter in parameters):
         raise ConfigError(f"the model {type(model).__name__} has no parameter to train.")
     optimizer_bytes = build.inspect_optimizer(config, task, model)
+    strategy = build.build_strategy(config)
+    largest = max(4 * p.numel() if p.dtype in HALF else p.nbytes for p in parameters if p.requires_grad)
     half = half_parameters(model)
     own = getattr(task.train_data, "fingerprint", None)
     code = own_modules()
@@ -145,11 +147,12 @@ def _inspect(config: RunConfig, folder: Path, really: bool) -> Inspected:
         half_parameters=sum(parameter.numel() for parameter in half),
         frozen_bytes=sum(p.numel() * p.element_size() for p in parameters if not p.requires_grad),
         optimizer_bytes=optimizer_bytes,
+        gradient_bytes=None if strategy.holds_gradients else largest,
         half_dtypes=half_names(parameter.dtype for parameter in half),
         batch_norms=tuple(batch_norms(model)),
         synchronises=any(isinstance(module, torch.nn.SyncBatchNorm) for module in model.modules()),
         running_statistics=norm.running_statistics,
-        remarks=(*remarks, *mode_remarks(model), *norm.remarks(model)),
+        remarks=(*remarks, *mode_remarks(model), *norm.remarks(model), *strategy.remarks(model)),
         data=data,
         code=tuple(code),
         files=files | file_states(code),

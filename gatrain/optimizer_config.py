@@ -68,6 +68,17 @@ class AdamWConfig(ShippedOptimizer):
 
 
 @dataclass(frozen=True)
+class AdamAConfig(AdamWConfig):
+    """AdamW whose moments take each micro-batch's gradient at once (`gatrain.optimizers.AdamA`)."""
+
+    name: str = "adama"
+
+    @property
+    def gradient(self) -> str:
+        return "fold"
+
+
+@dataclass(frozen=True)
 class SGDConfig(ShippedOptimizer):
     name: str = "sgd"
     momentum: float = 0.0
@@ -129,6 +140,7 @@ class OwnOptimizer(OptimizerConfig):
 
 OPTIMIZERS: dict[str, type[ShippedOptimizer]] = {
     "adamw": AdamWConfig,
+    "adama": AdamAConfig,
     "sgd": SGDConfig,
     "muon": MuonConfig,
     "adafactor": AdafactorConfig,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-from gatrain.build import build_hooks, optimizer_maker
+from gatrain.build import build_hooks, build_strategy, optimizer_maker
 from gatrain.config import RunConfig
 from gatrain.construction import check_shapes, kept_defaults
 from gatrain.predict.recorder import Recorder
@@ -85,8 +85,9 @@ class StepTracer:
         """Without numbers; of an optimizer that looks at them only the state is predicted, not its temporaries."""
         self._count_state = partial(counted_state, config.optimizer, grouping, (), maker)
         self._step: Step
+        self._strategy = build_strategy(config)
         for parameter in model.parameters():
-            if parameter.requires_grad:
+            if parameter.requires_grad and self._strategy.holds_gradients:
                 parameter.register_post_accumulate_grad_hook(self._mark_gradient)
         self._done: dict[int, Recording] = {}
         self.held = self._make_held()
@@ -105,7 +106,10 @@ class StepTracer:
             stage=lambda batch: lambda: batch,
             autocast=autocast_for(self._asked.precision, _CPU),
             main_gradients=self._masters,
+            strategy=self._strategy,
+            task=self._task,
         )
+        self._strategy.set_up(self._step, self._optimizer)
         try:
             yield
         finally:
@@ -132,7 +136,7 @@ class StepTracer:
         model = self._recorder.adopt(tensors)
         state = pytree.tree_leaves([*self._optimizer.state.values()])
         optimizer = counted or self._recorder.adopt(leaf for leaf in state if isinstance(leaf, Tensor))
-        gradients = [parameter.numel() * parameter.element_size() for parameter in self._parameters]
+        gradients = [parameter.nbytes for parameter in self._parameters if self._strategy.holds_gradients]
         hooks = [size for hook in self._hooks if (size := hook.device_bytes(self._model))]
         return Held(model, [*optimizer, *hooks], gradients=gradients)
 
@@ -157,7 +161,7 @@ class StepTracer:
         phases: dict[str, Events] = {}
         batch_bytes = sum(self._recorder.adopt(tensors_of(batch)))
         with self._recorder, _no_collection():
-            self._step.forward_backward(batch, scale)
+            self._strategy.micro_step(self._step, batch, scale)
             elements = self._recorder.largest_elements
             phases[MICRO_STEP], work = self._recorder.take()
             if not quick:
@@ -171,14 +175,19 @@ class StepTracer:
 
     def _reduce(self) -> None:
         """What the window's reduction does to memory; the messages themselves need none of the allocator's."""
-        if self._asked.world_size > 1:
+        if self._asked.world_size > 1 and not self._strategy.holds_gradients:
+            for bucket in buckets_of(self._parameters):
+                torch.cat([parameter.detach().reshape(-1) for parameter in bucket])
+        elif self._asked.world_size > 1:
             flats = [flatten(bucket) for bucket in buckets_of(self._parameters)]
             del flats
 
     def _update(self) -> None:
         self._masters.take_changes()
         limit = float("inf") if self._clip_norm is None else self._clip_norm
-        nn.utils.clip_grad_norm_(self._parameters, limit, foreach=True)
+        self._strategy.clip(
+            self._step, lambda _: nn.utils.clip_grad_norm_(self._parameters, limit, foreach=True)
+        )
         if self._can_step:
             self._optimizer.step()
         self._masters.copy_to_model()

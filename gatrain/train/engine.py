@@ -134,7 +134,7 @@ class Engine:
             lambda parallel: parallel.clip(optimizer_config.clip_norm),
             thaw=self._thawing.before_step if clock is not None else None,
         )
-        self.step.strategy.set_up(self)
+        self.step.strategy.set_up(self.step, self.optimizer)
 
     def _loss_function(self) -> Callable[[Batch], LossSums]:
         compiled, task, model = self._compiled, self.task, self.model

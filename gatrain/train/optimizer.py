@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from gatrain.errors import ConfigError, SavedStateError
 from gatrain.optimizer_config import (
     AdafactorConfig,
+    AdamAConfig,
     AdamWConfig,
     LionConfig,
     MuonConfig,
     OptimizerConfig,
     SGDConfig,
 )
-from gatrain.optimizers import Lion, Muon
+from gatrain.optimizers import AdamA, Lion, Muon
 from gatrain.train.groups import Group, Grouping, check_options
 from gatrain.train.main_gradients import HALF
 from gatrain.train.modules import sparse_modules
@@ -134,7 +135,7 @@ def build_optimizer(
         return (maker or make_shipped)(config, given, fused)
 
     has_sparse = [p for group in grouping.groups for p in group.parameters if id(p) in sparse]
-    if isinstance(config, AdamWConfig | SGDConfig) or not try_first:
+    if type(config) in (AdamWConfig, SGDConfig) or not try_first:
         behaviour = Behaviour(can_be_primed=True)
     else:
         behaviour = try_out(make, groups, [of(p) for p in has_sparse])
@@ -220,6 +221,8 @@ def make_shipped(
 ) -> torch.optim.Optimizer:
     """One that has a short name."""
     assert config.lr is not None
+    if isinstance(config, AdamAConfig):  # an AdamWConfig too
+        return AdamA(groups, lr=config.lr, betas=config.betas, eps=config.eps)
     if isinstance(config, AdamWConfig):
         first, second = config.betas
         return torch.optim.AdamW(groups, lr=config.lr, betas=(first, second), eps=config.eps, fused=fused)

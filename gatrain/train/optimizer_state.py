@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gatrain.errors import ConfigError
+from gatrain.optimizers import AdamA
 from gatrain.train.seeding import kept_random_state
 
 Make = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
@@ -55,6 +56,9 @@ def prime(optimizer: torch.optim.Optimizer) -> None:
     the next step's: GPT-2 124M at 32 samples reserved 16 % more memory on an H100 (``tests/benchmarks/results``).
     Nothing moves: the rate is zero, and all state is set to zero afterwards, also the count of steps.
     """
+    if isinstance(optimizer, AdamA):  # without a gradient of the whole model
+        optimizer.make_state()
+        return
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     rates = [group["lr"] for group in optimizer.param_groups]
     for parameter in parameters:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gatrain.errors import PeerFailed, WorkerError
+from gatrain.errors import ConfigError, PeerFailed, WorkerError
 from gatrain.tasks.window import Rows
 from gatrain.train.gathered_rows import gathered
 from gatrain.train.main_gradients import MainGradients
@@ -76,11 +77,6 @@ class Replicated:
             owners = [owner for _, owner in pairs]
             self._overlap = OverlappedReduction(ranks, self._reduced, owners, places)
 
-    @property
-    def overlaps(self) -> bool:
-        """Whether the reduction starts in the last backward."""
-        return self._overlap is not None
-
     def begin_window(self) -> None:
         """Send buffers where DistributedDataParallel would. Collective if there is such a module."""
         if self._wrappers:
@@ -108,6 +104,26 @@ class Replicated:
         elif self.ranks.world_size > 1:
             self.ranks.reduce_gradients(self._reduced, self._agree())
 
+    def reduce_in_place_of_gradients(
+        self, tensors_of: Callable[[nn.Parameter], Sequence[Tensor]], used: Collection[int]
+    ) -> None:
+        """Add what parameters have instead of gradients over the ranks, after they agreed. Collective.
+
+        Args:
+            tensors_of: a parameter's tensors, dense, as many and as large on every rank.
+            used: ids of the parameters of which this rank has something to add; what no rank uses stays as it is.
+        """
+        if self.ranks.world_size == 1:
+            return
+        if len(self._reduced) < len(self.parameters):
+            raise ConfigError(
+                "DistributedDataParallel is told to ignore parameters, whose ranks go ways of their own; only "
+                "gradient=plain with another optimizer can leave them so. Use optimizer=adamw."
+            )
+        found = self._agree([float(id(parameter) in used) for parameter in self._reduced])
+        taken = [parameter for parameter, count in zip(self._reduced, found, strict=True) if count]
+        self.ranks.add([tensor for parameter in taken for tensor in tensors_of(parameter)])
+
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """Every rank's rows of a tensor, in the order of the ranks. Collective within a window.
 
@@ -133,8 +149,11 @@ class Replicated:
         self._agree()
         return self.ranks.sum([float(flag)])[0] > 0
 
-    def _agree(self) -> list[float]:
-        """Meet the other ranks in a window; gives `layout_of` each parameter, summed over the ranks. Collective.
+    def _agree(self, mine: Sequence[float] | None = None) -> list[float]:
+        """Meet the other ranks in a window. Collective.
+
+        Args:
+            mine: a number for each reduced parameter; `layout_of` it by default. Gives their sums over the ranks.
 
         Every collective of a window begins with it, so that a rank that fails between two knows what the others
         wait in.
@@ -142,12 +161,13 @@ class Replicated:
         Raises:
             PeerFailed: a rank has come through `tell_of_failure`.
         """
-        failed, *layouts = self.ranks.sum([0.0, *map(layout_of, self._reduced)])
+        mine = [layout_of(parameter) for parameter in self._reduced] if mine is None else mine
+        failed, *sums = self.ranks.sum([0.0, *mine])
         if failed:
             error = PeerFailed("another rank failed in this window; its own error says why.")
             error.before_update = True
             raise error
-        return layouts
+        return sums
 
     def tell_of_failure(self, error: Exception) -> None:
         """The others wait in this window's next collective: let them know, so that all leave it together."""

@@ -19,6 +19,7 @@ from gatrain.errors import PeerFailed
 from gatrain.units import MIB
 
 T = TypeVar("T")
+P = TypeVar("P", bound=Tensor)
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.001, 0.2
 """Between two looks at what rank 0 does alone."""
@@ -162,6 +163,17 @@ class Ranks:
         for work in pending:
             work.wait()  # makes the current stream wait; the host goes on
 
+    @torch.no_grad()
+    def add(self, tensors: Sequence[Tensor]) -> None:
+        """Sum tensors over all ranks in place, with a copy of one bucket. The same ones on every rank."""
+        if self.world_size == 1:
+            return
+        for bucket in buckets_of(tensors):
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+            dist.all_reduce(flat)  # makes the current stream wait; the host goes on
+            parts = flat.split([tensor.numel() for tensor in bucket])
+            torch._foreach_copy_(bucket, [p.view(t.shape) for p, t in zip(parts, bucket, strict=True)])
+
     def _reduce_sparse(self, parameter: nn.Parameter) -> None:
         """Add the rows that the ranks have, without the table's other rows. Waits for the device."""
         mine = parameter.grad
@@ -239,9 +251,9 @@ def _host_group_beside(group: dist.ProcessGroup) -> dist.ProcessGroup | None:
     return _host_groups[group.group_name]
 
 
-def buckets_of(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+def buckets_of(parameters: Sequence[P]) -> list[list[P]]:
     """Group consecutive parameters of one dtype and device into buckets, last layers first."""
-    buckets: list[list[nn.Parameter]] = []
+    buckets: list[list[P]] = []
     size, kind = 0, None
     for parameter in reversed(parameters):
         this_kind = (parameter.dtype, parameter.device)

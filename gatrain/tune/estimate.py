@@ -13,10 +13,12 @@ def state_bytes(info: Inspected) -> int:
     """Bytes of parameters, gradients and optimizer state on every rank, whatever the micro-batch.
 
     A frozen parameter has no gradient; a trained 16-bit one has an fp32 master weight and an fp32 gradient. What
-    the optimizer keeps was counted when the model was inspected.
+    the optimizer keeps, and gradients that are not all there at once, were counted when the model was inspected.
     """
     half_bytes = 2 * info.half_parameters
-    gradients = info.parameter_bytes - info.frozen_bytes - half_bytes + 4 * info.half_parameters
+    gradients = info.gradient_bytes
+    if gradients is None:
+        gradients = info.parameter_bytes - info.frozen_bytes - half_bytes + 4 * info.half_parameters
     return info.parameter_bytes + 4 * info.half_parameters + gradients + info.optimizer_bytes
 
 

@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from gatrain.config import RunConfig
 from gatrain.tasks.base import Batch
@@ -21,6 +22,7 @@ from gatrain.train.micro_batches import LoadedWindow
 
 if TYPE_CHECKING:
     from gatrain.train.engine import Engine
+    from gatrain.train.parallel import Replicated
     from gatrain.train.step import Step
 
 
@@ -62,9 +64,6 @@ class GradientStrategy(abc.ABC):
     reduce in it. Otherwise gradients are reduced after it, whatever ``sync`` says."""
     evaluates_windows: bool = False
     """Whether held-out samples are evaluated in windows (`gatrain.train.window_evaluation`), not one by one."""
-    adds_micro_batches: bool = False
-    """Whether after each `Step.forward_backward` ``.grad`` is the sum over the samples so far, each independent of
-    the others: then the noise of the gradient can be measured from a part of the window."""
     cost: StepCost = StepCost()
     holds_gradients: bool = True
     """Whether the gradients of all parameters are in memory at once, between micro-steps and at the update."""
@@ -79,8 +78,9 @@ class GradientStrategy(abc.ABC):
             ConfigError: what does not go with this strategy, why, and what to write instead.
         """
 
-    def set_up(self, engine: Engine) -> None:  # noqa: B027
-        """Look at the model, the optimizer and the ranks, once, when the engine is made. All ranks call it.
+    def set_up(self, step: Step, optimizer: torch.optim.Optimizer) -> None:  # noqa: B027
+        """Look at the model, the optimizer and the ranks, once, before the first window. All ranks call it; for the
+        library form and for verify, which have no optimizer, nobody does.
 
         Raises:
             ConfigError: as `check`, for what only these show.
@@ -98,6 +98,10 @@ class GradientStrategy(abc.ABC):
         """What must be a sum over samples where the loss need not be (`needs_sum_over_samples`): a scalar of a
         batch on the device, checked before the first step as the loss is otherwise. None: nothing is checked."""
         return None
+
+    def remarks(self, model: nn.Module) -> list[str]:
+        """Sentences for the plan. The model's values do not matter."""
+        return []
 
     @abc.abstractmethod
     def __call__(self, window: LoadedWindow, step: Step) -> Update | None:
@@ -130,3 +134,7 @@ class GradientStrategy(abc.ABC):
     def reduce(self, step: Step) -> None:
         """Add over the ranks what the micro-steps have left, after they agreed that nobody failed. Collective."""
         step.parallel.reduce()
+
+    def clip(self, step: Step, clip: Callable[[Replicated], Tensor]) -> Tensor:
+        """Clip the reduced gradient by ``clip``; gives its norm before: a scalar, the same on every rank."""
+        return clip(step.parallel)

@@ -49,8 +49,8 @@ class Cached(GradientStrategy):
     def __init__(self) -> None:
         self._is_checked = False
 
-    def set_up(self, engine: Engine) -> None:
-        _refuse_inexact(engine.step)
+    def set_up(self, step: Step, optimizer: torch.optim.Optimizer) -> None:
+        _refuse_inexact(step)
 
     def notices(self, engine: Engine, micro_batches: int) -> list[str]:
         return [
