@@ -36,6 +36,7 @@ from gatrain.train.norm import Normalisation
 from gatrain.train.optimizer import Maker, check_takes_sparse, counted_state
 from gatrain.train.optimizer_state import check_step
 from gatrain.train.parallel import Replicated
+from gatrain.train.part_norms import check_measurable
 from gatrain.train.ranks import Ranks
 from gatrain.train.schedule import Factor, TorchFactor, check_factor, check_schedule_class
 from gatrain.train.seeding import DATA, MODEL, seeded
@@ -74,9 +75,12 @@ def _check_values(config: RunConfig) -> None:
     for key in ("hooks", "logger"):
         for where, node in doors.nodes_of(key, getattr(config, key)):
             if doors.is_shipped(node["_target_"]):
-                check = getattr(instantiate(where, node), "check", None)
+                part = instantiate(where, node)
+                check = getattr(part, "check", None)
                 if check is not None:
                     check(config)
+                if getattr(part, "needs_part_norms", False):
+                    check_measurable(build_strategy(config))
     if doors.is_shipped(doors.node_of("gradient", config.gradient)["_target_"]):
         build_strategy(config)
 

@@ -163,8 +163,9 @@ class RunConfig:
     """The order of samples: ``shuffle``, ``sequential``, ``{name: weighted, weights: ...}``, ``grouped`` (by
     length), or your own by ``_target_``."""
     hooks: Any = field(default_factory=list)
-    """What sees each update and evaluation, in this order: ``ema``, ``early_stopping``, ``keep_best``, or your own
-    `gatrain.Hook` by ``_target_``; with values as ``{name: ema, decay: 0.99}``."""
+    """What sees each update and evaluation, in this order: ``ema``, ``early_stopping``, ``keep_best``,
+    ``noise_scale`` (of the gradient), or your own `gatrain.Hook` by ``_target_``; with values as
+    ``{name: ema, decay: 0.99}``."""
     gradient: Any = "plain"
     """The way from a window to its gradient: ``plain``, ``cached`` (for a loss of all samples of a step, such as a
     contrastive one; one forward more), ``fold`` (which comes with ``optimizer=adama``), or the ``_target_`` of your

@@ -76,6 +76,8 @@ def _train(run_dir: RunDir, stored: Reloaded, plan: Plan, rank: Rank) -> None:
     parameters = sum(p.numel() for p in engine.model.parameters())
     told += outdated.check_model(plan, parameters)
     hooks = Hooks(build.build_hooks(config), engine.ranks, fingerprint_of(config.hooks))
+    if hooks.need_part_norms:
+        engine.step.part_norms.want(engine.step.strategy)
     if hooks.needs_verdict:
         engine.guard.decide_at_once()
     _stop_if_asked(rank)
@@ -243,6 +245,7 @@ def _hook_run(
     return HookRun(
         model=engine.model,
         task=engine.task,
+        effective_batch=progress.effective_batch,
         step=progress.step,
         total_steps=total_steps,
         rank=engine.ranks.rank,

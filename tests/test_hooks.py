@@ -371,7 +371,8 @@ def test_a_kept_state_outlives_those_that_are_removed_and_takes_the_place_of_the
 
 def run_of(model: nn.Module, **changes: Any) -> HookRun:
     facts: dict[str, Any] = {
-        "model": model, "task": None, "step": 0, "total_steps": 9, "rank": 0, "world_size": 1,
+        "model": model, "task": None, "effective_batch": 12, "step": 0, "total_steps": 9, "rank": 0,
+        "world_size": 1,
         "run_dir": Path(), "trained": dict(model.named_parameters()), "evaluates": True,
         "stop": lambda reason: None, "keep": lambda name: None, "notice": lambda text: None,
     }  # fmt: skip

@@ -168,6 +168,7 @@ def summary_rows(summary: RunSummary, info: RunInfo) -> list[tuple[str, str]]:
     """Label and value for each line of the closing block, the generated sample excepted."""
     done = f"{summary.step:,} of {units.plural(info.total_steps, 'step')}"
     rows = [(clean(summary.status), f"{done} in {units.duration(summary.elapsed_s)}")]
+    rows += [(clean(label), clean(text)) for label, text in summary.findings.items()]
     if summary.stopped_early:
         rows.append(("ended early", clean(summary.stopped_early)))
     if summary.loss is not None:

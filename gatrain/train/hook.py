@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gatrain.tasks.base import Task
+from gatrain.train.records import StepRecord
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class HookRun:
 
     model: nn.Module
     task: Task
+    effective_batch: int
     step: int
     """Steps done when this process started: 0 unless the run goes on."""
     total_steps: int
@@ -72,6 +74,8 @@ class Hook:
     needs_verdict: bool = True
     """`update` is called for updates that were certainly made. For that the host waits for the device once a step
     on a GPU. False: no wait, and `TrainedStep.left_out` must be looked at on the device."""
+    needs_part_norms: bool = False
+    """Whether steps shall measure the gradient of parts of their windows: `StepRecord.parts`, for `measured`."""
 
     def device_bytes(self, model: nn.Module) -> int:
         """Device memory that the hook will hold, in bytes: trials hold as much, and the plan leaves room for it.
@@ -91,6 +95,19 @@ class Hook:
             Rank 0's are recorded.
         """
         return None
+
+    def measured(self, record: StepRecord) -> Mapping[str, float] | None:
+        """The numbers of a step are on the host: in order, several steps at once, skipped ones too, and before
+        anything is saved. All but ``record.metrics`` is the same on every rank, so it may go into `state_dict`.
+
+        Returns:
+            Further metrics of the step.
+        """
+        return None
+
+    def findings(self) -> Mapping[str, str]:
+        """At the end, on rank 0: what was found out, in words, by a label of two words or so."""
+        return {}
 
     def weights(self) -> Mapping[str, AbstractContextManager[Any]]:
         """Other weights that the model is evaluated with, beside its own: by name, a context in which the model has

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from gatrain.errors import ConfigError, PeerFailed, SavedStateError
 from gatrain.states import FURTHER_NAME, RESERVED
 from gatrain.train.hook import Hook, HookRun, TrainedStep
 from gatrain.train.ranks import Ranks
+from gatrain.train.records import StepRecord
 
 PART = "hooks"
 """Of a saved state."""
@@ -58,6 +60,10 @@ class Hooks:
     @property
     def needs_verdict(self) -> bool:
         return any(hook.needs_verdict for hook in self.hooks.values())
+
+    @property
+    def need_part_norms(self) -> bool:
+        return any(hook.needs_part_norms for hook in self.hooks.values())
 
     def start(self, make_run: _Run, part: Any) -> list[str]:
         """Start all, with their part of a saved state where there is one; returns what a person should know.
@@ -106,6 +112,31 @@ class Hooks:
                             f"two hooks measure {metric!r}: give one of the metrics another name"
                         )
                     found[metric] = _scalar(metric, value)
+            except Exception as error:
+                self._failed(name, error)
+        return found
+
+    def measured(self, record: StepRecord) -> StepRecord:
+        """The record with what `Hook.measured` of all adds to its metrics. Raises nothing, as `update`."""
+        found = dict(record.metrics)
+        for name, hook in self._running():
+            try:
+                for metric, value in (hook.measured(record) or {}).items():
+                    if metric in found:
+                        raise ValueError(
+                            f"two hooks measure {metric!r}: give one of the metrics another name"
+                        )
+                    found[metric] = float(value)
+            except Exception as error:
+                self._failed(name, error)
+        return dataclasses.replace(record, metrics=found) if found else record
+
+    def findings(self) -> dict[str, str]:
+        """What hooks found out, in words. On rank 0."""
+        found: dict[str, str] = {}
+        for name, hook in self._running():
+            try:
+                found |= hook.findings()
             except Exception as error:
                 self._failed(name, error)
         return found

@@ -105,6 +105,7 @@ class Trainer:
             self._refuse_what_learnt_nothing()
         stopped = stopped or not (self._evaluated_step == self.progress.step or self._evaluate())
         completed = not stopped and is_done
+        findings = self.hooks.findings() if self.engine.ranks.rank == 0 else {}
         self.hooks.end(self.progress.step, completed)
         sample_output = self._sample_output() if completed else None
         return RunSummary(
@@ -119,6 +120,7 @@ class Trainer:
             unreadable_samples=self.progress.unreadable,
             showcase=sample_output,
             elapsed_s=time.perf_counter() - began,
+            findings=findings,
             stopped_early=self.hooks.reason()
             if completed and self.progress.step < self.total_steps
             else None,
@@ -281,7 +283,7 @@ class Trainer:
         if self.run_folder is not None:
             self.run_folder.look()
         for step, record in self._metrics.take():
-            self._report(step, record)
+            self._report(step, self.hooks.measured(record))
         self._notices.thawed(self.progress.step, self.engine.newly_thawed())
         for text in self.engine.new_notices():
             self.sinks.notice(f"step {self.progress.step}: {text}")

@@ -77,6 +77,11 @@ class Replicated:
             owners = [owner for _, owner in pairs]
             self._overlap = OverlappedReduction(ranks, self._reduced, owners, places)
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether the reduction starts in the last backward."""
+        return self._overlap is not None
+
     def begin_window(self) -> None:
         """Send buffers where DistributedDataParallel would. Collective if there is such a module."""
         if self._wrappers:

@@ -50,10 +50,14 @@ class StepRecord:
     """Each sample that could not be read, with the reason."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """What hooks measured, by name."""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """Where a hook wants it: parts of the window whose gradients were measured before they were added up. Their
+    ``count``, their ``weight`` of the window's ``total``, its ``samples``, and ``squared``: the sum over the parts
+    of weight * |mean gradient of the part|**2."""
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; mappings and lists that are empty are left out."""
-        return _without_empty(self, "loss_terms", "unreadable", "metrics")
+        return _without_empty(self, "loss_terms", "unreadable", "metrics", "parts")
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,8 @@ class RunSummary:
     elapsed_s: float
     stopped_early: str | None = None
     """Why a hook ended the run before its last step."""
+    findings: Mapping[str, str] = field(default_factory=dict)
+    """What hooks found out, in words, by label."""
     baseline: Mapping[str, Any] | None = None
     """``name`` and ``loss`` of what a model without training reaches."""
     left_out: str | None = None

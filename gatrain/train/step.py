@@ -26,6 +26,7 @@ from gatrain.train.main_gradients import MasterWeights
 from gatrain.train.micro_batches import LoadedWindow
 from gatrain.train.modules import synchronised_norms
 from gatrain.train.parallel import Replicated
+from gatrain.train.part_norms import PartNorms
 from gatrain.train.seeding import seed_everything
 from gatrain.train.window_result import WindowResult
 
@@ -67,6 +68,7 @@ class Step:
         self.device = parallel.parameters[0].device if parallel.parameters else torch.device("cpu")
         norms = synchronised_norms(model, self.device) if self.ranks.world_size > 1 else []
         self.counts = Counts(term_names, self.ranks, norms)
+        self.part_norms = PartNorms(parallel, scaler)
         self.guard: Guard | None = None
         self.number = 0
         """Updates made before the one in hand, which set the learning rate and what a loss is told."""
@@ -136,6 +138,7 @@ class Step:
             ExactnessError: the weights used differ from those counted (on a GPU `Counts.check` tells it later).
         """
         self._before, self._was_updated, update = self.counts.noted(), False, None
+        self.part_norms.begin(window)
         try:
             totals, counts = self.counts.of(window)  # {term: T}: one host sum over the ranks
             self.totals = totals
@@ -146,6 +149,7 @@ class Step:
                     if window.failure is not None:
                         raise window.failure
                     update = self.strategy(window, self)  # .grad: this rank's part of the sum over samples
+                    self.part_norms.before_reduction()
                 except Exception as error:
                     self.parallel.tell_of_failure(error)  # the others wait in the reduction
                     error.before_update = not self._was_updated  # type: ignore[attr-defined]
@@ -159,7 +163,8 @@ class Step:
             self.counts.put_back(self._before)  # those of a window that never came to be
             raise
         losses = self.counts.take_losses()  # {term: sum over this rank's samples}, scalars
-        return WindowResult(totals, counts, losses, self.ranks, self.device), update
+        part = self.part_norms.found()
+        return WindowResult(totals, counts, losses, self.ranks, self.device, part=part), update
 
     def forward_backward(
         self, batch: Batch, scale: Mapping[str, float] | None = None, *, last: bool = False
@@ -177,6 +182,7 @@ class Step:
                 terms = named_loss_sums(self.loss_sum(batch))  # {term: (sum over samples [], weight used)}
             self.backward(share_of(terms, scale), last=last)
         self.counts.add(terms)
+        self.part_norms.after_micro_step()
 
     def backward(self, share: Tensor, *, last: bool = False) -> None:
         """Backward of this rank's share of the window's loss, a scalar: one pass of any kind."""

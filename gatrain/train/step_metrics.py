@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gatrain.train.engine import Engine
 from gatrain.train.meter import Mark, Meter
+from gatrain.train.part_norms import window_parts
 from gatrain.train.records import StepRecord
 from gatrain.train.saved_state import Progress
 from gatrain.train.window_result import WindowResult
@@ -72,17 +73,21 @@ class StepMetrics:
         norms = [p.norm.double() for p in pending]
         measured = [v for p in pending for v in p.metrics.values() if isinstance(v, Tensor)]
         extra = [value.to(engine.device, torch.float64) for value in measured]
+        parts = [p.result.part.norm.double() for p in pending if p.result.part is not None]
         # the device is waited for here
-        values = iter(torch.stack([*losses, *norms, *scales, *extra]).tolist())
+        values = iter(torch.stack([*losses, *norms, *scales, *parts, *extra]).tolist())
         local = list(islice(values, len(losses)))
         norms_read = list(islice(values, len(norms)))
         scales_read = list(islice(values, len(scales))) or [None] * len(pending)
+        part_norms = islice(values, len(parts))
+        squares = [0.0 if p.result.part is None else p.result.squared_part(next(part_norms)) for p in pending]
         metrics = [
             {name: next(values) if isinstance(v, Tensor) else v for name, v in p.metrics.items()}
             for p in pending
         ]
         memory = self._peak_memory_of_ranks()
-        sums = engine.ranks.sum(local)
+        sums = engine.ranks.sum([*squares, *local])
+        squares, sums = sums[: len(pending)], sums[len(pending) :]
         unreadable = self._unreadable_of_ranks(pending)
         found = []
         for nth, step in enumerate(pending):
@@ -93,7 +98,8 @@ class StepMetrics:
                 if totals[name]
             }
             record = self._record(step, terms, norms_read[nth], scales_read[nth], memory, unreadable[nth])
-            found.append((step, replace(record, metrics=metrics[nth]) if metrics[nth] else record))
+            parts_of_window = window_parts(step.result.counts, totals, squares[nth])
+            found.append((step, replace(record, metrics=metrics[nth], parts=parts_of_window)))
         return found
 
     def _record(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from gatrain.train.part_norms import PartNorm
 from gatrain.train.ranks import Ranks
 
 
@@ -24,11 +25,21 @@ class WindowResult:
     device: torch.device = field(repr=False)
     skipped: bool = False
     """True if no update was made because the gradient is not finite, where that is known already."""
+    part: PartNorm | None = None
+    """Norm of this rank's part of the gradient, where a hook wants it (`PartNorms`)."""
 
     @property
     def is_empty(self) -> bool:
         """True if every weight of the window is zero: there is no gradient and no step to take."""
         return not any(self.weight_totals.values())
+
+    def squared_part(self, norm: float) -> float:
+        """weight * |mean gradient|**2 of this rank's part, given its `PartNorm.norm` as a number of the host."""
+        assert self.part is not None
+        total = next(
+            total for total in self.weight_totals.values() if total
+        )  # T, which the norm is divided by
+        return (norm * total) ** 2 / self.part.weight
 
     def loss_is_bad(self) -> Tensor:
         """Whether the loss is not finite on any rank: a scalar on the device. Collective.

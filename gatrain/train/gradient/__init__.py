@@ -64,6 +64,9 @@ class GradientStrategy(abc.ABC):
     reduce in it. Otherwise gradients are reduced after it, whatever ``sync`` says."""
     evaluates_windows: bool = False
     """Whether held-out samples are evaluated in windows (`gatrain.train.window_evaluation`), not one by one."""
+    adds_micro_batches: bool = False
+    """Whether after each `Step.forward_backward` ``.grad`` is the sum over the samples so far, each independent of
+    the others: then the noise of the gradient can be measured from a part of the window."""
     cost: StepCost = StepCost()
     holds_gradients: bool = True
     """Whether the gradients of all parameters are in memory at once, between micro-steps and at the update."""

@@ -16,6 +16,7 @@ class Plain(GradientStrategy):
 
     exact = "the gradient of the whole window, for any loss that is a sum over samples"
     overlaps = True
+    adds_micro_batches = True
 
     def __call__(self, window: LoadedWindow, step: Step) -> None:
         last = len(window.micro_batches) - 1

@@ -1,0 +1,53 @@
+"""What a gradient noise scale says of a batch, in words. No torch."""
+
+from __future__ import annotations
+
+import math
+
+FAR = 4.0
+"""Times the interval's end from which on a batch is called far off."""
+CAVEATS = (
+    "This holds for plain SGD and independent samples; Adam, momentum and a schedule shift it, and packed "
+    "documents, samples grouped by length and repeated data bias it. The noise scale grows while a run trains, and "
+    "how well it tells the useful batch is disputed (Merrill et al. 2025, arXiv 2505.23971): compare runs of each."
+)
+
+
+def batch_advice(value: float, low: float, high: float, effective_batch: int) -> str:
+    """Whether a batch is far from the noise scale, what another one would bring, and how far to trust that.
+
+    A step at batch B makes 1 / (1 + noise / B) of the progress of a step without noise, so it takes (1 + noise / B)
+    times the fewest steps and (1 + B / noise) times the fewest samples (McCandlish et al. 2018, arXiv 1812.06162).
+
+    Args:
+        value, low, high: the noise scale and its interval, in samples; may be infinite.
+    """
+    batch = f"batch.effective={effective_batch}"
+    if effective_batch > FAR * high:
+        said = (
+            f"{batch} is far above the noise scale: it takes about {1 + effective_batch / value:,.3g} times the "
+            f"fewest samples to save few steps. batch.effective={proposal(value)} would take about "
+            f"{_ratio(value, proposal(value), effective_batch):,.2g} times the steps."
+            if value > 0
+            else f"{batch} is far above the noise scale, which is about 0: a much smaller batch does as well."
+        )
+    elif effective_batch * FAR < low:
+        known = value if math.isfinite(value) else low
+        said = (
+            f"{batch} is far below the noise scale: twice the batch needs almost half the steps. More GPUs at a "
+            f"larger batch (up to about {proposal(known)}) pay in time; on the same GPUs a larger batch by "
+            "accumulation takes as long for each sample, and no less time in all."
+        )
+    else:
+        said = f"{batch} is near the noise scale (within {FAR:g} times its interval): no reason to change it."
+    return f"{said} {CAVEATS}"
+
+
+def proposal(value: float) -> int:
+    """The power of two nearest to a noise scale."""
+    return 1 << max(0, round(math.log2(max(1.0, value))))
+
+
+def _ratio(value: float, batch: int, effective_batch: int) -> float:
+    """Steps with ``batch`` over steps with ``effective_batch``."""
+    return (1 + value / batch) / (1 + value / effective_batch)
