@@ -207,7 +207,7 @@ def test_traced_memory_equals_that_of_a_real_step() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from gatrain.models.gpt import GPT
-    from gatrain.tasks.language_model import summed_cross_entropy
+    from gatrain.tasks.token_loss import summed_cross_entropy
 
     def peak() -> int:
         model = GPT(vocab_size=256, context=32, layers=2, heads=2, width=32)

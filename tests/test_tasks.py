@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from gatrain.errors import ConfigError, DataError
 from gatrain.models.gpt import GPT
-from gatrain.tasks import LanguageModel, Supervised, Task
-from gatrain.tasks import language_model as lm
+from gatrain.tasks import LanguageModel, Supervised, Task, token_loss
 
 N, C = 12, 5
 
@@ -366,24 +365,24 @@ def test_cross_entropy_in_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) ->
     logits = seeded(3, 7, C).requires_grad_()
     labels = seeded(3, 7, integers=C)
     labels[0, :3] = -100
-    whole = lm.summed_cross_entropy(logits, labels)
+    whole = token_loss.summed_cross_entropy(logits, labels)
     (gradient,) = torch.autograd.grad(whole, logits)
-    monkeypatch.setattr(lm, "MOST_LOGITS", 4 * C + 1)
-    pieces = lm.summed_cross_entropy(logits, labels)
+    monkeypatch.setattr(token_loss, "MOST_LOGITS", 4 * C + 1)
+    pieces = token_loss.summed_cross_entropy(logits, labels)
     torch.testing.assert_close(pieces, whole)
     torch.testing.assert_close(torch.autograd.grad(pieces, logits)[0], gradient)
 
 
 def test_bf16_logits_give_an_fp32_loss() -> None:
     logits = seeded(2, 3, C).bfloat16()
-    loss = lm.summed_cross_entropy(logits, seeded(2, 3, integers=C))
+    loss = token_loss.summed_cross_entropy(logits, seeded(2, 3, integers=C))
     assert loss.dtype == torch.float32
 
 
 def test_all_labels_ignored_gives_zero_weight_and_zero_loss() -> None:
     labels = torch.full((2, 3), -100)
-    assert int(lm.label_count(labels)) == 0
-    assert lm.summed_cross_entropy(seeded(2, 3, C), labels).item() == 0
+    assert int(token_loss.label_count(labels)) == 0
+    assert token_loss.summed_cross_entropy(seeded(2, 3, C), labels).item() == 0
 
 
 def test_shortened_keeps_some_labels() -> None:

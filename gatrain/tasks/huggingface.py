@@ -29,8 +29,9 @@ from gatrain.errors import ConfigError, nearest
 from gatrain.labels import IGNORED
 from gatrain.tasks.base import Batch, LossSum, Task, declares
 from gatrain.tasks.forms import shown
-from gatrain.tasks.language_model import summed_cross_entropy
 from gatrain.tasks.parts import check_factory, declared_length, find_splits, make_model
+from gatrain.tasks.sample_weights import SampleWeights
+from gatrain.tasks.token_loss import ClassWeights, TokenLoss, summed_cross_entropy
 
 CAUSAL, MASKED, SEQ2SEQ = "causal_lm", "masked_lm", "seq2seq_lm"
 TOKENS, SAMPLES = "token_classification", "sequence_classification"
@@ -55,7 +56,8 @@ _FOR_ATTENTION = {"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_
 _PADDING = {"labels": IGNORED, "special_tokens_mask": 1}
 """What lengthens a sample, where it is not 0; ``input_ids`` take the model's own padding token."""
 
-CrossEntropy = Callable[[Tensor, Tensor], Tensor]
+CrossEntropy = Callable[..., Tensor]
+"""`summed_cross_entropy`, perhaps compiled."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,11 @@ class HuggingFace(Task):
             ``labels`` that are not -100, or over ``shifted_labels``, all but each sample's first.
         drop: entries of a batch that are not for the model.
         eval_fraction: of a plain dataset, the share at its end that is held out.
+        mean: over the ``token`` labels of all samples, or over the samples (``sequence``) of the means over
+            their own labels; for heads with a label at each position.
+        class_weights: of the labels: a list of all, or a mapping of some.
+        label_smoothing: share of each label that is spread over all classes.
+        sample_weight: the column of a batch with one weight for each sample, or a function of the batch.
 
     Raises:
         ConfigError: a model, dataset or head that cannot be used; the message says what to do.
@@ -99,6 +106,10 @@ class HuggingFace(Task):
         loss_weight: str | None = None,
         drop: Sequence[str] = (),
         eval_fraction: float = 0.0,
+        mean: str = "token",
+        class_weights: ClassWeights | None = None,
+        label_smoothing: float = 0.0,
+        sample_weight: str | int | Callable[[Batch], Tensor] | None = None,
     ) -> None:
         if loss is not None:
             raise ConfigError(
@@ -110,6 +121,14 @@ class HuggingFace(Task):
                 raise ConfigError(
                     f"task.{name}={value} is not one of {', '.join(allowed)}.{nearest(value, allowed)}"
                 )
+        self._over_labels = TokenLoss(mean, class_weights, label_smoothing)
+        self._samples = SampleWeights(sample_weight)
+        if loss_weight is not None and not (self._over_labels.is_plain and not self._samples.are_given):
+            raise ConfigError(
+                f"task.loss_weight={loss_weight} takes the model's own loss as it is, so task.mean, "
+                f"class_weights, label_smoothing and sample_weight do not apply. Leave loss_weight out: "
+                f"gatrain computes the loss."
+            )
         self._factory = check_factory(model)
         self.train_data, self.eval_data = find_splits(data, eval_fraction)
         self._collate = getattr(data, "collate", None)
@@ -135,9 +154,10 @@ class HuggingFace(Task):
         tensors = [each for each in _entries(batch).values() if isinstance(each, Tensor) and each.dim()]
         return int(tensors[0].shape[0]) if tensors else None
 
-    def weight(self, batch: Batch) -> int:
-        """Labels that count, on the host; samples or numbers for other means."""
-        return int(self._count(batch))
+    def weight(self, batch: Batch) -> float:
+        """Labels that count, on the host; samples, numbers or summed weights for other means."""
+        count = self._count(batch)
+        return count.item() if isinstance(count, Tensor) else count
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> LossSum:
         return self._loss(model, batch, summed_cross_entropy)
@@ -179,7 +199,14 @@ class HuggingFace(Task):
             return self._own_loss(model, batch) * count, count
         head, labels, logits = self._head, self._labels(batch), self._logits(model, batch)
         if head.kind == SAMPLES:
-            return _classification_sum(head, logits, labels), count
+            if not self._is_changed:
+                return _classification_sum(head, logits, labels), count
+            rows = self._one_label_each(labels)
+            if logits.dim() != 2 or len(logits) != len(rows):
+                raise _unfit(head, logits, labels)
+            return self._over_labels.sum(
+                logits[:, None], rows, self._weights(batch, rows), cross_entropy
+            ), count
         if logits.dim() != 3 or logits.shape[:2] != labels.shape:
             raise ConfigError(
                 f"{head.model} gives {list(logits.shape)}, but the labels are {list(labels.shape)}: as "
@@ -189,12 +216,42 @@ class HuggingFace(Task):
         if head.kind == CAUSAL:
             # moved by padding: the logits, which are large, stay in one piece
             labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
-        return cross_entropy(logits, labels), count
+        return self._over_labels.sum(logits, labels, self._weights(batch, labels), cross_entropy), count
+
+    @property
+    def _is_changed(self) -> bool:
+        """Whether another mean than that of the model's own loss is trained."""
+        return not self._over_labels.is_plain or self._samples.are_given
+
+    def _weights(self, batch: Batch, labels: Tensor) -> Tensor | None:
+        return self._samples.of(batch, len(labels))
+
+    def _one_label_each(self, labels: Tensor) -> Tensor:
+        """The classes of samples as rows of one label, int64 ``[B, 1]``.
+
+        Raises:
+            ConfigError: the labels are no classes, or sequences are asked for.
+        """
+        problem = _problem(self._head, labels)
+        if problem != "single_label_classification" or self._over_labels.by_sequence:
+            setting = (
+                "task.mean=sequence"
+                if self._over_labels.by_sequence
+                else ("task.class_weights, label_smoothing or sample_weight")
+            )
+            raise ConfigError(
+                f"{setting} does not apply to {self._head.model}, which has one label for a whole sample"
+                f"{'' if problem == 'single_label_classification' else f' ({problem})'}. Leave it out, or "
+                f"write a task of your own: class MyTask(gatrain.tasks.Task)."
+            )
+        return labels.reshape(-1, 1)
 
     def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
         head, entries = self._head, _entries(batch)
         inputs = {
-            n: each for n, each in entries.items() if n not in _NOT_FOR_THE_MODEL and n not in self._drop
+            n: each
+            for n, each in entries.items()
+            if n not in _NOT_FOR_THE_MODEL and n not in self._drop and n != self._samples.column
         }
         if "token_type_ids" not in head.accepts:
             inputs.pop("token_type_ids", None)  # tokenizers give them to every model
@@ -239,11 +296,14 @@ class HuggingFace(Task):
             return self.count_samples(batch) or 0
         labels = self._labels(batch)
         if self._loss_weight == "shifted_labels" or (self._loss_weight is None and self._head.kind == CAUSAL):
-            return (labels[:, 1:] != IGNORED).sum()
+            return self._over_labels.weight(labels[:, 1:], self._weights(batch, labels))
         if self._loss_weight is None and self._head.kind == SAMPLES:
+            if self._is_changed:
+                rows = self._one_label_each(labels)
+                return self._over_labels.weight(rows, self._weights(batch, rows))
             is_classes = _problem(self._head, labels) == "single_label_classification"
             return (labels != IGNORED).sum() if is_classes else labels.numel()
-        return (labels != IGNORED).sum()
+        return self._over_labels.weight(labels, self._weights(batch, labels))
 
     def _labels(self, batch: Batch) -> Tensor:
         entries = _entries(batch)
@@ -393,8 +453,12 @@ def _classification_sum(head: Head, logits: Tensor, labels: Tensor) -> Tensor:
         return F.mse_loss(wide.view_as(labels), labels.to(wide.dtype), reduction="sum")
     elif problem == "multi_label_classification" and logits.shape == labels.shape:
         return F.binary_cross_entropy_with_logits(wide, labels.to(wide.dtype), reduction="sum")
-    raise ConfigError(
+    raise _unfit(head, logits, labels)
+
+
+def _unfit(head: Head, logits: Tensor, labels: Tensor) -> ConfigError:
+    return ConfigError(
         f"{head.model} gives {list(logits.shape)} and the labels are {list(labels.shape)} of {labels.dtype}, "
-        f"which do not fit for {problem}. Set num_labels or problem_type in the model's configuration, or mend "
-        "the labels."
+        f"which do not fit for {_problem(head, labels)}. Set num_labels or problem_type in the model's "
+        f"configuration, or mend the labels."
     )

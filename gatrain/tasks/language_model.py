@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatrain.errors import ConfigError
@@ -15,9 +14,8 @@ from gatrain.labels import IGNORED
 from gatrain.tasks.base import Batch, LossSum, LossSums, Task, declares
 from gatrain.tasks.forms import fields_of, scores_of, shown
 from gatrain.tasks.parts import check_factory, declared_length, find_splits, make_model
-
-MOST_LOGITS = 2**31 - 1
-"""Entries of the logits in one call of a loss kernel; some count with 32 bits."""
+from gatrain.tasks.sample_weights import SampleWeights
+from gatrain.tasks.token_loss import ClassWeights, TokenLoss, summed_cross_entropy
 
 SHORT = 128
 """Positions that `LanguageModel.shortened` keeps."""
@@ -39,15 +37,31 @@ class LanguageModel(Task):
         loss: must be None: the loss is cross-entropy.
         eval_fraction: of a plain dataset, the share at its end that is held out.
         output: name or position of the logits, where the model returns several tensors.
+        mean: over the ``token`` labels of all samples, or over the samples (``sequence``) of the means over
+            their own labels.
+        class_weights: of the tokens as labels: a list of all, or a mapping of some.
+        label_smoothing: share of each label that is spread over all tokens.
+        sample_weight: the column of a batch with one weight for each sample, or a function of the batch.
 
     Raises:
         ConfigError: a model or dataset that cannot be used, or a loss.
     """
 
     def __init__(
-        self, model: Any, data: Any, loss: Any = None, eval_fraction: float = 0.0, output: Any = None
+        self,
+        model: Any,
+        data: Any,
+        loss: Any = None,
+        eval_fraction: float = 0.0,
+        output: Any = None,
+        mean: str = "token",
+        class_weights: ClassWeights | None = None,
+        label_smoothing: float = 0.0,
+        sample_weight: str | int | Callable[[Batch], Tensor] | None = None,
     ) -> None:
         self._output = output
+        self._loss = TokenLoss(mean, class_weights, label_smoothing)
+        self._samples = SampleWeights(sample_weight)
         if loss is not None:
             raise ConfigError(
                 "task=language_model computes its own cross-entropy, but a loss is given. Set loss=null, or "
@@ -94,13 +108,19 @@ class LanguageModel(Task):
     def count_samples(self, batch: Batch) -> int | None:
         return len(split(batch)[0])
 
-    def weight(self, batch: Batch) -> int:
-        """Label tokens of a batch on the host."""
-        return int(label_count(split(batch)[1]))
+    def weight(self, batch: Batch) -> float:
+        """What the mean divides by, on the host: label tokens, sequences, or their summed weights."""
+        labels = split(batch)[1]
+        return self._loss.weight(labels, self._samples.of(batch, len(labels))).item()
 
     def loss_sum(self, model: nn.Module, batch: Batch) -> LossSum:
+        return self._summed(model, batch, summed_cross_entropy)
+
+    def _summed(self, model: nn.Module, batch: Batch, cross_entropy: Callable[..., Tensor]) -> LossSum:
         tokens, labels = split(batch)
-        return summed_cross_entropy(self._logits(model, tokens), labels), label_count(labels)
+        samples = self._samples.of(batch, len(labels))
+        logits = self._logits(model, tokens)
+        return self._loss.sum(logits, labels, samples, cross_entropy), self._loss.weight(labels, samples)
 
     def _logits(self, model: nn.Module, tokens: Tensor) -> Tensor:
         logits = scores_of(model(tokens), self._output, "language_model")
@@ -117,12 +137,7 @@ class LanguageModel(Task):
         if type(self).loss_sum is not LanguageModel.loss_sum:  # a subclass with a loss of its own
             return super().partly_compiled_loss_sum(compiled)
         cross_entropy = compiled(summed_cross_entropy)  # else softmax and its gradient are kept in fp32
-
-        def loss_sum(model: nn.Module, batch: Batch) -> LossSum:
-            tokens, labels = split(batch)
-            return cross_entropy(self._logits(model, tokens), labels), label_count(labels)
-
-        return loss_sum
+        return lambda model, batch: self._summed(model, batch, cross_entropy)
 
     def tokens(self, batch: Batch) -> int:
         """Positions that the model computes, padding included."""
@@ -157,8 +172,8 @@ class LanguageModel(Task):
             return batch[:, : SHORT + 1]
         tokens, labels = split(batch)
         if not bool((labels[:, :SHORT] != IGNORED).any()):
-            return {"tokens": tokens[:, -SHORT:], "labels": labels[:, -SHORT:]}
-        return {"tokens": tokens[:, :SHORT], "labels": labels[:, :SHORT]}
+            return {**batch, "tokens": tokens[:, -SHORT:], "labels": labels[:, -SHORT:]}
+        return {**batch, "tokens": tokens[:, :SHORT], "labels": labels[:, :SHORT]}
 
 
 def split(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -178,37 +193,6 @@ def split(batch: Batch) -> tuple[Tensor, Tensor]:
         f"a batch is {shown(batch)}, but task=language_model needs a tensor [batch, length + 1] of tokens, or a "
         f"dict of tokens and labels. {remedy}, or write a task: class MyTask(gatrain.tasks.Task)."
     )
-
-
-def label_count(labels: Tensor) -> Tensor:
-    """Number of labels that count, as a tensor on their device: the one mask of count and loss."""
-    return (labels != IGNORED).sum()
-
-
-def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy in nats, summed over the labels that are not -100, in fp32 (fp64 for fp64 logits).
-
-    Under torch.compile the conversion to fp32 is fused into the softmax and costs no memory. Otherwise rows
-    are taken in as few pieces as keep every kernel's index below 2**31.
-
-    Args:
-        logits: ``[B, L, V]``.
-        labels: int64 ``[B, L]``.
-    """
-    rows, labels = logits.flatten(0, 1), labels.flatten()
-    piece = max(1, MOST_LOGITS // rows.shape[1])
-    # inductor's kernels index with 64 bits where they must, and pieces would only cost them traffic
-    if rows.shape[0] <= piece or torch.compiler.is_compiling():
-        return _summed(rows, labels)
-    total = rows.new_zeros((), dtype=torch.promote_types(rows.dtype, torch.float32))
-    for start in range(0, rows.shape[0], piece):
-        total = total + _summed(rows[start : start + piece], labels[start : start + piece])
-    return total
-
-
-def _summed(rows: Tensor, labels: Tensor) -> Tensor:
-    wide = rows.float() if rows.dtype in (torch.bfloat16, torch.float16) else rows
-    return F.cross_entropy(wide, labels, ignore_index=IGNORED, reduction="sum")
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from gatrain.errors import ConfigError
+from gatrain.tasks.forms import shown
 
 Weight = Tensor | float
 WeightFunction = Callable[[Any], Weight]
@@ -57,12 +58,15 @@ class SummedLoss:
         weight: for a loss whose mean is over something else: a function of the targets that gives what the
             mean
             divides by.
+        weighs_samples: whether each sample has a weight of its own (`samples` below).
 
     Raises:
         ConfigError: a loss that is not a mean, or has parameters.
     """
 
-    def __init__(self, loss: Any = None, weight: WeightFunction | None = None) -> None:
+    def __init__(
+        self, loss: Any = None, weight: WeightFunction | None = None, weighs_samples: bool = False
+    ) -> None:
         loss = _as_module(nn.CrossEntropyLoss() if loss is None else loss)
         if not callable(loss):
             raise ConfigError(
@@ -81,10 +85,15 @@ class SummedLoss:
         if self.kind in ("classes", "elements"):
             _check_reduction(loss)
             loss = copy.deepcopy(loss)
-            loss.reduction = "sum"
+            loss.reduction = "none" if weighs_samples else "sum"
         elif getattr(loss, "reduction", "mean") not in ("mean", "batchmean"):
             _check_reduction(loss)
         self._loss = loss
+        if weighs_samples and self.kind == "custom":
+            raise ConfigError(
+                "task.weight and task.sample_weight are both given. Let the loss weigh its samples and "
+                "task.weight count their weights, or leave task.weight out."
+            )
 
     @property
     def ignore_index(self) -> int | None:
@@ -97,10 +106,13 @@ class SummedLoss:
         loss = self._loss
         return self.kind in ("classes", "elements") or (isinstance(loss, nn.Module) and _own_forward(loss))
 
-    def weight(self, targets: Any, inputs: Any = None) -> Weight:
+    def weight(self, targets: Any, inputs: Any = None, samples: Tensor | None = None) -> Weight:
         """What the mean over ``targets`` divides by; a tensor on their device only where class weights or
         ignored targets must be summed. ``inputs`` of the same batch tell lists of samples from lists of columns.
+        ``samples`` are the weights of the samples, float64 ``[B]``.
         """
+        if samples is not None:
+            return self._weight_of_weighed(targets, samples)
         if self._weight is not None:
             return self._weight(targets)
         if self.kind == "samples":
@@ -117,13 +129,32 @@ class SummedLoss:
         if self._loss.weight is None:
             count: Tensor = counted.sum()
             return count
-        # fp64, so that host and device agree although they add in different orders.
-        class_weights = self._loss.weight.to(targets.device, torch.float64)
-        total: Tensor = (class_weights[torch.where(counted, targets, 0)] * counted).sum()
+        total: Tensor = self._class_weights_of(targets, counted).sum()
         return total
 
-    def sum(self, outputs: Any, targets: Any, inputs: Any = None) -> tuple[Tensor, Weight]:
-        """(summed loss, weight used) of one micro-batch, in fp32 or better.
+    def _class_weights_of(self, targets: Tensor, counted: Tensor) -> Tensor:
+        """Of each target; 0 where it is ignored. fp64, so that host and device agree although they add in
+        different orders."""
+        class_weights = self._loss.weight.to(targets.device, torch.float64)
+        return class_weights[torch.where(counted, targets, 0)] * counted  # type: ignore[no-any-return]
+
+    def _weight_of_weighed(self, targets: Any, samples: Tensor) -> Tensor:
+        """Each sample's own part of `weight`, times its weight, summed."""
+        if self.kind == "samples":
+            return samples.sum()
+        if self.kind == "elements" or targets.is_floating_point():
+            part = self.weight(targets)  # alike for all samples
+            return samples.sum() * (float(part) / max(1, len(targets)))
+        counted = targets != self._loss.ignore_index
+        is_plain = self._loss.weight is None
+        parts = counted.to(torch.float64) if is_plain else self._class_weights_of(targets, counted)
+        by_sample = parts.reshape(len(samples), -1).sum(1)
+        return (by_sample * samples).sum()
+
+    def sum(
+        self, outputs: Any, targets: Any, inputs: Any = None, samples: Tensor | None = None
+    ) -> tuple[Tensor, Weight]:
+        """(summed loss, weight used) of one micro-batch, in fp32 or better; ``samples`` as in `weight`.
 
         Raises:
             ConfigError: shapes that the loss would broadcast, or a result that is not one number.
@@ -131,9 +162,9 @@ class SummedLoss:
         outputs, targets = _widened(outputs), targets
         if isinstance(outputs, Tensor) and isinstance(targets, Tensor) and targets.is_floating_point():
             targets = targets.to(outputs.dtype)
-        weight = self.weight(targets, inputs)
+        weight = self.weight(targets, inputs, samples)
         if self.kind == "classes":
-            return self._class_loss(outputs, targets), weight
+            return _weighed(self._class_loss(outputs, targets), samples), weight
         if self.kind == "elements":
             if outputs.shape != targets.shape:
                 raise ConfigError(
@@ -141,8 +172,15 @@ class SummedLoss:
                     f"and the data {list(targets.shape)}. Make them equal, for example with unsqueeze(1) on "
                     "the targets."
                 )
-            return self._element_loss(outputs, targets), weight
+            return _weighed(self._element_loss(outputs, targets), samples), weight
         value = self._loss(outputs, targets)
+        if samples is not None:
+            if not isinstance(value, Tensor) or value.shape != samples.shape:
+                raise ConfigError(
+                    f"{self.name} returned {shown(value)}. With task.sample_weight a loss must return one number "
+                    f"for each of the {len(samples)} samples: its mean cannot be weighed any more."
+                )
+            return _weighed(value, samples), weight
         if isinstance(value, Tensor) and value.dim() == 0:
             return value * weight, weight
         if isinstance(value, Tensor) and self.kind == "samples" and list(value.shape) == [weight]:
@@ -157,7 +195,7 @@ class SummedLoss:
         loss = self._loss
         self._check_classes(outputs, targets)
         weight = None if loss.weight is None else loss.weight.to(outputs.device, outputs.dtype)
-        options = {"weight": weight, "ignore_index": loss.ignore_index, "reduction": "sum"}
+        options = {"weight": weight, "ignore_index": loss.ignore_index, "reduction": loss.reduction}
         if isinstance(loss, nn.NLLLoss):
             return F.nll_loss(outputs, targets, **options)
         return F.cross_entropy(outputs, targets, label_smoothing=loss.label_smoothing, **options)
@@ -187,9 +225,16 @@ class SummedLoss:
                 for buffer in (loss.weight, loss.pos_weight)
             ]
             return F.binary_cross_entropy_with_logits(
-                outputs, targets, weight=moved[0], pos_weight=moved[1], reduction="sum"
+                outputs, targets, weight=moved[0], pos_weight=moved[1], reduction=loss.reduction
             )
         return loss(outputs, targets)  # type: ignore[no-any-return]
+
+
+def _weighed(losses: Tensor, samples: Tensor | None) -> Tensor:
+    """The sum of a sum, or of losses ``[B, ...]`` times the weights of their samples ``[B]``."""
+    if samples is None:
+        return losses
+    return (losses * samples.to(losses.dtype).view(-1, *[1] * (losses.dim() - 1))).sum()
 
 
 def samples_in(targets: Any, inputs: Any = None) -> int:

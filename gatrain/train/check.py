@@ -29,6 +29,7 @@ from gatrain.errors import DataError, ExactnessError, GatrainError, PeerFailed, 
 from gatrain.tasks.base import Batch, Samples, named_loss_sums, named_weights
 from gatrain.train import samples as reading
 from gatrain.train import seeding
+from gatrain.train.counts import agree
 from gatrain.train.engine import Engine
 from gatrain.train.frozen import frozen_randomness
 from gatrain.train.held_state import HeldState, perturb
@@ -536,7 +537,7 @@ class _Check:
             )
         for name, counted in made.weights.items():
             used = terms.weights[name]
-            if not abs(counted - used) <= 1e-5 * abs(counted) * (not counted.is_integer()):
+            if not agree(counted, used, 1e-5):
                 raise _Fault(
                     f"weight() counted {counted:g} for the loss term {name!r} of {made.count} sample(s), but "
                     f"loss_sum() used {used:g}. Both must apply the same mask (mind shifted labels and ignored "

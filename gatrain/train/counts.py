@@ -110,7 +110,7 @@ class Counts:
         self._sums.used.clear()
         for name in counted.keys() | used.keys():
             before, after = counted.get(name, 0.0), float(used.get(name, 0.0))
-            if not abs(before - after) <= 1e-6 * abs(before) * (not before.is_integer()):
+            if not agree(before, after, 1e-6):
                 raise ExactnessError(
                     f"weight() counted {before:g} for the loss term {name!r}, but loss_sum() used {after:g}. "
                     "Both must apply the same mask (mind shifted labels and ignored positions); "
@@ -140,6 +140,12 @@ class Counts:
     def put_back(self, sums: _Sums) -> None:
         """Forget everything since `aside` or `noted`."""
         self._sums = sums
+
+
+def agree(counted: float, used: float, tolerance: float) -> bool:
+    """Whether two weights are the same: whole numbers exactly, sums of real weights up to rounding."""
+    are_whole = counted.is_integer() and used.is_integer()
+    return abs(counted - used) <= tolerance * abs(counted) * (not are_whole)
 
 
 def _append(kept: dict[str, list[Any]], name: str, value: Tensor | float) -> None:
