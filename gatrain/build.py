@@ -24,6 +24,7 @@ from gatrain.tasks.base import Task
 from gatrain.tasks.parts import map_style
 from gatrain.tasks.streams import ENDLESS, Stream
 from gatrain.train import order
+from gatrain.train.dropout import RandomNumbers
 from gatrain.train.engine import Engine, StepClock
 from gatrain.train.events import Sink
 from gatrain.train.gradient import GradientStrategy
@@ -331,6 +332,7 @@ def build_engine(
         parallel=build_parallel(config),
         maker=optimizer_maker(config.optimizer),
         batch_rule=(config.batch.rule, config.batch.rule_base),
+        random=build_random(config),
     )
     norm.attach(engine.step)
     if in_place and config.hooks:
@@ -376,6 +378,15 @@ def build_parallel(config: RunConfig) -> Replicated:
         ConfigError: ``parallel`` names something else.
     """
     return _part_of("parallel", config.parallel, Replicated)
+
+
+def build_random(config: RunConfig) -> RandomNumbers:
+    """Make the source of the forwards' random numbers.
+
+    Raises:
+        ConfigError: ``dropout`` names something else.
+    """
+    return _part_of("dropout", config.dropout, RandomNumbers)
 
 
 def _part_of(key: str, value: Any, kind: type[T]) -> T:

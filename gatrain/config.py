@@ -174,6 +174,9 @@ class RunConfig:
     """BatchNorm under accumulation: ``keep`` (each micro-batch by itself, running statistics moved once for each
     window), ``torch`` (moved by every micro-batch), ``group``, ``layer``, ``instance`` (conversion), ``frozen`` (by
     running statistics), ``sync`` (one micro-batch of all ranks), or your own by ``_target_``."""
+    dropout: Any = "torch"
+    """Where the random numbers of forwards come from: ``torch`` (masks by micro-batch), ``keyed`` (masks by
+    sample, the same in every split; ``{name: keyed, batch_dim: 1}`` where time comes first), or your own."""
     parallel: Any = "replicated"
     """How model and gradients lie on the ranks: ``replicated``, or the ``_target_`` of your own."""
     logger: Any = "auto"

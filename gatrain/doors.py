@@ -55,6 +55,10 @@ SHIPPED: dict[str, dict[str, str]] = {
         "frozen": "gatrain.train.norm.convert.Frozen",
         "sync": "gatrain.train.norm.convert.Sync",
     },
+    "dropout": {
+        "torch": "gatrain.train.dropout.RandomNumbers",
+        "keyed": "gatrain.train.dropout.keyed.KeyedDropout",
+    },
     "parallel": {"replicated": "gatrain.train.parallel.Replicated"},
 }
 """For each door, by its configuration key: the short names with what they stand for."""

@@ -11,9 +11,9 @@ SPLIT = ("batch", "precision", "checkpointing", "compile", "sync", "device")
 """Settings that decide how a window is computed."""
 READS: dict[str, tuple[str, ...] | None] = {
     "fit": (), "launch": (), "show": (), "doctor": (),
-    "autotune": (*SPLIT, "tune", "knobs", "gradient", "optimizer", "train.check", "train.seed"),
+    "autotune": (*SPLIT, "tune", "knobs", "gradient", "dropout", "optimizer", "train.check", "train.seed"),
     "plan": (*SPLIT, "optimizer"),
-    "verify": ("batch", "precision", "checkpointing", "device", "gradient", "train.seed"),
+    "verify": ("batch", "precision", "checkpointing", "device", "gradient", "dropout", "train.seed"),
     "resume": None,
 }  # fmt: skip
 """The first parts of the keys that a command reads; none named means all. None: `fit.resuming.RESUME_KEYS`."""

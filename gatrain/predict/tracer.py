@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-from gatrain.build import build_hooks, build_strategy, optimizer_maker
+from gatrain.build import build_hooks, build_random, build_strategy, optimizer_maker
 from gatrain.config import RunConfig
 from gatrain.construction import check_shapes, kept_defaults
 from gatrain.predict.recorder import Recorder
@@ -64,6 +64,7 @@ class StepTracer:
     ) -> None:
         self._task = task
         self._model = model
+        self._config = config
         self._asked = asked
         self._batches = batches
         self._recorder = Recorder()
@@ -96,6 +97,8 @@ class StepTracer:
     def in_mode(self, mode: str) -> Iterator[None]:
         """Trace in a mode of checkpointing; the model is as before at the end."""
         before = [(block, block.__dict__.get("forward")) for block in blocks_of(self._model)]
+        random = build_random(self._config)
+        random.set_up(self._model)
         apply_checkpointing(self._model, mode)
         self._done = {}
         self._step = gradient_step(
@@ -108,6 +111,7 @@ class StepTracer:
             main_gradients=self._masters,
             strategy=self._strategy,
             task=self._task,
+            random=random,
         )
         self._strategy.set_up(self._step, self._optimizer)
         try:

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gatrain.tasks.base import Batch, LossSums, Task, Weights, named_weights
 from gatrain.train.batches import move_to
+from gatrain.train.dropout import RandomNumbers
 from gatrain.train.gradient import GradientStrategy
 from gatrain.train.gradient.plain import Plain
 from gatrain.train.main_gradients import MainGradients, MasterWeights, half_parameters
@@ -111,6 +112,7 @@ def gradient_step(
     parallel: Replicated | None = None,
     task: Task | None = None,
     method: Callable[[str], Callable[[Batch], Any]] | None = None,
+    random: RandomNumbers | None = None,
 ) -> Step:
     """A step of a model that is the same on all ranks already. It gives gradients; see `Step.updates_with`."""
     strategy, parallel = strategy or Plain(), parallel or Replicated()
@@ -127,4 +129,5 @@ def gradient_step(
         scaler=scaler,
         task=task,
         method=method,
+        random=random,
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,7 @@ from gatrain.tasks.base import Batch, Samples, named_loss_sums, named_weights
 from gatrain.train import samples as reading
 from gatrain.train import seeding
 from gatrain.train.counts import agree
+from gatrain.train.dropout.notice import NoticeDraws
 from gatrain.train.engine import Engine
 from gatrain.train.frozen import frozen_randomness
 from gatrain.train.held_state import HeldState, perturb
@@ -186,7 +188,13 @@ class _Made:
 
     batch: Batch
     weights: dict[str, float]
-    count: int
+    places: tuple[int, ...]
+    """The samples' ids, which key their dropout."""
+
+    @property
+    def count(self) -> int:
+        """Samples."""
+        return len(self.places)
 
 
 @dataclass
@@ -309,9 +317,10 @@ class _Check:
         return order[:count]
 
     def _made(self, pairs: Sequence[tuple[int, Any]]) -> _Made:
-        keys, samples = self._keys([pair[0] for pair in pairs]), [pair[1] for pair in pairs]
+        ids, samples = [int(pair[0]) for pair in pairs], [pair[1] for pair in pairs]
+        keys = self._keys(ids)
         made = reading.make(self.engine.task, samples, keys, self.seed)
-        return _Made(made.batch, {name: float(w) for name, w in made.weights.items()}, len(pairs))
+        return _Made(made.batch, {name: float(w) for name, w in made.weights.items()}, tuple(ids))
 
     def _collated(self, pairs: Sequence[tuple[int, Any]]) -> tuple[_Made, bool]:
         """The whole batch, and whether collating it draws random numbers."""
@@ -333,7 +342,8 @@ class _Check:
         """One forward on the device."""
         way = way or self.way
         engine = self.engine
-        seeding.seed_everything(self.seed, seeding.MICRO_STEP, self.epoch, 0)
+        random = engine.step.random
+        random.start((self.seed, seeding.MICRO_STEP, self.epoch, 0), made.places)
         batch = engine.to_device(made.batch)
         if (
             engine.device.type == "cpu"
@@ -347,6 +357,7 @@ class _Check:
                 batch = stack.enter_context(_computing_in(way.precise, engine.model, batch, engine.device))
             else:
                 stack.enter_context(engine.autocast())
+            stack.enter_context(random.aside() if way.frozen else random.around(contextlib.nullcontext)())
             if way.frozen:
                 stack.enter_context(frozen_randomness(engine.model))
             stack.enter_context(watch)
@@ -442,6 +453,40 @@ class _Check:
             others, _ = self._pieces(turned, whole, draws, first=max(1, len(chosen) // 2 - 1))
             parts = [self._forward(piece, state) for piece in others]
             self._check_sums(chosen, whole, together, others, parts, own, state)
+        if self.engine.step.random.is_keyed:
+            self._check_keys(whole, pieces, state)
+
+    def _check_keys(self, whole: _Made, pieces: list[_Made], state: HeldState) -> None:
+        """With dropout on, which is keyed by sample: do the pieces still add up to the whole?"""
+        way = dataclasses.replace(self.way, frozen=False)
+        state.restore()
+        with NoticeDraws(self.engine.model) as notice:
+            together = self._terms(whole, way)
+        if notice.seen:
+            raise _Fault(
+                f"dropout=keyed: the forward draws random numbers that it does not reach ({notice.words}), so they "
+                "are other ones in each split. Draw through nn.Dropout or torch.nn.functional.dropout, or use "
+                "dropout=torch."
+            )
+        parts = []
+        for piece in pieces:
+            state.restore()
+            parts.append(self._terms(piece, way))
+        for name, wanted in together.losses.items():
+            given = sum(part.losses[name] for part in parts)
+            lowest = min(
+                (each.sixteen_bit for each in (together, *parts) if each.sixteen_bit is not None),
+                key=_order,
+                default=torch.float32,
+            )
+            if abs(given - wanted) > TOLERANCE[lowest] * max(abs(wanted), abs(given), 1e-12):
+                raise _Fault(
+                    f"dropout=keyed: with dropout on, the loss term {name!r} of {whole.count} samples is "
+                    f"{wanted:.6g}, and {given:.6g} as {' + '.join(str(piece.count) for piece in pieces)}, while "
+                    "without dropout they agree. So a mask depends on more than its sample: dimension 0 of a "
+                    "dropout's input does not count samples ('dropout={name: keyed, batch_dim: 1}'), or its rows "
+                    "are not those of one sample after the other. Use dropout=torch otherwise."
+                )
 
     def _pieces(
         self, chosen: list[tuple[int, Any]], whole: _Made, draws: bool, first: int = 1
@@ -466,8 +511,13 @@ class _Check:
         cut = reading.split_batch(whole.batch, sizes, whole.count)
         if cut is None:
             return None
+        left = iter(whole.places)
         return [
-            _Made(part, {n: float(w) for n, w in named_weights(self.engine.task.weight(part)).items()}, size)
+            _Made(
+                part,
+                {n: float(w) for n, w in named_weights(self.engine.task.weight(part)).items()},
+                tuple(itertools.islice(left, size)),
+            )
             for part, size in zip(cut, sizes, strict=True)
         ]
 

@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from gatrain.errors import ConfigError
+from gatrain.train.dropout.functions import replayed
 
 _aten = torch.ops.aten
 _KEPT = {
@@ -96,7 +97,7 @@ def _checkpointed(block: nn.Module, forward: Callable[..., Any], mode: str) -> C
 
     def seeded_contexts() -> Contexts:
         first, second = contexts()
-        return first, _same_numbers(second, random.getstate(), np.random.get_state())
+        return first, _same_numbers(second, random.getstate(), np.random.get_state(), replayed())
 
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -136,13 +137,19 @@ def _without_cache(mode: str, argument: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _same_numbers(inner: contextlib.AbstractContextManager[Any], python: Any, numpy: Any) -> Iterator[None]:
-    """The second forward draws from Python's and NumPy's generators what the first drew; torch sees to its own."""
+def _same_numbers(
+    inner: contextlib.AbstractContextManager[Any],
+    python: Any,
+    numpy: Any,
+    keyed: contextlib.AbstractContextManager[Any],
+) -> Iterator[None]:
+    """The second forward draws from Python's and NumPy's generators, and by keys, what the first drew; torch sees
+    to its own."""
     before = random.getstate(), np.random.get_state()
     random.setstate(python)
     np.random.set_state(numpy)
     try:
-        with inner:
+        with keyed, inner:
             yield
     finally:
         random.setstate(before[0])

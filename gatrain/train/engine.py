@@ -18,6 +18,7 @@ from gatrain.train.accumulate import gradient_step
 from gatrain.train.batch_scaling import BatchScaling
 from gatrain.train.checkpointing import apply_checkpointing
 from gatrain.train.compiling import CompiledLossSum
+from gatrain.train.dropout import RandomNumbers
 from gatrain.train.gradient import GradientStrategy
 from gatrain.train.groups import Thawing, group_parameters
 from gatrain.train.guard import Guard
@@ -30,7 +31,7 @@ from gatrain.train.parallel import Replicated
 from gatrain.train.precision import autocast_for, forbid_tf32, scaler_for
 from gatrain.train.ranks import Ranks
 from gatrain.train.schedule import Factor, Span, factor
-from gatrain.train.seeding import kept_random_state, seed_everything
+from gatrain.train.seeding import kept_random_state
 from gatrain.train.staging import Staging
 
 
@@ -65,6 +66,7 @@ class Engine:
         parallel: how the model lies on the ranks.
         maker: makes an optimizer of the user's own.
         batch_rule: what another effective batch does to the optimizer, and the one that its values are for.
+        random: where the random numbers of forwards come from.
     """
 
     def __init__(
@@ -82,14 +84,16 @@ class Engine:
         parallel: Replicated | None = None,
         maker: Maker | None = None,
         batch_rule: tuple[str, int] = ("none", 1),
+        random: RandomNumbers | None = None,
     ) -> None:
-        parallel = parallel or Replicated()
+        parallel, random = parallel or Replicated(), random or RandomNumbers()
         self.task, self.device, self.ranks, self.settings = task, device, ranks, settings
         self._clock = clock
         # what is trained now or later wants a gradient from here on: state, buckets and masters are made for it
         grouping = group_parameters(optimizer_config, model)
         self._frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
         forbid_tf32(settings.precision)
+        random.set_up(model)
         apply_checkpointing(model, settings.checkpointing)
         self.model = model = parallel.wrap(model, ranks)
         self.masters = MasterWeights(model)
@@ -111,6 +115,7 @@ class Engine:
         self._compiled = CompiledLossSum(task, model) if settings.compile else None
         self._methods: dict[str, Callable[[Batch], Any]] = {}
         self._loss_sum = self._loss_function()
+        self._autocast = autocast_for(settings.precision, device)
         self.step = gradient_step(
             model,
             self._loss_sum,
@@ -118,13 +123,14 @@ class Engine:
             ranks=ranks,
             sync=settings.sync,
             stage=Staging(device),
-            autocast=autocast_for(settings.precision, device),
+            autocast=self._autocast,
             scaler=self.scaler,
             main_gradients=self.masters,
             strategy=strategy,
             parallel=parallel,
             task=task,
             method=self._method,
+            random=random,
         )
         self.step.updates_with(
             self.optimizer,
@@ -201,7 +207,7 @@ class Engine:
     def parameters_used(self, micro_batch: MicroBatch, seed: int) -> dict[str, bool]:
         """Which trained parameters this micro-batch gives a gradient, by name; it is dropped. For trials."""
         scale = {name: 1 / weight if weight else 0.0 for name, weight in micro_batch.weights.items()}
-        seed_everything(seed)
+        self.step.random.start((seed,), None)
         self.step.forward_backward(self.to_device(micro_batch.batch), scale)
         self.step.counts.take()
         used = {}
@@ -241,7 +247,7 @@ class Engine:
 
     def forward(self, batch: Batch) -> None:
         """The forward of one host batch as in training, uncompiled, with random numbers that nobody misses."""
-        with kept_random_state(), self.autocast():
+        with kept_random_state(), self._autocast():
             self.loss_sum(self.to_device(batch))
 
     def evaluate(self, batch: Batch) -> tuple[dict[str, LossSum], dict[str, LossSum]]:
@@ -253,7 +259,7 @@ class Engine:
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """Context of a forward for evaluation: no gradients, the run's precision, the model in evaluation mode."""
-        with evaluating(self.model), torch.no_grad(), self.autocast():
+        with evaluating(self.model), torch.no_grad(), self._autocast():  # which knows no keys
             yield
 
     def showcase(self) -> str | None:

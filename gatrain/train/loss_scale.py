@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 from gatrain.errors import PeerFailed
@@ -62,7 +63,7 @@ def _lower_scale(step: Step, scaler: LossScaler, window: LoadedWindow, result: W
         finite, failure = True, None
         try:
             if micro is not None:
-                finite = rehearse(step, micro.batch, factor, window.seed_of(index)).is_finite
+                finite = rehearse(step, micro.batch, factor, partial(step.seed, window, index)).is_finite
         except Exception as error:
             failure = error
         more_here = index + 1 < len(window.micro_batches)

@@ -26,6 +26,8 @@ class MicroBatch:
     """(epoch, sample id) of every sample that was read for it, skipped ones included."""
     position: int | None = None
     """Place of its first sample in the window, over all ranks."""
+    places: tuple[int, ...] | None = None
+    """Where ``dropped`` ones are known: the place among ``keys`` of each sample that it holds."""
     undeclared_draws: bool = False
     """Whether data or collate function drew random numbers although they are declared deterministic."""
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -130,7 +131,7 @@ class Search:
             self._index = index
             if sum(len(each.alone) or 1 for each in self._bad) >= MOST_NAMED:
                 return
-            outcome = self._outcome(micro.batch)
+            outcome = self._outcome(micro.batch, whole=True)
             if outcome.is_finite:
                 self._some_are_finite = True
                 continue
@@ -196,11 +197,19 @@ class Search:
         task = self.engine.task
         return make(task, read(task, task.train_data, keys, self.seed), keys, self.seed)
 
-    def _outcome(self, batch: Batch, fp32: bool = False) -> Rehearsal:
+    def _outcome(self, batch: Batch, fp32: bool = False, whole: bool = False) -> Rehearsal:
         if time.monotonic() > self._until:
             raise _OutOfTimeError
         scale = {name: 1 / total if total else 0.0 for name, total in self.totals.items()}
-        return rehearse(self.engine.step, batch, scale, self.window.seed_of(self._index), fp32=fp32)
+        return rehearse(self.engine.step, batch, scale, partial(self._seed, whole), fp32=fp32)
+
+    def _seed(self, whole: bool) -> None:
+        """The random numbers of this micro-step; other samples than all of it are looked at with any keys."""
+        step, seed = self.engine.step, self.window.seed_of(self._index)
+        if whole:
+            step.seed(self.window, self._index)
+        elif seed is not None:
+            step.random.start(seed, None)
 
 
 class _OutOfTimeError(Exception):

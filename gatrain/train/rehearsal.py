@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from gatrain.tasks.base import Batch
 from gatrain.train.optimizer import dense_parts
-from gatrain.train.seeding import kept_random_state, seed_everything
+from gatrain.train.seeding import kept_random_state
 
 if TYPE_CHECKING:
     from gatrain.train.step import Step
@@ -35,7 +35,7 @@ def rehearse(
     step: Step,
     batch: Batch,
     scale: Mapping[str, float],
-    seed: tuple[int, ...] | None = None,
+    seed: Callable[[], None] = lambda: None,
     *,
     fp32: bool = False,
 ) -> Rehearsal:
@@ -46,18 +46,17 @@ def rehearse(
     Args:
         batch: on the host.
         scale: as for `Step.forward_backward`.
-        seed: see `LoadedWindow.seed_of`.
+        seed: sets the random numbers, such as `Step.seed` of this micro-batch.
         fp32: without autocast.
     """
     assert step.guard is not None
     step.guard.keep_buffers()
     sums, autocast = step.counts.aside(), step.autocast
     if fp32:
-        step.autocast = contextlib.nullcontext
+        step.autocast = step.random.around(contextlib.nullcontext)
     try:
         with kept_random_state():
-            if seed is not None:
-                seed_everything(*seed)
+            seed()
             step.forward_backward(step.stage(batch)(), scale)
             loss = float(step.counts.take()[0])
             gradients = dense_parts([p.grad for p in step.parallel.parameters if p.grad is not None])

@@ -205,7 +205,10 @@ def make(
             kept_keys, kept = [key for key, _ in left], [sample for _, sample in left]
             found = make(task, kept, kept_keys, seed, data=data, trusted=trusted)
         dropped = found.dropped + len(skipped)
-        return dataclasses.replace(found, dropped=dropped, skipped=skipped, keys=tuple(keys))
+        read_at = [place for place, sample in enumerate(samples) if not isinstance(sample, Skipped)]
+        inner = range(len(read_at)) if found.places is None and not found.dropped else found.places
+        places = None if inner is None else tuple(read_at[place] for place in inner)
+        return dataclasses.replace(found, dropped=dropped, skipped=skipped, keys=tuple(keys), places=places)
     broken = sum(sample is None for sample in samples)
     try:
         batch = collated(task, samples, keys, seed, trusted=trusted)
@@ -217,6 +220,8 @@ def make(
         return MicroBatch(None, {}, samples=0, dropped=broken, keys=tuple(keys))
     weights = named_weights(task.weight(batch))
     count = _samples_in(task, samples, batch, keys, seed, trusted)
+    # a collate function that leaves out what is None
+    there = tuple(place for place, sample in enumerate(samples) if sample is not None) if broken else None
     return MicroBatch(
         batch,
         weights,
@@ -224,6 +229,7 @@ def make(
         dropped=len(samples) - count,
         tokens=task.tokens(batch),
         keys=tuple(keys),
+        places=there if there is not None and len(there) == count else None,
     )
 
 

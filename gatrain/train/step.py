@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from gatrain.errors import ExactnessError
 from gatrain.tasks.base import Batch, LossSum, LossSums, Task, named_loss_sums
 from gatrain.train.counts import Counts
+from gatrain.train.dropout import RandomNumbers
 from gatrain.train.gradient import GradientStrategy, Update
 from gatrain.train.guard import Guard
 from gatrain.train.loss_scale import try_lower_scales
@@ -27,7 +28,6 @@ from gatrain.train.micro_batches import LoadedWindow
 from gatrain.train.modules import synchronised_norms
 from gatrain.train.parallel import Replicated
 from gatrain.train.part_norms import PartNorms
-from gatrain.train.seeding import seed_everything
 from gatrain.train.window_result import WindowResult
 
 
@@ -45,6 +45,7 @@ class Step:
         scaler: fp16 loss scaler; one scale for the whole window.
         task: for strategies that compute other passes than ``loss_sum``.
         method: gives a method ``(model, batch)`` of the task by its name, as a function of the batch.
+        random: the random numbers of its forwards, set up for the model.
     """
 
     def __init__(
@@ -60,11 +61,13 @@ class Step:
         scaler: torch.amp.GradScaler | None = None,
         task: Task | None = None,
         method: Callable[[str], Callable[[Batch], Any]] | None = None,
+        random: RandomNumbers | None = None,
     ) -> None:
         self.model, self.task, self.loss_sum = model, task, loss_sum
         self.method = method or (lambda name: functools.partial(getattr(task, name), model))
         self.parallel, self.ranks, self.strategy = parallel, parallel.ranks, strategy
-        self.stage, self.autocast, self.scaler = stage, autocast, scaler
+        self.random = random or RandomNumbers()
+        self.stage, self.autocast, self.scaler = stage, self.random.around(autocast), scaler
         self.device = parallel.parameters[0].device if parallel.parameters else torch.device("cpu")
         norms = synchronised_norms(model, self.device) if self.ranks.world_size > 1 else []
         self.counts = Counts(term_names, self.ranks, norms)
@@ -228,8 +231,7 @@ class Step:
         """Set the random generators to the numbers of micro-step k, the same ones however often it is computed."""
         for listener in self.before_micro_step:
             listener(window, k)
-        if (seed := window.seed_of(k)) is not None:
-            seed_everything(*seed)
+        self.random.seed(window, k)
 
     def reset(self) -> None:
         """Forget what the window has come to so far: gradients, sums, what its forwards wrote into buffers."""

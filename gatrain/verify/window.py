@@ -7,6 +7,7 @@ import copy
 import math
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -22,6 +23,9 @@ from gatrain.train import samples, seeding
 from gatrain.train.accumulate import gradient_step
 from gatrain.train.batches import map_tensors, move_to, tensors_of
 from gatrain.train.checkpointing import apply_checkpointing
+from gatrain.train.dropout import RandomNumbers
+from gatrain.train.dropout.notice import NoticeDraws
+from gatrain.train.dropout.places import places_of
 from gatrain.train.frozen import frozen_randomness
 from gatrain.train.gradient import GradientStrategy
 from gatrain.train.groups import group_parameters
@@ -87,7 +91,9 @@ class Verification:
         self._samples: dict[int, Any] = {}
         self._whole: Batch | None = None
         self._weights: list[Tensor] = []
-        self._draws = False  # torch draws random numbers in the forward
+        self._draws = False  # torch draws random numbers in the forward, and they are held still
+        self._random: weakref.WeakKeyDictionary[nn.Module, RandomNumbers] = weakref.WeakKeyDictionary()
+        self._seed = config.train.seed, seeding.MICRO_STEP, 0
         self._cuts = False  # collate draws: pieces are cut from the whole batch
 
     # --- what the model and the data do ---------------------------------------------------------------
@@ -149,6 +155,7 @@ class Verification:
         """Whether the forward draws random numbers, and whether they can be held still."""
         drew: set[str] = set()
         host = self.host(self.ids[:2])
+        is_keyed = self._random[model].is_keyed
 
         def losses(freeze: bool) -> list[float]:
             self._draws = freeze
@@ -162,10 +169,13 @@ class Verification:
         # the same seed again: what draws from a generator of its own shows in the losses
         try:
             plain = [losses(False) for _ in range(REPEATS)]
-            frozen = [losses(True) for _ in range(REPEATS)] if "torch" in drew else plain
+            held_still = "torch" in drew and not is_keyed
+            frozen = [losses(True) for _ in range(REPEATS)] if held_still else plain
+            if is_keyed:
+                self._look_beside_keys(path, model, host, "torch" in drew)
         finally:
             self._draws = False
-        self._draws = "torch" in drew
+        self._draws = held_still
         if self._draws:
             self.notes.append(
                 "Dropout draws another mask for each split, so it is off in this check, as is every other random "
@@ -183,6 +193,22 @@ class Verification:
             )
             self.causes.append(text)
             self.notes.append(f"{text[0].upper()}{text[1:]}, so a difference is no proof of a wrong split.")
+
+    def _look_beside_keys(self, path: Path, model: nn.Module, host: Batch, draws: bool) -> None:
+        """What dropout=keyed does not reach."""
+        self.notes.append("Dropout is on in this check: its masks are keyed by sample.")
+        if not draws:
+            return
+        with (
+            self.computing(path, model),
+            torch.no_grad(),
+            autocast_for(path.autocast, self.device)(),
+            NoticeDraws(model) as notice,
+        ):
+            self._terms(model, self.on_device(host, path))
+        text = f"the forward draws random numbers that dropout=keyed does not reach ({notice.words})"
+        self.causes.append(text)
+        self.notes.append(f"{text[0].upper()}{text[1:]}: they are other ones in each split.")
 
     def _look_at_state(self, path: Path, model: nn.Module) -> None:
         """Whether the loss remembers earlier micro-steps (a counter, a moving average): so it depends on their
@@ -354,7 +380,8 @@ class Verification:
                 if batch is None:
                     continue
                 host = self.task.shortened(batch) if self.shorten else batch
-                made.append(MicroBatch(host, named_weights(self.task.weight(host))))
+                weights = named_weights(self.task.weight(host))
+                made.append(MicroBatch(host, weights, samples=size, position=first - size))
             found.append(made)
         return found
 
@@ -383,6 +410,8 @@ class Verification:
                     tensor.data.copy_(saved)
         if path.dtype is not None:
             model = model.to(path.dtype)
+        self._random[model] = build.build_random(self.config)
+        self._random[model].set_up(model)
         if self._checkpointing in ("full", "selective"):
             apply_checkpointing(model, self._checkpointing)
         return model
@@ -402,17 +431,30 @@ class Verification:
                 stack.enter_context(frozen_randomness(model))
             yield
 
-    def _terms(self, model: nn.Module, on_device: Batch) -> dict[str, LossSum]:
+    def _terms(
+        self, model: nn.Module, on_device: Batch, places: Sequence[int] | None = None
+    ) -> dict[str, LossSum]:
+        """``places``: of the samples in the window, which key their dropout; None where any keys serve."""
+        self._random[model].start(self._seed, places)
+        return self._terms_as_seeded(model, on_device)
+
+    def _terms_as_seeded(self, model: nn.Module, on_device: Batch) -> dict[str, LossSum]:
         seeding.seed_everything(self.config.train.seed)  # whole and pieces draw alike
-        return named_loss_sums(loss_sum_at(self.task, model, on_device, 0))
+        with self._random[model].around(contextlib.nullcontext)():
+            return named_loss_sums(loss_sum_at(self.task, model, on_device, 0))
 
     def _one_shot_backward(
-        self, model: nn.Module, whole: Batch, path: Path, factor: float = 1.0
+        self,
+        model: nn.Module,
+        whole: Batch,
+        path: Path,
+        factor: float = 1.0,
+        places: Sequence[int] | None = None,
     ) -> dict[str, float]:
         """Forward and backward over everything at once, with none of the training core."""
         model.zero_grad(set_to_none=True)
         with autocast_for(path.autocast, self.device)():
-            terms = self._terms(model, whole)
+            terms = self._terms(model, whole, places)
         means = [total / weight for total, weight in terms.values() if float(weight)]
         if means:
             (torch.stack(means).sum() * factor).backward()  # type: ignore[no-untyped-call]
@@ -425,7 +467,7 @@ class Verification:
             batch = self.on_device(self.whole(), path)
 
             def compute(factor: float) -> tuple[Tensor, dict[str, float]]:
-                sums = self._one_shot_backward(model, batch, path, factor)
+                sums = self._one_shot_backward(model, batch, path, factor, range(len(self.ids)))
                 return _flat(model.parameters()), sums
 
             return _scaled(path, compute)
@@ -449,7 +491,7 @@ class Verification:
             def loss_sums(on_device: Batch) -> dict[str, LossSum]:
                 return {
                     name: (total * factor if factor != 1.0 else total, weight)
-                    for name, (total, weight) in self._terms(model, on_device).items()
+                    for name, (total, weight) in self._terms_as_seeded(model, on_device).items()
                 }
 
             step = gradient_step(
@@ -463,8 +505,9 @@ class Verification:
                 main_gradients=masters,
                 strategy=strategy or self.strategy,
                 task=self.task,
+                random=self._random[model],
             )
-            result, _ = step.gradient(LoadedWindow(micro_batches))
+            result, _ = step.gradient(LoadedWindow(micro_batches, seed=self._seed))
             sums = {name: float(value) / factor for name, value in result.local_loss_sums.items()}
             return _flat(parameters), sums
 
@@ -486,7 +529,9 @@ class Verification:
             for micro_batch in pieces[self.ranks.rank]:
                 model.zero_grad(set_to_none=True)
                 with autocast_for(path.autocast, self.device)():
-                    terms = self._terms(model, self.on_device(micro_batch.batch, path))
+                    terms = self._terms(
+                        model, self.on_device(micro_batch.batch, path), places_of(micro_batch)
+                    )
                 parts = [part * (factor / totals[name]) for name, (part, _) in terms.items() if totals[name]]
                 torch.stack(parts).sum().backward()  # type: ignore[no-untyped-call]
                 gradient = _flat(model.parameters()).double()

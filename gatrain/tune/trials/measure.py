@@ -28,7 +28,6 @@ from gatrain.rank import Rank
 from gatrain.tasks.base import Batch
 from gatrain.train.batches import bytes_of
 from gatrain.train.meter import Meter
-from gatrain.train.seeding import seed_everything
 from gatrain.tune.curve import DIFFERS
 from gatrain.tune.judging import disagrees
 from gatrain.tune.trials.batches import TrialBatches
@@ -213,7 +212,7 @@ class SizeMeter:
         seeds = NOISE_SEEDS if self._reference.loss is None else 1
         losses = []
         for seed in range(seeds):
-            seed_everything(seed)
+            self._engine.step.random.start((seed,), None)
             self._engine.last_loss_sums()  # forget what came before
             self._engine.micro_step(*same)
             loss, weight = self._engine.last_loss_sums()
