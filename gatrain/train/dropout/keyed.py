@@ -58,8 +58,8 @@ class KeyedDropout(RandomNumbers):
             raise ValueError(f"batch_dim={batch_dim!r} is not a dimension: 0, or 1 where time comes first")
         self._batch_dim, self._flattened = batch_dim, flattened
         self._keys: Tensor | None = None
-        """[samples], int64: of the block under way. Where no sample is known a scalar, which stands for any number of
-        them, or None."""
+        """[samples], int64: of the block under way. Where no sample is known a scalar, which stands for
+        any number of them, or None."""
         self._count = 0
         """Draws in the block under way, or outside of all blocks."""
         self._scopes: list[_Scope] = []
