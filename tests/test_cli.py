@@ -21,6 +21,7 @@ SURFACE = {
     "fit": {"--retune", "--overwrite", "--trust"},
     "autotune": {"--nproc", "--json", "--retune", "--plot", "--trust"},
     "plan": {"--gpu", "--gpus", "--nproc", "--json", "--trust"},
+    "explain": {"--gpu", "--nproc", "--json", "--retune", "--trust"},
     "launch": {
         "--nproc", "--nnodes", "--node-rank", "--rdzv-endpoint", "--max-restarts",
         "--slurm", "--dry-run", "--nodes", "--gpus-per-node", "--cpus-per-gpu", "--mem",

@@ -29,7 +29,19 @@ if TYPE_CHECKING:
     from gatrain.launch.torchrun import TorchrunWorld
     from gatrain.launch.world import WorldRequest
 
-COMMANDS = ("fit", "autotune", "plan", "launch", "resume", "verify", "recipes", "show", "schema", "doctor")
+COMMANDS = (
+    "fit",
+    "autotune",
+    "plan",
+    "explain",
+    "launch",
+    "resume",
+    "verify",
+    "recipes",
+    "show",
+    "schema",
+    "doctor",
+)
 
 COMPLETES = "_GATRAIN_COMPLETE"
 """Set by the shell's completion."""
@@ -207,6 +219,37 @@ def plan(
         terminal.print_lines(prediction_lines(prediction))
     if not prediction.fits:
         raise typer.Exit(DoesNotFitError.exit_code)
+
+
+@app.command(cls=Command)
+def explain(
+    overrides: _Overrides = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option("--gpu", help="Predict for a kind of GPU, such as 'H100 80GB', instead of measuring."),
+    ] = None,
+    nproc: _Nproc = None,
+    as_json: _Json = False,
+    retune: _Retune = False,
+    trusted: _Trust = None,
+) -> None:
+    """Say what accumulation costs and buys for this recipe here, and what is exact."""
+    import dataclasses
+
+    from gatrain.cli.explained import headline, look
+    from gatrain.explain import explain as rows_of
+    from gatrain.report.explanation import print_explanation
+
+    with terminal.Progress() as progress:
+        situation = look(overrides or [], _world_request(nproc), progress, gpu=gpu, retune=retune)
+    rows = rows_of(situation)
+    if as_json:
+        terminal.print_json(
+            {"headline": headline(situation), "rows": [dataclasses.asdict(row) for row in rows]}
+            | {"plan": situation.plan.to_dict()}
+        )
+    else:
+        print_explanation(headline(situation), rows, min(terminal.width(), 100))
 
 
 @app.command(cls=Command)
@@ -529,7 +572,7 @@ def _run_within_torchrun(arguments: list[str]) -> int:
             return torchrun.follow(_torchrun)
         torchrun.forget(os.environ)
         # what is no training is done once, on node 0
-        here = _torchrun.node_rank == 0 or arguments[0] in ("fit", "launch", "resume", "autotune")
+        here = _torchrun.node_rank == 0 or arguments[0] in ("fit", "launch", "resume", "autotune", "explain")
         return torchrun.lead(_torchrun, lambda: _run(arguments) if here else 0)
     except GatrainError as error:
         terminal.print_error(str(error))

@@ -13,6 +13,7 @@ READS: dict[str, tuple[str, ...] | None] = {
     "fit": (), "launch": (), "show": (), "doctor": (),
     "autotune": (*SPLIT, "tune", "knobs", "gradient", "dropout", "optimizer", "train.check", "train.seed"),
     "plan": (*SPLIT, "optimizer"),
+    "explain": (),
     "verify": ("batch", "precision", "checkpointing", "device", "gradient", "dropout", "train.seed"),
     "resume": None,
 }  # fmt: skip
@@ -22,6 +23,7 @@ EXAMPLES = {
     "launch": "gatrain launch --nproc 2 recipe=vision train.epochs=3",
     "autotune": "gatrain autotune recipe=llm batch.effective=512",
     "plan": "gatrain plan recipe=gpt2 --gpu 'H100 80GB'",
+    "explain": "gatrain explain recipe=vision batch.effective=256",
     "verify": "gatrain verify recipe=vision batch.effective=24",
     "resume": "gatrain resume outputs/llm/2026-01-31_12-00-00 train.steps=2000",
     "show": "gatrain show recipe=llm optimizer=sgd",

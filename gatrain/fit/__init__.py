@@ -30,6 +30,7 @@ from gatrain.fit.resuming import resume as resume
 from gatrain.fit.starting import Outcome as Outcome
 from gatrain.fit.starting import follow_node_0, rendezvous_of, start_ranks
 from gatrain.hardware import Hardware, weakest
+from gatrain.inspected import Inspected
 from gatrain.inspection import check_modules
 from gatrain.launch.world import Nodes, WorldRequest
 from gatrain.plan import Plan
@@ -45,7 +46,11 @@ class Prepared:
     hardware: Hardware
     nodes: Nodes
     plan: Plan
-    data: DataRecord | None = None
+    inspected: Inspected
+
+    @property
+    def data(self) -> DataRecord | None:
+        return self.inspected.data
 
 
 def autotune(
@@ -73,7 +78,7 @@ def autotune(
     config, yaml = composed.config, composed.yaml
     plan, found = plan_run(config, yaml, hardware, nodes, listener, cwd, retune=retune)
     listener.planned(plan, None)
-    return Prepared(composed, hardware, nodes, plan, found.data)
+    return Prepared(composed, hardware, nodes, plan, found)
 
 
 def fit(
