@@ -11,7 +11,7 @@ from gatrain.explain.row import Row, Situation
 
 SMALL_GROUP = 32
 """Samples below which BatchNorm's statistics of one micro-batch are far from those of the effective batch."""
-SHOWN_DOORS = ("gradient", "order", "hooks", "knobs")
+SHOWN_DOORS = ("gradient", "dropout", "order", "hooks", "knobs")
 _PRECISIONS = {
     "fp32": "Everything is computed and summed in fp32.",
     "bf16": "Autocast computes in bf16; parameters are fp32, so gradients add up over micro-batches in fp32, and "
@@ -138,8 +138,8 @@ def random_numbers(situation: Situation) -> Iterable[Row]:
     yield Row(
         "random numbers",
         f"seed {situation.config.train.seed}",
-        "Data augmentation is keyed by sample: the same for every split. Dropout's numbers are keyed by window and "
-        "micro-batch: the same at each repetition, and another draw of the same distribution for another split.",
+        "Data augmentation is keyed by sample: the same for every split. What the model draws is keyed by window "
+        "and micro-batch: the same at each repetition.",
     )
 
 

@@ -51,6 +51,7 @@ class KeyedDropout(RandomNumbers):
             windows of an image or tokens are a part of the batch. Otherwise it is refused.
     """
 
+    exact = "masks belong to samples: no split, rank, resume or recomputation changes them"
     is_keyed = True
 
     def __init__(self, batch_dim: int = 0, flattened: bool = False) -> None:
