@@ -24,7 +24,7 @@ class RandomNumbers:
     """Those of torch's generators."""
 
     exact: str = (
-        "where the model drops nothing; else masks are drawn for each micro-batch, the same at each repetition, and "
+        "where the model drops nothing; else masks belong to each micro-batch, the same at each repetition, and "
         "another split draws others of the same distribution (dropout=keyed draws the same)"
     )
     """One sentence: which part of a model's own random numbers the split does not change."""
