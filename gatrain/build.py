@@ -98,6 +98,17 @@ def nodes_of(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
             yield from targets.nodes(where, node)
 
 
+def parts_named(config: RunConfig, door: str) -> Iterator[tuple[str, Any]]:
+    """Each part that the configuration names at a door: its short name, or its ``_target_``, and the class.
+
+    Raises:
+        ConfigError: there is no such part, or it is refused.
+    """
+    names = {dotted: name for name, dotted in doors.SHIPPED[door].items()}
+    for where, node in doors.nodes_of(door, getattr(config, door)):
+        yield names.get(node["_target_"], node["_target_"]), targets.admit(where, node)
+
+
 def build_task(config: RunConfig) -> Task:
     """Make the task with its data. The model is made later, by `build_model`.
 

@@ -126,7 +126,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "worker": {"build", "compose", "outdated", "rank", "recorded", "report", "train"},
     "verify": {"batch", "build", "compose", "inspection", "launch", "rank", "train", "tune"},
-    "explain": {"batch_rule", "commands", "targets", "inspected", "noise_advice", "plan", "tune"},
+    "explain": {"batch_rule", "build", "commands", "inspected", "noise_advice", "plan", "tune"},
     "fit": {"commands", "disk", "compose", "inspection", "launch", "recorded", "states", "tune"},
     "cli": {
         "assets",

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from gatrain import doors, targets
+from gatrain import build, doors
 from gatrain.explain.row import Row, Situation
 
 SMALL_GROUP = 32
@@ -33,12 +33,10 @@ def doors_rows(situation: Situation) -> Iterable[Row]:
 
 
 def _of_door(situation: Situation, door: str) -> Iterator[Row]:
-    names = {dotted: name for name, dotted in doors.SHIPPED[door].items()}
-    for where, node in doors.nodes_of(door, getattr(situation.config, door)):
-        part = targets.admit(where, node)
-        is_shipped = node["_target_"] in names
+    for name, part in build.parts_named(situation.config, door):
+        is_shipped = name in doors.SHIPPED[door]
         said = _words(part) if is_shipped or hasattr(part, "exact") else "Your own: ask it what is exact."
-        yield Row(door, names.get(node["_target_"], node["_target_"]), said)
+        yield Row(door, name, said)
 
 
 def _words(part: Any) -> str:
