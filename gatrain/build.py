@@ -18,9 +18,10 @@ from gatrain.causes import told
 from gatrain.config import OPEN_NODES, OptimizerConfig, RunConfig
 from gatrain.construction import build_without_memory_or_really, check_numbers, check_shapes, kept_defaults
 from gatrain.errors import ConfigError, DataError, GatrainError
+from gatrain.phase_config import phase_configs
 from gatrain.plan import StepSettings
 from gatrain.signatures import believed_parameters, certain_parameters, mistake
-from gatrain.tasks.base import Task
+from gatrain.tasks.base import Task, phases_of
 from gatrain.tasks.parts import map_style
 from gatrain.tasks.streams import ENDLESS, Stream
 from gatrain.train import order
@@ -28,16 +29,16 @@ from gatrain.train.dropout import RandomNumbers
 from gatrain.train.engine import Engine, StepClock
 from gatrain.train.events import Sink
 from gatrain.train.gradient import GradientStrategy
-from gatrain.train.groups import group_parameters
 from gatrain.train.hook import Hook
 from gatrain.train.hooks import named
 from gatrain.train.knobs import Knobs, by_name
 from gatrain.train.modules import sparse_parameters
 from gatrain.train.norm import Normalisation
-from gatrain.train.optimizer import Maker, check_takes_sparse, counted_state
+from gatrain.train.optimizer import Maker, check_takes_sparse
 from gatrain.train.optimizer_state import check_step
 from gatrain.train.parallel import Replicated
 from gatrain.train.part_norms import check_measurable
+from gatrain.train.phased_optimizer import configs_of, counted_for, groupings
 from gatrain.train.ranks import Ranks
 from gatrain.train.schedule import Factor, TorchFactor, check_factor, check_schedule_class
 from gatrain.train.seeding import DATA, MODEL, seeded
@@ -93,6 +94,10 @@ def nodes_of(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     for key in ("optimizer", "schedule"):  # by short name they are typed, and name no node
         if (node := getattr(config, key).node) is not None:
             yield from targets.nodes(key, node)
+    for name, phase in phase_configs(config.optimizer).items():
+        for key, part in (("optimizer", phase.optimizer), ("schedule", phase.schedule)):
+            if part is not None and (node := part.node) is not None and node != getattr(config, key).node:
+                yield from targets.nodes(f"optimizer.phases.{name}", node)
     for key in doors.SHIPPED:
         for where, node in doors.nodes_of(key, getattr(config, key)):
             yield from targets.nodes(where, node)
@@ -140,7 +145,33 @@ def build_task_and_source(config: RunConfig) -> tuple[Task, Any]:
     if task.eval_data is not None:
         task.eval_data = map_style(task.eval_data, "eval_data")
     _check_streams(task, config)
+    _check_phases(task, config)
     return task, given.get("data")
+
+
+def _check_phases(task: Task, config: RunConfig) -> None:
+    """A task with phases needs a strategy that trains them, and the other way round.
+
+    Raises:
+        ConfigError: one without the other.
+    """
+    phases, trains = phases_of(task), build_strategy(config).trains_phases
+    if phases and not trains:
+        raise ConfigError(
+            f"{type(task).__name__} has the phases {', '.join(phases)}, each with an optimizer of its own, and "
+            f"gradient={config.gradient!r} knows one optimizer alone. Use gradient=phases."
+        )
+    if trains and not phases:
+        raise ConfigError(
+            f"gradient=phases needs a task with phases, and {type(task).__name__} has none. Write for example "
+            "phases = ('discriminator', 'generator') and loss_sum(self, model, batch, phase), or no gradient."
+        )
+    if config.optimizer.phases is not None and not phases:
+        raise ConfigError(
+            f"optimizer.phases is given, and {type(task).__name__} has no phases. Use gradient=phases with a task "
+            "that has phases, or leave optimizer.phases out."
+        )
+    configs_of(config.optimizer, phases)
 
 
 def _check_streams(task: Task, config: RunConfig) -> None:
@@ -341,7 +372,7 @@ def build_engine(
         config.train.nonfinite,
         strategy=build_strategy(config),
         parallel=build_parallel(config),
-        maker=optimizer_maker(config.optimizer),
+        maker_of=optimizer_maker,
         batch_rule=(config.batch.rule, config.batch.rule_base),
         random=build_random(config),
     )
@@ -358,17 +389,7 @@ def build_strategy(config: RunConfig) -> GradientStrategy:
     Raises:
         ConfigError: ``gradient`` names something else, or does not go with the rest of the configuration.
     """
-    wanted, given = config.optimizer.gradient, config.gradient
-    if wanted is not None:
-        asked = doors.node_of("gradient", given)["_target_"]
-        shipped = doors.SHIPPED["gradient"]
-        if asked not in (shipped["plain"], shipped[wanted]):
-            raise ConfigError(
-                f"optimizer={config.optimizer.name} takes gradients as gradient={wanted} gives them, and gradient="
-                f"{given!r} is another way. Leave gradient out, or use optimizer=adamw."
-            )
-        given = given if asked == shipped[wanted] else wanted
-    made: GradientStrategy = _part_of("gradient", given, GradientStrategy)  # type: ignore[type-abstract]
+    made: GradientStrategy = _part_of("gradient", config.gradient, GradientStrategy)  # type: ignore[type-abstract]
     made.check(config)
     return made
 
@@ -433,10 +454,10 @@ def inspect_optimizer(config: RunConfig, task: Task, model: nn.Module) -> int:
     Raises:
         ConfigError: rules that match nothing, an optimizer or a schedule that cannot be used.
     """
-    grouping = group_parameters(config.optimizer, model)
-    check_takes_sparse(config.optimizer, model)
-    maker = optimizer_maker(config.optimizer)
-    sizes = counted_state(config.optimizer, grouping, sparse_parameters(model), maker)
+    grouped = groupings(task, config.optimizer, model)
+    for each, _ in grouped.values():
+        check_takes_sparse(each, model)
+    sizes = counted_for(grouped, sparse_parameters(model), optimizer_maker)
     if config.schedule.node is not None:
         step_clock(config, window_schedule(config, task).steps(config.train.steps, config.train.epochs))
     return sum(sizes)
@@ -486,6 +507,15 @@ def step_clock(config: RunConfig, total_steps: int) -> StepClock:
         ConfigError: a schedule of the user's own that is not a function of the step.
     """
     clock = StepClock(config.schedule, total_steps, config.batch.effective)
+    if config.optimizer.phases is not None:
+        own_ones = {
+            name: dataclasses.replace(config, schedule=phase.schedule, optimizer=phase.optimizer)
+            for name, phase in phase_configs(config.optimizer).items()
+            if phase.schedule is not None
+        }
+        clock = dataclasses.replace(
+            clock, phases={name: step_clock(each, total_steps) for name, each in own_ones.items()}
+        )
     node = config.schedule.node
     if node is None:
         return clock

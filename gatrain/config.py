@@ -21,6 +21,7 @@ from gatrain.optimizer_config import OptimizerConfig as OptimizerConfig
 from gatrain.optimizer_config import ScheduleConfig as ScheduleConfig
 from gatrain.optimizer_config import SGDConfig as SGDConfig
 from gatrain.optimizer_config import check_optimizer, check_schedule
+from gatrain.phase_config import phase_configs
 
 OPEN_NODES = ("model", "data", "loss", "task")
 """Sections for the user's own work, with keys that only the ``_target_`` knows."""
@@ -234,6 +235,7 @@ def validate(config: RunConfig) -> None:
     at_least("train.nonfinite_limit", train.nonfinite_limit, 1)
     one_of("train.check", config.train.check, CHECKS)
     check_optimizer(config.optimizer)
+    phase_configs(config.optimizer)
     _check_rule(config.batch, config.optimizer)
     check_schedule(config.schedule)
     at_least("eval.every", config.eval.every, 0)

@@ -45,6 +45,7 @@ SHIPPED: dict[str, dict[str, str]] = {
         "plain": "gatrain.train.gradient.plain.Plain",
         "cached": "gatrain.train.gradient.cached.Cached",
         "fold": "gatrain.train.gradient.fold.Fold",
+        "phases": "gatrain.train.gradient.phases.Phases",
     },
     "norm": {
         "keep": "gatrain.train.norm.keep.Keep",

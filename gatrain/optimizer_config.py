@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,9 @@ class OptimizerConfig:
     ``model`` for the groups that the model's own ``parameter_groups()`` gives."""
     layer_decay: float | None = None
     """Factor of the rate from each block to the one before it, the head at the full rate (0.75, say)."""
+    phases: Any = None
+    """With ``gradient=phases``, an optimizer for each phase of the task: ``{critic: {lr: 2e-4}, actor: {name: sgd,
+    lr: 0.1, match: 'actor.*', clip_norm: 1, schedule: constant}}``; what one leaves out is as here."""
 
     @property
     def node(self) -> dict[str, Any] | None:
@@ -42,13 +46,27 @@ class OptimizerConfig:
 
     def held_still(self, lr: float) -> OptimizerConfig:
         """The same with every rate at ``lr``: for trials, which should move no weight."""
+        if isinstance(self.phases, Mapping):
+            still = {name: _held_still(phase, lr) for name, phase in self.phases.items()}
+            return dataclasses.replace(self, lr=lr, phases=still)
         if not isinstance(self.groups, list | tuple):
             return dataclasses.replace(self, lr=lr)
-        rules = [{**rule, "lr": lr} if isinstance(rule, dict) else rule for rule in self.groups]
-        for rule in rules:
-            if isinstance(rule, dict):
-                rule.pop("lr_scale", None)
-        return dataclasses.replace(self, lr=lr, groups=rules)
+        return dataclasses.replace(self, lr=lr, groups=_rules_held_still(self.groups, lr))
+
+
+def _held_still(phase: Any, lr: float) -> dict[str, Any]:
+    still: dict[str, Any] = {**(phase or {}), "lr": lr}
+    if isinstance(still.get("groups"), list | tuple):
+        still["groups"] = _rules_held_still(still["groups"], lr)
+    return still
+
+
+def _rules_held_still(groups: Iterable[Any], lr: float) -> list[Any]:
+    rules = [{**rule, "lr": lr} if isinstance(rule, dict) else rule for rule in groups]
+    for rule in rules:
+        if isinstance(rule, dict):
+            rule.pop("lr_scale", None)
+    return rules
 
 
 @dataclass(frozen=True)

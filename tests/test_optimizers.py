@@ -66,8 +66,7 @@ def own(name: str, lr: float | None = 0.01, **arguments: Any) -> OwnOptimizer:
 
 def engine_for(config: OptimizerConfig, model: nn.Module | None = None) -> Engine:
     settings = StepSettings("fp32", "none", False, "window")
-    maker = build.optimizer_maker(config)
-    return Engine(Squares(), model or Net(), settings, config, Ranks(), CPU, maker=maker)
+    return Engine(Squares(), model or Net(), settings, config, Ranks(), CPU, maker_of=build.optimizer_maker)
 
 
 def train(engine: Engine, sizes: list[int], start: int = 0, stop: int = STEPS) -> dict[str, Tensor]:

@@ -19,15 +19,14 @@ from gatrain.construction import check_shapes, kept_defaults
 from gatrain.predict.recorder import Recorder
 from gatrain.predict.request import TraceRequest
 from gatrain.predict.timeline import MICRO_STEP, REDUCE, UPDATE, WORKSPACE, Events, Held, Recording
-from gatrain.tasks.base import Batch, Task, loss_sum_at
+from gatrain.tasks.base import Batch, Task, loss_sum_at, terms_of
 from gatrain.train import samples
 from gatrain.train.accumulate import gradient_step
 from gatrain.train.batches import map_tensors, tensors_of
 from gatrain.train.checkpointing import apply_checkpointing, blocks_of
-from gatrain.train.groups import group_parameters
 from gatrain.train.main_gradients import MasterWeights
 from gatrain.train.norm import Normalisation
-from gatrain.train.optimizer import build_optimizer, counted_state
+from gatrain.train.phased_optimizer import build_for, counted_for, groupings
 from gatrain.train.precision import autocast_for
 from gatrain.train.ranks import Ranks, buckets_of, flatten
 from gatrain.train.seeding import MODEL, seeded
@@ -68,15 +67,16 @@ class StepTracer:
         self._asked = asked
         self._batches = batches
         self._recorder = Recorder()
-        grouping, maker = group_parameters(config.optimizer, model), optimizer_maker(config.optimizer)
+        grouped = groupings(task, config.optimizer, model)
         self._masters = MasterWeights(model)
         self._parameters = self._masters.trained
         self._optimizer = _fused(
-            build_optimizer(
+            build_for(
+                task,
                 config.optimizer,
-                grouping,
+                grouped,
                 self._masters.of,
-                maker=maker,
+                maker_of=optimizer_maker,
                 try_first=False,
             ).optimizer
         )
@@ -84,7 +84,7 @@ class StepTracer:
         self._hooks = list(build_hooks(config).values())
         self._can_step = True
         """Without numbers; of an optimizer that looks at them only the state is predicted, not its temporaries."""
-        self._count_state = partial(counted_state, config.optimizer, grouping, (), maker)
+        self._count_state = partial(counted_for, grouped, (), optimizer_maker)
         self._step: Step
         self._strategy = build_strategy(config)
         for parameter in model.parameters():
@@ -104,7 +104,7 @@ class StepTracer:
         self._step = gradient_step(
             self._model,
             lambda batch: loss_sum_at(self._task, self._model, batch, 0),
-            term_names=self._task.loss_terms,
+            term_names=terms_of(self._task),
             ranks=Ranks(),
             stage=lambda batch: lambda: batch,
             autocast=autocast_for(self._asked.precision, _CPU),
@@ -157,7 +157,7 @@ class StepTracer:
 
     def _record(self, micro_batch: int, quick: bool) -> Recording:
         batch = self._batches.fake(micro_batch)
-        scale = dict.fromkeys(self._task.loss_terms, 1.0)
+        scale = dict.fromkeys(terms_of(self._task), 1.0)
         self._step.counts.take()
         gc.collect()
         self._recorder.take()

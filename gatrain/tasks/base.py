@@ -11,13 +11,14 @@ from __future__ import annotations
 import abc
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from gatrain.errors import DataError
+from gatrain.errors import ConfigError, DataError, ExactnessError
 from gatrain.tasks.forms import shown
 
 Batch = Any
@@ -53,6 +54,10 @@ class Task(abc.ABC):
     eval_data: Samples | None = None
     loss_terms: Sequence[str] = ("loss",)
     """Names of the loss terms, where `weight` and `loss_sum` return mappings; known even to a rank without data."""
+    phases: Sequence[str] | Mapping[str, Sequence[str]] = ()
+    """Where several optimizers train parts of the model in turn (``gradient=phases``): the phases' names in their
+    order, or for each phase the names of its loss terms; by default it has one, called like the phase.
+    `loss_sum` then takes ``phase``, and gives the terms of that phase."""
     variable_length: bool | None = None
     """Whether batches differ in shape from one to the next, beyond their number of samples; None where it is to be
     found by reading some (`gatrain.train.lengths`)."""
@@ -89,6 +94,8 @@ class Task(abc.ABC):
 
         A loss that changes in the course of training takes a third argument, ``step``: the number of updates made
         before, the same for all micro-batches of a window (``def loss_sum(self, model, batch, step=0)``).
+        With `phases` it takes ``phase``, whose terms it gives, and may take ``update``, the number of this phase's
+        update within the window, from 0 (``def loss_sum(self, model, batch, phase="", update=0)``).
         """
 
     def partly_compiled_loss_sum(
@@ -173,18 +180,86 @@ def declares(owner: Any, trait: str, *methods: str) -> bool:
     return True  # given by __getattr__, as wrappers do
 
 
-def asks_for_step(task: Task) -> bool:
-    """Whether `Task.loss_sum` takes the number of updates made before, as ``step``."""
+def phases_of(task: Task) -> dict[str, tuple[str, ...]]:
+    """The loss terms of each phase, in the phases' order; empty for a task without phases.
+
+    Raises:
+        ConfigError: a phase without terms, or a term of two phases.
+    """
+    given = task.phases
+    named = given.items() if isinstance(given, Mapping) else ((name, (name,)) for name in given)
+    found = {name: (terms,) if isinstance(terms, str) else tuple(terms) for name, terms in named}
+    terms = [term for each in found.values() for term in each]
+    if not all(found.values()) or len(set(terms)) < len(terms):
+        raise ConfigError(
+            f"{type(task).__name__}.phases={given!r}: every phase needs a loss term of its own, for example "
+            "phases = ('discriminator', 'generator')."
+        )
+    return found
+
+
+def terms_of(task: Task) -> tuple[str, ...]:
+    """Names of all loss terms: those of all phases, where the task has phases."""
+    phases = phases_of(task)
+    return tuple(term for terms in phases.values() for term in terms) if phases else tuple(task.loss_terms)
+
+
+def weights_of(task: Task, batch: Batch) -> dict[str, float]:
+    """`Task.weight` by the names of the terms; one number counts for every term of a task with phases."""
+    weights = task.weight(batch)
+    if task.phases and not isinstance(weights, Mapping):
+        return dict.fromkeys(terms_of(task), weights)
+    return named_weights(weights)
+
+
+def asks_for(task: Task, name: str) -> bool:
+    """Whether `Task.loss_sum` takes an argument of this name."""
     try:
-        return "step" in inspect.signature(task.loss_sum).parameters
+        return name in inspect.signature(task.loss_sum).parameters
     except (TypeError, ValueError):
         return False
 
 
+def asks_for_step(task: Task) -> bool:
+    """Whether `Task.loss_sum` takes the number of updates made before, as ``step``."""
+    return asks_for(task, "step")
+
+
 def loss_sum_at(task: Task, model: nn.Module, batch: Batch, step: int) -> LossSums:
-    """`Task.loss_sum` after ``step`` updates."""
+    """`Task.loss_sum` after ``step`` updates; of a task with phases the terms of all of them."""
+    if task.phases:
+        return {
+            name: each
+            for phase in phases_of(task)
+            for name, each in phase_loss_sum(task, partial(task.loss_sum, model), batch, phase, step).items()
+        }
     loss_sum: Callable[..., LossSums] = task.loss_sum
     return loss_sum(model, batch, step=step) if asks_for_step(task) else loss_sum(model, batch)
+
+
+def phase_loss_sum(
+    task: Task, call: Callable[..., LossSums], batch: Batch, phase: str, step: int = 0, update: int = 0
+) -> dict[str, LossSum]:
+    """The loss sums of one phase by the names of its terms.
+
+    Args:
+        call: `Task.loss_sum` of a model.
+        update: number of this phase's update within the window, from 0.
+
+    Raises:
+        ExactnessError: they are not those that `Task.phases` names.
+    """
+    told = {"step": step, "update": update}
+    asked = {name: value for name, value in told.items() if asks_for(task, name)}
+    sums = call(batch, phase=phase, **asked)
+    terms = phases_of(task)[phase]
+    named = dict(sums) if isinstance(sums, Mapping) else {terms[0]: sums}
+    if set(named) != set(terms):
+        raise ExactnessError(
+            f"loss_sum(phase={phase!r}) gave the terms {', '.join(named)}; this phase has {', '.join(terms)} "
+            f"({type(task).__name__}.phases)."
+        )
+    return named
 
 
 def named_weights(weights: Weights) -> dict[str, float]:

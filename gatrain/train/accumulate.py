@@ -111,7 +111,7 @@ def gradient_step(
     strategy: GradientStrategy | None = None,
     parallel: Replicated | None = None,
     task: Task | None = None,
-    method: Callable[[str], Callable[[Batch], Any]] | None = None,
+    method: Callable[[str], Callable[..., Any]] | None = None,
     random: RandomNumbers | None = None,
 ) -> Step:
     """A step of a model that is the same on all ranks already. It gives gradients; see `Step.updates_with`."""

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gatrain.config import RunConfig
 from gatrain.errors import DataError, ExactnessError, GatrainError, PeerFailed, is_out_of_memory
-from gatrain.tasks.base import Batch, Samples, named_loss_sums, named_weights
+from gatrain.tasks.base import Batch, Samples, named_loss_sums, weights_of
 from gatrain.train import samples as reading
 from gatrain.train import seeding
 from gatrain.train.counts import agree
@@ -515,7 +515,7 @@ class _Check:
         return [
             _Made(
                 part,
-                {n: float(w) for n, w in named_weights(self.engine.task.weight(part)).items()},
+                {n: float(w) for n, w in weights_of(self.engine.task, part).items()},
                 tuple(itertools.islice(left, size)),
             )
             for part, size in zip(cut, sizes, strict=True)

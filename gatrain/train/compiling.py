@@ -65,8 +65,8 @@ class CompiledLossSum:
         self.notices: list[str] = []
         """What a person has to know, in order; whoever tells it clears it."""
 
-    def __call__(self, batch: Batch, **told: int) -> Any:
-        """``told``: the ``step``, for a loss that asks for it (`gatrain.tasks.base.asks_for_step`)."""
+    def __call__(self, batch: Batch, **told: Any) -> Any:
+        """``told``: what the loss asks for beside the batch (`gatrain.tasks.base.asks_for`), such as ``step``."""
         shapes = shapes_of(batch)
         if self._stopped or shapes in self._shapes:
             return self._call(batch, **told)
@@ -127,13 +127,13 @@ def _compiled(
     if not blocks and is_loss and asks_for_step(task):
         blocks = [model]  # a number that changes with each step would compile the loss again and again
     if not blocks:
-        return compiled(lambda batch: plain(model, batch))
+        return compiled(lambda batch, **told: plain(model, batch, **told))
     # Dynamo looks at the gradient of a block's input, which is a result and has none (seen in 2.11 to 2.15)
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     call_task = task.partly_compiled_loss_sum(compiled) if is_loss else plain
     calls = [(block, compiled(block._call_impl)) for block in blocks]
 
-    def run(batch: Batch, **told: int) -> Any:
+    def run(batch: Batch, **told: Any) -> Any:
         for block, call in calls:
             block.__dict__["_compiled_call_impl"] = call  # what nn.Module.compile sets
         try:

@@ -43,8 +43,14 @@ class Counts:
         self._synchronised = synchronised
         self._sums = _Sums({}, {}, {})
 
-    def of(self, window: LoadedWindow) -> tuple[dict[str, float], dict[str, float]]:
+    def of(
+        self, window: LoadedWindow, passes: Mapping[str, int] | None = None
+    ) -> tuple[dict[str, float], dict[str, float]]:
         """T of each loss term and `LoadedWindow.counts`, over all ranks. Collective: one small sum on the host.
+
+        Args:
+            passes: how often a loss term is computed for the window, where that is not once; T is that of one pass,
+                and 0 for a term that is not computed.
 
         Raises:
             ExactnessError: an unknown term, or a weight that is negative or not finite; on every rank.
@@ -55,6 +61,8 @@ class Counts:
                 if name not in local:
                     raise ExactnessError(f"weight() counted an unknown loss term {name!r}.")
                 local[name] += float(weight)
+        passes = passes or {}
+        local.update({name: 0.0 for name, count in passes.items() if not count})
         steps = [0.0] * self._ranks.world_size * bool(self._synchronised)
         if steps:
             steps[self._ranks.rank] = float(len(window.micro_batches))
@@ -71,7 +79,7 @@ class Counts:
         if any(totals.values()):
             counted = self._sums.counted
             for name, weight in local.items():
-                counted[name] = counted.get(name, 0.0) + weight
+                counted[name] = counted.get(name, 0.0) + weight * passes.get(name, 1)
         return totals, dict(zip(window.counts, summed[len(local) :], strict=True))
 
     def add(self, terms: Mapping[str, LossSum]) -> None:
@@ -80,6 +88,13 @@ class Counts:
         for name, (total, weight) in terms.items():
             _append(losses, name, total.detach())
             _append(used, name, weight.detach() if isinstance(weight, Tensor) else float(weight))
+
+    def are_bad(self, names: Sequence[str], device: torch.device) -> Tensor:
+        """Whether the losses of these terms since `take_losses` are not finite on any rank: a scalar on the device.
+        Collective; nothing waits for the device."""
+        parts = [part for name in names for part in self._sums.losses.get(name, ())]
+        bad = ~torch.isfinite(_sum(parts)) if parts else torch.zeros((), dtype=torch.bool, device=device)
+        return self._ranks.any(bad)
 
     def take_losses(self) -> dict[str, Tensor]:
         """Summed loss of each term since the last call: float64 scalars on the device."""
@@ -136,6 +151,11 @@ class Counts:
         used = {name: list(parts) for name, parts in sums.used.items()}
         losses = {name: list(parts) for name, parts in sums.losses.items()}
         self._sums = _Sums(self._sums.counted, used, losses)
+
+    def leave_unchecked(self, sums: _Sums) -> None:
+        """Weights counted and used since `noted` will not be compared; the losses stay."""
+        used = {name: list(parts) for name, parts in sums.used.items()}
+        self._sums = _Sums(dict(sums.counted), used, self._sums.losses)
 
     def put_back(self, sums: _Sums) -> None:
         """Forget everything since `aside` or `noted`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,21 +13,32 @@ from torch import Tensor, nn
 
 from gatrain.config import OptimizerConfig, ScheduleConfig
 from gatrain.plan import StepSettings
-from gatrain.tasks.base import Batch, LossSum, LossSums, Task, asks_for_step, loss_sum_at, named_loss_sums
+from gatrain.tasks.base import (
+    Batch,
+    LossSum,
+    LossSums,
+    Task,
+    asks_for_step,
+    loss_sum_at,
+    named_loss_sums,
+    phases_of,
+    terms_of,
+)
 from gatrain.train.accumulate import gradient_step
 from gatrain.train.batch_scaling import BatchScaling
 from gatrain.train.checkpointing import apply_checkpointing
 from gatrain.train.compiling import CompiledLossSum
 from gatrain.train.dropout import RandomNumbers
 from gatrain.train.gradient import GradientStrategy
-from gatrain.train.groups import Thawing, group_parameters
+from gatrain.train.groups import Thawing
 from gatrain.train.guard import Guard
 from gatrain.train.main_gradients import MasterWeights
 from gatrain.train.micro_batches import MicroBatch
 from gatrain.train.modules import sparse_parameters
-from gatrain.train.optimizer import Maker, build_optimizer, check_takes_sparse
+from gatrain.train.optimizer import check_takes_sparse
 from gatrain.train.optimizer_state import prime
 from gatrain.train.parallel import Replicated
+from gatrain.train.phased_optimizer import MakerOf, PhasedOptimizer, build_for, groupings, joined
 from gatrain.train.precision import autocast_for, forbid_tf32, scaler_for
 from gatrain.train.ranks import Ranks
 from gatrain.train.schedule import Factor, Span, factor
@@ -44,6 +55,8 @@ class StepClock:
     effective_batch: int
     own: Factor | None = None
     """A schedule of the user's own."""
+    phases: Mapping[str, StepClock] = field(default_factory=dict)
+    """Of phases with a schedule of their own."""
 
     def factor(self, step: int) -> float:
         """Of the peak rate, at optimizer step ``step`` (from 0)."""
@@ -64,7 +77,7 @@ class Engine:
         nonfinite: ``skip`` learns at once, on the host, whether a window is finite (see `guard`).
         strategy: the way from a window to its gradient.
         parallel: how the model lies on the ranks.
-        maker: makes an optimizer of the user's own.
+        maker_of: for an optimizer of the user's own, what makes it.
         batch_rule: what another effective batch does to the optimizer, and the one that its values are for.
         random: where the random numbers of forwards come from.
     """
@@ -82,7 +95,7 @@ class Engine:
         *,
         strategy: GradientStrategy | None = None,
         parallel: Replicated | None = None,
-        maker: Maker | None = None,
+        maker_of: MakerOf = lambda config: None,
         batch_rule: tuple[str, int] = ("none", 1),
         random: RandomNumbers | None = None,
     ) -> None:
@@ -90,7 +103,8 @@ class Engine:
         self.task, self.device, self.ranks, self.settings = task, device, ranks, settings
         self._clock = clock
         # what is trained now or later wants a gradient from here on: state, buckets and masters are made for it
-        grouping = group_parameters(optimizer_config, model)
+        grouped = groupings(task, optimizer_config, model)
+        grouping = joined(each for _, each in grouped.values())
         self._frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
         forbid_tf32(settings.precision)
         random.set_up(model)
@@ -98,9 +112,12 @@ class Engine:
         self.model = model = parallel.wrap(model, ranks)
         self.masters = MasterWeights(model)
         self.scaler = scaler_for("fp16" if self.masters.has_fp16 else settings.precision, device)
-        check_takes_sparse(optimizer_config, model)
+        for each, _ in grouped.values():
+            check_takes_sparse(each, model)
         sparse = sparse_parameters(model)
-        self.built = build_optimizer(optimizer_config, grouping, self.masters.of, sparse=sparse, maker=maker)
+        self.built = build_for(
+            task, optimizer_config, grouped, self.masters.of, sparse=sparse, maker_of=maker_of
+        )
         self.optimizer = self.built.optimizer
         if self.built.behaviour.can_be_primed:
             prime(self.optimizer)
@@ -112,14 +129,14 @@ class Engine:
         self.guard = Guard(model, self.optimizer, device, at_once=at_once)
         self.reserved: Tensor | None = None
         """In trials: as much memory as hooks will hold."""
-        self._compiled = CompiledLossSum(task, model) if settings.compile else None
-        self._methods: dict[str, Callable[[Batch], Any]] = {}
+        self._compiled = CompiledLossSum(task, model) if settings.compile and not task.phases else None
+        self._methods: dict[str, Callable[..., Any]] = {}
         self._loss_sum = self._loss_function()
         self._autocast = autocast_for(settings.precision, device)
         self.step = gradient_step(
             model,
             self._loss_sum,
-            term_names=task.loss_terms,
+            term_names=terms_of(task),
             ranks=ranks,
             sync=settings.sync,
             stage=Staging(device),
@@ -144,13 +161,15 @@ class Engine:
 
     def _loss_function(self) -> Callable[[Batch], LossSums]:
         compiled, task, model = self._compiled, self.task, self.model
+        if task.phases:  # all of them at once, as they are evaluated; the strategy computes one at a time
+            return self.loss_sum
         if not asks_for_step(task):
             return compiled or (lambda batch: task.loss_sum(model, batch))
         if compiled is not None:
             return lambda batch: compiled(batch, step=self.step.number)
         return self.loss_sum
 
-    def _method(self, name: str) -> Callable[[Batch], Any]:
+    def _method(self, name: str) -> Callable[..., Any]:
         """A method ``(model, batch)`` of the task, compiled if the run is: for gradient strategies."""
         if name not in self._methods:
             model, plain = self.model, getattr(self.task, name)
@@ -238,12 +257,23 @@ class Engine:
         return names
 
     def _set_rates(self, number: int) -> None:
-        self.built.set_rate(self.learning_rate(number))
+        if isinstance(self.optimizer, PhasedOptimizer):
+            for name, part in self.optimizer.parts.items():
+                part.set_rate(part.lr * self._factor(number, name))
+        else:
+            self.built.set_rate(self.learning_rate(number))
+
+    def _factor(self, step: int, phase: str = "") -> float:
+        """Of the peak rate, at optimizer step ``step`` (from 0)."""
+        clock = None if self._clock is None else self._clock.phases.get(phase, self._clock)
+        return self.scaling.lr_factor * (1.0 if clock is None else clock.factor(step))
 
     def learning_rate(self, step: int) -> float:
-        """Learning rate of optimizer step ``step`` (from 0), at the effective batch that `scaling` is set to."""
-        rate = self.built.lr * (1.0 if self._clock is None else self._clock.factor(step))
-        return rate * self.scaling.lr_factor
+        """Learning rate of optimizer step ``step`` (from 0), at the effective batch that `scaling` is set to.
+
+        Of several phases it is that of the first.
+        """
+        return self.built.lr * self._factor(step, next(iter(phases_of(self.task)), ""))
 
     def forward(self, batch: Batch) -> None:
         """The forward of one host batch as in training, uncompiled, with random numbers that nobody misses."""

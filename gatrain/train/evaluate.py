@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from gatrain.errors import ExactnessError, GatrainError
-from gatrain.tasks.base import LossSum, Task
+from gatrain.tasks.base import LossSum, Task, terms_of
 from gatrain.train.aftermath import explain
 from gatrain.train.engine import Engine
 from gatrain.train.loader import load_batches
@@ -172,6 +172,6 @@ def _means(engine: Engine, names: list[tuple[str, str]], sums: _Sums) -> dict[st
     }
     terms = {name: mean for (kind, name), mean in means.items() if kind == "loss"}
     result: dict[str, Any] = {"loss": sum(terms.values())} if terms else {}
-    if len(engine.task.loss_terms) > 1 and terms:
+    if len(terms_of(engine.task)) > 1 and terms:
         result["loss_terms"] = terms
     return result | {name: mean for (kind, name), mean in means.items() if kind == "metric"}

@@ -7,7 +7,7 @@ way: weight decay on parameters of two or more dimensions, but for those that th
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,23 +56,28 @@ class Grouping:
     """Parameters that a rule freezes for the whole run."""
 
 
-def group_parameters(config: OptimizerConfig, model: nn.Module) -> Grouping:
+def group_parameters(
+    config: OptimizerConfig, model: nn.Module, only: Collection[str] | None = None
+) -> Grouping:
     """Sort the parameters into groups, and freeze or unfreeze them as the rules say.
 
     What is thawed later belongs to a group and wants a gradient from the start: `Thawing` switches that.
+
+    Args:
+        only: names of the parameters that are sorted and that rules may match; all by default.
 
     Raises:
         ConfigError: a rule that matches nothing, or groups of the model's that are not right.
     """
     rules = [dict(rule) for rule in config.groups] if isinstance(config.groups, list | tuple) else []
-    rule_of = _match(rules, model)
+    rule_of = _match(rules, model, only)
     for name, parameter in model.named_parameters():
         rule = rule_of.get(name, {})
         if "frozen" in rule or "thaw_at" in rule:
             parameter.requires_grad_(not rule.get("frozen", False))
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad and (only is None or n in only)}
     if rules and not trained:
-        raise ConfigError("optimizer.groups freezes every parameter of the model.")
+        raise ConfigError("optimizer.groups freezes every parameter that it is for.")
     exempt = exempt_from_decay(model) if config.weight_decay != 0 else {}
     depths = depths_of(model, config.layer_decay) if config.layer_decay is not None else {}
     own = _own_options(model, trained) if config.groups == "model" else {}
@@ -97,7 +102,11 @@ def group_parameters(config: OptimizerConfig, model: nn.Module) -> Grouping:
     groups = sorted(found.values(), key=lambda group: group.weight_decay == 0)  # a stable order
     return Grouping(
         groups=groups,
-        exempt=[name for name in exempt if "weight_decay" not in rule_of.get(name, {})],
+        exempt=[
+            name
+            for name in exempt
+            if "weight_decay" not in rule_of.get(name, {}) and (only is None or name in only)
+        ],
         thaw_at={name: rule["thaw_at"] for name, rule in rule_of.items() if "thaw_at" in rule},
         frozen=[name for name, rule in rule_of.items() if rule.get("frozen")],
     )
@@ -161,7 +170,9 @@ class Thawing:
 # --- rules ----------------------------------------------------------------------------------------------
 
 
-def _match(rules: Sequence[Mapping[str, Any]], model: nn.Module) -> dict[str, dict[str, Any]]:
+def _match(
+    rules: Sequence[Mapping[str, Any]], model: nn.Module, only: Collection[str] | None
+) -> dict[str, dict[str, Any]]:
     """The rule of each parameter, by its first name."""
     if not rules:
         return {}
@@ -171,6 +182,8 @@ def _match(rules: Sequence[Mapping[str, Any]], model: nn.Module) -> dict[str, di
     found: dict[str, dict[str, Any]] = {}
     matched, used = [0] * len(rules), [0] * len(rules)
     for name, parameter in model.named_parameters():
+        if only is not None and name not in only:
+            continue
         hits = [nth for nth, rule in enumerate(rules) if _matches(rule, names[id(parameter)], parameter)]
         for nth in hits:
             matched[nth] += 1

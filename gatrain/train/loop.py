@@ -148,6 +148,7 @@ class Trainer:
             end = meter.mark()
             scale = self.engine.scaler.now() if self.engine.scaler else None
             done = PendingStep(loaded.index, result, norm, previous, end, before, lr, scale, loaded.skipped)
+            done.metrics.update(result.metrics)
             self._metrics.add(done)
             previous = end
             self._check_window(loaded, result)

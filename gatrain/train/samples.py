@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from gatrain import offspring
 from gatrain.errors import BrokenSampleError, DataError, DoesNotFitError, GatrainError, is_out_of_memory
-from gatrain.tasks.base import Batch, Samples, Task, declares, is_deterministic, named_weights
+from gatrain.tasks.base import Batch, Samples, Task, declares, is_deterministic, weights_of
 from gatrain.tasks.streams import BrokenInStream, Stream
 from gatrain.train import seeding
 from gatrain.train.batches import parts_of
@@ -179,7 +179,7 @@ def _gathered(task: Task, data: Samples, keys: Sequence[Key]) -> MicroBatch | No
         return None
     if task.count_samples(batch) not in (None, len(ids)):
         return None  # told of where the samples are collated
-    weights = named_weights(task.weight(batch))
+    weights = weights_of(task, batch)
     return MicroBatch(batch, weights, samples=len(ids), tokens=task.tokens(batch), keys=tuple(keys))
 
 
@@ -218,7 +218,7 @@ def make(
         source = data if data is not None else task.train_data
         _check_that_none_is_dropped(task, source, keys, seed, trusted, error)
         return MicroBatch(None, {}, samples=0, dropped=broken, keys=tuple(keys))
-    weights = named_weights(task.weight(batch))
+    weights = weights_of(task, batch)
     count = _samples_in(task, samples, batch, keys, seed, trusted)
     # a collate function that leaves out what is None
     there = tuple(place for place, sample in enumerate(samples) if sample is not None) if broken else None

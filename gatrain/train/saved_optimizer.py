@@ -14,6 +14,7 @@ from gatrain import schema
 from gatrain.errors import SavedStateError
 from gatrain.states import Contents, Progress
 from gatrain.train.main_gradients import MasterWeights
+from gatrain.train.phased_optimizer import PhasedOptimizer
 from gatrain.train.seeding import kept_random_state
 
 _MASTER = "master"
@@ -54,10 +55,10 @@ def optimizer_values(
     tensors: Mapping[str, Tensor],
     contents: Contents,
 ) -> list[tuple[Tensor, str, Any]]:
-    if contents.optimizer != type(optimizer).__name__:
+    if contents.optimizer != _name_of(optimizer):
         raise SavedStateError(
             f"{path} was saved with the optimizer {schema.shown(contents.optimizer)[1:-1]}, "
-            f"but this run uses {type(optimizer).__name__}."
+            f"but this run uses {_name_of(optimizer)}."
         )
     parameters = {name: parameter for parameter, name in _names(model, masters).items()}
     if twice := tensors.keys() & contents.values.keys():
@@ -72,6 +73,7 @@ def optimizer_values(
     if contents.progress.updates and not found and any(wanted.values()):
         raise SavedStateError(f"{path} has no optimizer state after {contents.progress.updates} updates.")
     differences = []
+    most_steps = contents.progress.step * getattr(optimizer, "most_updates", 1)
     for name, values in found.items():
         parameter = parameters[name]
         usual = wanted.get(id(parameter)) or {}
@@ -79,11 +81,17 @@ def optimizer_values(
         differences += [
             f"{key} of {name} {problem}"
             for key, value in values.items()
-            if (problem := _oddity(key, value, usual.get(key), parameter, contents.progress.step))
+            if (problem := _oddity(key, value, usual.get(key), parameter, most_steps))
         ]
     if differences:
         raise SavedStateError(f"{path} has a state that the optimizer cannot have: {listed(differences)}.")
     return [(parameters[name], key, value) for name, values in found.items() for key, value in values.items()]
+
+
+def _name_of(optimizer: torch.optim.Optimizer) -> str:
+    if isinstance(optimizer, PhasedOptimizer):
+        return optimizer.saved_name
+    return type(optimizer).__name__
 
 
 _PROBE = (3, 5, 2, 4, 7)
@@ -92,6 +100,12 @@ _PROBE = (3, 5, 2, 4, 7)
 
 def _usual_state(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
     """What one step leaves behind for each parameter, by its id; for optimizers of PyTorch's own."""
+    if isinstance(optimizer, PhasedOptimizer):
+        return {
+            name: state
+            for part in optimizer.parts.values()
+            for name, state in _usual_state(part.optimizer).items()
+        }
     if not type(optimizer).__module__.startswith("torch.optim"):
         return {}
     found: dict[int, dict[str, Any]] = {}
@@ -164,7 +178,7 @@ def optimizer_state(
     """Optimizer state by parameter name: tensors as ``<parameter>/<key>``, everything else as JSON."""
     names = _names(model, masters)
     tensors: dict[str, Tensor] = {}
-    scalars: dict[str, Any] = {"class": type(optimizer).__name__, "values": {}}
+    scalars: dict[str, Any] = {"class": _name_of(optimizer), "values": {}}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             place = f"{names[parameter]}/{key}"

@@ -173,11 +173,14 @@ class Loaded:
         model.load_state_dict(self.tensors)
         if masters is not None:
             masters.load(self.masters)
-        on_device = any(g.get("fused") or g.get("capturable") for g in optimizer.param_groups)
+        groups = optimizer.param_groups
+        on_device = {id(p) for g in groups if g.get("fused") or g.get("capturable") for p in g["params"]}
         for parameter, key, value in self.optimizer:
             if isinstance(value, Tensor):
                 # fused optimizers keep the step count on the device, the others on the host
-                value = value if key == "step" and not on_device else value.to(parameter.device)
+                value = (
+                    value if key == "step" and id(parameter) not in on_device else value.to(parameter.device)
+                )
                 if key != "step" and value.shape == parameter.shape:  # the parameter's memory layout
                     value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
             optimizer.state[parameter][key] = value

@@ -60,7 +60,7 @@ class Step:
         autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
         scaler: torch.amp.GradScaler | None = None,
         task: Task | None = None,
-        method: Callable[[str], Callable[[Batch], Any]] | None = None,
+        method: Callable[[str], Callable[..., Any]] | None = None,
         random: RandomNumbers | None = None,
     ) -> None:
         self.model, self.task, self.loss_sum = model, task, loss_sum
@@ -118,7 +118,7 @@ class Step:
         result, update = self.attempt(window)
         if not update.made and self.scaler is not None:  # fp16: the gradient may fit at a lower loss scale
             result, update = try_lower_scales(self, window, result, update)
-        result.skipped = not update.made
+        result.skipped, result.metrics = not update.made, update.metrics
         self.number += update.made and not result.is_empty
         return result, update.norm
 
@@ -143,7 +143,8 @@ class Step:
         self._before, self._was_updated, update = self.counts.noted(), False, None
         self.part_norms.begin(window)
         try:
-            totals, counts = self.counts.of(window)  # {term: T}: one host sum over the ranks
+            passes = self.strategy.passes(self)
+            totals, counts = self.counts.of(window, passes)  # {term: T}: one host sum over the ranks
             self.totals = totals
             if any(totals.values()):
                 self.scale = {name: 1 / total if total else 0.0 for name, total in totals.items()}
@@ -166,11 +167,17 @@ class Step:
             self.counts.put_back(self._before)  # those of a window that never came to be
             raise
         losses = self.counts.take_losses()  # {term: sum over this rank's samples}, scalars
+        used = {name: total * passes.get(name, 1) for name, total in totals.items()}
         part = self.part_norms.found()
-        return WindowResult(totals, counts, losses, self.ranks, self.device, part=part), update
+        return WindowResult(used, counts, losses, self.ranks, self.device, part=part), update
 
     def forward_backward(
-        self, batch: Batch, scale: Mapping[str, float] | None = None, *, last: bool = False
+        self,
+        batch: Batch,
+        scale: Mapping[str, float] | None = None,
+        *,
+        last: bool = False,
+        loss_sum: Callable[[Batch], LossSums] | None = None,
     ) -> None:
         """One micro-batch on the device; its gradients add up in ``.grad``.
 
@@ -178,11 +185,13 @@ class Step:
             batch: on the device.
             scale: factor of each loss term; `scale`, 1/T, by default.
             last: of this rank's window: lets the reduction start in this backward.
+            loss_sum: in place of the task's own.
         """
         scale = self.scale if scale is None else scale
         with self.parallel.micro_step():  # around both passes: no module reduces by itself
             with self.autocast():
-                terms = named_loss_sums(self.loss_sum(batch))  # {term: (sum over samples [], weight used)}
+                # {term: (sum over samples [], weight used)}
+                terms = named_loss_sums((loss_sum or self.loss_sum)(batch))
             self.backward(share_of(terms, scale), last=last)
         self.counts.add(terms)
         self.part_norms.after_micro_step()
@@ -213,6 +222,11 @@ class Step:
         self._was_updated = True
         self._set_rates(self.number)
         self.masters.take_changes()
+
+    def nothing_updated(self) -> None:
+        """A strategy has taken its updates back, and leaves the rest of the window uncomputed."""
+        self._was_updated = False
+        self.counts.leave_unchecked(self._before)
 
     # --- further means of strategies ----------------------------------------------------------------------
 

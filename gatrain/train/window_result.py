@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +17,7 @@ class WindowResult:
     """What a window came to."""
 
     weight_totals: dict[str, float]
-    """T of each loss term, over all ranks."""
+    """T of each loss term, over all ranks, times the passes that were made over the window."""
     counts: dict[str, float]
     """`LoadedWindow.counts`, summed over all ranks."""
     local_loss_sums: dict[str, Tensor]
@@ -27,6 +28,8 @@ class WindowResult:
     """True if no update was made because the gradient is not finite, where that is known already."""
     part: PartNorm | None = None
     """Norm of this rank's part of the gradient, where a hook wants it (`PartNorms`)."""
+    metrics: Mapping[str, Tensor | float] = field(default_factory=dict)
+    """Further numbers of its update, by name (`gatrain.train.gradient.Update.metrics`)."""
 
     @property
     def is_empty(self) -> bool:

@@ -13,7 +13,7 @@ from gatrain import rank as rank_process
 from gatrain.compose import load_config
 from gatrain.errors import GatrainError
 from gatrain.rundir import RunDir, read_json, write_json
-from gatrain.tasks.base import named_weights
+from gatrain.tasks.base import named_weights, phases_of
 from gatrain.train.gradient import GradientStrategy
 from gatrain.train.precision import forbid_tf32
 from gatrain.train.ranks import Ranks
@@ -71,14 +71,23 @@ def _compute(folder: FilePath, rank: rank_process.Rank) -> None:
     proof.inspect()
     if spec["processes"] == 1:
         proof.choose_samples(float(spec["seconds"]))
-        cases = Cases(proof).one_process(spec["planned"])
+        cases = _of_each_phase(proof, lambda: Cases(proof).one_process(spec["planned"]))
     else:
         proof.shorten = spec["shorten"]
         proof.keep(proof.ids[: spec["samples"]])
-        cases = Cases(proof).two_processes()
+        cases = _of_each_phase(proof, lambda: Cases(proof).two_processes())
     if rank.is_first:
         window = {"samples": len(proof.ids), "shorten": proof.shorten}
         write_json(folder / "result.json", {"cases": cases, "notes": proof.notes, "window": window})
+
+
+def _of_each_phase(proof: Verification, cases: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The rows of a task without phases; else those of each phase, each against its own one-shot gradient."""
+    found = []
+    for phase in phases_of(proof.task) or ("",):
+        proof.phase, prefix = phase, f"{phase}: " if phase else ""
+        found += [{**case, "name": prefix + case["name"]} for case in cases()]
+    return found
 
 
 class Cases:

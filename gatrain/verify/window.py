@@ -9,6 +9,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +19,17 @@ from torch import Tensor, nn
 from gatrain import build
 from gatrain.config import RunConfig
 from gatrain.errors import DataError, GatrainError
-from gatrain.tasks.base import Batch, LossSum, Task, loss_sum_at, named_loss_sums, named_weights
+from gatrain.tasks.base import (
+    Batch,
+    LossSum,
+    Task,
+    loss_sum_at,
+    named_loss_sums,
+    phase_loss_sum,
+    phases_of,
+    terms_of,
+    weights_of,
+)
 from gatrain.train import samples, seeding
 from gatrain.train.accumulate import gradient_step
 from gatrain.train.batches import map_tensors, move_to, tensors_of
@@ -28,11 +39,12 @@ from gatrain.train.dropout.notice import NoticeDraws
 from gatrain.train.dropout.places import places_of
 from gatrain.train.frozen import frozen_randomness
 from gatrain.train.gradient import GradientStrategy
-from gatrain.train.groups import group_parameters
+from gatrain.train.gradient.plain import Plain
 from gatrain.train.held_state import HeldState, perturb
 from gatrain.train.main_gradients import MasterWeights, half_names, half_parameters
 from gatrain.train.micro_batches import LoadedWindow, MicroBatch
 from gatrain.train.modules import batch_norms
+from gatrain.train.phased_optimizer import frozen_but, groupings
 from gatrain.train.precision import autocast_for
 from gatrain.train.ranks import Ranks
 from gatrain.verify.limits import coarsest
@@ -70,6 +82,8 @@ class Verification:
         self.task: Task = build.build_task(config)
         self.strategy = build.build_strategy(config)
         self.norm = build.build_norm(config)
+        self.phase = ""
+        """Of a task with phases, the one that is computed; '' computes all of them at once."""
         self.notes: list[str] = []
         self.shorten = False
         self.paths: list[Path] = []
@@ -380,7 +394,9 @@ class Verification:
                 if batch is None:
                     continue
                 host = self.task.shortened(batch) if self.shorten else batch
-                weights = named_weights(self.task.weight(host))
+                weights = weights_of(self.task, host)
+                if self.phase:
+                    weights = {name: weights[name] for name in self.terms() if name in weights}
                 made.append(MicroBatch(host, weights, samples=size, position=first - size))
             found.append(made)
         return found
@@ -392,14 +408,22 @@ class Verification:
             return moved
         return map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, moved)
 
+    def terms(self) -> Sequence[str]:
+        """Names of the loss terms of the phase in hand, or of all."""
+        return phases_of(self.task)[self.phase] if self.phase else terms_of(self.task)
+
+    def _strategy(self) -> GradientStrategy:
+        return Plain() if self.phase else self.strategy  # one phase is accumulated plainly
+
     # --- gradients -------------------------------------------------------------------------------------
 
     def model(self, path: Path) -> nn.Module:
         """The recipe's model as the path wants it, in training mode, always with the same weights."""
         model = build.build_model(self.task, self.config.train.seed, self.device, norm=self.norm)
-        group_parameters(
-            self.config.optimizer, model
-        )  # frozen and trained as in the run, thawed later included
+        # frozen and trained as in the run, thawed later included
+        grouped = groupings(self.task, self.config.optimizer, model)
+        for parameter in frozen_but(self.phase, grouped) if self.phase else ():
+            parameter.requires_grad_(False)
         tensors = [*model.parameters(), *model.buffers()]
         if not self._weights:
             self.ranks.broadcast_from_first(tensor.data for tensor in model.parameters())
@@ -441,6 +465,8 @@ class Verification:
     def _terms_as_seeded(self, model: nn.Module, on_device: Batch) -> dict[str, LossSum]:
         seeding.seed_everything(self.config.train.seed)  # whole and pieces draw alike
         with self._random[model].around(contextlib.nullcontext)():
+            if self.phase:
+                return phase_loss_sum(self.task, partial(self.task.loss_sum, model), on_device, self.phase)
             return named_loss_sums(loss_sum_at(self.task, model, on_device, 0))
 
     def _one_shot_backward(
@@ -497,13 +523,13 @@ class Verification:
             step = gradient_step(
                 model,
                 loss_sums,
-                term_names=self.task.loss_terms,
+                term_names=self.terms(),
                 ranks=self.ranks,
                 sync="overlap" if self.config.sync == "overlap" else "window",
                 stage=lambda host: lambda: self.on_device(host, path),
                 autocast=autocast_for(path.autocast, self.device),
                 main_gradients=masters,
-                strategy=strategy or self.strategy,
+                strategy=strategy or self._strategy(),
                 task=self.task,
                 random=self._random[model],
             )

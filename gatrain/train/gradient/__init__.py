@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,6 +45,8 @@ class Update:
     made: bool
     """False where it was left out because the gradient or the loss is not finite; True too where only the device
     knows as yet."""
+    metrics: Mapping[str, Tensor | float] = field(default_factory=dict)
+    """Further numbers of the step, by name: scalars on the device leave it with the other metrics."""
 
 
 class GradientStrategy(abc.ABC):
@@ -67,6 +69,8 @@ class GradientStrategy(abc.ABC):
     adds_micro_batches: bool = False
     """Whether after each `Step.forward_backward` ``.grad`` is the sum over the samples so far, each independent of
     the others: then the noise of the gradient can be measured from a part of the window."""
+    trains_phases: bool = False
+    """Whether it is for tasks with several phases (`Task.phases`), and for those alone."""
     cost: StepCost = StepCost()
     holds_gradients: bool = True
     """Whether the gradients of all parameters are in memory at once, between micro-steps and at the update."""
@@ -88,6 +92,11 @@ class GradientStrategy(abc.ABC):
         Raises:
             ConfigError: as `check`, for what only these show.
         """
+
+    def passes(self, step: Step) -> Mapping[str, int]:
+        """How often each loss term of the window in hand is computed, where that is not once. The same on every
+        rank. 0: not at all, so that it has no T."""
+        return {}
 
     def notices(self, engine: Engine, micro_batches: int) -> list[str]:
         """What a person should know before the first step, a sentence each.
