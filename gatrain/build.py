@@ -29,6 +29,7 @@ from gatrain.train.dropout import RandomNumbers
 from gatrain.train.engine import Engine, StepClock
 from gatrain.train.events import Sink
 from gatrain.train.gradient import GradientStrategy
+from gatrain.train.gradient.plain import Plain
 from gatrain.train.hook import Hook
 from gatrain.train.hooks import named
 from gatrain.train.knobs import Knobs, by_name
@@ -384,12 +385,21 @@ def build_engine(
 
 
 def build_strategy(config: RunConfig) -> GradientStrategy:
-    """Make the way from a window to its gradient: that of ``gradient``, or the one that the optimizer asks for.
+    """Make the way from a window to its gradient: that of ``gradient``, or the one that the optimizer or ``norm``
+    asks for.
 
     Raises:
         ConfigError: ``gradient`` names something else, or does not go with the rest of the configuration.
     """
     made: GradientStrategy = _part_of("gradient", config.gradient, GradientStrategy)  # type: ignore[type-abstract]
+    of_norm = build_norm(config).strategy()
+    if of_norm is not None:
+        if type(made) is not Plain:
+            raise ConfigError(
+                f"norm={config.norm} computes gradients in a way of its own, and gradient={config.gradient!r} is "
+                "another. Leave one of the two out."
+            )
+        made = of_norm
     made.check(config)
     return made
 

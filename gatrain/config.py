@@ -173,7 +173,8 @@ class RunConfig:
     own (`gatrain.train.gradient.GradientStrategy`)."""
     norm: Any = "keep"
     """BatchNorm under accumulation: ``keep`` (each micro-batch by itself, running statistics moved once for each
-    window), ``torch`` (moved by every micro-batch), ``group``, ``layer``, ``instance`` (conversion), ``frozen`` (by
+    window), ``torch`` (moved by every micro-batch), ``exact`` (over the
+    whole window, at many times the work), ``group``, ``layer``, ``instance`` (conversion), ``frozen`` (by
     running statistics), ``sync`` (one micro-batch of all ranks), or your own by ``_target_``."""
     dropout: Any = "torch"
     """Where the random numbers of forwards come from: ``torch`` (masks by micro-batch), ``keyed`` (masks by

@@ -50,6 +50,7 @@ SHIPPED: dict[str, dict[str, str]] = {
     "norm": {
         "keep": "gatrain.train.norm.keep.Keep",
         "torch": "gatrain.train.norm.keep.Torch",
+        "exact": "gatrain.train.norm.exact.Exact",
         "group": "gatrain.train.norm.convert.Group",
         "layer": "gatrain.train.norm.convert.Layer",
         "instance": "gatrain.train.norm.convert.Instance",
@@ -63,6 +64,9 @@ SHIPPED: dict[str, dict[str, str]] = {
     "parallel": {"replicated": "gatrain.train.parallel.Replicated"},
 }
 """For each door, by its configuration key: the short names with what they stand for."""
+
+AS_WRITTEN = {SHIPPED["norm"]["exact"]}
+"""Parts that step into the forward, which is then neither compiled nor recomputed: ``auto`` means no."""
 
 GIVEN: dict[str, set[str]] = {
     "order": {"data", "seed", "effective_batch"},

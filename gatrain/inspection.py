@@ -99,7 +99,7 @@ def _inspect(config: RunConfig, folder: Path, really: bool) -> Inspected:
     from gatrain.train.checkpointing import available_modes
     from gatrain.train.data_look import compare_classes, look_at_data
     from gatrain.train.main_gradients import HALF, half_names, half_parameters
-    from gatrain.train.modules import batch_norms, mode_remarks
+    from gatrain.train.modules import mode_remarks
 
     nodes = {key: getattr(config, key) for key in OPEN_NODES}
     files = file_states(named_files(nodes, Path.cwd()))
@@ -149,7 +149,7 @@ def _inspect(config: RunConfig, folder: Path, really: bool) -> Inspected:
         optimizer_bytes=optimizer_bytes,
         gradient_bytes=None if strategy.holds_gradients else largest,
         half_dtypes=half_names(parameter.dtype for parameter in half),
-        batch_norms=tuple(batch_norms(model)),
+        batch_norms=tuple(norm.mixing(model)),
         synchronises=any(isinstance(module, torch.nn.SyncBatchNorm) for module in model.modules()),
         running_statistics=norm.running_statistics,
         remarks=(*remarks, *mode_remarks(model), *norm.remarks(model), *strategy.remarks(model)),

@@ -108,19 +108,20 @@ def _train(run_dir: RunDir, stored: Reloaded, plan: Plan, rank: Rank) -> None:
             sample = samples.read_one(task, task.train_data, (0, 0), config.train.seed)
             engine.forward(samples.make(task, [sample], [(0, 0)], config.train.seed).batch)
 
-    check_windows(
-        engine.model,
-        Splits(
-            schedule,
-            engine.ranks.world_size,
-            plan.micro_batch,
-            plan.split.shares if plan.world_size == engine.ranks.world_size else None,
-        ),
-        progress.step,
-        total_steps,
-        rank.device,
-        forward_of_one,
-    )
+    if not engine.step.strategy.normalises_window:
+        check_windows(
+            engine.model,
+            Splits(
+                schedule,
+                engine.ranks.world_size,
+                plan.micro_batch,
+                plan.split.shares if plan.world_size == engine.ranks.world_size else None,
+            ),
+            progress.step,
+            total_steps,
+            rank.device,
+            forward_of_one,
+        )
 
     _stop_if_asked(rank)
     with make_sinks(

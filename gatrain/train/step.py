@@ -196,11 +196,16 @@ class Step:
         self.counts.add(terms)
         self.part_norms.after_micro_step()
 
-    def backward(self, share: Tensor, *, last: bool = False) -> None:
-        """Backward of this rank's share of the window's loss, a scalar: one pass of any kind."""
+    def backward(self, share: Tensor, gradient: Tensor | None = None, *, last: bool = False) -> None:
+        """Backward of this rank's share of the window's loss, a scalar: one pass of any kind.
+
+        Args:
+            gradient: of the window's loss with respect to ``share``, of any shape then, from earlier backwards: it
+                has the loss scale in it.
+        """
         with self.parallel.backward(last):
-            share = share if self.scaler is None else self.scaler.scale(share)
-            share.backward()  # .grad += the gradient of this share
+            share = share if self.scaler is None or gradient is not None else self.scaler.scale(share)
+            share.backward(gradient)  # .grad += the gradient of this share
         self.parallel.settle()
 
     def update(self, loss_is_bad: Tensor | None = None) -> Update:

@@ -258,7 +258,7 @@ def norm_note(
     which = f"({' or '.join(map(str, sizes))} samples{' of each rank' if synchronises else ''})"
     return (
         f"{layers} each micro-batch {which} by itself: Ghost BatchNorm, whose result depends on the split. "
-        f"norm=group and norm=frozen depend on no split.{moved}"
+        f"norm=exact normalises over the whole window; norm=group and norm=frozen depend on no split.{moved}"
     )
 
 

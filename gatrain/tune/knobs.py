@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from gatrain import doors
 from gatrain.batch import Split
 from gatrain.config import RunConfig
 from gatrain.hardware import Hardware, choose_precision
@@ -178,9 +179,10 @@ def search_space(config: RunConfig, hardware: Hardware, nodes: Nodes) -> SearchS
     precision, reason = choose_precision(config, hardware)
     fixed = None if config.batch.micro == "auto" else int(config.batch.micro)
     on_gpu = hardware.device == "cuda"
+    is_free = doors.node_of("norm", config.norm)["_target_"] not in doors.AS_WRITTEN
     is_open = {
-        COMPILE: config.compile == "auto" and on_gpu and can_compile(),
-        CHECKPOINTING: config.checkpointing == "auto" and (on_gpu or fixed is None),
+        COMPILE: config.compile == "auto" and on_gpu and can_compile() and is_free,
+        CHECKPOINTING: config.checkpointing == "auto" and (on_gpu or fixed is None) and is_free,
         SYNC: config.sync == "auto",
     }
     asked = {row: getattr(config, row.name) for row in is_open}

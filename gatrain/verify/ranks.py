@@ -96,6 +96,7 @@ class Cases:
     def __init__(self, proof: Verification) -> None:
         self._proof = proof
         self._references: dict[Path, Reference] = {}
+        self._buffers: dict[Path, Tensor] = {}
         self._rounding: float | None = None
         """Relative error of the one-shot gradient in fp32."""
         if FP64 in proof.paths and FP32 in proof.paths:
@@ -112,6 +113,7 @@ class Cases:
             cases += [
                 self._split("planned split", path, [planned]),
                 self._split("awkward split", path, [awkward]),
+                *self._statistics(path, [awkward]),
             ]
             if differ:
                 cases.append(self._split("mutation: mean of means", path, [awkward], MeanOfMeans()))
@@ -141,14 +143,28 @@ class Cases:
         cases = []
         for path in self._proving():
             cases.append(self._split("two processes", path, splits))
+            cases += self._statistics(path, splits)
             cases.append(self._split("mutation: ranks averaged", path, splits, RanksAveraged()))
-        if self._proof.trained is not None and self._proof.strategy.needs_sum_over_samples:
+        if self._proof.trained is not None and self._proof.adds_gradients:
             cases.append(self._summed("two processes, summed", self._proof.trained, splits))
         return cases
+
+    def _statistics(self, path: Path, splits: list[list[int]]) -> list[dict[str, Any]]:
+        """BatchNorm's running statistics after the split that was just computed, where they are to be exact."""
+        proof = self._proof
+        if not proof.strategy.normalises_window:
+            return []
+
+        def limit(error: float) -> float:
+            return limits.split_limit(path.name, proof.casts, error, self._rounding)
+
+        found, wanted = proof.buffers, self._buffers[path]
+        return [self._case("running statistics", path, splits, lambda: found, wanted, limit)]
 
     def _one_shot(self, path: Path) -> Reference:
         if path not in self._references:
             self._references[path] = self._proof.one_shot(path)
+            self._buffers[path] = self._proof.buffers
         return self._references[path]
 
     def _proving(self) -> list[Path]:
@@ -180,9 +196,9 @@ class Cases:
         against = f"one shot in {finer.name}"
         name = f"trained path, {against}"
         cases = [self._case(name, path, splits, lambda: proof.split(path, splits)[0], wanted, limit)]
-        if proof.strategy.needs_sum_over_samples:
+        if proof.adds_gradients:
             cases.append(self._summed("trained path, summed", path, splits, total))
-        if proof.half_dtypes and proof.strategy.needs_sum_over_samples:
+        if proof.half_dtypes and proof.adds_gradients:
             cases.append(
                 self._case(
                     "mutation: 16-bit sums",

@@ -43,7 +43,6 @@ from gatrain.train.gradient.plain import Plain
 from gatrain.train.held_state import HeldState, perturb
 from gatrain.train.main_gradients import MasterWeights, half_names, half_parameters
 from gatrain.train.micro_batches import LoadedWindow, MicroBatch
-from gatrain.train.modules import batch_norms
 from gatrain.train.phased_optimizer import frozen_but, groupings
 from gatrain.train.precision import autocast_for
 from gatrain.train.ranks import Ranks
@@ -84,6 +83,10 @@ class Verification:
         self.norm = build.build_norm(config)
         self.phase = ""
         """Of a task with phases, the one that is computed; '' computes all of them at once."""
+        self.adds_gradients = self.strategy.needs_sum_over_samples and not self.strategy.normalises_window
+        """Whether the window's gradient is the sum of what each micro-batch alone has."""
+        self.buffers = torch.zeros(0)
+        """The model's floating-point buffers after the window that was computed last, in one vector."""
         self.notes: list[str] = []
         self.shorten = False
         self.paths: list[Path] = []
@@ -292,13 +295,13 @@ class Verification:
         )
 
     def _say_what_is_known(self, model: nn.Module) -> None:
-        if norms := batch_norms(model):
+        if norms := self.norm.mixing(model):
             more = f" and {len(norms) - 1} more" if len(norms) > 1 else ""
             self.causes.insert(0, f"BatchNorm ({norms[0]}{more}) uses each micro-batch's own statistics")
             self.notes.append(
                 f"BatchNorm normalises each micro-batch by its own statistics ({norms[0]}{more}): with it, the "
-                "result depends on the split and cannot equal the whole batch. GroupNorm, LayerNorm or frozen "
-                "BatchNorm are exact."
+                "result depends on the split and cannot equal the whole batch. norm=exact, norm=group, norm=layer "
+                "and norm=frozen are exact."
             )
         if self.casts != "fp64":
             self.notes.append(
@@ -325,6 +328,8 @@ class Verification:
                     "long samples were shortened for this check; the model is the recipe's own."
                 )
                 one_s = self._seconds_of_one_sample(path)
+        cost = self.strategy.cost_of(self.model(path))
+        one_s *= cost.micro_steps + cost.forwards / 3  # a backward takes about two forwards
         affordable = int(seconds / ((0.5 + len(self.paths)) * PASSES * max(one_s, 1e-6)))
         # an even number: some code takes no other
         self.keep(self.ids[: min(len(self.ids), max(LEAST_SAMPLES, affordable - affordable % 2))])
@@ -494,6 +499,7 @@ class Verification:
 
             def compute(factor: float) -> tuple[Tensor, dict[str, float]]:
                 sums = self._one_shot_backward(model, batch, path, factor, range(len(self.ids)))
+                self.buffers = _numbers_of(model)
                 return _flat(model.parameters()), sums
 
             return _scaled(path, compute)
@@ -534,6 +540,7 @@ class Verification:
                 random=self._random[model],
             )
             result, _ = step.gradient(LoadedWindow(micro_batches, seed=self._seed))
+            self.buffers = _numbers_of(model)
             sums = {name: float(value) / factor for name, value in result.local_loss_sums.items()}
             return _flat(parameters), sums
 
@@ -646,6 +653,11 @@ def _equal(one: Batch, other: Batch) -> bool:
 
 def _elements(batch: Batch) -> int:
     return sum(tensor.numel() for tensor in tensors_of(batch))
+
+
+def _numbers_of(model: nn.Module) -> Tensor:
+    found = [buffer.detach().double().flatten() for buffer in model.buffers() if buffer.is_floating_point()]
+    return torch.cat(found) if found else torch.zeros(0)
 
 
 def _flat(parameters: Any) -> Tensor:

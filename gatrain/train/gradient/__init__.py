@@ -71,7 +71,11 @@ class GradientStrategy(abc.ABC):
     the others: then the noise of the gradient can be measured from a part of the window."""
     trains_phases: bool = False
     """Whether it is for tasks with several phases (`Task.phases`), and for those alone."""
+    normalises_window: bool = False
+    """Whether BatchNorm layers see all samples of the window, so that no micro-batch is too small for them. Then
+    `gatrain verify` compares the running statistics, too."""
     cost: StepCost = StepCost()
+    """Where it depends on the model, see `cost_of`."""
     holds_gradients: bool = True
     """Whether the gradients of all parameters are in memory at once, between micro-steps and at the update."""
     keeps_state: bool = True
@@ -84,6 +88,10 @@ class GradientStrategy(abc.ABC):
         Raises:
             ConfigError: what does not go with this strategy, why, and what to write instead.
         """
+
+    def cost_of(self, model: nn.Module) -> StepCost:
+        """`cost`, for this model."""
+        return self.cost
 
     def set_up(self, step: Step, optimizer: torch.optim.Optimizer) -> None:  # noqa: B027
         """Look at the model, the optimizer and the ranks, once, before the first window. All ranks call it; for the

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from gatrain.train.modules import batch_norms
+
 if TYPE_CHECKING:
     from gatrain.train.gradient import GradientStrategy
     from gatrain.train.step import Step
@@ -34,6 +36,10 @@ class Normalisation:
             ConfigError: a layer that cannot be converted.
         """
         return model
+
+    def mixing(self, model: nn.Module) -> list[str]:
+        """Names of the layers of the converted model whose results depend on the split."""
+        return batch_norms(model)
 
     def strategy(self) -> GradientStrategy | None:
         """A way from the window to its gradient of its own, in the place of ``gradient: plain``."""

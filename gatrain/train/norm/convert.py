@@ -200,7 +200,7 @@ def convertible(model: nn.Module, key: str) -> list[str]:
             raise ConfigError(
                 f"{key}: '{name}' is a {type(module).__module__}.{type(module).__qualname__}, a kind of BatchNorm "
                 "whose forward may do more than normalise, so it cannot be converted. Let the model be made with "
-                "another layer (many take norm_layer=), or use norm=keep."
+                "another layer (many take norm_layer=), or use norm=keep or norm=exact."
             )
     return names
 

@@ -181,7 +181,7 @@ class SizeMeter:
 
     def _passes(self, batch: Batch, scale: Mapping[str, float]) -> None:
         """What the gradient strategy computes for one micro-batch: a micro-step's time is that of all of it."""
-        cost = self._engine.step.strategy.cost
+        cost = self._engine.step.strategy.cost_of(self._engine.model)
         for _ in range(round(cost.forwards)):
             self._engine.forward_pass(batch)
         for _ in range(max(1, round(cost.micro_steps))):

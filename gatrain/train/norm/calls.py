@@ -1,0 +1,142 @@
+"""The BatchNorm computations of a forward, in their order, whichever modules and functions make them."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from gatrain.errors import ConfigError, ExactnessError
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place of a forward where BatchNorm normalises by the batch."""
+
+    name: str | None
+    """Of the module that has its running statistics; None where there are none."""
+    channels: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one BatchNorm computation is given."""
+
+    input: Tensor
+    """Shape [samples, channels, ...]."""
+    running_mean: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    momentum: float
+    eps: float
+
+    def site(self, names: dict[int, str]) -> Site:
+        """
+        Args:
+            names: id of running mean -> module, as `owners_of` gives them.
+
+        Raises:
+            ConfigError: running statistics that no module has.
+        """
+        name = None if self.running_mean is None else names.get(id(self.running_mean))
+        if name is None and self.running_mean is not None:
+            raise ConfigError(
+                "norm=exact: the model computes BatchNorm with running statistics that are no buffers of a module "
+                "named running_mean and running_var, so they cannot be moved. Use nn.BatchNorm, or norm=keep."
+            )
+        return Site(name, self.input.shape[1])
+
+
+def owners_of(model: nn.Module) -> dict[int, str]:
+    """Id of each running mean, with the name of its module."""
+    return {
+        id(module._buffers["running_mean"]): name
+        for name, module in model.named_modules()
+        if module._buffers.get("running_mean") is not None and module._buffers.get("running_var") is not None
+    }
+
+
+class BatchNormCalls(TorchFunctionMode):
+    """In this context ``instead`` computes every BatchNorm that normalises by its batch. No module is changed.
+
+    Raises:
+        ConfigError: a computation in the forward that would be another one so: gradients of gradients, or a kernel
+            below the functions that are known.
+    """
+
+    def __init__(self, instead: Callable[[Call], Tensor]) -> None:
+        super().__init__()
+        self._instead = instead
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _SIGNATURES:
+            given = _SIGNATURES[func].bind(*args, **kwargs)
+            given.apply_defaults()
+            if given.arguments["training"]:
+                return self._instead(Call(**{key: given.arguments[key] for key in Call.__dataclass_fields__}))
+        elif func is _BACKWARD:
+            with _no_batch_norm():  # no mode is active in a backward, on whichever thread it runs
+                return func(*args, **kwargs)
+        elif func in _REFUSED:
+            raise ConfigError(
+                f"norm=exact: the model or its loss calls {_REFUSED[func]}, which norm=exact cannot follow. "
+                "Use norm=keep or norm=group."
+            )
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _no_batch_norm() -> Iterator[None]:
+    """In here a BatchNorm over its batch is refused: what a backward computes anew would be over a micro-batch."""
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        given = _SIGNATURES[batch_norm].bind(*args, **kwargs)
+        given.apply_defaults()
+        if given.arguments["training"]:
+            raise ExactnessError(
+                "norm=exact: the model computes BatchNorm anew in the backward (activation checkpointing of its "
+                "own). Switch that off, or use norm=keep or norm=group."
+            )
+        return batch_norm(*args, **kwargs)
+
+    batch_norm = F.batch_norm
+    F.batch_norm = refuse
+    try:
+        yield
+    finally:
+        F.batch_norm = batch_norm
+
+
+def _functional(
+    input: Any, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None,
+    training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
+) -> None: ...  # fmt: skip
+
+
+def _below(
+    input: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, training: bool, momentum: float,
+    eps: float, cudnn_enabled: bool,
+) -> None: ...  # fmt: skip
+
+
+_BACKWARD: Any = Tensor.backward
+_SIGNATURES = {F.batch_norm: inspect.signature(_functional), torch.batch_norm: inspect.signature(_below)}
+_REFUSED: dict[Any, str] = {
+    torch.autograd.grad: "torch.autograd.grad in the forward (a gradient penalty, an adversarial step)",
+    torch.native_batch_norm: "torch.native_batch_norm",
+    torch.batch_norm_stats: "torch.batch_norm_stats",
+}
