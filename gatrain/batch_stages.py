@@ -1,8 +1,8 @@
 """The effective batch over a run: one number, or stages that begin at given steps, samples, tokens or epochs.
 
     batch.effective=64
-    'batch.effective={0: 64, 1000: 256}'                           64 samples, and 256 from step 1000 on
-    'batch.effective={0: 64, 8: 256}' batch.effective_by=epochs    the same from the 9th epoch on
+    'batch.effective={0: 64, 1000: 256}'                           64 samples a step, and 256 after 1,000 steps
+    'batch.effective={0: 64, 8: 256}' batch.effective_by=epochs    the same after 8 epochs
 
 A stage begins with the first window that starts at or after its place, so each window is of one stage.
 """
@@ -54,16 +54,14 @@ class BatchStages:
         return bisect.bisect_right(self.starts, place) - 1
 
     def begins(self, number: int) -> str:
-        """``step 1000``, ``epoch 8``, ``16,384 samples``: where a stage begins."""
+        """``after 1,000 steps``: where a later stage begins."""
         start = self.starts[number]
-        if self.by in ("steps", "epochs"):
-            return f"{self.by[:-1]} {start:g}"
-        return f"{start:,.0f} {self.by}"
+        return f"after {start:,g} {self.by}" if self.by == "epochs" else f"after {start:,.0f} {self.by}"
 
     @property
     def text(self) -> str:
-        """For people: ``64, 256 from step 1000 on``."""
-        later = [f"{size} from {self.begins(n)} on" for n, size in enumerate(self.sizes) if n]
+        """For people: ``64, 256 after 1,000 steps``."""
+        later = [f"{size} {self.begins(n)}" for n, size in enumerate(self.sizes) if n]
         return ", ".join([str(self.first), *later])
 
 

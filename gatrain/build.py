@@ -37,6 +37,8 @@ from gatrain.train.modules import sparse_parameters
 from gatrain.train.norm import Normalisation
 from gatrain.train.optimizer import Maker, check_takes_sparse
 from gatrain.train.optimizer_state import check_step
+from gatrain.train.order.grouped import Grouped
+from gatrain.train.order.sequential import Sequential
 from gatrain.train.parallel import Replicated
 from gatrain.train.part_norms import check_measurable
 from gatrain.train.phased_optimizer import configs_of, counted_for, groupings
@@ -44,6 +46,7 @@ from gatrain.train.ranks import Ranks
 from gatrain.train.schedule import Factor, TorchFactor, check_factor, check_schedule_class
 from gatrain.train.seeding import DATA, MODEL, seeded
 from gatrain.train.stream_loader import StreamWindows
+from gatrain.train.token_places import TokenPlaces, token_lengths
 from gatrain.train.windows import WindowSchedule
 
 T = TypeVar("T")
@@ -212,15 +215,21 @@ def window_schedule(config: RunConfig, task: Task, effective_batch: int | None =
         DataError: no window could be filled.
     """
     data, seed, total = task.train_data, config.train.seed, len(task.train_data)
-    effective = effective_batch or config.batch.effective
+    effective = effective_batch or config.batch.largest
+    stages = None if effective_batch is not None or config.batch.stages.is_constant else config.batch.stages
     if isinstance(data, Stream):
+        if stages is not None and stages.by != "steps":
+            raise ConfigError(
+                f"{data.name} is a stream, of which nobody knows how many samples an epoch has, so "
+                f"batch.effective_by={stages.by} has no place in it. Let stages begin at steps."
+            )
         if data.is_whole and total < effective:
             raise DataError(
                 f"{data.name} is a stream of {total} samples, fewer than batch.effective={effective}: no window "
                 f"could be filled. Use batch.effective={max(total, 1)} or less, or more data."
             )
         endless = ENDLESS * effective
-        return StreamWindows(endless, effective, seed, config.train.drop_last, first=total)
+        return StreamWindows(endless, effective, seed, config.train.drop_last, first=total, stages=stages)
     own = order.of_data(data)
     if config.order == "shuffle":
         made = None if own is None else own(seed)
@@ -230,14 +239,24 @@ def window_schedule(config: RunConfig, task: Task, effective_batch: int | None =
             "own. Leave order out."
         )
     else:
-        made = _part("order", config.order, data=data, seed=seed, effective_batch=effective)
+        # an order that lays out windows: smaller ones make up larger ones
+        smallest = effective if stages is None else stages.smallest
+        made = _part("order", config.order, data=data, seed=seed, effective_batch=smallest)
         if not isinstance(made, order.Order):
             raise ConfigError(
                 f"order gave a {type(made).__name__}, which has no method ids(epoch, positions) that gives the "
                 "numbers of the samples at these positions."
             )
     samples = getattr(made, "samples", total)
-    return WindowSchedule(samples, effective, seed, config.train.drop_last, made, total)
+    tokens = None
+    plain = WindowSchedule(samples, effective, seed, config.train.drop_last, made, total)
+    if stages is None:
+        return plain
+    if stages.by == "tokens":
+        lengths = token_lengths(task, seed, "batch.effective_by=tokens")
+        each_once = made is None or isinstance(made, Grouped | Sequential)
+        tokens = TokenPlaces(lengths, plain.ids, each_once)
+    return dataclasses.replace(plain, stages=stages, tokens=tokens)
 
 
 def _part(key: str, value: Any, **given: Any) -> Any:
@@ -469,7 +488,8 @@ def inspect_optimizer(config: RunConfig, task: Task, model: nn.Module) -> int:
         check_takes_sparse(each, model)
     sizes = counted_for(grouped, sparse_parameters(model), optimizer_maker)
     if config.schedule.node is not None:
-        step_clock(config, window_schedule(config, task).steps(config.train.steps, config.train.epochs))
+        windows = window_schedule(config, task)
+        step_clock(config, windows.steps(config.train.steps, config.train.epochs), windows)
     return sum(sizes)
 
 
@@ -510,13 +530,17 @@ def _as_optimizer(dotted: str, made: Any) -> torch.optim.Optimizer:
     return made
 
 
-def step_clock(config: RunConfig, total_steps: int) -> StepClock:
+def step_clock(config: RunConfig, total_steps: int, windows: WindowSchedule | None = None) -> StepClock:
     """What the learning rate of each step follows from.
+
+    Args:
+        windows: of the run, where its effective batch has stages.
 
     Raises:
         ConfigError: a schedule of the user's own that is not a function of the step.
     """
-    clock = StepClock(config.schedule, total_steps, config.batch.effective)
+    stages = () if windows is None else windows.stage_starts
+    clock = StepClock(config.schedule, total_steps, config.batch.stages.first, stages=stages)
     if config.optimizer.phases is not None:
         own_ones = {
             name: dataclasses.replace(config, schedule=phase.schedule, optimizer=phase.optimizer)
@@ -524,14 +548,19 @@ def step_clock(config: RunConfig, total_steps: int) -> StepClock:
             if phase.schedule is not None
         }
         clock = dataclasses.replace(
-            clock, phases={name: step_clock(each, total_steps) for name, each in own_ones.items()}
+            clock, phases={name: step_clock(each, total_steps, windows) for name, each in own_ones.items()}
         )
     node = config.schedule.node
     if node is None:
         return clock
     dotted, target = node["_target_"], targets.admit("schedule", node)
     takes = set(believed_parameters(target) or {})
-    span = {"total_steps": total_steps, "effective_batch": config.batch.effective}
+    if "effective_batch" in takes and "effective_batch" not in node and len(config.batch.stages.sizes) > 1:
+        raise ConfigError(
+            f"schedule._target_={dotted} asks for effective_batch, which changes in this run "
+            f"({config.batch.stages.text}). Give it a number of its own: schedule.effective_batch=..."
+        )
+    span = {"total_steps": total_steps, "effective_batch": config.batch.stages.first}
     given = {name: value for name, value in span.items() if name in takes and name not in node}
     own: Factor
     if isinstance(target, type) and issubclass(target, torch.optim.lr_scheduler.LRScheduler):

@@ -37,7 +37,7 @@ CHECKS = ("error", "warn", "off")
 class BatchConfig:
     effective: Any = 32
     """Samples per optimizer step over all ranks and micro-steps. Nothing changes it but you: ``{0: 64, 1000: 256}``
-    are stages, each from its step on."""
+    are stages, 64 for 1000 steps and 256 after them."""
     micro: Any = "auto"
     """Samples in one forward and backward on one rank: ``auto`` (measured) or a number."""
     effective_by: str = "steps"
@@ -266,10 +266,6 @@ def _check_batch(batch: BatchConfig) -> None:
     if batch.base is not None:
         at_least("batch.base", batch.base, 1)
     stages = batch.stages
-    if not stages.is_constant:
-        raise ConfigError(
-            f"batch.effective={spelt(batch.effective)}: stages cannot be trained yet. Write a number."
-        )
     if stages.is_constant and batch.effective_by != "steps":
         raise ConfigError(
             f"batch.effective_by={batch.effective_by} counts where stages begin, and batch.effective="
@@ -290,7 +286,7 @@ def _check_batch(batch: BatchConfig) -> None:
 def _check_rule(batch: BatchConfig, optimizer: OptimizerConfig) -> None:
     if batch.rule not in OF_ADAM or optimizer.node is not None:  # the user's own: when it is made
         return
-    if not isinstance(optimizer, AdamWConfig):
+    if type(optimizer) is not AdamWConfig:  # AdamA's moments are others
         raise ConfigError(
             f"batch.rule={batch.rule} speaks of Adam's betas, and the optimizer is {optimizer.name}. Use "
             "batch.rule=linear, or set optimizer.lr for the effective batch and leave batch.rule out."

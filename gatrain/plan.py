@@ -171,6 +171,27 @@ class Trial:
         schema.at_least(0, **{name: getattr(self, name) for name in names})
 
 
+@dataclass(frozen=True)
+class Stage:
+    """How the effective batch of one stage is computed, where it changes over the run."""
+
+    begins: str
+    """``after 1,000 steps``, say; empty for the first."""
+    split: Split = field(metadata=codec.INLINE)
+    micro_batch: int
+
+    @property
+    def equation(self) -> str:
+        return self.split.equation(self.micro_batch)
+
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: a micro-batch that its split cannot have.
+        """
+        schema.at_least(1, micro_batch=self.micro_batch)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """How one effective batch is computed: the split, the micro-batch that cuts it, and the settings of a step."""
@@ -190,6 +211,9 @@ class Plan:
     """Peak memory that the plan may come to on the weakest rank: ``tune.memory_fraction`` of what was free."""
     made_for: MadeFor | None = None
     """None in plans of earlier versions."""
+    stages: list[Stage] = field(default_factory=list)
+    """Each stage of an effective batch that changes; the rest of the plan is of the largest. Empty where it does
+    not."""
 
     @property
     def effective_batch(self) -> int:

@@ -69,6 +69,8 @@ class Progress:
     """Samples that could not be read and were skipped, counted in every epoch."""
     order: str = ""
     """Fingerprint of the weights or lengths that the order follows from: the windows depend on them."""
+    stages: str = ""
+    """First window and effective batch of each stage, where it changes: ``0:64,1000:256``."""
     stream: dict[str, Any] | None = None
     """Of data that is a stream: where the next window begins. ``step`` alone does not tell it."""
 
@@ -277,6 +279,7 @@ def check_same_run(progress: Progress, expected: Progress) -> None:
         "seed": "train.seed",
         "data_samples": "the number of training samples",
         "drop_last": "train.drop_last",
+        "stages": "batch.effective, by first window,",
         "order": "the fingerprint of the weights or lengths of the order",
     }
     differences = [

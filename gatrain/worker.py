@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gatrain.train.events import Sink
     from gatrain.train.hook import HookRun
     from gatrain.train.saved_state import Progress
+    from gatrain.train.windows import Cut
 
 
 def work(folder: Path, rank: Rank) -> None:
@@ -69,7 +70,8 @@ def _train(run_dir: RunDir, stored: Reloaded, plan: Plan, rank: Rank) -> None:
     schedule = build.window_schedule(config, task)
     is_stream = isinstance(task.train_data, Stream)
     total_steps = schedule.steps(config.train.steps, config.train.epochs)
-    clock = build.step_clock(config, total_steps)
+    clock = build.step_clock(config, total_steps, schedule)
+    cuts = _cuts(plan, rank.world_size)
     noticed = notice_lengths(task, config.train.seed) if plan.settings.compile else None
     with out_of_memory.told(config, plan, run_dir, rank.device.type, modes=()):
         engine = build.build_engine(task, config, plan.settings, rank.device, clock)
@@ -83,8 +85,9 @@ def _train(run_dir: RunDir, stored: Reloaded, plan: Plan, rank: Rank) -> None:
     _stop_if_asked(rank)
 
     fresh = Progress(
-        *(0, 0, 0, config.batch.effective, config.train.seed, schedule.samples),
+        *(0, 0, 0, config.batch.largest, config.train.seed, schedule.samples),
         drop_last=schedule.drop_last,
+        stages=",".join(f"{index}:{size}" for index, size in schedule.stage_starts),
         order=str(getattr(schedule.order, "fingerprint", "")),
     )
     # what draws outside a seeded step repeats as well
@@ -116,6 +119,7 @@ def _train(run_dir: RunDir, stored: Reloaded, plan: Plan, rank: Rank) -> None:
                 engine.ranks.world_size,
                 plan.micro_batch,
                 plan.split.shares if plan.world_size == engine.ranks.world_size else None,
+                cuts,
             ),
             progress.step,
             total_steps,
@@ -141,6 +145,10 @@ def _train(run_dir: RunDir, stored: Reloaded, plan: Plan, rank: Rank) -> None:
             world_size=rank.world_size,
             effective_batch=plan.effective_batch,
             equation=plan.equation,
+            stages=tuple(
+                (index, stage.equation)
+                for (index, _), stage in zip(schedule.stage_starts, plan.stages, strict=True)
+            ),
             precision=plan.settings.precision,
             checkpointing=plan.settings.checkpointing,
             compile=plan.settings.compile,
@@ -150,7 +158,7 @@ def _train(run_dir: RunDir, stored: Reloaded, plan: Plan, rank: Rank) -> None:
             eval_samples=len(task.eval_data) if task.eval_data is not None else 0,
             first_step=progress.step,
             total_steps=total_steps,
-            steps_per_epoch=0 if is_stream else schedule.per_epoch,
+            steps_per_epoch=0 if is_stream or schedule.stages else schedule.per_epoch,
             baseline_name=baseline[0] if baseline else None,
             baseline_loss=baseline[1] if baseline else None,
             settings=records.public(stored.leaves),
@@ -181,6 +189,7 @@ def _train(run_dir: RunDir, stored: Reloaded, plan: Plan, rank: Rank) -> None:
             config=config,
             plan=plan,
             schedule=schedule,
+            cuts=cuts,
             total_steps=total_steps,
             progress=progress,
             run_dir=run_dir,
@@ -222,6 +231,14 @@ def _train(run_dir: RunDir, stored: Reloaded, plan: Plan, rank: Rank) -> None:
             sinks.end(replace(summary, failed=(*aftermath.failures, *sinks.failures)))
             failed = (*aftermath.failures, *sinks.failures)  # that of a logger's end too
             write_json(run_dir.summary, replace(summary, failed=failed).to_dict())
+
+
+def _cuts(plan: Plan, world_size: int) -> list[Cut]:
+    """How the windows of each stage are cut; empty where the effective batch never changes."""
+    from gatrain.train.windows import Cut
+
+    is_same = plan.world_size == world_size
+    return [Cut(each.micro_batch, each.split.shares if is_same else None) for each in plan.stages]
 
 
 def _stop_if_asked(rank: Rank) -> None:

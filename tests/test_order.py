@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, WeightedRandomSampler
 import gatrain
 from gatrain import build
 from gatrain.compose import compose
+from gatrain.config import BatchConfig
 from gatrain.errors import ConfigError, SavedStateError
 from gatrain.states import Progress, check_same_run
 from gatrain.tasks import Supervised
@@ -74,7 +75,7 @@ def schedule_of(order: Any, effective: int = 8, **given: Any) -> WindowSchedule:
     config = compose(["recipe=llm"]).config
     config = SimpleNamespace(  # type: ignore[assignment]
         order=order,
-        batch=SimpleNamespace(effective=effective),
+        batch=BatchConfig(effective),
         train=SimpleNamespace(seed=3, drop_last=given.get("drop_last", False)),
     )
     return build.window_schedule(config, task)  # type: ignore[arg-type]

@@ -56,7 +56,8 @@ def compose(overrides: Sequence[str], cwd: Path) -> Composed:
     recipe = assets.find_recipe(given, cwd)
     folders = folders_of(recipe, cwd)
     parsed = _displacing(messages.parse_overrides(typed, given))
-    hydras = [words.for_hydra(override) for override in parsed]
+    merged = [override for override in parsed if not _is_stages(override)]
+    hydras = [words.for_hydra(override) for override in merged]
     _check_extension(recipe.name, [recipe.path], folders)
     context = messages.Context(recipe.name, recipe.path, folders, parsed)
     with _initialized(folders) as others:
@@ -67,7 +68,7 @@ def compose(overrides: Sequence[str], cwd: Path) -> Composed:
             if not any(sources.stem(element) in schema.OPTIMIZER_SCHEMAS for element in elements):
                 schema.register(optimizer_by_group=False)
             composed = hydra_compose(recipe.path.stem, [*hydras, others])
-            others_too = [w for w, o in zip(hydras, parsed, strict=True) if o.key_or_group != "optimizer"]
+            others_too = [w for w, o in zip(hydras, merged, strict=True) if o.key_or_group != "optimizer"]
             switched = len(others_too) < len(hydras) and _options_of("optimizer", elements) != _options_of(
                 "optimizer", _elements(recipe.path.stem, [*others_too, others])
             )
@@ -128,7 +129,8 @@ def reload(path: Path, overrides: Sequence[str], values: Mapping[str, Any]) -> R
     OmegaConf.set_struct(merged, True)
     for override in parsed:
         try:
-            OmegaConf.update(merged, override.key_or_group, override.value(), merge=True)
+            is_merged = not _is_stages(override)
+            OmegaConf.update(merged, override.key_or_group, override.value(), merge=is_merged)
         except messages.FOREIGN as error:
             raise ConfigError(messages.explain_override(override, error, context)) from error
     for key, value in values.items():
@@ -222,12 +224,15 @@ def _displacing(parsed: list[Override]) -> list[Override]:
     return [*parsed, *displaced]
 
 
+def _is_stages(override: Override) -> bool:
+    """Typed stages of the batch, which take the place of a recipe's: merged, as Hydra merges mappings, they would
+    be stages that nobody wrote together."""
+    return override.key_or_group == "batch.effective" and isinstance(override.value(), dict)
+
+
 def _replace_stages(composed: DictConfig, parsed: list[Override]) -> None:
-    """Let typed stages of the batch take the place of a recipe's: merged, as Hydra merges mappings, they would
-    train stages that nobody wrote together."""
-    for override in parsed:
-        if override.key_or_group == "batch.effective" and isinstance(override.value(), dict):
-            OmegaConf.update(composed, "batch.effective", override.value(), merge=False)
+    for override in filter(_is_stages, parsed):
+        OmegaConf.update(composed, "batch.effective", override.value(), merge=False)
 
 
 def _check_stages(config: RunConfig, setters: Mapping[str, str]) -> None:

@@ -211,10 +211,12 @@ def _plan_of(run_dir: RunDir, config: RunConfig) -> Plan:
         DamagedFileError: it is none, or one for another batch.
     """
     plan = run_dir.load_plan()
-    if plan.effective_batch != config.batch.largest:
+    stages = config.batch.stages
+    planned = [each.split.effective_batch for each in plan.stages] or [plan.effective_batch]
+    if plan.effective_batch != stages.largest or planned != list(stages.sizes):
         raise DamagedFileError(
-            f"{run_dir.plan} is a plan for an effective batch of {plan.effective_batch}, and {run_dir.config} asks "
-            f"for {config.batch.largest}. One of them was changed: restore it."
+            f"{run_dir.plan} is a plan for an effective batch of {', '.join(map(str, planned))}, and "
+            f"{run_dir.config} asks for {', '.join(map(str, stages.sizes))}. One of them was changed: restore it."
         )
     return plan
 

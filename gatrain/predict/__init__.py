@@ -119,6 +119,10 @@ def _precision(config: RunConfig, gpu: GpuModel) -> str:
 
 def _notes(config: RunConfig, traces: list[TraceResult]) -> list[str]:
     notes = ["Everything here is predicted; gatrain autotune on the GPU itself measures it."]
+    if not (stages := config.batch.stages).is_constant:
+        notes.append(
+            f"The effective batch has stages ({stages.text}). This is the largest, which needs most memory."
+        )
     if config.compile is not False:
         notes.append("Compiled code is predicted as uncompiled code, which usually needs more memory.")
     off = [

@@ -264,7 +264,18 @@ def _facts(meter: Averages) -> list[str]:
     values.pop("loss")
     terms = [name for name in values if name.startswith("loss_terms.")]
     measured = [name for name in values if name.startswith("metrics.")]
-    order = (*terms, "samples", "tokens", "memory", "lr", "grad_norm", *measured, "loss_scale", "skipped")
+    order = (
+        *terms,
+        "stage",
+        "samples",
+        "tokens",
+        "memory",
+        "lr",
+        "grad_norm",
+        *measured,
+        "loss_scale",
+        "skipped",
+    )
     return [values[name].replace("_", " ") for name in order if name in values]
 
 

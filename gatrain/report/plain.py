@@ -138,6 +138,9 @@ def step_values(meter: Averages) -> dict[str, str]:
         values["lr"] = f"lr {text.learning_rate(record.lr)}"
     for name, value in record.metrics.items():
         values[f"metrics.{name}"] = f"{text.clean(name)} {text.decimal(value)}"
+    if stages := meter.info.stages:
+        nth = sum(record.step > first for first, _ in stages)
+        values["stage"] = f"stage {nth}/{len(stages)}"
     if record.loss_scale is not None:
         values["loss_scale"] = f"loss_scale {record.loss_scale:g}"
     if record.skipped_steps:

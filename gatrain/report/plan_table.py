@@ -233,7 +233,14 @@ def split_lines(plan: Plan) -> list[str]:
         f"sync {text.clean(plan.settings.sync)}",
         *([text.clean(plan.settings.knob_text)] if plan.settings.knobs else []),
     ]
-    return [text.clean(plan.equation), ", ".join(how)]
+    return [text.clean(line) for line in (*stage_lines(plan), ", ".join(how))]
+
+
+def stage_lines(plan: Plan) -> list[str]:
+    """The split written out; of each stage, where the effective batch changes."""
+    if not plan.stages:
+        return [plan.equation]
+    return [f"{each.begins.capitalize() or 'At first'}: {each.equation}" for each in plan.stages]
 
 
 def reason_lines(plan: Plan) -> list[str]:

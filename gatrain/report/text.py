@@ -116,8 +116,11 @@ def header_rows(info: RunInfo) -> list[tuple[str, str]]:
         steps += f", {epochs:.3g} epoch{'s' * (epochs != 1)} of {units.plural(info.steps_per_epoch, 'step')}"
     if info.first_step:
         steps += f"; going on after step {info.first_step:,}"
+    stages = [
+        (f"from step {first + 1}: " if first else "") + clean(equation) for first, equation in info.stages
+    ]
     rows = [
-        ("batch", clean(info.equation)),
+        ("batch", "; ".join(stages) or clean(info.equation)),
         ("device", clean(info.device)),
         ("precision", ", ".join(how)),
         ("parameters", f"{info.parameters:,}"),

@@ -57,12 +57,14 @@ class StepClock:
     """A schedule of the user's own."""
     phases: Mapping[str, StepClock] = field(default_factory=dict)
     """Of phases with a schedule of their own."""
+    stages: tuple[tuple[int, int], ...] = ()
+    """(first step, effective batch) of each stage, where the effective batch changes."""
 
     def factor(self, step: int) -> float:
         """Of the peak rate, at optimizer step ``step`` (from 0)."""
         if self.own is not None:
             return self.own(step)
-        return factor(self.schedule, Span(self.total_steps, self.effective_batch), step)
+        return factor(self.schedule, Span(self.total_steps, self.effective_batch, self.stages), step)
 
 
 class Engine:

@@ -36,6 +36,8 @@ class RunInfo:
     baseline_loss: float | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Dotted key -> value of the configuration, secrets hidden."""
+    stages: tuple[tuple[int, str], ...] = ()
+    """(steps done when it begins, its split as an equation) of each stage, where the effective batch changes."""
     half_dtypes: str = ""
     """Of trained parameters with fp32 main gradients and master weights: ``bf16``, say."""
 

@@ -29,7 +29,7 @@ from gatrain.train.ranks import Ranks
 from gatrain.train.read_ahead import PREFETCH, FreeMemory, ReadAhead, bounded
 from gatrain.train.samples import Key
 from gatrain.train.seeding import MICRO_STEP
-from gatrain.train.windows import Window, WindowSchedule, digest
+from gatrain.train.windows import Cut, Window, WindowSchedule, digest
 
 DRAWS_UNDECLARED = (
     "the data or its collate function is declared deterministic but draws random numbers: it is read with seeds, "
@@ -75,7 +75,8 @@ class _MicroBatches(Dataset[Any]):
 class WindowLoader:
     """Iterates over the loaded windows ``start`` to ``stop`` - 1 of this rank.
 
-    ``shares`` are the plan's samples of each rank in a full window; None means that all ranks are equal.
+    ``shares`` are the plan's samples of each rank in a full window; None means that all ranks are equal. ``cuts``
+    take their place and that of ``micro_batch`` where the effective batch has stages: one for each stage.
 
     With ``workers`` processes the next window is read while the current one is computed. Without, a thread
     reads ahead where a window takes long to read and nothing in it can draw from the random generators, which
@@ -98,12 +99,12 @@ class WindowLoader:
         stop: int,
         workers: int = 0,
         pin_memory: bool = False,
+        cuts: Sequence[Cut] = (),
     ) -> None:
         self._task = task
         self._schedule = schedule
         self._ranks = ranks
-        self._micro_batch = micro_batch
-        self._shares = shares
+        self._cuts = cuts or [Cut(micro_batch, shares)]
         self._range = range(start, stop)
         self._workers = workers
         self._pin_memory = pin_memory
@@ -130,8 +131,10 @@ class WindowLoader:
 
     def _cut(self, window: Window) -> tuple[int, list[list[Key]]]:
         """This rank's part of a window: the place of its first sample, and (epoch, sample) by micro-batch."""
-        first, ids = window.slice_of(self._ranks.rank, self._ranks.world_size, self._shares)
-        sizes = batch.micro_batch_sizes(len(ids), self._micro_batch)
+        stage = self._schedule.stage_at(window.index) if len(self._cuts) > 1 else 0
+        micro_batch, shares = self._cuts[stage]
+        first, ids = window.slice_of(self._ranks.rank, self._ranks.world_size, shares)
+        sizes = batch.micro_batch_sizes(len(ids), micro_batch)
         keys = iter(window.keys(first, len(ids)))
         return first, [list(itertools.islice(keys, size)) for size in sizes]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +31,7 @@ from gatrain.train.step_metrics import NOT_FINITE, PendingStep, StepMetrics
 from gatrain.train.stream_loader import ranks_read_the_same
 from gatrain.train.window_result import WindowResult
 from gatrain.train.window_source import open_windows
-from gatrain.train.windows import MOST_EXACT_PAIRS, WindowSchedule
+from gatrain.train.windows import MOST_EXACT_PAIRS, Cut, WindowSchedule
 
 MOST_PENDING = 256
 """Steps whose metrics may wait on the device: each keeps some ten kB, whatever train.log_every says."""
@@ -62,6 +62,8 @@ class Trainer:
     pause: Callable[[], None] = lambda: None
     run_folder: RunFolder | None = None
     """On rank 0."""
+    cuts: Sequence[Cut] = ()
+    """How windows are cut, by stage, where the effective batch changes."""
     hooks: Hooks = field(default_factory=lambda: Hooks({}, Ranks()))
     evaluation_is_missing: bool = False
     """The run goes on at a step whose evaluation was cut short, or never begun."""
@@ -69,10 +71,12 @@ class Trainer:
     _evaluated_step: int = -1
     _last_loss: float | None = None
     _last_skipped: str = ""
+    _stage: int | None = None
+    """Of the window in hand, where the effective batch has several; None before the first."""
 
     def __post_init__(self) -> None:
         self._metrics = StepMetrics(self.engine)
-        self._notices = Notices(self.sinks.notice, self.schedule.effective_batch, self.run_dir.metrics.name)
+        self._notices = Notices(self.sinks.notice, self.schedule.effective_at, self.run_dir.metrics.name)
         self._saver = StateSaver(
             self.engine,
             self.config,
@@ -137,12 +141,13 @@ class Trainer:
             return True
         if self.hooks.ended:
             return False
-        self._set_to(self.schedule.effective_batch)
         meter, log_every = self._metrics.meter, self.config.train.log_every
         previous = meter.mark()
         for loaded in self._windows(self.progress, self.total_steps, self.config.train.data_workers):
             for text in loaded.notices:
                 self.sinks.notice(text)
+            if (stage := self.schedule.stage_at(loaded.index)) != self._stage:
+                self._begin(stage, loaded.index)
             before, lr = self.progress, self.engine.learning_rate(self.progress.updates)
             result, norm = self.engine.step(self._with_requests(loaded), before.updates)
             end = meter.mark()
@@ -180,11 +185,23 @@ class Trainer:
                 return stop
         return False
 
-    def _set_to(self, effective: int) -> None:
-        """Set the optimizer to the effective batch of the windows to come, and say what that does."""
-        self.engine.scaling.set_to(effective)
-        if self.config.batch.rule != "none":
-            self.sinks.notice(self.engine.scaling.words(effective))
+    def _begin(self, stage: int, index: int) -> None:
+        """Set the optimizer to the effective batch from window ``index`` on, and say what changes."""
+        scaling, effective = self.engine.scaling, self.schedule.effective_at(index)
+        scaling.set_to(effective)
+        rule = scaling.words(effective) if self.config.batch.rule != "none" else ""
+        if self.plan.stages:
+            equation = self.plan.stages[stage].equation
+            is_first = index == self.schedule.stage_starts[stage][0]
+            begins = f"step {index + 1} begins" if is_first else f"step {index + 1} is in"
+            unruled = "" if self._stage is None else "batch.rule=none leaves the learning rate as it is"
+            after = rule or unruled
+            self.sinks.notice(
+                f"{begins} stage {stage + 1} of {len(self.plan.stages)}: {equation}{f'; {after}' if after else ''}"
+            )
+        elif rule:
+            self.sinks.notice(rule)
+        self._stage = stage
 
     # --- windows
 
@@ -204,6 +221,7 @@ class Trainer:
             position=start.stream,
             workers=workers,
             pin_memory=self.engine.device.type == "cuda",
+            cuts=self.cuts,
         )
 
     def _with_requests(self, loaded: LoadedWindow) -> LoadedWindow:
@@ -290,6 +308,8 @@ class Trainer:
             self.sinks.notice(f"step {self.progress.step}: {text}")
 
     def _report(self, step: PendingStep, record: StepRecord) -> None:
+        if any(step.index == first for first, _ in self.schedule.stage_starts):
+            record = dataclasses.replace(record, effective_batch=self.schedule.effective_at(step.index))
         self.sinks.step(record)
         self._last_skipped = record.skipped or self._last_skipped
         self._notices.unreadable(step, record)

@@ -17,12 +17,12 @@ class Notices:
 
     Args:
         tell: hears each notice.
-        effective_batch: samples of a full window.
+        full: samples of a full window, by its index.
         metrics_file: where every skipped sample is listed.
     """
 
     tell: Callable[[str], None]
-    effective_batch: int
+    full: Callable[[int], int]
     metrics_file: str
     _short_window_told: bool = False
     _dropped: int = 0
@@ -54,7 +54,7 @@ class Notices:
             )
             return
         given = int(counts["samples"] + counts["dropped"])
-        if given < self.effective_batch and not self._short_window_told:
+        if given < self.full(step.index) and not self._short_window_told:
             self._short_window_told = True
             self.tell(
                 f"step {record.step} ends an epoch with a window of {given} samples, as every epoch will; "

@@ -44,6 +44,8 @@ class StepRecord:
     """How many have made none so far."""
     loss_scale: float | None = None
     """Of fp16."""
+    effective_batch: int | None = None
+    """Samples of a full window from here on, at the first step of each stage where it changes over the run."""
     loss_terms: Mapping[str, float] = field(default_factory=dict)
     """The mean of each term where there are several; their sum is `loss`."""
     unreadable: tuple[str, ...] = ()
@@ -57,7 +59,7 @@ class StepRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; mappings and lists that are empty are left out."""
-        return _without_empty(self, "loss_terms", "unreadable", "metrics", "parts")
+        return _without_empty(self, "loss_terms", "unreadable", "metrics", "parts", "effective_batch")
 
 
 @dataclass(frozen=True)

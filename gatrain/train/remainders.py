@@ -12,7 +12,7 @@ from torch import nn
 from gatrain import batch
 from gatrain.errors import PlanError
 from gatrain.train.modules import batch_norms, synchronised_norms, unequal_steps_text
-from gatrain.train.windows import WindowSchedule
+from gatrain.train.windows import Cut, WindowSchedule
 
 _SEARCHED = 64
 """Effective batches on either side among which one is looked for that would do."""
@@ -48,10 +48,15 @@ class Splits:
     world_size: int
     micro_batch: int
     shares: Sequence[int] | None = None
+    cuts: Sequence[Cut] = ()
+    """By stage, where the effective batch changes."""
 
     def of(self, first: int, last: int) -> Iterator[Split]:
         """The one or two kinds among the windows ``first`` to ``last`` - 1."""
         schedule = self.schedule
+        if self.cuts:
+            yield from self._of_stages(first, last)
+            return
         per_epoch = schedule.per_epoch
         rest = 0 if schedule.drop_last else schedule.samples % schedule.effective_batch
         ends = [index for index in range(first, min(last, first + per_epoch)) if (index + 1) % per_epoch == 0]
@@ -59,6 +64,21 @@ class Splits:
             yield self._split(schedule.effective_batch, is_short=False)
         if rest and ends:
             yield self._split(rest, is_short=True)
+
+    def _of_stages(self, first: int, last: int) -> Iterator[Split]:
+        """The same, stage by stage: two epochs' ends say all, that in which it begins and any later one."""
+        spans = self.schedule.spans
+        ends = [span.index for span in spans[1:]] + [last]
+        for span, end, cut in zip(spans, ends, self.cuts, strict=True):
+            begin, end = max(first, span.index), min(last, end)
+            found = {}
+            for index in range(begin, min(end, begin + span.in_first + span.per_epoch + 1)):
+                place = span.place(index)
+                found[place.last - place.first] = place.last - place.first < span.effective_batch
+            for size, is_short in found.items():
+                yield dataclasses.replace(self, micro_batch=cut.micro_batch, shares=cut.shares)._split(
+                    size, is_short
+                )
 
     def _split(self, samples: int, is_short: bool) -> Split:
         shares = (
@@ -69,7 +89,10 @@ class Splits:
         return Split(samples, batch.split_shares(shares, self.micro_batch), is_short)
 
     def better(self, is_good: Callable[[Split], bool]) -> str:
-        """What to write so that every window of an epoch is good; empty if nothing near is."""
+        """What to write so that every window of an epoch is good; empty if nothing near is, or where there are
+        stages, which each would have to change."""
+        if self.cuts:
+            return ""
         found = []
         dropping = self._with(dataclasses.replace(self.schedule, drop_last=True), self.micro_batch)
         if not self.schedule.drop_last and dropping._is_good(is_good):
@@ -141,7 +164,12 @@ def check_windows(
 
 def _single_text(split: Split, splits: Splits, norms: Sequence[str], refusal: str) -> str:
     schedule = splits.schedule
-    if split.is_short:
+    if splits.cuts:
+        where = (
+            f"a window of {split.samples} samples{' at the end of an epoch' if split.is_short else ''} has a "
+            f"micro-batch of one: {batch.equation(split.samples, split.sizes)}"
+        )
+    elif split.is_short:
         where = (
             f"{schedule.samples} samples with batch.effective={schedule.effective_batch} leave a window of "
             f"{split.samples} at the end of each epoch, and a micro-batch of one sample in it"

@@ -28,10 +28,35 @@ class Span:
 
     total_steps: int
     effective_batch: int
+    stages: tuple[tuple[int, int], ...] = ()
+    """(first step, effective batch) of each, where it changes. Windows are counted as full ones, also at an epoch's
+    end."""
 
     def steps(self, steps: int | None, samples: int | None) -> float | None:
-        """A length in optimizer steps that was given in steps or in samples."""
-        return steps if samples is None else samples / self.effective_batch
+        """A length in optimizer steps from the beginning that was given in steps or in samples."""
+        return steps if samples is None else self.step_at(samples)
+
+    def last_steps(self, steps: int | None, samples: int | None) -> float | None:
+        """The same for a length that ends with the run."""
+        if samples is None or not self.stages:
+            return self.steps(steps, samples)
+        return self.total_steps - self.step_at(self._samples_at(self.total_steps) - samples)
+
+    def step_at(self, samples: float) -> float:
+        """The step, and the part of one, after which so many samples were given."""
+        first, given, effective = 0, 0.0, self.effective_batch
+        for step, following in self.stages[1:]:
+            if given + (step - first) * effective > samples:
+                break
+            first, given, effective = step, given + (step - first) * effective, following
+        return first + (samples - given) / effective
+
+    def _samples_at(self, step: int) -> int:
+        ends = [start for start, _ in self.stages[1:]] + [step]
+        return sum(
+            effective * max(0, min(end, step) - start)
+            for (start, effective), end in zip(self.stages, ends, strict=True)
+        )
 
 
 def factor(config: ScheduleConfig, span: Span, step: int) -> float:
@@ -78,7 +103,7 @@ def _inverse_sqrt(config: ScheduleConfig, span: Span, warmup: float, step: int) 
 
 def _wsd(config: ScheduleConfig, span: Span, warmup: float, step: int) -> float:
     """Hu et al. 2024 (arXiv:2404.06395); shapes of the decay after Haegele et al. 2024 (arXiv:2405.18392)."""
-    given = span.steps(config.decay_steps, config.decay_samples)
+    given = span.last_steps(config.decay_steps, config.decay_samples)
     decay = span.total_steps / 5 if given is None else given
     part = _part(step, max(warmup, span.total_steps - decay), span.total_steps)
     heights = {"linear": 1 - part, "cosine": _cosine(part), "sqrt": 1 - math.sqrt(part)}
@@ -87,7 +112,7 @@ def _wsd(config: ScheduleConfig, span: Span, warmup: float, step: int) -> float:
 
 def _step(config: ScheduleConfig, span: Span, warmup: float, step: int) -> float:
     if config.milestone_samples is not None:
-        passed = sum(step >= samples / span.effective_batch for samples in config.milestone_samples)
+        passed = sum(step >= span.step_at(samples) for samples in config.milestone_samples)
     else:
         passed = sum(step >= milestone for milestone in config.milestones)
     return float((0.1 if config.gamma is None else config.gamma) ** passed)

@@ -23,7 +23,7 @@ from gatrain.train.batches import map_tensors, pinned
 from gatrain.train.loader import Failure, in_background, unchanged
 from gatrain.train.micro_batches import LoadedWindow, MicroBatch, counts_of
 from gatrain.train.ranks import Ranks
-from gatrain.train.windows import Window, WindowSchedule, digest
+from gatrain.train.windows import Cut, Window, WindowSchedule, digest
 
 PRINT_BITS = 20
 """Of the first sample of each window, by which the ranks see that they read the same stream."""
@@ -67,6 +67,7 @@ class StreamLoader:
     position: dict[str, Any] | None
     workers: int = 0
     pin_memory: bool = False
+    cuts: Sequence[Cut] = ()
 
     def __iter__(self) -> Iterator[LoadedWindow]:
         if self.workers:
@@ -94,7 +95,7 @@ class StreamLoader:
                 )
         for index in range(self.start, self.stop):
             with seeding.kept_random_state():
-                given = self._next_window(reader)
+                given = self._next_window(reader, self.schedule.effective_at(index))
                 first_place = reader.place - len(given)
                 epoch = reader.epoch
                 loaded = self._loaded(index, epoch, first_place, given, notices)
@@ -102,8 +103,7 @@ class StreamLoader:
             notices = []
             yield loaded
 
-    def _next_window(self, reader: StreamReader) -> list[Any]:
-        wanted = self.schedule.effective_batch
+    def _next_window(self, reader: StreamReader, wanted: int) -> list[Any]:
         while True:
             given = reader.take(wanted)
             if len(given) == wanted or (given and reader.place > wanted and not self.schedule.drop_last):
@@ -120,8 +120,10 @@ class StreamLoader:
         self, index: int, epoch: int, place: int, given: list[Any], notices: list[str]
     ) -> LoadedWindow:
         window = Window(index, epoch, np.arange(place, place + len(given), dtype=np.int64))
-        first, ids = window.slice_of(self.ranks.rank, self.ranks.world_size, self.shares)
-        sizes = batch.micro_batch_sizes(len(ids), self.micro_batch)
+        stage = self.schedule.stage_at(index) if len(self.cuts) > 1 else 0
+        micro_batch, shares = self.cuts[stage] if self.cuts else (self.micro_batch, self.shares)
+        first, ids = window.slice_of(self.ranks.rank, self.ranks.world_size, shares)
+        sizes = batch.micro_batch_sizes(len(ids), micro_batch)
         starts = itertools.accumulate(sizes, initial=first)
         loaded = [self._micro_batch(window, given, at, size) for at, size in zip(starts, sizes, strict=False)]
         read = np.array([sample for micro in loaded for _, sample in micro.keys], dtype=np.int64)

@@ -10,7 +10,7 @@ from gatrain.train.loader import WindowLoader
 from gatrain.train.micro_batches import LoadedWindow
 from gatrain.train.ranks import Ranks
 from gatrain.train.stream_loader import StreamLoader, StreamWindows
-from gatrain.train.windows import WindowSchedule
+from gatrain.train.windows import Cut, WindowSchedule
 
 
 def open_windows(
@@ -25,6 +25,7 @@ def open_windows(
     position: dict[str, Any] | None,
     workers: int = 0,
     pin_memory: bool = False,
+    cuts: Sequence[Cut] = (),
 ) -> Iterable[LoadedWindow]:
     """This rank's part of the windows ``start`` to ``stop`` - 1.
 
@@ -33,10 +34,11 @@ def open_windows(
         position: of a stream, where window ``start`` begins; None is its beginning. Data that is read by number
             needs none: window ``n`` follows from ``n``.
         workers: loader processes.
+        cuts: in place of ``micro_batch`` and ``shares``, one for each stage of the effective batch.
     """
     if isinstance(schedule, StreamWindows):
         return StreamLoader(
-            task, schedule, ranks, micro_batch, shares, start, stop, position, workers, pin_memory
+            task, schedule, ranks, micro_batch, shares, start, stop, position, workers, pin_memory, cuts
         )
     return WindowLoader(
         task,
@@ -48,4 +50,5 @@ def open_windows(
         stop=stop,
         workers=workers,
         pin_memory=pin_memory,
+        cuts=cuts,
     )

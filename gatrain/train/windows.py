@@ -9,15 +9,18 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from gatrain import batch
+from gatrain.batch_stages import BatchStages
 from gatrain.errors import DataError
 from gatrain.train.order import Ids as Ids
 from gatrain.train.order import Order, checked_ids
 from gatrain.train.order.permutation import permutation
 from gatrain.train.seeding import mix64
+from gatrain.train.stage_spans import FirstAfterTokens, Span, span_at, spans_of
 
 MOST_EXACT_PAIRS = 2**20
 """Samples whose `digest` is the same whichever ranks' parts are added as float64."""
@@ -77,6 +80,13 @@ class Window:
         return first, self.ids[first : first + shares[rank]]
 
 
+class Cut(NamedTuple):
+    """How a full window is computed: the micro-batch, and every rank's samples (None: ranks are equal)."""
+
+    micro_batch: int
+    shares: Sequence[int] | None = None
+
+
 @dataclass(frozen=True)
 class WindowSchedule:
     """All windows of a run, by index."""
@@ -90,6 +100,10 @@ class WindowSchedule:
     """None shuffles: `gatrain.train.order.permutation`."""
     data_samples: int | None = None
     """Samples of the data, where an epoch has another number of positions than that."""
+    stages: BatchStages | None = None
+    """Of an effective batch that changes; ``effective_batch`` is then the largest."""
+    tokens: FirstAfterTokens | None = None
+    """Where stages begin that are counted in tokens."""
 
     def __post_init__(self) -> None:
         if self.samples < self.effective_batch:
@@ -99,36 +113,70 @@ class WindowSchedule:
                 f"Use batch.effective={max(self.samples, 1)} or less, or more data."
             )
 
+    @functools.cached_property
+    def spans(self) -> list[Span]:
+        """The windows of each stage, in order; one span where the effective batch never changes."""
+        stages = self.stages or BatchStages((0,), (self.effective_batch,))
+        return spans_of(stages, self.samples, self.drop_last, self.tokens)
+
+    def stage_at(self, index: int) -> int:
+        """Number of the stage, from 0, that window ``index`` is of."""
+        return span_at(self.spans, index)
+
+    def effective_at(self, index: int) -> int:
+        """Samples of window ``index`` where it is a full one."""
+        return self.spans[self.stage_at(index)].effective_batch
+
+    @property
+    def stage_starts(self) -> tuple[tuple[int, int], ...]:
+        """(index of its first window, effective batch) of each stage; empty where there is one."""
+        return () if self.stages is None else tuple((s.index, s.effective_batch) for s in self.spans)
+
     @property
     def per_epoch(self) -> int:
-        """Windows of one epoch; the last may be short, unless that is left out."""
+        """Windows of one epoch; the last may be short, unless that is left out. Of the largest, where the effective
+        batch changes."""
         if self.drop_last:
             return self.samples // self.effective_batch
         return -(-self.samples // self.effective_batch)
 
     def window(self, index: int) -> Window:
         """The window of optimizer step ``index`` (from 0)."""
-        epoch, nth = divmod(index, self.per_epoch)
-        first = nth * self.effective_batch
-        last = min(first + self.effective_batch, self.samples)
+        place = self.spans[self.stage_at(index)].place(index)
+        draws = getattr(self.order, "draws", None)
+        if draws is not None:
+            draws = draws(place.epoch, np.arange(place.first, place.last, dtype=np.int64))
+        return Window(index, place.epoch, self.ids(place.epoch, place.first, place.last), draws)
+
+    def ids(self, epoch: int, first: int, last: int) -> Ids:
+        """The samples at positions ``first`` to ``last`` - 1 of an epoch."""
         if self.order is None:
-            return Window(index, epoch, self._shuffled(epoch, first, last))
+            return self._shuffled(epoch, first, last)
         positions = np.arange(first, last, dtype=np.int64)
         total = self.samples if self.data_samples is None else self.data_samples
-        ids = checked_ids(self.order.ids(epoch, positions), positions, total, self.order)
-        draws = getattr(self.order, "draws", None)
-        return Window(index, epoch, ids, None if draws is None else draws(epoch, positions))
+        return checked_ids(self.order.ids(epoch, positions), positions, total, self.order)
 
     def _shuffled(self, epoch: int, first: int, last: int) -> Ids:
         """The permutation's ids of some positions. Of many at once it costs no more than of a few."""
         block = max(self.effective_batch, _BLOCK // self.effective_batch * self.effective_batch)
-        nth, place = divmod(first, block)
-        return _block(self.samples, self.seed, epoch, nth * block, block)[place : place + last - first]
+        parts = []
+        while first < last:
+            nth, place = divmod(first, block)
+            parts.append(
+                _block(self.samples, self.seed, epoch, nth * block, block)[place : place + last - first]
+            )
+            first += len(parts[-1])
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)  # several where stages differ
 
     def steps(self, steps: int | None, epochs: float | None) -> int:
         """Number of windows to train: ``steps``, or as many as cover ``epochs``."""
         if steps is not None:
             return steps
+        if self.stages is not None:
+            for span, following in zip(self.spans, [*self.spans[1:], None], strict=True):
+                end = span.first_after_epochs(epochs or 0.0)
+                if following is None or end <= following.index:
+                    return end
         whole, part = divmod(epochs or 0.0, 1.0)
         return int(whole) * self.per_epoch + math.ceil(part * self.per_epoch)
 

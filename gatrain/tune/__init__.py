@@ -27,6 +27,7 @@ from gatrain.tune.cache import Known
 from gatrain.tune.estimate import check_state_fits, state_bytes
 from gatrain.tune.planner import Planner
 from gatrain.tune.processes import TrialHost
+from gatrain.tune.stages import with_stages
 
 __all__ = ["Tuner", "state_bytes"]
 
@@ -101,6 +102,7 @@ class Tuner:
                 settings=space.base,
                 reason=f"batch.micro={space.fixed_micro_batch} was asked for; {space.precision_reason}",
             )
+            plan = with_stages(plan, space.config.batch.stages, fixed=space.fixed_micro_batch)
         else:
             plan = self._search(found, state_bytes, run, progress, retune, config_yaml)
         return explain.with_batch_notes(explain.with_model_notes(plan, found), space.config)

@@ -26,6 +26,7 @@ from gatrain.tune.knobs import Row, SearchSpace
 from gatrain.tune.protocol import FullStepSpec
 from gatrain.tune.runner import Progress, Run, TrialRunner, sentence
 from gatrain.tune.search import Candidate
+from gatrain.tune.stages import with_stages
 
 WORTH_RECOMPUTING = {"selective": 1.06, "full": 1.15}
 """A last doubling of the micro-batch that gained this factor says that larger ones may gain more than recomputation
@@ -470,13 +471,12 @@ class Planner:
         return search.extended(used, plain) if settings.compile and plain is not None else used
 
     def _answer(self, decision: Decision) -> Plan:
-        return explain.make(
-            decision,
-            self._used,
-            self._curve_of(decision.chosen),
-            self._space,
-            is_remembered=not self._measured_anything,
+        curve = self._curve_of(decision.chosen)
+        plan = explain.make(
+            decision, self._used, curve, self._space, is_remembered=not self._measured_anything
         )
+        stages = self._space.config.batch.stages
+        return with_stages(plan, stages, curve=curve, fixed=self._fixed, equal_steps=self._equal_steps)
 
 
 def _rate(measurement: Measurement) -> float:
