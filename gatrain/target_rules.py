@@ -11,6 +11,7 @@ import re
 PUBLIC = frozenset(
     {
         "gatrain.data.digits.Digits",
+        "gatrain.data.docstrings.Docstrings",
         "gatrain.data.image_folder.ImageFolderData",
         "gatrain.data.mixture.Mixture",
         "gatrain.data.padded.PaddedText",
@@ -19,6 +20,8 @@ PUBLIC = frozenset(
         "gatrain.models.resnet.SmallResNet",
         "gatrain.models.resnet.resnet50",
         "gatrain.models.resnet.small_resnet",
+        "gatrain.models.two_towers.TwoTowers",
+        "gatrain.tasks.contrastive.Contrastive",
         "gatrain.tasks.huggingface.HuggingFace",
         "gatrain.tasks.language_model.LanguageModel",
         "gatrain.tasks.supervised.Supervised",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from distributed import run_on_ranks
 from test_exact_gradient import gradient, relative_error
+from test_runs import gatrain, metrics
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -188,7 +192,7 @@ def test_supervised_losses_that_compare_samples_are_computed_over_all_of_them() 
 
 def test_what_would_not_be_exact_is_refused() -> None:
     task = Views()
-    with pytest.raises(ConfigError, match=r"BatchNorm \('0'\) mixes .* Use GroupNorm"):
+    with pytest.raises(ConfigError, match=r"BatchNorm \('0'\) mixes .* Add norm=group"):
         engine(task, nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 4)))
     engine(task, nn.Sequential(nn.BatchNorm1d(5).eval(), nn.Linear(5, 4)))
     with pytest.raises(
@@ -222,6 +226,8 @@ def test_what_would_not_be_exact_is_refused() -> None:
         ExactnessError, "counted 13 .* window_loss\\(\\) used 26", window_loss=lambda r: (loss(r)[0], 26.0)
     )
     refused(ExactnessError, "loss without a graph", window_loss=lambda r: (loss(r)[0].detach(), 13.0))
+    own_scale = nn.Parameter(torch.ones(()))
+    refused(ExactnessError, "would not be trained", window_loss=lambda r: (loss(r)[0] * own_scale, 13.0))
     refused(
         ExactnessError,
         "rows without a graph",
@@ -287,3 +293,32 @@ def test_evaluation_is_over_whole_windows_whatever_the_split() -> None:
     for found in [_evaluated(4), _evaluated(7), *run_on_ranks(2, _evaluated)]:
         assert found == pytest.approx(wanted, rel=1e-6)
     assert _evaluated(4, 100)["loss"] == pytest.approx(whole, rel=1e-6)
+
+
+def test_the_contrastive_recipe_goes_on_from_where_it_was_saved_on_another_number_of_ranks(
+    tmp_path: Path,
+) -> None:
+    """Words of the library's docstrings and code; evaluated among as many as a step has."""
+    words = ["fit", "recipe=contrastive", "batch.effective=96", "batch.micro=40", "schedule=constant"]
+    words += [
+        "train.epochs=null",
+        "eval.every=2",
+        "checkpointing=none",
+        "precision=fp32",
+        "model.dropout=0.0",
+    ]
+    gatrain(tmp_path, *words, "train.steps=4", "run.dir=whole")
+    said = gatrain(tmp_path, *words, "train.steps=2", "run.dir=parts")
+    assert "each of its 3 micro-batches is computed forward once more" in said
+    gatrain(tmp_path, "resume", "parts", "train.steps=4", "--nproc", "2")
+    whole, parts = (metrics(tmp_path / name) for name in ("whole", "parts"))
+    assert [each["loss"] for each in parts] == pytest.approx([each["loss"] for each in whole], rel=1e-5)
+    evaluations = [
+        [json.loads(line) for line in (tmp_path / name / "evaluations.jsonl").read_text().splitlines()]
+        for name in ("whole", "parts")
+    ]
+    assert [line["step"] for line in evaluations[0]] == [2, 4]
+    for one, other in zip(*evaluations, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    assert evaluations[0][1]["recall_at_1"] > 10 / 96
+    assert evaluations[0][1]["loss"] < math.log(96)

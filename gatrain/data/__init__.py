@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gatrain.data.digits import Digits
+    from gatrain.data.docstrings import Docstrings
     from gatrain.data.image_folder import ImageFolderData
     from gatrain.data.mixture import Mixture
     from gatrain.data.padded import PaddedText
     from gatrain.data.text import TextWindows
 
-__all__ = ["Digits", "ImageFolderData", "Mixture", "PaddedText", "TextWindows"]
+__all__ = ["Digits", "Docstrings", "ImageFolderData", "Mixture", "PaddedText", "TextWindows"]
 
 _HOMES = {
     "Digits": "digits",
+    "Docstrings": "docstrings",
     "ImageFolderData": "image_folder",
     "Mixture": "mixture",
     "PaddedText": "padded",

@@ -37,6 +37,9 @@ class WindowTask(Task):
     def window_loss(self, rows: Rows) -> Tensor | LossSums:
         """The loss of a window from all of its rows, in the order of its samples, over all ranks.
 
+        It trains the model by way of the rows alone: parameters that it would use itself, such as a temperature,
+        belong into `represent` (`gatrain.models.two_towers`).
+
         Returns:
             A mean over the window, a scalar, where `weight` counts samples. Or, as `loss_sum` does, a sum with the
             weight that it used, or a mapping from each loss term to such a pair.

@@ -114,6 +114,11 @@ class Cached(GradientStrategy):
             raise ExactnessError(
                 "window_loss() returned a loss without a graph: it does not depend on the rows."
             )
+        if not self._is_checked and _uses_others(share, leaves):
+            raise ExactnessError(
+                "window_loss() uses parameters that are not in the rows, which would not be trained. Let "
+                "represent() use them: a temperature, for one, can be multiplied into the rows."
+            )
         scaled = share if step.scaler is None else step.scaler.scale(share)
         found = iter(torch.autograd.grad(scaled, leaves, allow_unused=True, materialize_grads=True))
         cache = [next(found) if leaf.requires_grad else torch.zeros_like(leaf) for leaf in wide]
@@ -159,8 +164,8 @@ def _refuse_inexact(step: Step) -> None:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise ConfigError(
             "gradient=cached computes each micro-batch twice and needs rows that depend on their own sample alone, "
-            f"but BatchNorm ('{names[0]}'{more}) mixes those of a micro-batch. Use GroupNorm or LayerNorm, or "
-            "BatchNorm in evaluation mode."
+            f"but BatchNorm ('{names[0]}'{more}) mixes those of a micro-batch. Add norm=group, or norm=frozen "
+            "for a pretrained model."
         )
 
 
@@ -183,8 +188,8 @@ class _Drawn:
 
     @contextlib.contextmanager
     def again(self, k: int) -> Iterator[None]:
+        self._step.seed(self._window, k)  # whatever else goes by the micro-step, such as keyed dropout
         if k not in self._states:
-            self._step.seed(self._window, k)
             yield
             return
         with kept_random_state():
@@ -223,6 +228,21 @@ def _surrogate(leaves: list[Tensor], cache: list[Tensor]) -> Tensor:
     if not shares:
         raise ExactnessError("represent() returned rows without a graph: no parameter would be trained.")
     return torch.stack(shares).sum()
+
+
+def _uses_others(loss: Tensor, leaves: list[Tensor]) -> bool:
+    """Whether a graph ends in other leaves than these."""
+    known, seen, waiting = {id(leaf) for leaf in leaves}, set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)  # of the node that a leaf's gradient is added in
+        if variable is not None and id(variable) not in known:
+            return True
+        waiting += [each for each, _ in node.next_functions]
+    return False
 
 
 def _flat(rows: Rows) -> list[Tensor]:
