@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from gatrain.loops.accumulator import Accumulator as Accumulator
+    from gatrain.loops.keras import accumulate_in_fit as accumulate_in_fit
     from gatrain.loops.optimizer import AccumulatingOptimizer as AccumulatingOptimizer
     from gatrain.report.sink import Logger as Logger
     from gatrain.tasks.base import Task as Task
@@ -25,6 +26,7 @@ _LIBRARY = {
     "Accumulator": "gatrain.loops.accumulator",
     "Task": "gatrain.tasks.base",
     "accumulate": "gatrain.train.accumulate",
+    "accumulate_in_fit": "gatrain.loops.keras",
     "Logger": "gatrain.report.sink",
     "Hook": "gatrain.train.hook",
     "HookRun": "gatrain.train.hook",
@@ -46,6 +48,7 @@ __all__ = [
     "WindowResult",
     "__version__",
     "accumulate",
+    "accumulate_in_fit",
     "windows",
 ]
 

@@ -41,6 +41,7 @@ def test_the_public_names_are_these_and_load_on_demand() -> None:
         "WindowResult",
         "__version__",
         "accumulate",
+        "accumulate_in_fit",
         "windows",
     }
     for name in gatrain.__all__:
