@@ -410,13 +410,23 @@ def build_strategy(config: RunConfig) -> GradientStrategy:
     Raises:
         ConfigError: ``gradient`` names something else, or does not go with the rest of the configuration.
     """
-    made: GradientStrategy = _part_of("gradient", config.gradient, GradientStrategy)  # type: ignore[type-abstract]
+    wanted, given = config.optimizer.gradient, config.gradient
+    if wanted is not None:
+        asked = doors.node_of("gradient", given)["_target_"]
+        shipped = doors.SHIPPED["gradient"]
+        if asked not in (shipped["plain"], shipped[wanted]):
+            raise ConfigError(
+                f"optimizer={config.optimizer.name} takes gradients as gradient={wanted} gives them, and gradient="
+                f"{given!r} is another way. Leave gradient out, or use optimizer=adamw."
+            )
+        given = given if asked == shipped[wanted] else wanted
+    made: GradientStrategy = _part_of("gradient", given, GradientStrategy)  # type: ignore[type-abstract]
     of_norm = build_norm(config).strategy()
     if of_norm is not None:
         if type(made) is not Plain:
             raise ConfigError(
-                f"norm={config.norm} computes gradients in a way of its own, and gradient={config.gradient!r} is "
-                "another. Leave one of the two out."
+                f"norm={config.norm} computes gradients in a way of its own, and gradient={given!r} is another. "
+                "Leave one of the two out."
             )
         made = of_norm
     made.check(config)
