@@ -115,6 +115,11 @@ def _start(key: Any, by: str) -> float:
 
 
 def _size(where: str, value: Any) -> int:
+    if value == "auto":
+        raise ConfigError(
+            "batch.effective=auto proposes a batch and sets none: type it on the command line of gatrain fit or "
+            "gatrain launch, and give the number that it proposes here."
+        )
     if isinstance(value, bool) or not isinstance(value, int):
         raise ConfigError(
             f"{where}={value} is not a whole number of samples. Write for example batch.effective=64, or stages "

@@ -13,7 +13,8 @@
     ├── ExactnessError        9   counted and used weights differ, or a gradient is not finite
     ├── VerifyError          10   `gatrain verify` found a split gradient that is not equal
     ├── WorkerError          11   a rank failed with an error of the user's code
-    └── AfterTrainingError   12   all steps are trained and saved; evaluation, showcase, plots or a logger failed
+    ├── AfterTrainingError   12   all steps are trained and saved; evaluation, showcase, plots or a logger failed
+    └── BatchProposed        13   batch.effective=auto: a batch was proposed, and none was set
     Interrupted        130/143    stopped by Ctrl-C, or by SIGTERM, SIGHUP or SIGUSR1; the state was saved
 
 A message says what was given, what is allowed, and what to type next. Leaves hold no logic.
@@ -130,6 +131,12 @@ class AfterTrainingError(GatrainError):
     exit_code = 12
 
 
+class BatchProposed(GatrainError):
+    """``batch.effective=auto`` has proposed a batch; nothing was trained with it."""
+
+    exit_code = 13
+
+
 class Interrupted(GatrainError):
     """The run was asked to stop by a signal and did so after saving its state."""
 
@@ -151,6 +158,7 @@ EXIT_CODES: dict[int, type[GatrainError]] = {
         VerifyError,
         WorkerError,
         AfterTrainingError,
+        BatchProposed,
         Interrupted,
     )
 }

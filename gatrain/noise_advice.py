@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 FAR = 4.0
 """Times the interval's end from which on a batch is called far off."""
+TAIL_BYTES = 2**16
+"""Of a file of metrics, enough for its last lines."""
 CAVEATS = (
     "This holds for plain SGD and independent samples; Adam, momentum and a schedule shift it, and packed "
     "documents, samples grouped by length and repeated data bias it. The noise scale grows while a run trains, and "
@@ -43,6 +47,14 @@ def batch_advice(value: float, low: float, high: float, effective_batch: int) ->
     return f"{said} {CAVEATS}"
 
 
+def in_words(value: float, low: float, high: float) -> str:
+    """Such as ``1,830 samples (95 %: 1,610 to 2,090)``."""
+    if not math.isfinite(value):
+        return f"at least {low:,.4g} samples"
+    upper = f"{high:,.4g}" if math.isfinite(high) else "unknown"
+    return f"{value:,.4g} samples (95 %: {low:,.4g} to {upper})"
+
+
 def proposal(value: float) -> int:
     """The power of two nearest to a noise scale."""
     return 1 << max(0, round(math.log2(max(1.0, value))))
@@ -51,3 +63,22 @@ def proposal(value: float) -> int:
 def _ratio(value: float, batch: int, effective_batch: int) -> float:
     """Steps with ``batch`` over steps with ``effective_batch``."""
     return (1 + value / batch) / (1 + value / effective_batch)
+
+
+def last_noise_scale(path: Path) -> tuple[float, float, float] | None:
+    """Value and interval, in samples, of the last line of a metrics.jsonl in which `noise_scale` measured them."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        try:
+            metrics = json.loads(line).get("metrics", {})
+            low = float(metrics["noise_scale_low"])
+        except (ValueError, AttributeError, KeyError, TypeError):
+            continue
+        value, high = (metrics.get(name) for name in ("noise_scale", "noise_scale_high"))
+        return float(value or math.inf), low, float(high or math.inf)
+    return None

@@ -15,6 +15,7 @@ from gatrain.batch import Split
 from gatrain.compose import compose
 from gatrain.explain import Row, Situation, accumulation, explain, noise, techniques
 from gatrain.inspected import Inspected
+from gatrain.noise_advice import last_noise_scale
 from gatrain.plan import DOES_NOT_FIT, FITS, Measurement, Plan, StepSettings, Trial
 from gatrain.report.explanation import explanation_lines
 
@@ -146,7 +147,7 @@ def test_the_noise_scale_of_the_newest_run_is_told_with_advice(tmp_path: Path) -
     assert row.state == "20 samples in outputs/vision/one"
     assert "far above" in row.text
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"cut')
-    assert noise.last_noise_scale(run / "metrics.jsonl") == (float("inf"), 19.0, float("inf"))
+    assert last_noise_scale(run / "metrics.jsonl") == (float("inf"), 19.0, float("inf"))
 
 
 def test_lines_are_no_wider_than_80_columns_and_every_row_says_something() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from gatrain import build
 from gatrain.compose import compose
 from gatrain.errors import ConfigError, SavedStateError
+from gatrain.fit import pilot
 from gatrain.hooks.noise_estimate import NoiseEstimate, one_step
 from gatrain.hooks.noise_scale import NoiseScale
 from gatrain.noise_advice import batch_advice
@@ -283,3 +285,36 @@ def test_one_micro_batch_on_one_rank_has_no_parts_which_is_said_with_what_to_typ
     assert len(told) == 1
     assert "batch.micro=8 gives it two" in told[0]
     assert hook.findings()["noise scale"].startswith("not measured. A window is compared")
+
+
+def test_auto_proposes_a_batch_after_a_pilot_sets_none_and_its_command_works(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(MODULE)
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "noisy.yaml").write_text(RECIPE)
+    words = ("recipe=noisy", "train.steps=120", "optimizer.lr=0.1", "batch.effective=auto", "run.name=tried")
+    said = gatrain(tmp_path, "fit", *words, expect=13)
+    assert "measured in" in said
+    assert "Nothing was set" in said
+    command = shlex.split(next(line for line in said.splitlines() if line.startswith("Type: "))[6:])
+    assert command[:3] == ["gatrain", "fit", "recipe=noisy"]
+    assert len(metrics(tmp_path / "outputs" / "noisy" / "tried")) < 120  # it ended once it knew enough
+    proposed = compose(
+        [word for word in command[2:] if not word.startswith("recipe=")] + ["recipe=vision"]
+    ).config
+    assert proposed.batch.effective > 16
+    assert (proposed.batch.rule, proposed.batch.base) == ("linear", 16)
+    gatrain(tmp_path, *command[1:], "train.steps=1", "run.name=again")
+
+
+def test_auto_is_for_the_command_line_of_training_alone(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="command line of gatrain fit"):
+        compose(["recipe=vision", "batch.effective=auto"])
+    assert pilot.is_asked(["batch.effective=8", "batch.effective=auto"])
+    assert not pilot.is_asked(["batch.effective=auto", "batch.effective=8"])
+
+
+def test_a_value_is_spelt_so_that_composing_gives_it_back() -> None:
+    hooks = [
+        {"_target_": "a.B", "text": "it's, a: {b}", "n": 1.5, "none": None, "yes": True, "list": [1, "x"]}
+    ]
+    assert compose(["recipe=vision", f"hooks={pilot.spelt(hooks)}"]).config.hooks == hooks

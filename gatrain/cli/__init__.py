@@ -18,7 +18,7 @@ import typer
 from gatrain import __version__, offspring, secrets, trust
 from gatrain.cli import completion, machine, streams, terminal
 from gatrain.cli.settings_help import Command
-from gatrain.errors import ConfigError, DataError, GatrainError, Interrupted, VerifyError
+from gatrain.errors import BatchProposed, ConfigError, DataError, GatrainError, Interrupted, VerifyError
 
 if TYPE_CHECKING:
     from gatrain.compose import Composed
@@ -101,6 +101,7 @@ EXIT_CODE_HELP = {
     10: "verify found a difference",
     11: "an error of the user's own code in a rank",
     12: "trained and saved, but evaluation, showcase, plots or a logger failed",
+    13: "batch.effective=auto: a batch was proposed, and none was set",
     130: "stopped by Ctrl-C, after saving",
     143: "stopped by SIGTERM, SIGHUP or SIGUSR1, after saving",
 }
@@ -145,6 +146,7 @@ def fit(
     from gatrain import fit as work
 
     request = _world_request()
+    _propose_if_asked(overrides or [], request, retune)
     with terminal.Progress() as progress:
         outcome = work.fit(
             overrides or [], request, progress.listener(), retune, overwrite, _start_nodes(context, progress)
@@ -313,6 +315,7 @@ def launch(
             hint = " Did you mean '--nnodes'?" if name == "nodes" else ""
             raise ConfigError(f"--{name.replace('_', '-')} belongs to --slurm, which is not given.{hint}")
     request = _world_request(nproc, nnodes, node_rank, endpoint, max_restarts)
+    _propose_if_asked(overrides or [], request, retune)
     with terminal.Progress() as progress:
         outcome = work.fit(
             overrides or [], request, progress.listener(), retune, overwrite, _start_nodes(context, progress)
@@ -506,6 +509,18 @@ def _start_nodes(context: typer.Context, progress: terminal.Progress) -> StartNo
         job.start_on_every_node([*context.obj, *words])
 
     return start
+
+
+def _propose_if_asked(overrides: Sequence[str], request: WorldRequest, retune: bool) -> None:
+    """End the command with a proposal where ``batch.effective=auto`` asks for one."""
+    from gatrain.fit import pilot
+
+    if not pilot.is_asked(overrides):
+        return
+    with terminal.Progress() as progress:
+        found = pilot.propose(overrides, request, progress.listener(), retune=retune)
+    terminal.print_lines(["", *found.lines()])
+    raise typer.Exit(BatchProposed.exit_code)
 
 
 def _print_outcome(outcome: Outcome) -> None:

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterable
-from pathlib import Path
 
 from gatrain.explain.row import Row, Situation
-from gatrain.noise_advice import batch_advice
-
-TAIL_BYTES = 2**16
-"""Of a file of metrics, enough for its last lines."""
+from gatrain.noise_advice import batch_advice, last_noise_scale
 
 
 def rows(situation: Situation) -> Iterable[Row]:
@@ -35,22 +29,3 @@ def rows(situation: Situation) -> Iterable[Row]:
         f"How large a batch pays is told by the gradient's noise: {measured} measures it as it trains, and "
         f"{proposed} proposes a batch after a short run.",
     )
-
-
-def last_noise_scale(path: Path) -> tuple[float, float, float] | None:
-    """Value and interval of the last line of a metrics.jsonl that has one."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - TAIL_BYTES))
-            lines = file.read().decode(errors="replace").splitlines()
-    except OSError:
-        return None
-    for line in reversed(lines):
-        try:
-            metrics = json.loads(line).get("metrics", {})
-            low = float(metrics["noise_scale_low"])
-        except (ValueError, AttributeError, KeyError, TypeError):
-            continue
-        value, high = (metrics.get(name) for name in ("noise_scale", "noise_scale_high"))
-        return float(value or math.inf), low, float(high or math.inf)
-    return None

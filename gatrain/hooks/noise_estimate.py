@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from gatrain.noise_advice import in_words
+
 FEWEST_STEPS = 10
 """Measured steps before anything is said."""
 QUANTILE = 1.96
@@ -36,11 +38,8 @@ class NoiseScale:
 
     @property
     def text(self) -> str:
-        """Such as ``1,830 samples (95 %: 1,610 to 2,090)``."""
-        if not math.isfinite(self.value):
-            return f"at least {self.low:,.4g} samples"
-        high = f"{self.high:,.4g}" if math.isfinite(self.high) else "unknown"
-        return f"{self.value:,.4g} samples (95 %: {self.low:,.4g} to {high})"
+        """The value with its interval."""
+        return in_words(self.value, self.low, self.high)
 
 
 def one_step(parts: Mapping[str, float], whole_squared: float) -> tuple[float, float] | None:
