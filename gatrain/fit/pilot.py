@@ -111,7 +111,7 @@ def propose(
 
 
 def _hooks(config: RunConfig) -> list[dict[str, Any]]:
-    """The recipe's own hooks, which may be a part of what is trained, and the one that measures and ends the run."""
+    """The recipe's own hooks, which may be a part of what is trained, and the one that measures and ends it."""
     nodes = [node for _, node in nodes_of("hooks", config.hooks)]
     noise = SHIPPED["hooks"]["noise_scale"]
     if all(node["_target_"] != noise for node in nodes):
