@@ -73,6 +73,7 @@ def test_fit_in_pieces_makes_the_steps_of_whole_batches(keras: Any, sample_weigh
         np.testing.assert_allclose(history[name], right[name], rtol=2e-6)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras saves with numpy 2
 def test_no_forward_sees_more_than_a_micro_batch(keras: Any, tmp_path: Path) -> None:
     seen = []
     model = gatrain.accumulate_in_fit(net(keras), micro_batch=4)
