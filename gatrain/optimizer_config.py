@@ -24,10 +24,15 @@ class OptimizerConfig:
     """Applied to parameters of two or more dimensions only."""
     clip_norm: float | None = None
     """Clip the norm of the whole reduced gradient to this; null for no clipping."""
+    clip_agc: float | None = None
+    """Adaptive gradient clipping: a unit's gradient (a row of a weight) has at most this times the norm of its
+    weights, 0.01 say; null for none."""
+    clip_agc_exclude: Any = None
+    """Patterns of names that ``clip_agc`` leaves out; null: the layer that gives the model's output."""
     groups: Any = None
     """Rules for some of the parameters, the first that matches a name counts: a list of
-    ``{match: 'head.*', dims: '>=2', lr: 0.01, lr_scale: 0.1, weight_decay: 0, frozen: true, thaw_at: 100}``; or
-    ``model`` for the groups that the model's own ``parameter_groups()`` gives."""
+    ``{match: 'head.*', dims: '>=2', lr: 0.01, lr_scale: 0.1, weight_decay: 0, clip_norm: 1, clip_agc: 0.01,
+    frozen: true, thaw_at: 100}``; or ``model`` for the groups that the model's own ``parameter_groups()`` gives."""
     layer_decay: float | None = None
     """Factor of the rate from each block to the one before it, the head at the full rate (0.75, say)."""
     phases: Any = None
@@ -42,6 +47,17 @@ class OptimizerConfig:
     @property
     def gradient(self) -> str | None:
         """The shipped gradient strategy that it works with; None for any that leaves the gradient in ``.grad``."""
+        return None
+
+    @property
+    def clips(self) -> str | None:
+        """A setting by which the gradient is clipped, as it was given; None where it is not."""
+        for key in ("clip_norm", "clip_agc"):
+            if getattr(self, key) is not None:
+                return f"optimizer.{key}={getattr(self, key):g}"
+            for nth, rule in enumerate(self.groups if isinstance(self.groups, list | tuple) else ()):
+                if isinstance(rule, dict) and rule.get(key) is not None:
+                    return f"optimizer.groups[{nth}].{key}={rule[key]}"
         return None
 
     def held_still(self, lr: float) -> OptimizerConfig:
@@ -233,8 +249,14 @@ def check_optimizer(optimizer: OptimizerConfig) -> None:
         above_zero("optimizer.lr", optimizer.lr)
     if optimizer.weight_decay is not None:
         at_least("optimizer.weight_decay", optimizer.weight_decay, 0)
-    if optimizer.clip_norm is not None:
-        above_zero("optimizer.clip_norm", optimizer.clip_norm)
+    _check_clipping("optimizer", optimizer.clip_norm, optimizer.clip_agc)
+    if optimizer.clip_agc_exclude is not None:
+        _texts("optimizer.clip_agc_exclude", optimizer.clip_agc_exclude)
+        if optimizer.clip_agc is None:
+            raise ConfigError(
+                "optimizer.clip_agc_exclude says what optimizer.clip_agc leaves out, which is null. Add for "
+                "example optimizer.clip_agc=0.01."
+            )
     if optimizer.layer_decay is not None and not 0 < optimizer.layer_decay <= 1:
         raise ConfigError(f"optimizer.layer_decay={optimizer.layer_decay} is not above 0 and at most 1.")
     if isinstance(optimizer, SGDConfig):
@@ -252,7 +274,8 @@ def check_optimizer(optimizer: OptimizerConfig) -> None:
     _check_groups(optimizer.groups)
 
 
-RULE_KEYS = ("match", "dims", "lr", "lr_scale", "weight_decay", "frozen", "thaw_at")
+CLIP_KEYS = {"clip_norm", "clip_agc"}
+RULE_KEYS = ("match", "dims", "lr", "lr_scale", "weight_decay", "clip_norm", "clip_agc", "frozen", "thaw_at")
 """Of a rule in ``optimizer.groups``; further ones are options of the optimizer's own groups."""
 DIMS = re.compile(r"(>=|<=|==|>|<|=|)\s*(\d+)")
 """``>=2``, ``<2``, ``1`` (which is ``==1``)."""
@@ -290,6 +313,11 @@ def _check_rule(where: str, rule: dict[str, Any]) -> None:
             above_zero(f"{where}.{key}", _number(f"{where}.{key}", rule[key]))
     if "weight_decay" in rule:
         at_least(f"{where}.weight_decay", _number(f"{where}.weight_decay", rule["weight_decay"]), 0)
+    clips = {key: rule[key] for key in sorted(CLIP_KEYS & rule.keys())}
+    for key, value in clips.items():
+        if value is not None:
+            _number(f"{where}.{key}", value)
+    _check_clipping(where, clips.get("clip_norm"), clips.get("clip_agc"))
     if not isinstance(rule.get("frozen", False), bool):
         raise ConfigError(f"{where}.frozen={rule['frozen']!r} is not true or false.")
     if "thaw_at" in rule:
@@ -348,6 +376,17 @@ def _check_milestones(schedule: ScheduleConfig) -> None:
         raise ConfigError(
             f"schedule.{key}={given!r} is not a list of increasing whole numbers. Write for example "
             f"'schedule.{key}=[30,60,80]'."
+        )
+
+
+def _check_clipping(where: str, norm: float | None, agc: float | None) -> None:
+    for key, value in (("clip_norm", norm), ("clip_agc", agc)):
+        if value is not None:
+            above_zero(f"{where}.{key}", value)
+    if norm is not None and agc is not None:
+        raise ConfigError(
+            f"{where}.clip_norm={norm:g} and {where}.clip_agc={agc:g} are both given: each clips the same "
+            "gradient. Keep one of them and set the other to null."
         )
 
 

@@ -38,7 +38,8 @@ from gatrain.secrets import redact
 
 RESUME_KEYS = (
     "train.steps", "train.epochs", "train.log_every", "train.data_workers", "train.check", "train.nonfinite",
-    "train.nonfinite_limit", "optimizer.lr", "optimizer.clip_norm", "save", "eval", "tune",
+    "train.nonfinite_limit", "optimizer.lr", "optimizer.clip_norm", "optimizer.clip_agc",
+    "optimizer.clip_agc_exclude", "save", "eval", "tune",
     "batch.micro", "checkpointing", "compile", "sync", "knobs", "data.broken", "scheduler", "logger",
 )  # fmt: skip
 """What may change when a run goes on: how long it trains, what it writes, how a window is computed, and what

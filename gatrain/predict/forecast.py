@@ -143,7 +143,7 @@ class Forecaster:
             sum(trace.persistent),
             self._trace.gradient_bytes,
             gpu,
-            clips=self._config.optimizer.clip_norm is not None,
+            clips=self._config.optimizer.clips is not None,
         )
         sizes = batch.micro_batch_sizes(self._share, micro_batch)
         for size in dict.fromkeys(sizes):

@@ -27,6 +27,7 @@ from gatrain.tasks.base import (
 from gatrain.train.accumulate import gradient_step
 from gatrain.train.batch_scaling import BatchScaling
 from gatrain.train.checkpointing import apply_checkpointing
+from gatrain.train.clipping import Clipping
 from gatrain.train.compiling import CompiledLossSum
 from gatrain.train.dropout import RandomNumbers
 from gatrain.train.gradient import GradientStrategy
@@ -156,7 +157,7 @@ class Engine:
             self.masters,
             self.guard,
             self._set_rates,
-            lambda parallel: parallel.clip(optimizer_config.clip_norm),
+            Clipping(grouping.clips, model, self.masters.of, sparse),
             thaw=self._thawing.before_step if clock is not None else None,
         )
         self.step.strategy.set_up(self.step, self.optimizer)

@@ -15,7 +15,9 @@ from torch import nn
 
 from gatrain.errors import ConfigError, nearest
 from gatrain.optimizer_config import DIMS, RULE_KEYS, MuonConfig, OptimizerConfig
+from gatrain.train.clipping import Part, parts_of
 from gatrain.train.depth import depths_of
+from gatrain.train.output_layers import output_layers
 
 _SHOWN = 8
 _OWN_GROUPS = ("parameter_groups", "param_groups")
@@ -54,6 +56,10 @@ class Grouping:
     """Optimizer step, counted from 1, from which on a parameter is trained."""
     frozen: list[str]
     """Parameters that a rule freezes for the whole run."""
+    clips: list[Part]
+    """Which parameters are clipped together, and how; every trained one is in one of them."""
+    not_clipped: list[str]
+    """Parameters of the output layer, which AGC leaves out unless it is told what to leave out."""
 
 
 def group_parameters(
@@ -83,8 +89,9 @@ def group_parameters(
     own = _own_options(model, trained) if config.groups == "model" else {}
     by_adamw = _by_adamw(config, model) if isinstance(config, MuonConfig) else None
     found: dict[Any, Group] = {}
+    clip_rules: dict[str, dict[str, Any]] = {}
     for name, parameter in trained.items():
-        rule = {**own.get(name, {}), **rule_of.get(name, {})}
+        rule = clip_rules[name] = {**own.get(name, {}), **rule_of.get(name, {})}
         decays = parameter.dim() >= 2 and name not in exempt
         options = {key: value for key, value in rule.items() if key not in RULE_KEYS}
         if by_adamw is not None and "use_muon" not in options:
@@ -99,6 +106,7 @@ def group_parameters(
         group = found.setdefault(key, group)
         group.names.append(name)
         group.parameters.append(parameter)
+    clips, not_clipped = parts_of(config, model, clip_rules)
     groups = sorted(found.values(), key=lambda group: group.weight_decay == 0)  # a stable order
     return Grouping(
         groups=groups,
@@ -109,6 +117,8 @@ def group_parameters(
         ],
         thaw_at={name: rule["thaw_at"] for name, rule in rule_of.items() if "thaw_at" in rule},
         frozen=[name for name, rule in rule_of.items() if rule.get("frozen")],
+        clips=clips,
+        not_clipped=not_clipped,
     )
 
 
@@ -124,6 +134,12 @@ def notices(grouping: Grouping, model: nn.Module, groups: Any) -> list[str]:
         said.append(
             f"optimizer.weight_decay does not apply to {names}{more}: the model lists "
             f"{'it' if len(grouping.exempt) == 1 else 'them'} in no_weight_decay()"
+        )
+    if grouping.not_clipped:
+        names, more = _first(grouping.not_clipped)
+        said.append(
+            f"optimizer.clip_agc leaves out {names}{more}, the output layer (optimizer.clip_agc_exclude=[...] "
+            "names other ones)"
         )
     if by_muon := [
         name for group in grouping.groups if group.options.get("use_muon") for name in group.names
@@ -320,11 +336,6 @@ def _listed(module: nn.Module, method: str) -> list[str]:
         ) from error
 
 
-_OUTPUTS = ("get_output_embeddings", "get_classifier")
-"""Methods by which transformers' and timm's models name the layer of their output."""
-_OUTPUT_NAMES = ("head", "lm_head", "classifier", "fc_out", "output", "logits")
-
-
 def _by_adamw(config: MuonConfig, model: nn.Module) -> set[str]:
     """Names of matrices that Muon is not for: embeddings and the output layer, or what the user lists.
 
@@ -339,16 +350,7 @@ def _by_adamw(config: MuonConfig, model: nn.Module) -> set[str]:
                 raise ConfigError(f"optimizer.adamw: {pattern!r} matches no parameter.{hint}")
         return {n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in config.adamw)}
     modules: list[nn.Module] = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
-    for module in model.modules():
-        for method in _OUTPUTS:
-            try:
-                made = getattr(module, method)() if callable(getattr(module, method, None)) else None
-            except Exception:  # a model without an output layer of that kind
-                continue
-            modules += [made] if isinstance(made, nn.Module) else []
-    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    modules += [m for name, m in linear if name.rpartition(".")[2] in _OUTPUT_NAMES]
-    modules += [linear[-1][1]] if linear else []  # the last in the model's order: in most models its output
+    modules += output_layers(model)
     spared = {id(parameter) for module in modules for parameter in module.parameters()}
     return {
         name

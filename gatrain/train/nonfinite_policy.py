@@ -64,7 +64,7 @@ def remedies(engine: Engine, config: RunConfig, run_dir: RunDir, updates: int) -
     return nonfinite.Remedies(
         run_dir=run_dir,
         lr=engine.built.lr,
-        may_clip=config.optimizer.clip_norm is None and engine.step.strategy.holds_gradients,
+        may_clip=config.optimizer.clips is None and engine.step.strategy.holds_gradients,
         may_skip=engine.step.strategy.keeps_state,
         skips=config.train.nonfinite == "skip",
         limit=config.train.nonfinite_limit,

@@ -187,22 +187,26 @@ class Replicated:
         except Exception as failure:  # now this process must end, or the others wait for it for ever
             raise WorkerError(f"{type(failure).__name__}: {failure}") from failure
 
-    def clip(self, limit: float | None) -> Tensor:
+    def clip(self, limit: float | None, parameters: Sequence[nn.Parameter] | None = None) -> Tensor:
         """Scale the reduced gradient down to an L2 norm of ``limit``; None leaves it as it is.
+
+        Args:
+            parameters: those of `parameters` whose gradient it is; all of them by default.
 
         Returns:
             The norm before: a scalar on the device, the same on every rank.
         """
+        parameters = self.parameters if parameters is None else parameters
         declared = {id(parameter) for parameter in self._sparse}
-        for parameter in self.parameters:
+        for parameter in parameters:
             # a function of the user's own that is sparse: told of by no module, so the optimizer may not take it
             if parameter.grad is not None and parameter.grad.is_sparse and id(parameter) not in declared:
                 parameter.grad = parameter.grad.to_dense()
         if self._sparse:
-            return clip_with_sparse(self.parameters, limit)
+            return clip_with_sparse(parameters, limit)
         if limit is not None:
-            return nn.utils.clip_grad_norm_(self.parameters, limit)
-        return nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+            return nn.utils.clip_grad_norm_(parameters, limit)
+        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
     def drop_gradients(self) -> None:
         """Forget them, and free their memory."""

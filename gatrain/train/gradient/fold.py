@@ -62,10 +62,10 @@ class Fold(GradientStrategy):
         optimizer = config.optimizer
         refused = [
             (
-                f"optimizer.clip_norm={optimizer.clip_norm}",
-                optimizer.clip_norm is not None,
+                str(optimizer.clips),
+                optimizer.clips is not None,
                 "clipping needs the gradient of the whole window before anything takes it",
-                "optimizer.clip_norm=null",
+                f"{str(optimizer.clips).partition('=')[0]}=null",
             ),
             (
                 "precision=fp16",
