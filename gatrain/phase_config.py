@@ -96,11 +96,13 @@ def _optimizer(where: str, values: dict[str, Any], outer: OptimizerConfig) -> Op
     if target is not None:
         if not isinstance(target, str):
             raise ConfigError(f"{where}._target_={target!r} is not the dotted name of a class or function.")
-        base: OptimizerConfig = OwnOptimizer(target=target, clip_norm=outer.clip_norm)
+        base: OptimizerConfig = OwnOptimizer(
+            target=target, clip_norm=outer.clip_norm, clip_agc=outer.clip_agc
+        )
     elif name is None or name == outer.name:
         base = dataclasses.replace(outer, phases=None)
     elif name in OPTIMIZERS:
-        base = dataclasses.replace(OPTIMIZERS[name](), clip_norm=outer.clip_norm)
+        base = dataclasses.replace(OPTIMIZERS[name](), clip_norm=outer.clip_norm, clip_agc=outer.clip_agc)
     else:
         raise ConfigError(
             f"{where}.name={name!r} is not one of {', '.join(OPTIMIZERS)}.{nearest(str(name), OPTIMIZERS)}"

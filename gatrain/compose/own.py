@@ -21,7 +21,16 @@ from gatrain.errors import ConfigError
 from gatrain.optimizer_config import OPTIMIZERS, OptimizerConfig, OwnOptimizer, OwnSchedule, ScheduleConfig
 
 SECTIONS = ("optimizer", "schedule")
-COMMON = ("lr", "weight_decay", "clip_norm", "clip_agc", "clip_agc_exclude", "groups", "layer_decay", "phases")
+COMMON = (
+    "lr",
+    "weight_decay",
+    "clip_norm",
+    "clip_agc",
+    "clip_agc_exclude",
+    "groups",
+    "layer_decay",
+    "phases",
+)
 """Keys of `OptimizerConfig` that mean the same for every optimizer."""
 
 

@@ -36,11 +36,15 @@ class Part:
 
 
 def parts_of(
-    config: OptimizerConfig, model: nn.Module, rule_of: Mapping[str, Mapping[str, Any]]
+    config: OptimizerConfig,
+    model: nn.Module,
+    trained: Mapping[str, nn.Parameter],
+    rule_of: Mapping[str, Mapping[str, Any]],
 ) -> tuple[list[Part], list[str]]:
     """How each trained parameter is clipped, and the names of those that AGC leaves out as the output layer.
 
     Args:
+        trained: those that the optimizer steps, by name.
         rule_of: the rule of ``optimizer.groups`` for each parameter that has one, by its name. One that names a
             clip key clips its own parameters, together, in that way alone.
 
@@ -49,9 +53,7 @@ def parts_of(
     """
     spared = _spared(config, model) if config.clip_agc is not None else set()
     found: dict[Any, Part] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
+    for name, parameter in trained.items():
         rule = rule_of.get(name, {})
         if CLIP_KEYS & rule.keys():
             key: Any = repr(sorted(rule.items(), key=str))

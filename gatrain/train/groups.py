@@ -106,7 +106,7 @@ def group_parameters(
         group = found.setdefault(key, group)
         group.names.append(name)
         group.parameters.append(parameter)
-    clips, not_clipped = parts_of(config, model, clip_rules)
+    clips, not_clipped = parts_of(config, model, trained, clip_rules)
     groups = sorted(found.values(), key=lambda group: group.weight_decay == 0)  # a stable order
     return Grouping(
         groups=groups,

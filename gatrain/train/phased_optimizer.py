@@ -15,6 +15,7 @@ from gatrain.errors import ConfigError, nearest
 from gatrain.optimizer_config import OptimizerConfig
 from gatrain.phase_config import PhaseConfig, phase_configs
 from gatrain.tasks.base import Task, phases_of
+from gatrain.train import clipping
 from gatrain.train.groups import Grouping, group_parameters
 from gatrain.train.optimizer import Built, Maker, build_optimizer, counted_state
 from gatrain.train.optimizer_state import Behaviour, options_of
@@ -27,7 +28,8 @@ class Part:
     """One phase's optimizer, and its part of the model."""
 
     built: Built
-    clip_norm: float | None
+    clips: list[clipping.Part]
+    """How its gradient is clipped."""
     rate: float = math.nan
     """As it was last set."""
 
@@ -143,7 +145,7 @@ def build_for(
     }
     if not task.phases:
         return made[""]
-    optimizer = PhasedOptimizer({n: Part(built, grouped[n][0].clip_norm) for n, built in made.items()})
+    optimizer = PhasedOptimizer({n: Part(built, grouped[n][1].clips) for n, built in made.items()})
     return Built(
         optimizer=optimizer,
         lr=next(iter(made.values())).lr,
@@ -176,6 +178,8 @@ def joined(parts: Iterable[Grouping]) -> Grouping:
         exempt=[name for each in listed for name in each.exempt],
         thaw_at={name: at for each in listed for name, at in each.thaw_at.items()},
         frozen=[name for each in listed for name in each.frozen],
+        clips=[part for each in listed for part in each.clips],
+        not_clipped=[name for each in listed for name in each.not_clipped],
     )
 
 

@@ -22,10 +22,13 @@ from torch import Tensor, nn
 from gatrain.batch_rule import OF_ADAM
 from gatrain.config import RunConfig
 from gatrain.errors import ConfigError, ExactnessError, nearest
+from gatrain.phase_config import phase_configs
 from gatrain.tasks.base import Batch, LossSums, phase_loss_sum, phases_of
+from gatrain.train.clipping import Clipping
 from gatrain.train.gradient import GradientStrategy, StepCost, Update
 from gatrain.train.guard import Guard
 from gatrain.train.micro_batches import LoadedWindow
+from gatrain.train.modules import sparse_parameters
 from gatrain.train.phased_optimizer import Part, PhasedOptimizer
 from gatrain.train.undo import Undo
 
@@ -44,6 +47,7 @@ class _Phase:
     part: Part
     parameters: list[nn.Parameter]
     """Of the model itself."""
+    clip: Clipping
     guard: Guard
     undo: Undo
     has_gradients: bool = False
@@ -89,6 +93,13 @@ class Phases(GradientStrategy):
                 "optimizer. Use batch.rule=linear, or leave it out and set each phase's lr."
             )
 
+        for name, phase in phase_configs(config.optimizer).items():
+            if (needed := phase.optimizer.gradient) is not None:
+                raise ConfigError(
+                    f"optimizer.phases.{name}.name={phase.optimizer.name} takes gradients as gradient={needed} "
+                    f"gives them, and gradient=phases is another way. Use optimizer.phases.{name}.name=adamw."
+                )
+
     def set_up(self, step: Step, optimizer: torch.optim.Optimizer) -> None:
         if not isinstance(optimizer, PhasedOptimizer) or step.task is None:
             raise ConfigError(
@@ -98,6 +109,7 @@ class Phases(GradientStrategy):
             raise ConfigError("gradient=phases does not go with fp16 parameters. Use bf16 or fp32 ones.")
         terms = phases_of(step.task)
         self._check_names(terms)
+        sparse = sparse_parameters(step.model)
         self._phases = [
             _Phase(
                 name=name,
@@ -106,6 +118,7 @@ class Phases(GradientStrategy):
                 every=self._every.get(name, 1),
                 part=part,
                 parameters=part.parameters,
+                clip=Clipping(part.clips, step.model, step.masters.of, sparse),
                 guard=Guard(step.model, part.optimizer, step.device, at_once=True),
                 undo=Undo(part.optimizer),
             )
@@ -185,7 +198,7 @@ class Phases(GradientStrategy):
         step.parallel.reduce()
         self._begun = nth, update
         step.begin_update()
-        norm = step.parallel.clip(phase.part.clip_norm)
+        norm = phase.clip(step.parallel)
         made = phase.guard.step(norm, step.counts.are_bad(phase.terms, step.device))
         step.masters.copy_to_model()
         step.parallel.drop_gradients()
