@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from distributed import run_on_ranks
 from test_exact_gradient import relative_error
-from test_norm import Batch, gradients, net, step_of, window
+from test_norm import Batch, gradients, loss_sum, net, step_of, window
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from gatrain import build
-from gatrain.config import RunConfig
+from gatrain.config import RunConfig, SGDConfig
 from gatrain.errors import ConfigError, ExactnessError, GatrainError
+from gatrain.optimizer_config import AdamAConfig
+from gatrain.plan import StepSettings
+from gatrain.tasks.base import Task
+from gatrain.train import saved_state
+from gatrain.train.engine import Engine
 from gatrain.train.gradient.exact_norm import ExactNorm
 from gatrain.train.norm.exact import Exact
 from gatrain.train.ranks import Ranks
@@ -235,6 +241,44 @@ def test_under_autocast_it_is_as_near_as_its_rounding() -> None:
     assert relative_error(statistics(other), statistics(model)) < 1e-2
 
 
+class Pictures(Task):
+    def __init__(self) -> None:
+        self.train_data = list(range(12))
+
+    def build_model(self) -> nn.Module:
+        return seeded(UNet)
+
+    def weight(self, batch: Batch) -> float:
+        return float(len(batch[1]))
+
+    def loss_sum(self, model: nn.Module, batch: Batch) -> tuple[Tensor, float]:
+        return loss_sum(model, batch)
+
+
+def test_a_run_that_is_saved_and_resumed_goes_on_bitwise(tmp_path: Path) -> None:
+    def engine() -> Engine:
+        task, settings = Pictures(), StepSettings("fp32", "none", False, "window")
+        sgd = SGDConfig(lr=0.1, momentum=0.9)
+        return Engine(
+            task, task.build_model(), settings, sgd, Ranks(), torch.device("cpu"), strategy=ExactNorm()
+        )
+
+    def train(made: Engine, first: int, last: int) -> None:
+        for number in range(first, last):
+            _, norm = made.step(window(data(12), (5, 4, 3)), number)
+            assert norm > 0
+
+    whole, begun, resumed = engine(), engine(), engine()
+    train(whole, 0, 4)
+    train(begun, 0, 2)
+    progress = saved_state.Progress(2, 2, 24, 12, 0, 12)
+    path = saved_state.save(tmp_path / "saved", progress, begun.model, begun.optimizer, keep=0)
+    saved_state.load(path, resumed.model, resumed.optimizer)
+    train(resumed, 2, 4)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], value)
+
+
 # --- what is refused ----------------------------------------------------------------------------------------
 
 
@@ -312,6 +356,8 @@ def test_a_model_that_would_not_be_exact_is_refused_in_words(
         ({"gradient": "cached"}, "norm=exact computes gradients in a way of its own"),
         ({"compile": True}, "leave compile out"),
         ({"checkpointing": "full"}, "leave checkpointing out"),
+        ({"precision": "fp16"}, "not tested with the loss scale"),
+        ({"optimizer": AdamAConfig()}, "norm=exact computes gradients in a way of its own"),
     ],
 )
 def test_a_combination_that_is_not_exact_is_refused_before_the_run(given: dict[str, Any], said: str) -> None:

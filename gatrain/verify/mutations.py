@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from gatrain.train.gradient.exact_norm import ExactNorm
 from gatrain.train.gradient.plain import Plain
 from gatrain.train.micro_batches import LoadedWindow
 from gatrain.train.step import Step
@@ -24,6 +27,13 @@ class RanksAveraged(Plain):
     def __call__(self, window: LoadedWindow, step: Step) -> None:
         step.scale = {name: factor / step.ranks.world_size for name, factor in step.scale.items()}
         super().__call__(window, step)
+
+
+class ConstantStatistics(ExactNorm):
+    """BatchNorm's statistics over the window as constants, with no gradient through them."""
+
+    def _adjoint_pass(self, *args: Any) -> None:
+        pass
 
 
 class SixteenBitSums(Plain):

@@ -18,7 +18,7 @@ from gatrain.train.gradient import GradientStrategy
 from gatrain.train.precision import forbid_tf32
 from gatrain.train.ranks import Ranks
 from gatrain.verify import limits
-from gatrain.verify.mutations import MeanOfMeans, RanksAveraged, SixteenBitSums
+from gatrain.verify.mutations import ConstantStatistics, MeanOfMeans, RanksAveraged, SixteenBitSums
 from gatrain.verify.paths import FP32, FP64, Path
 from gatrain.verify.window import Verification
 
@@ -115,7 +115,10 @@ class Cases:
                 self._split("awkward split", path, [awkward]),
                 *self._statistics(path, [awkward]),
             ]
-            if differ:
+            if self._proof.strategy.normalises_window:
+                constant = ConstantStatistics()
+                cases.append(self._split("mutation: constant statistics", path, [awkward], constant))
+            elif differ:
                 cases.append(self._split("mutation: mean of means", path, [awkward], MeanOfMeans()))
         if self._proof.remembers:
             cases.append(self._state_row(self._proof.remembers, planned))
@@ -144,6 +147,8 @@ class Cases:
         for path in self._proving():
             cases.append(self._split("two processes", path, splits))
             cases += self._statistics(path, splits)
+            if self._proof.strategy.normalises_window:  # a plain one may be refused samples that are alone
+                continue
             cases.append(self._split("mutation: ranks averaged", path, splits, RanksAveraged()))
         if self._proof.trained is not None and self._proof.adds_gradients:
             cases.append(self._summed("two processes, summed", self._proof.trained, splits))

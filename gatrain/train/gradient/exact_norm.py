@@ -26,7 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gatrain.config import RunConfig
 from gatrain.errors import ConfigError, ExactnessError
-from gatrain.train.gradient import GradientStrategy, StepCost
+from gatrain.train.gradient import StepCost
+from gatrain.train.gradient.plain import Plain
 from gatrain.train.micro_batches import LoadedWindow
 from gatrain.train.modules import batch_norms
 from gatrain.train.norm.buffers import KeptBuffers
@@ -55,7 +56,7 @@ class _Statistics:
     """Whether its input depends on what is trained."""
 
 
-class ExactNorm(GradientStrategy):
+class ExactNorm(Plain):
     """The gradient of BatchNorm over all samples of the window, whatever micro-batches and ranks they are on."""
 
     exact = (
@@ -63,6 +64,8 @@ class ExactNorm(GradientStrategy):
         "over samples beside it and any model that computes its BatchNorm layers in one order"
     )
     needs_whole_window = True
+    overlaps = False
+    adds_micro_batches = False
     normalises_window = True
 
     def __init__(self) -> None:
@@ -83,6 +86,8 @@ class ExactNorm(GradientStrategy):
             raise ConfigError(
                 "norm=exact ends most forwards at a BatchNorm layer, which compiled code cannot: leave compile out."
             )
+        if config.precision == "fp16":
+            raise ConfigError(_NO_FP16)
         if config.checkpointing in ("selective", "full"):
             raise ConfigError(
                 f"norm=exact computes forwards anew by itself and does not go with checkpointing="
@@ -95,6 +100,8 @@ class ExactNorm(GradientStrategy):
             raise ConfigError(
                 "norm=exact ends forwards early, which DistributedDataParallel cannot: give the model itself."
             )
+        if step.scaler is not None:
+            raise ConfigError(_NO_FP16)
 
     def cost_of(self, model: nn.Module) -> StepCost:
         return cost_of(len(batch_norms(model)))
@@ -102,6 +109,9 @@ class ExactNorm(GradientStrategy):
     # --- one window ---------------------------------------------------------------------------------------
 
     def __call__(self, window: LoadedWindow, step: Step) -> None:
+        if step.ranks.world_size == 1 and len(window.micro_batches) == 1:
+            super().__call__(window, step)  # all samples are in one batch: BatchNorm sees them by itself
+            return
         if window.seed is None:  # every pass must draw the same numbers
             drawn = int(torch.randint(2**62, ()))
             window = dataclasses.replace(window, seed=(derive_seed(drawn),))
@@ -292,6 +302,7 @@ def _of_nothing(call: Call) -> tuple[Tensor, Tensor]:
     return torch.zeros(channels, dtype=dtype, device=device), torch.ones(channels, dtype=dtype, device=device)
 
 
+_NO_FP16 = "norm=exact is not tested with the loss scale of fp16. Use precision=bf16 or precision=fp32."
 _ORDER = (
     "the model did not compute its BatchNorm layers in the order of the first forward (layers that depend on the "
     "samples, or a mode that changed). Use norm=keep or norm=group."
