@@ -89,6 +89,7 @@ ROOMS: dict[str, set[str]] = {
         "predict",
         "config",
         "explain.row",
+        "noise_advice",
         "train.records",
         "train.events",
     },

@@ -271,7 +271,15 @@ def test_a_run_records_it_and_a_resumed_run_the_same_bits_and_says_what_it_means
     assert whole[-1].keys() == {"noise_scale", "noise_scale_low", "noise_scale_high"}
     summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
     assert summary["findings"].keys() == {"noise scale", "batch advice"}
+    assert "batch advice" in (shown := gatrain(tmp_path, "show", "whole"))
+    assert "completed, 40 of 40 steps" in shown
+    assert max(map(len, shown.splitlines())) <= 80
     gatrain(tmp_path, "fit", "recipe=noisy", "run.dir=half", "train.steps=17")
+    (tmp_path / "half" / "summary.json").unlink()  # as while it runs
+    shown = gatrain(tmp_path, "show", "half")
+    assert "running, or ended without a word, 17 steps" in shown
+    assert "batch advice" in shown
+    assert "resume with" in shown
     gatrain(tmp_path, "resume", "half", "train.steps=40")
     assert measures(tmp_path / "half") == whole
 

@@ -411,12 +411,16 @@ def show(
     ] = False,
     trusted: _Trust = None,
 ) -> None:
-    """Print the composed configuration, with where each value came from; or what its data is."""
+    """Print the composed configuration, with where each value came from; what its data is; or, of a run folder,
+    how the run went."""
     from gatrain.cli import views
     from gatrain.compose import compose
 
     if check and not data:
         raise ConfigError("--check belongs to --data: gatrain show --data --check recipe=NAME.")
+    if len(overrides or []) == 1 and Path((overrides or [])[0]).is_dir():
+        _show_run((overrides or [])[0], as_json, data)
+        return
     composed = compose(overrides or [])
     if data:
         _show_data(composed, as_json, check)
@@ -425,6 +429,19 @@ def show(
         terminal.print_json(views.config_dict(composed))
     else:
         terminal.print_lines(views.config_lines(composed, terminal.width()))
+
+
+def _show_run(folder: str, as_json: bool, data: bool) -> None:
+    from gatrain.report.run_view import row_lines, run_rows
+    from gatrain.rundir import open_run_dir
+
+    if data:
+        raise ConfigError(f"--data is of a recipe: gatrain show --data recipe=NAME, not of the run {folder}.")
+    rows = run_rows(open_run_dir(folder))
+    if as_json:
+        terminal.print_json(dict(rows))
+    else:
+        terminal.print_lines(row_lines(rows, min(terminal.width(), 100)))
 
 
 def _show_data(composed: Composed, as_json: bool, check: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,6 +38,8 @@ class NoiseScale(Hook):
         self._estimate, self._stop_after = NoiseEstimate(decay), stop_after
         self._unmeasured = 0
         """Steps without two parts to compare."""
+        self._recent: deque[float] = deque(maxlen=2)
+        """Samples of the last windows: of two, as the last of an epoch may be short."""
 
     def start(self, run: HookRun) -> None:
         self._run = run
@@ -50,6 +53,7 @@ class NoiseScale(Hook):
             if self._unmeasured == 1 and not self._estimate.steps:
                 self._run.notice(f"noise_scale: nothing was measured in step {record.step}. {self._remedy()}")
             return {}
+        self._recent.append(record.parts["samples"])
         self._estimate.add(*found, record.parts["total"], record.parts["samples"])
         if self._stop_after is not None and self._estimate.steps >= self._stop_after:
             self._run.stop(f"noise_scale has measured {self._estimate.steps} steps")
@@ -66,8 +70,13 @@ class NoiseScale(Hook):
             return {"noise scale": why if self._estimate.steps else f"not measured. {self._remedy()}"}
         return {
             "noise scale": now.text,
-            "batch advice": batch_advice(now.value, now.low, now.high, self._run.effective_batch),
+            "batch advice": batch_advice(now.value, now.low, now.high, self._batch()),
         }
+
+    def _batch(self) -> int:
+        """The effective batch of the last steps: the run's own, or that of a stage that is far from it."""
+        size, recent = self._run.effective_batch, int(max(self._recent, default=0))
+        return recent if recent and not 0.8 * size <= recent <= size else size
 
     def state_dict(self) -> dict[str, Any]:
         return {"estimate": self._estimate.state_dict(), "unmeasured": self._unmeasured}
