@@ -91,6 +91,11 @@ class Split:
             )
 
 
+def typical_samples(tokens: int, mean_tokens: float, samples: int) -> int:
+    """Samples of a window of so many tokens on average: what a plan is made for; at most all of them."""
+    return max(1, min(samples, int(tokens / mean_tokens))) if mean_tokens else samples
+
+
 def rank_shares(window: int, world_size: int) -> list[int]:
     """Split ``window`` samples over the ranks; shares differ by at most one sample and may be zero."""
     base, extra = divmod(window, world_size)

@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 
 from gatrain import doors, targets
+from gatrain.batch import typical_samples
 from gatrain.causes import told
 from gatrain.config import OPEN_NODES, OptimizerConfig, RunConfig
 from gatrain.construction import build_without_memory_or_really, check_numbers, check_shapes, kept_defaults
@@ -46,7 +48,8 @@ from gatrain.train.ranks import Ranks
 from gatrain.train.schedule import Factor, TorchFactor, check_factor, check_schedule_class
 from gatrain.train.seeding import DATA, MODEL, seeded
 from gatrain.train.stream_loader import StreamWindows
-from gatrain.train.token_places import TokenPlaces, token_lengths
+from gatrain.train.token_places import Lengths, TokenPlaces, token_lengths
+from gatrain.train.token_windows import TokenWindows
 from gatrain.train.windows import WindowSchedule
 
 T = TypeVar("T")
@@ -216,6 +219,15 @@ def window_schedule(config: RunConfig, task: Task, effective_batch: int | None =
     """
     data, seed, total = task.train_data, config.train.seed, len(task.train_data)
     effective = effective_batch or config.batch.largest
+    lengths: int | Lengths = 0
+    if by_tokens := config.batch.counts_tokens and effective_batch is None:
+        if isinstance(data, Stream):
+            raise ConfigError(
+                f"{data.name} is a stream, whose samples' lengths nobody knows before they are read, so "
+                "batch.count=tokens has no place in it. Count samples, or give a dataset with lengths."
+            )
+        lengths = token_lengths(task, seed, "batch.count=tokens")
+        effective = typical_samples(effective, float(np.mean(lengths)), total)
     stages = None if effective_batch is not None or config.batch.stages.is_constant else config.batch.stages
     if isinstance(data, Stream):
         if stages is not None and stages.by != "steps":
@@ -249,6 +261,9 @@ def window_schedule(config: RunConfig, task: Task, effective_batch: int | None =
             )
     samples = getattr(made, "samples", total)
     tokens = None
+    if by_tokens:
+        budget, drop_last = config.batch.largest, config.train.drop_last
+        return TokenWindows(samples, effective, seed, drop_last, made, total, budget=budget, lengths=lengths)
     plain = WindowSchedule(samples, effective, seed, config.train.drop_last, made, total)
     if stages is None:
         return plain
@@ -565,10 +580,13 @@ def step_clock(config: RunConfig, total_steps: int, windows: WindowSchedule | No
         return clock
     dotted, target = node["_target_"], targets.admit("schedule", node)
     takes = set(believed_parameters(target) or {})
-    if "effective_batch" in takes and "effective_batch" not in node and len(config.batch.stages.sizes) > 1:
+    batch = config.batch
+    changes = batch.counts_tokens or not batch.stages.is_constant
+    if "effective_batch" in takes and "effective_batch" not in node and changes:
         raise ConfigError(
-            f"schedule._target_={dotted} asks for effective_batch, which changes in this run "
-            f"({config.batch.stages.text}). Give it a number of its own: schedule.effective_batch=..."
+            f"schedule._target_={dotted} asks for effective_batch, which is no one number of samples in this run "
+            f"({batch.stages.text}{' tokens' if batch.counts_tokens else ''}). Give it a number of its own: "
+            "schedule.effective_batch=..."
         )
     span = {"total_steps": total_steps, "effective_batch": config.batch.stages.first}
     given = {name: value for name, value in span.items() if name in takes and name not in node}

@@ -31,6 +31,7 @@ SYNCS = ("auto", "overlap", "window")
 DEVICES = ("auto", "cpu", "cuda")
 NONFINITE = ("stop", "skip")
 CHECKS = ("error", "warn", "off")
+COUNTS = ("samples", "tokens")
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,16 @@ class BatchConfig:
     are stages, 64 for 1000 steps and 256 after them."""
     micro: Any = "auto"
     """Samples in one forward and backward on one rank: ``auto`` (measured) or a number."""
+    count: str = "samples"
+    """What ``effective`` counts: ``samples``, or ``tokens``, of which a window then holds at most so many in whole
+    samples; the data must tell its ``lengths``. ``micro`` counts samples in any case."""
     effective_by: str = "steps"
     """What the places in stages of ``effective`` count: ``steps``, ``samples``, ``tokens`` or ``epochs``."""
     rule: str = "none"
     """What a change of the effective batch does to the optimizer: ``none``, ``linear`` (lr * k), ``sqrt`` (Adam: lr
     * sqrt(k), 1 - beta by k, eps / sqrt(k)) or ``half_life`` (Adam: beta2 ** k); k is relative to ``base``."""
     base: int | None = None
-    """The effective batch that ``optimizer.lr`` was chosen for; null is that of the first stage."""
+    """The effective batch that ``optimizer.lr`` was chosen for, in ``count``; null is that of the first stage."""
 
     def __post_init__(self) -> None:
         if isinstance(self.effective, str) and self.effective.isdigit():  # from ${oc.env:...}
@@ -65,6 +69,10 @@ class BatchConfig:
     def largest(self) -> int:
         """The effective batch, the largest where there are stages: what memory and plan are for."""
         return self.stages.largest
+
+    @property
+    def counts_tokens(self) -> bool:
+        return self.count == "tokens"
 
     @property
     def rule_base(self) -> int:
@@ -238,6 +246,7 @@ def validate(config: RunConfig) -> None:
     check_optimizer(config.optimizer)
     phase_configs(config.optimizer)
     _check_rule(config.batch, config.optimizer)
+    _check_tokens(config)
     check_schedule(config.schedule)
     at_least("eval.every", config.eval.every, 0)
     if config.eval.samples is not None:
@@ -263,6 +272,7 @@ def validate(config: RunConfig) -> None:
 def _check_batch(batch: BatchConfig) -> None:
     one_of("batch.effective_by", batch.effective_by, UNITS)
     one_of("batch.rule", batch.rule, RULES)
+    one_of("batch.count", batch.count, COUNTS)
     if batch.base is not None:
         at_least("batch.base", batch.base, 1)
     stages = batch.stages
@@ -270,6 +280,10 @@ def _check_batch(batch: BatchConfig) -> None:
         raise ConfigError(
             f"batch.effective_by={batch.effective_by} counts where stages begin, and batch.effective="
             f"{spelt(batch.effective)} has one. Write stages, or leave batch.effective_by out."
+        )
+    if batch.counts_tokens and not stages.is_constant:
+        raise ConfigError(
+            "batch.count=tokens has no stages yet. Write one number of tokens, or stages with batch.count=samples."
         )
     if batch.base is not None and batch.rule == "none":
         raise ConfigError(
@@ -294,6 +308,19 @@ def _check_rule(batch: BatchConfig, optimizer: OptimizerConfig) -> None:
     first, second = optimizer.betas
     for effective in batch.stages.sizes:
         scaled(batch.rule, effective / batch.rule_base, (first, second), optimizer.eps)
+
+
+def _check_tokens(config: RunConfig) -> None:
+    """What counts in samples of the effective batch, which then has no fixed number of them."""
+    if not config.batch.counts_tokens or config.schedule.node is not None:
+        return
+    for key in ("warmup", "decay", "milestone"):
+        if getattr(config.schedule, f"{key}_samples") is not None:
+            instead = "milestones" if key == "milestone" else f"{key}_steps"
+            raise ConfigError(
+                f"schedule.{key}_samples counts samples, and with batch.count=tokens no window has a fixed number "
+                f"of them. Use schedule.{instead}."
+            )
 
 
 def _has_target(key: str, node: Any) -> None:

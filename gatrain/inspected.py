@@ -38,6 +38,8 @@ class Inspected:
     """Whether there is SyncBatchNorm among them: all ranks need equally many micro-steps."""
     running_statistics: str = ""
     """What the plan says of their running statistics where a window has several micro-batches."""
+    mean_tokens: float = 0.0
+    """Of a sample, where ``batch.count=tokens`` asks for it."""
     remarks: tuple[str, ...] = ()
     """Sentences on the data and the model for the plan."""
     data: DataRecord | None = None

@@ -92,6 +92,7 @@ def _work(folder: Path, words: list[str]) -> dict[str, Any]:
 
 
 def _inspect(config: RunConfig, folder: Path, really: bool) -> Inspected:
+    import numpy as np
     import torch
 
     from gatrain import build
@@ -100,6 +101,7 @@ def _inspect(config: RunConfig, folder: Path, really: bool) -> Inspected:
     from gatrain.train.data_look import compare_classes, look_at_data
     from gatrain.train.main_gradients import HALF, half_names, half_parameters
     from gatrain.train.modules import mode_remarks
+    from gatrain.train.token_windows import TokenWindows
 
     nodes = {key: getattr(config, key) for key in OPEN_NODES}
     files = file_states(named_files(nodes, Path.cwd()))
@@ -107,7 +109,11 @@ def _inspect(config: RunConfig, folder: Path, really: bool) -> Inspected:
     task, source = build.build_task_and_source(config)
     samples = len(task.train_data)
     is_endless = isinstance(task.train_data, Stream) and not task.train_data.is_whole
-    if samples < config.batch.largest and not is_endless:
+    mean_tokens = 0.0
+    if config.batch.counts_tokens:
+        windows = build.window_schedule(config, task)  # refuses what has no lengths
+        mean_tokens = float(np.mean(windows.lengths)) if isinstance(windows, TokenWindows) else 0.0
+    elif samples < config.batch.largest and not is_endless:
         raise DataError(
             f"the training data has {samples} samples, fewer than batch.effective={config.batch.largest}. "
             f"Use batch.effective={samples} or less, or more data."
@@ -152,6 +158,7 @@ def _inspect(config: RunConfig, folder: Path, really: bool) -> Inspected:
         batch_norms=tuple(norm.mixing(model)),
         synchronises=any(isinstance(module, torch.nn.SyncBatchNorm) for module in model.modules()),
         running_statistics=norm.running_statistics,
+        mean_tokens=mean_tokens,
         remarks=(*remarks, *mode_remarks(model), *norm.remarks(model), *strategy.remarks(model)),
         data=data,
         code=tuple(code),

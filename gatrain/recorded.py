@@ -36,6 +36,7 @@ FREE = (
 OF_THE_RUN = (
     "batch.effective",
     "batch.effective_by",
+    "batch.count",
     "train.seed",
     "train.drop_last",
     "optimizer.name",

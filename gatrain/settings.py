@@ -26,6 +26,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "train.check": config.CHECKS,
     "batch.effective_by": config.UNITS,
     "batch.rule": config.RULES,
+    "batch.count": config.COUNTS,
     "schedule.decay_shape": (None, *optimizer_config.DECAY_SHAPES),
 }
 """Settings that take one of a few values."""

@@ -70,7 +70,8 @@ class Progress:
     order: str = ""
     """Fingerprint of the weights or lengths that the order follows from: the windows depend on them."""
     stages: str = ""
-    """First window and effective batch of each stage, where it changes: ``0:64,1000:256``."""
+    """First window and effective batch of each stage, where it changes: ``0:64,1000:256``; or the tokens of a
+    window and the fingerprint of the samples' lengths."""
     stream: dict[str, Any] | None = None
     """Of data that is a stream: where the next window begins. ``step`` alone does not tell it."""
 
@@ -279,7 +280,7 @@ def check_same_run(progress: Progress, expected: Progress) -> None:
         "seed": "train.seed",
         "data_samples": "the number of training samples",
         "drop_last": "train.drop_last",
-        "stages": "batch.effective, by first window,",
+        "stages": "batch.effective, by window,",
         "order": "the fingerprint of the weights or lengths of the order",
     }
     differences = [

@@ -87,7 +87,7 @@ def _train(run_dir: RunDir, stored: Reloaded, plan: Plan, rank: Rank) -> None:
     fresh = Progress(
         *(0, 0, 0, config.batch.largest, config.train.seed, schedule.samples),
         drop_last=schedule.drop_last,
-        stages=",".join(f"{index}:{size}" for index, size in schedule.stage_starts),
+        stages=schedule.fingerprint,
         order=str(getattr(schedule.order, "fingerprint", "")),
     )
     # what draws outside a seeded step repeats as well
@@ -144,7 +144,9 @@ def _train(run_dir: RunDir, stored: Reloaded, plan: Plan, rank: Rank) -> None:
             device=_describe_device(rank),
             world_size=rank.world_size,
             effective_batch=plan.effective_batch,
-            equation=plan.equation,
+            equation=f"{config.batch.largest:,} tokens at most, on average {plan.equation}"
+            if config.batch.counts_tokens
+            else plan.equation,
             stages=tuple(
                 (index, stage.equation)
                 for (index, _), stage in zip(schedule.stage_starts, plan.stages, strict=True)
@@ -158,7 +160,9 @@ def _train(run_dir: RunDir, stored: Reloaded, plan: Plan, rank: Rank) -> None:
             eval_samples=len(task.eval_data) if task.eval_data is not None else 0,
             first_step=progress.step,
             total_steps=total_steps,
-            steps_per_epoch=0 if is_stream or schedule.stages else schedule.per_epoch,
+            steps_per_epoch=0
+            if is_stream or schedule.stages or config.batch.counts_tokens
+            else schedule.per_epoch,
             baseline_name=baseline[0] if baseline else None,
             baseline_loss=baseline[1] if baseline else None,
             settings=records.public(stored.leaves),

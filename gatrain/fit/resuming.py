@@ -214,7 +214,7 @@ def _plan_of(run_dir: RunDir, config: RunConfig) -> Plan:
     plan = run_dir.load_plan()
     stages = config.batch.stages
     planned = [each.split.effective_batch for each in plan.stages] or [plan.effective_batch]
-    if plan.effective_batch != stages.largest or planned != list(stages.sizes):
+    if not config.batch.counts_tokens and planned != list(stages.sizes):
         raise DamagedFileError(
             f"{run_dir.plan} is a plan for an effective batch of {', '.join(map(str, planned))}, and "
             f"{run_dir.config} asks for {', '.join(map(str, stages.sizes))}. One of them was changed: restore it."

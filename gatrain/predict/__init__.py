@@ -79,6 +79,11 @@ def predict(
     config = composed.config
     if nproc < 1:
         raise ConfigError(f"--nproc {nproc} is below 1, the smallest number of processes.")
+    if config.batch.counts_tokens:
+        raise ConfigError(
+            "batch.count=tokens: how many samples a window has is known from the data, which a prediction does not "
+            "read. Give it a number: gatrain plan batch.count=samples batch.effective=..., or use gatrain autotune."
+        )
     if isinstance(config.batch.micro, int):
         batch.Split(config.batch.largest, nproc).check_micro_batch(config.batch.micro)
     began = time.perf_counter()

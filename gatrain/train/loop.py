@@ -76,7 +76,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self._metrics = StepMetrics(self.engine)
-        self._notices = Notices(self.sinks.notice, self.schedule.effective_at, self.run_dir.metrics.name)
+        self._notices = Notices(self.sinks.notice, self.schedule.full_at, self.run_dir.metrics.name)
         self._saver = StateSaver(
             self.engine,
             self.config,

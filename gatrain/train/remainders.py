@@ -12,10 +12,13 @@ from torch import nn
 from gatrain import batch
 from gatrain.errors import PlanError
 from gatrain.train.modules import batch_norms, synchronised_norms, unequal_steps_text
+from gatrain.train.token_windows import TokenWindows
 from gatrain.train.windows import Cut, WindowSchedule
 
 _SEARCHED = 64
 """Effective batches on either side among which one is looked for that would do."""
+_LOOKED_AT = 1000
+"""Windows whose sizes are looked at where each may have another."""
 _LARGER = 4
 """How much larger a micro-batch may be besides."""
 _REFUSAL = "more than 1 value per channel"
@@ -57,6 +60,10 @@ class Splits:
         if self.cuts:
             yield from self._of_stages(first, last)
             return
+        if isinstance(schedule, TokenWindows):
+            sizes = {len(schedule.window(index).ids) for index in range(first, min(last, first + _LOOKED_AT))}
+            yield from (self._split(size, is_short=False) for size in sorted(sizes))
+            return
         per_epoch = schedule.per_epoch
         rest = 0 if schedule.drop_last else schedule.samples % schedule.effective_batch
         ends = [index for index in range(first, min(last, first + per_epoch)) if (index + 1) % per_epoch == 0]
@@ -91,7 +98,7 @@ class Splits:
     def better(self, is_good: Callable[[Split], bool]) -> str:
         """What to write so that every window of an epoch is good; empty if nothing near is, or where there are
         stages, which each would have to change."""
-        if self.cuts:
+        if self.cuts or isinstance(self.schedule, TokenWindows):
             return ""
         found = []
         dropping = self._with(dataclasses.replace(self.schedule, drop_last=True), self.micro_batch)
@@ -164,7 +171,7 @@ def check_windows(
 
 def _single_text(split: Split, splits: Splits, norms: Sequence[str], refusal: str) -> str:
     schedule = splits.schedule
-    if splits.cuts:
+    if splits.cuts or isinstance(schedule, TokenWindows):
         where = (
             f"a window of {split.samples} samples{' at the end of an epoch' if split.is_short else ''} has a "
             f"micro-batch of one: {batch.equation(split.samples, split.sizes)}"

@@ -124,13 +124,22 @@ class WindowSchedule:
         return span_at(self.spans, index)
 
     def effective_at(self, index: int) -> int:
-        """Samples of window ``index`` where it is a full one."""
+        """The effective batch of window ``index``: samples, where nothing else is counted."""
         return self.spans[self.stage_at(index)].effective_batch
+
+    def full_at(self, index: int) -> int:
+        """Samples of window ``index`` where it is not cut short by the end of an epoch."""
+        return self.effective_at(index)
 
     @property
     def stage_starts(self) -> tuple[tuple[int, int], ...]:
         """(index of its first window, effective batch) of each stage; empty where there is one."""
         return () if self.stages is None else tuple((s.index, s.effective_batch) for s in self.spans)
+
+    @property
+    def fingerprint(self) -> str:
+        """Differs where windows do, beside their samples, order and one effective batch."""
+        return ",".join(f"{index}:{size}" for index, size in self.stage_starts)
 
     @property
     def per_epoch(self) -> int:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gatrain.batch import typical_samples
 from gatrain.config import RunConfig
 from gatrain.errors import GatrainError
 from gatrain.hardware import Hardware
@@ -45,6 +46,7 @@ class Tuner:
     """
 
     def __init__(self, config: RunConfig, hardware: Hardware, nodes: Nodes, cwd: Path | None = None) -> None:
+        self._config = config
         self._hardware = hardware
         self._nodes = nodes
         self._cwd = cwd
@@ -91,6 +93,8 @@ class Tuner:
             GatrainError: what went wrong while the model or its data were built.
             Interrupted, KeyboardInterrupt: a person stopped it; what was measured is kept in the cache.
         """
+        if self._config.batch.counts_tokens:
+            self.space = knobs.search_space(self._in_samples(found), self._hardware, self._nodes)
         space = self.space
         if space.fixed_micro_batch is not None:
             space.split.check_micro_batch(space.fixed_micro_batch)
@@ -105,7 +109,7 @@ class Tuner:
             plan = with_stages(plan, space.config.batch.stages, fixed=space.fixed_micro_batch)
         else:
             plan = self._search(found, state_bytes, run, progress, retune, config_yaml)
-        return explain.with_batch_notes(explain.with_model_notes(plan, found), space.config)
+        return explain.with_batch_notes(explain.with_model_notes(plan, found), self._config)
 
     def remembered(self) -> tuple[Plan, Inspected] | None:
         """A plan that nothing has to be measured for, and the model and data that it is for, as they were when it
@@ -115,7 +119,10 @@ class Tuner:
         known would refuse the run: then they are inspected again, and whatever is said is of today.
         """
         known = self._known.inspected
-        if known is None or not known.is_current() or known.samples < self.space.split.effective_batch:
+        if known is None or not known.is_current():
+            return None
+        counts_tokens = self._config.batch.counts_tokens
+        if not known.mean_tokens if counts_tokens else known.samples < self.space.split.effective_batch:
             return None
         try:
             plan = self.remembered_plan(known)
@@ -140,6 +147,16 @@ class Tuner:
             return self.plan(found, refuse)
         except NotRemembered:
             return None
+
+    def _in_samples(self, found: Inspected) -> RunConfig:
+        """The configuration with the samples that a window of so many tokens has on average, or a fixed
+        micro-batch, if that is more."""
+        batch = self._config.batch
+        typical = typical_samples(batch.largest, found.mean_tokens, found.samples)
+        if isinstance(batch.micro, int):
+            typical = max(typical, batch.micro * self._nodes.world_size)
+        in_samples = dataclasses.replace(batch, effective=typical, count="samples", rule="none", base=None)
+        return dataclasses.replace(self._config, batch=in_samples)
 
     def _search(
         self,

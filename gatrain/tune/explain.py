@@ -277,6 +277,13 @@ def with_model_notes(plan: Plan, found: Inspected) -> Plan:
 def with_batch_notes(plan: Plan, config: RunConfig) -> Plan:
     """The plan with what ``batch.rule`` does to the optimizer at each effective batch of the run."""
     batch, optimizer = config.batch, config.optimizer
+    if batch.counts_tokens:
+        note = (
+            f"A window holds at most {batch.largest:,} tokens (batch.count=tokens), in this data "
+            f"{plan.effective_batch} samples on average, which the plan is for; each is cut into micro-batches of "
+            f"at most {plan.micro_batch} samples."
+        )
+        plan = dataclasses.replace(plan, notes=[*plan.notes, note])
     if batch.rule == "none":
         return plan
     betas, eps = (optimizer.betas, optimizer.eps) if isinstance(optimizer, AdamWConfig) else (None, None)

@@ -93,7 +93,7 @@ def _report(composed: Composed, found: dict[str, Any], two: dict[str, Any], plan
     return VerifyReport(
         recipe=composed.recipe,
         samples=found["window"]["samples"],
-        effective_batch=composed.config.batch.largest,
+        effective_batch=found["window"]["full"],
         planned_by=planned_by,
         cases=cases,
         notes=list(dict.fromkeys([*found["notes"], *two["notes"]])),

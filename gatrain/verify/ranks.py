@@ -77,7 +77,7 @@ def _compute(folder: FilePath, rank: rank_process.Rank) -> None:
         proof.keep(proof.ids[: spec["samples"]])
         cases = _of_each_phase(proof, lambda: Cases(proof).two_processes())
     if rank.is_first:
-        window = {"samples": len(proof.ids), "shorten": proof.shorten}
+        window = {"samples": len(proof.ids), "shorten": proof.shorten, "full": proof.full_window}
         write_json(folder / "result.json", {"cases": cases, "notes": proof.notes, "window": window})
 
 
@@ -105,7 +105,7 @@ class Cases:
     def one_process(self, planned_micro_batch: int | None) -> list[dict[str, Any]]:
         """The planned split, an awkward one, the mean of means where that is a mistake; then as it trains."""
         count = len(self._proof.ids)
-        planned = planned_sizes(count, self._proof.config.batch.largest, planned_micro_batch)
+        planned = planned_sizes(count, self._proof.full_window, planned_micro_batch)
         awkward = awkward_sizes(count)
         differ = self._weights_differ(awkward)
         cases = []

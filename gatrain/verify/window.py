@@ -102,7 +102,10 @@ class Verification:
         """What is known to make the result depend on the split."""
         self._precision = precision
         self._checkpointing = checkpointing
-        schedule = build.window_schedule(config, self.task)
+        # of a batch with stages, the largest
+        effective = None if config.batch.counts_tokens else config.batch.largest
+        schedule = build.window_schedule(config, self.task, effective)
+        self.full_window = len(schedule.window(0).ids)
         self.ids: list[int] = schedule.window(0).ids.tolist()
         # read once: every case must see the same random augmentation
         self._samples: dict[int, Any] = {}
