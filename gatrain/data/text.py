@@ -23,10 +23,13 @@ from gatrain.data.token_file import TokenFile, Tokens, open_tokens, unigram_loss
 from gatrain.data.token_layout import beside
 from gatrain.data.tokenised import longer_documents, read_report, tokenised
 from gatrain.data.tokenizer import Tokenizer, check_tokenizer, make_tokenizer, own_file
-from gatrain.errors import DataError
+from gatrain.errors import ConfigError, DataError, nearest
+from gatrain.labels import IGNORED
 
 TOKEN_SUFFIXES = (".bin", ".npy")
 GO_ON = "documents longer than data.context, which go on in the next samples"
+FIRST_TOKENS = "documents whose first token nothing predicts (data.packed=isolated)"
+PACKED = ("joined", "isolated")
 LEFT_OVER = "tokens at the end, too few for one sample more"
 
 
@@ -93,6 +96,10 @@ class TextWindows:
         encoding: of text, by Python's name of it. Bytes that are none are refused, never replaced.
         format: ``auto`` (by content and name), ``text`` (read as it stands), ``jsonl``, ``json``, ``csv``, ``tsv``
             or ``parquet``.
+        packed: ``joined``: a sample is one text, whatever documents it holds. ``isolated``: each document in it
+            is computed as if it stood alone; batches then say which tokens are of which document, for a model
+            whose forward takes ``documents`` (`gatrain.models.gpt.GPT`). The end-of-text token belongs to the
+            document that it ends, and what follows it is not predicted from it.
 
     Attributes:
         train, eval: `TokenWindows`; ``eval`` is None if nothing is held out.
@@ -119,8 +126,14 @@ class TextWindows:
         eval_path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
         encoding: str = "utf-8",
         format: str = "auto",
+        packed: str = "joined",
     ) -> None:
         check_lengths(context, eval_fraction)
+        if packed not in PACKED:
+            raise ConfigError(
+                f"data.packed={packed} is not one of {', '.join(PACKED)}.{nearest(packed, PACKED)}"
+            )
+        self.packed = packed
         reading = Reading.checked(encoding, format, text_field)
         self.vocab_size = vocab_size
         self.context = context
@@ -144,6 +157,18 @@ class TextWindows:
             self._read = read_report(folder)
             self._folder = folder
         self.train, self.eval = self._split(eval_fraction, held_out)
+        if packed == "isolated":
+            if self.tokenizer is None:
+                raise ConfigError(
+                    "data.packed=isolated must know which token ends a document, and token files do not say "
+                    "so. Name their tokenizer: data.tokenizer=gpt2, or the path of its tokenizer.json."
+                )
+            self._end_of_text = self.tokenizer.end_of_text
+            # on the object: with joined samples torch's own collate serves, and whole batches are read at once
+            self.collate, self.deterministic_collate = self._isolated, True
+
+    def _isolated(self, samples: Sequence[Tensor]) -> dict[str, Tensor]:
+        return isolated(torch.stack(list(samples)), self._end_of_text)
 
     @cached_property
     def report(self) -> DataReport:
@@ -151,6 +176,8 @@ class TextWindows:
         omissions = [*left_out(self._files), *self._read.omissions]
         if self._folder is not None and (longer := longer_documents(self._folder, self.context)):
             omissions.append(Omission(GO_ON, longer))  # nothing of them is lost, so it has no share
+        if self._folder is not None and self.packed == "isolated":
+            omissions.append(Omission(FIRST_TOKENS, self._read.items))
         over = self.train.left_over + (self.eval.left_over if self.eval is not None else 0)
         if over:
             total = (
@@ -189,6 +216,23 @@ class TextWindows:
         return unigram_loss(
             trained, self.eval.tokens.slices(self.eval.start, self.eval.stop), self.vocab_size
         )
+
+
+def isolated(rows: Tensor, end_of_text: int) -> dict[str, Tensor]:
+    """A batch that says which tokens are of which document.
+
+    Args:
+        rows: int64 ``[B, L + 1]``.
+        end_of_text: the token that ends a document, and is its last one.
+
+    Returns:
+        ``tokens``, ``labels`` and ``documents``, int64 ``[B, L]`` each: labels are aligned with their
+        positions, -100 where the following token is another document's; documents count from 0 in each row.
+    """
+    tokens, labels = rows[:, :-1], rows[:, 1:]
+    ends = tokens == end_of_text
+    documents = ends.cumsum(1) - ends.to(torch.int64)  # an end is of the document before it
+    return {"tokens": tokens, "labels": labels.masked_fill(ends, IGNORED), "documents": documents}
 
 
 def check_lengths(context: int, eval_fraction: float) -> None:

@@ -89,11 +89,14 @@ class GPT(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
         """Return next-token logits.
 
         Args:
             tokens: int64 ``[B, L]`` with ``L <= context``.
+            documents: int64 ``[B, L]``, a number for each document of a row. Given, a position sees its own
+                document alone, and positions count from the document's first token: each is computed as if
+                it stood alone.
 
         Returns:
             logits ``[B, L, V]`` in the compute precision.
@@ -104,14 +107,23 @@ class GPT(nn.Module):
                 f"a batch holds sequences of {length} tokens, but the model was built with "
                 f"context={self.context}. Use model.context={length} or more, or a smaller data.context."
             )
+        mask: Tensor | None = None
+        places: Tensor | slice = slice(length)
+        if documents is not None:
+            mask = own_document(documents)  # [B, L, L]
+            places = mask.sum(2) - 1  # [B, L]: how many tokens of its document come before
+            mask = mask[:, None]  # for all heads
         x = self.token_embedding(tokens)  # [B, L, D]
         if self.position_embedding is not None:
-            x = x + self.position_embedding.weight[:length]
+            x = x + self.position_embedding.weight[places]
         x = self.dropout(x)
-        cos = None if self.rotary_cos is None else self.rotary_cos[:length]
-        sin = None if self.rotary_sin is None else self.rotary_sin[:length]
+        cos, sin = self.rotary_cos, self.rotary_sin
+        if cos is not None and sin is not None:
+            cos, sin = cos[places], sin[places]  # [L, D/H/2], or [B, L, D/H/2]
+            if documents is not None:
+                cos, sin = cos[:, None], sin[:, None]
         for block in self.blocks:
-            x = block(x, cos, sin)
+            x = block(x, cos, sin, mask)
         return F.linear(self.norm(x), self.token_embedding.weight)
 
 
@@ -125,8 +137,10 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(width, bias=bias)
         self.mlp = MLP(width, hidden, dropout, bias)
 
-    def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin)
+    def forward(
+        self, x: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None = None
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin, mask)
         return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
 
 
@@ -141,7 +155,9 @@ class CausalAttention(nn.Module):
         self.out = nn.Linear(width, width, bias=bias)
         self.out_dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None = None
+    ) -> Tensor:
         batch, length, width = x.shape
         heads = (batch, length, self.heads, width // self.heads)
         q, k, v = self.qkv(x).split(width, dim=2)
@@ -149,7 +165,8 @@ class CausalAttention(nn.Module):
         if cos is not None and sin is not None:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        # without a mask the fast kernels are told that it is causal, and need not read one
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
         y = y.transpose(1, 2).reshape(batch, length, width)
         return self.out_dropout(self.out(y))  # type: ignore[no-any-return]
 
@@ -166,6 +183,17 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.gelu(self.hidden(x), approximate="tanh")
         return self.out_dropout(self.out(x))  # type: ignore[no-any-return]
+
+
+def own_document(documents: Tensor) -> Tensor:
+    """Whether position ``t`` sees position ``s``: bool ``[B, L, L]``, true where s <= t is of the same document.
+
+    Args:
+        documents: int64 ``[B, L]``.
+    """
+    length = documents.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=documents.device).tril()
+    return (documents[:, :, None] == documents[:, None, :]) & causal
 
 
 def rotary_tables(context: int, head_width: int) -> tuple[Tensor, Tensor]:

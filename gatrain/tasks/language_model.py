@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,7 +28,8 @@ class LanguageModel(Task):
     A batch is one of two things. A tensor ``[B, L + 1]``: positions 0 to L-1 are inputs, 1 to L are labels.
     Or a dict of ``tokens`` and ``labels``, both ``[B, L]``, with labels ALREADY aligned: ``labels[:, t]`` is
     what the model must predict at position ``t``, and -100 where nothing is predicted. They are not shifted
-    again.
+    again. Of data with ``packed = "isolated"`` the dict has ``documents`` ``[B, L]`` too, a number for each
+    document of a row, and the model is called with it.
 
     Args:
         model: function without arguments that makes the module.
@@ -75,9 +77,16 @@ class LanguageModel(Task):
             data, "deterministic_collate", "collate"
         )
         self.variable_length = declared_length(data)
+        self._isolates = getattr(data, "packed", "joined") == "isolated"
 
     def build_model(self) -> nn.Module:
         model = make_model(self._factory)
+        if self._isolates and "documents" not in inspect.signature(model.forward).parameters:
+            raise ConfigError(
+                f"data.packed=isolated, but {type(model).__name__}.forward takes no documents, so it would "
+                f"attend across them. Use data.packed=joined, or a model with forward(tokens, documents) such as "
+                "gatrain.models.gpt.GPT."
+            )
         known = getattr(getattr(model, "config", None), "vocab_size", None)  # as transformers' models have it
         given, needed = getattr(model, "vocab_size", known), getattr(self.data, "vocab_size", None)
         if isinstance(given, int) and isinstance(needed, int) and given < needed:
@@ -119,11 +128,12 @@ class LanguageModel(Task):
     def _summed(self, model: nn.Module, batch: Batch, cross_entropy: Callable[..., Tensor]) -> LossSum:
         tokens, labels = split(batch)
         samples = self._samples.of(batch, len(labels))
-        logits = self._logits(model, tokens)
+        logits = self._logits(model, tokens, batch["documents"] if self._isolates else None)
         return self._loss.sum(logits, labels, samples, cross_entropy), self._loss.weight(labels, samples)
 
-    def _logits(self, model: nn.Module, tokens: Tensor) -> Tensor:
-        logits = scores_of(model(tokens), self._output, "language_model")
+    def _logits(self, model: nn.Module, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+        outputs = model(tokens) if documents is None else model(tokens, documents=documents)
+        logits = scores_of(outputs, self._output, "language_model")
         if logits.dim() != 3 or logits.shape[:2] != tokens.shape:
             raise ConfigError(
                 f"the model gives {list(logits.shape)} for tokens {list(tokens.shape)}, but "
@@ -158,10 +168,11 @@ class LanguageModel(Task):
         return "unigram", float(unigram_loss())
 
     def showcase(self, model: nn.Module, device: torch.device) -> str | None:
-        """About 200 tokens that the model writes, starting from nothing; None without a tokenizer."""
+        """About 200 tokens that the model writes, starting from nothing; None without a tokenizer, and where
+        documents are isolated: no first token was ever predicted."""
         tokenizer = getattr(self.data, "tokenizer", None)
         context = getattr(self.data, "context", None)
-        if tokenizer is None or not isinstance(context, int):
+        if tokenizer is None or not isinstance(context, int) or self._isolates:
             return None
         ids = generate(model, device, tokenizer.end_of_text, tokenizer.size, context, output=self._output)
         return str(tokenizer.decode(ids))
@@ -170,10 +181,11 @@ class LanguageModel(Task):
         """At most the first 128 positions. Where that leaves padded batches without a label, the last 128."""
         if isinstance(batch, Tensor):
             return batch[:, : SHORT + 1]
-        tokens, labels = split(batch)
-        if not bool((labels[:, :SHORT] != IGNORED).any()):
-            return {**batch, "tokens": tokens[:, -SHORT:], "labels": labels[:, -SHORT:]}
-        return {**batch, "tokens": tokens[:, :SHORT], "labels": labels[:, :SHORT]}
+        labels = split(batch)[1]
+        has_labels = bool((labels[:, :SHORT] != IGNORED).any())
+        kept = slice(SHORT) if has_labels else slice(-SHORT, None)
+        names = ("tokens", "labels", *(["documents"] if self._isolates else []))
+        return {**batch, **{name: batch[name][:, kept] for name in names}}
 
 
 def split(batch: Batch) -> tuple[Tensor, Tensor]:
