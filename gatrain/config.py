@@ -26,7 +26,7 @@ from gatrain.phase_config import phase_configs
 OPEN_NODES = ("model", "data", "loss", "task")
 """Sections for the user's own work, with keys that only the ``_target_`` knows."""
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-CHECKPOINTING = ("auto", "none", "selective", "full")
+CHECKPOINTING = ("auto", "none", "selective", "every_4", "every_3", "every_2", "full", "offload")
 SYNCS = ("auto", "overlap", "window")
 DEVICES = ("auto", "cpu", "cuda")
 NONFINITE = ("stop", "skip")
@@ -163,7 +163,8 @@ class RunConfig:
     """``fp32``, ``bf16`` or ``fp16`` (autocast over fp32 parameters and gradients); ``auto`` is bf16 where the
     GPU computes it natively, else fp32."""
     checkpointing: str = "auto"
-    """Activation checkpointing: ``none``, ``selective`` (keep matrix products), ``full`` (keep block inputs)."""
+    """Activation checkpointing: ``none``, ``selective`` (keep matrix products), ``full`` (keep block inputs),
+    ``every_2`` (``full`` for every second block; also 3, 4), ``offload`` (keep all, in main memory)."""
     compile: Any = "auto"
     """torch.compile of the loss computation: true, false, or ``auto`` (on a GPU, when trials show a gain)."""
     sync: str = "auto"

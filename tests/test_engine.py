@@ -97,7 +97,7 @@ def test_recomputation_does_not_count_a_batch_twice_in_batch_norm(mode: str) -> 
 def test_checkpointing_keeps_parameter_names_and_refuses_models_without_blocks() -> None:
     model = small_gpt()
     names = list(model.state_dict())
-    assert available_modes(model) == ("none", "selective", "full")
+    assert available_modes(model) == ("none", "selective", "every_2", "full")
     apply_checkpointing(model, "full")
     assert list(model.state_dict()) == names
     assert available_modes(nn.Linear(2, 2)) == ("none",)

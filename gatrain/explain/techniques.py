@@ -22,7 +22,11 @@ _PRECISIONS = {
 _CHECKPOINTING = {
     "none": "All activations are kept.",
     "selective": "Cheap operators are computed again in the backward, matrix products are kept.",
+    "every_4": "Every fourth block keeps its input alone and is computed again in the backward.",
+    "every_3": "Every third block keeps its input alone and is computed again in the backward.",
+    "every_2": "Every second block keeps its input alone and is computed again in the backward.",
     "full": "Each block keeps its input alone and is computed again in the backward.",
+    "offload": "What the backward needs waits in main memory: nothing is computed again, much is transferred.",
 }
 
 

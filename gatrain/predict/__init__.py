@@ -86,6 +86,11 @@ def predict(
         )
     if isinstance(config.batch.micro, int):
         batch.Split(config.batch.largest, nproc).check_micro_batch(config.batch.micro)
+    if config.checkpointing == "offload":
+        raise ConfigError(
+            "checkpointing=offload: how much of what waits in main memory is on the GPU at once is known from "
+            "measurements alone. Use gatrain autotune, or gatrain plan with checkpointing=auto."
+        )
     began = time.perf_counter()
     precisions = {gpu: _precision(config, gpu) for gpu in gpus}
     memory_bytes = max(gpu.memory_bytes for gpu in gpus)

@@ -2,7 +2,9 @@
 
 ``full`` keeps only the inputs of each block; ``selective`` also keeps the results of matrix products,
 convolutions and attention, which are dear to recompute, and recomputes the cheap rest
-(https://pytorch.org/blog/activation-checkpointing-techniques/). Blocks are what a model names through
+(https://pytorch.org/blog/activation-checkpointing-techniques/). ``every_2`` does as ``full`` for every second block
+and leaves the others alone, ``every_3`` and ``every_4`` alike. ``offload`` recomputes nothing
+(`gatrain.train.offload`). Blocks are what a model names through
 ``checkpoint_blocks()``, else the layers that transformers made for it, else the elements of the largest ModuleList
 or Sequential of like modules.
 """
@@ -62,8 +64,13 @@ def _inside(module: nn.Module, block: nn.Module) -> bool:
 
 
 def available_modes(model: nn.Module) -> tuple[str, ...]:
-    """Which values of ``checkpointing`` the model offers."""
-    return ("none", "selective", "full") if blocks_of(model) else ("none",)
+    """Which values of ``checkpointing`` the model offers, from the cheapest to the dearest."""
+    count = len(blocks_of(model))
+    parts = tuple(f"every_{n}" for n in (4, 3, 2) if count >= n)
+    recomputing = ("selective", *parts, "full") if count else ()
+    # on a CPU it works and gains nothing
+    on_gpu = any(parameter.is_cuda for parameter in model.parameters())
+    return ("none", *recomputing, *(("offload",) if on_gpu else ()))
 
 
 def apply_checkpointing(model: nn.Module, mode: str) -> None:
@@ -72,7 +79,7 @@ def apply_checkpointing(model: nn.Module, mode: str) -> None:
     Raises:
         ConfigError: the model has no repeated block.
     """
-    if mode == "none":
+    if mode in ("none", "offload"):
         return
     blocks = blocks_of(model)
     if not blocks:
@@ -80,7 +87,12 @@ def apply_checkpointing(model: nn.Module, mode: str) -> None:
             f"checkpointing={mode}: {type(model).__name__} has no list of repeated blocks to recompute. "
             "Use checkpointing=none, or give the model a checkpoint_blocks() method that returns its blocks."
         )
-    for block in blocks:
+    nth = int(mode.removeprefix("every_")) if mode.startswith("every_") else 1
+    if len(blocks) < nth:
+        raise ConfigError(
+            f"checkpointing={mode}: {type(model).__name__} has {len(blocks)} block(s). Use checkpointing=full."
+        )
+    for block in blocks[::nth]:
         block.forward = _checkpointed(block, block.forward, mode)  # type: ignore[method-assign]
 
 

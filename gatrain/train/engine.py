@@ -36,6 +36,7 @@ from gatrain.train.guard import Guard
 from gatrain.train.main_gradients import MasterWeights
 from gatrain.train.micro_batches import MicroBatch
 from gatrain.train.modules import sparse_parameters
+from gatrain.train.offload import forward_context
 from gatrain.train.optimizer import check_takes_sparse
 from gatrain.train.optimizer_state import prime
 from gatrain.train.parallel import Replicated
@@ -143,7 +144,7 @@ class Engine:
             ranks=ranks,
             sync=settings.sync,
             stage=Staging(device),
-            autocast=self._autocast,
+            autocast=forward_context(settings.checkpointing, model, self._autocast),
             scaler=self.scaler,
             main_gradients=self.masters,
             strategy=strategy,

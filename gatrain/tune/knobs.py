@@ -15,6 +15,7 @@ from typing import Any
 
 from gatrain import doors
 from gatrain.batch import Split
+from gatrain.config import CHECKPOINTING as CHECKPOINTING_MODES
 from gatrain.config import RunConfig
 from gatrain.hardware import Hardware, choose_precision
 from gatrain.launch.world import Nodes
@@ -74,7 +75,7 @@ COMPILE = Row(
 )
 CHECKPOINTING = Row(
     "checkpointing",
-    ("none", "selective", "full"),
+    CHECKPOINTING_MODES[1:],
     WHERE_MEMORY_LIMITS,
     lambda value: f"checkpointing {value}",
     lambda value: f"checkpointing {value}" if value != "none" else "",

@@ -28,9 +28,10 @@ from gatrain.tune.runner import Progress, Run, TrialRunner, sentence
 from gatrain.tune.search import Candidate
 from gatrain.tune.stages import with_stages
 
-WORTH_RECOMPUTING = {"selective": 1.06, "full": 1.15}
+WORTH_RECOMPUTING = {"none": 0.0, "selective": 1.06, "every_2": 1.1, "full": 1.15, "offload": 1.15}
 """A last doubling of the micro-batch that gained this factor says that larger ones may gain more than recomputation
-costs: 2 to 10 % selective and 15 to 30 % full, on an H100; further doublings gain less and less."""
+costs: 2 to 10 % selective and 15 to 30 % full, on an H100 (every second block: half of that); further doublings
+gain less and less. What transfers cost depends on the machine: their own trial tells. Other modes are not tried."""
 MIN_ROUND_S = {"cpu": 5.0, "cuda": 15.0}
 """Seconds that must be left to begin with another way of computing."""
 MIN_SIZE_S = 2.0
@@ -224,7 +225,9 @@ class Planner:
             return
         gain = self._gain(limited, base) if limited.fitting and self._fixed is None else float("inf")
         for value in limited.modes:
-            if value == row.of(limited.settings) or gain < WORTH_RECOMPUTING.get(value, 0.0):
+            if value not in WORTH_RECOMPUTING or value == row.of(limited.settings):
+                continue
+            if gain < WORTH_RECOMPUTING[value]:
                 continue
             settings = row.set(limited.settings, value)
             if settings not in self._curves and self._out_of_time(bool(options)):

@@ -43,6 +43,7 @@ from gatrain.train.gradient.plain import Plain
 from gatrain.train.held_state import HeldState, perturb
 from gatrain.train.main_gradients import MasterWeights, half_names, half_parameters
 from gatrain.train.micro_batches import LoadedWindow, MicroBatch
+from gatrain.train.offload import forward_context
 from gatrain.train.phased_optimizer import frozen_but, groupings
 from gatrain.train.precision import autocast_for
 from gatrain.train.ranks import Ranks
@@ -444,7 +445,7 @@ class Verification:
             model = model.to(path.dtype)
         self._random[model] = build.build_random(self.config)
         self._random[model].set_up(model)
-        if self._checkpointing in ("full", "selective"):
+        if self._checkpointing != "auto":
             apply_checkpointing(model, self._checkpointing)
         return model
 
@@ -536,7 +537,9 @@ class Verification:
                 ranks=self.ranks,
                 sync="overlap" if self.config.sync == "overlap" else "window",
                 stage=lambda host: lambda: self.on_device(host, path),
-                autocast=autocast_for(path.autocast, self.device),
+                autocast=forward_context(
+                    self._checkpointing, model, autocast_for(path.autocast, self.device)
+                ),
                 main_gradients=masters,
                 strategy=strategy or self._strategy(),
                 task=self.task,
