@@ -45,6 +45,9 @@ SHIPPED: dict[str, dict[str, str]] = {
         "plain": "gatrain.train.gradient.plain.Plain",
         "cached": "gatrain.train.gradient.cached.Cached",
         "fold": "gatrain.train.gradient.fold.Fold",
+        "in_backward": "gatrain.train.gradient.in_backward.InBackward",
+        "bf16_stochastic": "gatrain.train.gradient.bf16_sums.Stochastic",
+        "bf16_kahan": "gatrain.train.gradient.bf16_sums.Kahan",
         "phases": "gatrain.train.gradient.phases.Phases",
     },
     "norm": {

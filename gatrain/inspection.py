@@ -99,7 +99,7 @@ def _inspect(config: RunConfig, folder: Path, really: bool) -> Inspected:
     from gatrain.tasks.streams import Stream
     from gatrain.train.checkpointing import available_modes
     from gatrain.train.data_look import compare_classes, look_at_data
-    from gatrain.train.main_gradients import HALF, half_names, half_parameters
+    from gatrain.train.main_gradients import gradient_bytes, half_names, half_parameters
     from gatrain.train.modules import mode_remarks
     from gatrain.train.token_windows import TokenWindows
 
@@ -139,7 +139,6 @@ def _inspect(config: RunConfig, folder: Path, really: bool) -> Inspected:
         raise ConfigError(f"the model {type(model).__name__} has no parameter to train.")
     optimizer_bytes = build.inspect_optimizer(config, task, model)
     strategy = build.build_strategy(config)
-    largest = max(4 * p.numel() if p.dtype in HALF else p.nbytes for p in parameters if p.requires_grad)
     half = half_parameters(model)
     own = getattr(task.train_data, "fingerprint", None)
     code = own_modules()
@@ -153,7 +152,7 @@ def _inspect(config: RunConfig, folder: Path, really: bool) -> Inspected:
         half_parameters=sum(parameter.numel() for parameter in half),
         frozen_bytes=sum(p.numel() * p.element_size() for p in parameters if not p.requires_grad),
         optimizer_bytes=optimizer_bytes,
-        gradient_bytes=None if strategy.holds_gradients else largest,
+        gradient_bytes=None if strategy.holds_gradients else max(gradient_bytes(model)),
         half_dtypes=half_names(parameter.dtype for parameter in half),
         batch_norms=tuple(norm.mixing(model)),
         synchronises=any(isinstance(module, torch.nn.SyncBatchNorm) for module in model.modules()),

@@ -242,8 +242,8 @@ class Engine:
         return used
 
     def new_notices(self) -> list[str]:
-        """What compilation has to tell since the last call."""
-        found = []
+        """What compilation and the gradient strategy have to tell since the last call. Waits for the device."""
+        found = self.step.strategy.news()
         for each in (self._compiled, *self._methods.values()):
             if isinstance(each, CompiledLossSum):
                 found += each.notices

@@ -31,6 +31,12 @@ def half_names(dtypes: Iterable[torch.dtype]) -> str:
     return " and ".join(sorted({HALF[dtype] for dtype in dtypes if dtype in HALF}))
 
 
+def gradient_bytes(model: nn.Module) -> list[int]:
+    """Bytes of the gradient of each trained parameter, in fp32 at least."""
+    trained = (p for p in model.parameters() if p.requires_grad)
+    return [4 * p.numel() if p.dtype in HALF else p.nbytes for p in trained]
+
+
 class MainGradients:
     """fp32 main gradients of a model's 16-bit parameters, until `close`.
 

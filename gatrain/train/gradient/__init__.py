@@ -114,6 +114,10 @@ class GradientStrategy(abc.ABC):
         """
         return []
 
+    def news(self) -> list[str]:
+        """What a person should know since the last call, a sentence each. It may wait for the device."""
+        return []
+
     def sum_to_check(self, step: Step) -> Callable[[Batch], Tensor] | None:
         """What must be a sum over samples where the loss need not be (`needs_sum_over_samples`): a scalar of a
         batch on the device, checked before the first step as the loss is otherwise. None: nothing is checked."""

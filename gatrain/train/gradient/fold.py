@@ -18,7 +18,7 @@ from gatrain.optimizer_config import AdamAConfig
 from gatrain.optimizers import AdamA
 from gatrain.tasks.base import Batch
 from gatrain.train.gradient import GradientStrategy
-from gatrain.train.main_gradients import HALF
+from gatrain.train.main_gradients import gradient_bytes
 from gatrain.train.micro_batches import LoadedWindow
 from gatrain.train.parallel import Replicated
 
@@ -119,7 +119,7 @@ class Fold(GradientStrategy):
         ]
 
     def remarks(self, model: nn.Module) -> list[str]:
-        sizes = [4 * p.numel() if p.dtype in HALF else p.nbytes for p in _trained(model)]
+        sizes = gradient_bytes(model)
         saved = sum(sizes) - max(sizes)
         return [
             f"optimizer=adama keeps no gradient: {units.size(saved)} less (gradients of {units.size(sum(sizes))}, "
