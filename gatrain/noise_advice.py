@@ -25,21 +25,23 @@ def batch_advice(value: float, low: float, high: float, effective_batch: int) ->
 
     Args:
         value, low, high: the noise scale and its interval, in samples; may be infinite.
+        effective_batch: in samples.
     """
-    batch = f"batch.effective={effective_batch}"
+    batch = f"A batch of {effective_batch:,} samples"
     if effective_batch > FAR * high:
-        said = (
-            f"{batch} is far above the noise scale: it takes about {1 + effective_batch / value:,.3g} times the "
-            f"fewest samples to save few steps. batch.effective={proposal(value)} would take about "
-            f"{_ratio(value, proposal(value), effective_batch):,.2g} times the steps."
-            if value > 0
-            else f"{batch} is far above the noise scale, which is about 0: a much smaller batch does as well."
-        )
+        said = f"{batch} is far above the noise scale, which is about 0: a much smaller batch does as well."
+        if value > 0:
+            smaller = proposal(value)
+            said = (
+                f"{batch} is far above the noise scale: it takes about {1 + effective_batch / value:,.3g} times "
+                f"the fewest samples to save few steps. One of {smaller:,} would take about "
+                f"{_ratio(value, smaller, effective_batch):,.2g} times the steps."
+            )
     elif effective_batch * FAR < low:
         known = value if math.isfinite(value) else low
         said = (
             f"{batch} is far below the noise scale: twice the batch needs almost half the steps. More GPUs at a "
-            f"larger batch (up to about {proposal(known)}) pay in time; on the same GPUs a larger batch by "
+            f"larger batch (up to about {proposal(known):,}) pay in time; on the same GPUs a larger batch by "
             "accumulation takes as long for each sample, and no less time in all."
         )
     else:

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from gatrain import build
 from gatrain.compose import compose
 from gatrain.errors import ConfigError, SavedStateError
-from gatrain.fit import pilot
+from gatrain.fit import Listener, pilot
 from gatrain.hooks.noise_estimate import NoiseEstimate, one_step
 from gatrain.hooks.noise_scale import NoiseScale
+from gatrain.launch.world import WorldRequest
 from gatrain.noise_advice import batch_advice
 from gatrain.train.accumulate import gradient_step
 from gatrain.train.gradient import GradientStrategy
@@ -202,7 +203,7 @@ def test_a_strategy_without_sums_in_grad_is_refused() -> None:
         Tilted(), lambda batch: (batch.sum(), 1), term_names=("loss",), ranks=Ranks(), strategy=Folded(),
         stage=lambda batch: lambda: batch,
     )  # fmt: skip
-    with pytest.raises(ConfigError, match=r"gradient=folded has no such parts.*gradient=plain"):
+    with pytest.raises(ConfigError, match=r"Folded, by which .* has no such parts.*gradient=plain"):
         step.part_norms.want(step.strategy)
 
 
@@ -317,6 +318,9 @@ def test_auto_proposes_a_batch_after_a_pilot_sets_none_and_its_command_works(tmp
 def test_auto_is_for_the_command_line_of_training_alone(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="command line of gatrain fit"):
         compose(["recipe=vision", "batch.effective=auto"])
+    words = ["recipe=llm", "batch.count=tokens", "batch.effective=auto"]
+    with pytest.raises(ConfigError, match=r"batch.count=samples"):
+        pilot.propose(words, WorldRequest(), Listener())
     assert pilot.is_asked(["batch.effective=8", "batch.effective=auto"])
     assert not pilot.is_asked(["batch.effective=auto", "batch.effective=8"])
 

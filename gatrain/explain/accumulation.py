@@ -174,7 +174,12 @@ def reductions(situation: Situation) -> Iterable[Row]:
 def small_batch(situation: Situation) -> Iterator[Row]:
     """The batch that needs no accumulation, with what it takes of the optimizer."""
     plan, optimizer, batch = situation.plan, situation.config.optimizer, situation.config.batch
-    if plan.accumulation_steps == 1 or not batch.stages.is_constant or batch.rule != "none":
+    if (
+        plan.accumulation_steps == 1
+        or batch.counts_tokens
+        or not batch.stages.is_constant
+        or batch.rule != "none"
+    ):
         return
     small, large = plan.micro_batch * plan.world_size, plan.effective_batch
     k = small / large

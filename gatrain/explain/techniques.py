@@ -103,13 +103,13 @@ def compiled(situation: Situation) -> Iterable[Row]:
 
 def clipping(situation: Situation) -> Iterable[Row]:
     """How gradients are clipped."""
-    limit = situation.config.optimizer.clip_norm
+    limit = situation.config.optimizer.clips
     if limit is None:
         yield Row("clipping", "off", "The gradient's norm is recorded and left as it is.")
         return
     yield Row(
         "clipping",
-        f"norm {limit:g}",
+        limit,
         "Once, on the whole reduced gradient of the window: exact, whatever the split. (Clipped micro-batch by "
         "micro-batch it would be another algorithm.)",
     )
@@ -148,7 +148,8 @@ def random_numbers(situation: Situation) -> Iterable[Row]:
 def short_window(situation: Situation) -> Iterable[Row]:
     """What happens at the end of an epoch."""
     config, found = situation.config, situation.found
-    rest = found.samples % situation.plan.effective_batch if config.batch.stages.is_constant else 0
+    is_fixed = config.batch.stages.is_constant and not config.batch.counts_tokens
+    rest = found.samples % situation.plan.effective_batch if is_fixed else 0
     if not rest:
         return
     dropped = config.train.drop_last

@@ -81,6 +81,11 @@ def propose(
     """
     kept = [word for word in words if word.partition("=")[0] != "batch.effective"]
     config = compose(kept).config
+    if config.batch.counts_tokens:
+        raise ConfigError(
+            "batch.effective=auto proposes a number of samples, and this recipe has batch.count=tokens. Measure "
+            "with a number of tokens and hooks=[noise_scale], or write batch.count=samples."
+        )
     size = max(FEWEST_SAMPLES, config.batch.stages.first)
     pilot = [*kept, f"batch.effective={size}", f"hooks={spelt(_hooks(config))}", "eval.samples=16"]
     if config.run.dir is None and config.run.name is None:

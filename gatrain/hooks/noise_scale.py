@@ -74,7 +74,8 @@ class NoiseScale(Hook):
         }
 
     def _batch(self) -> int:
-        """The effective batch of the last steps: the run's own, or that of a stage that is far from it."""
+        """The effective batch in samples: the run's own, or that of the last steps where it is far from it, as with
+        stages and where a batch counts tokens."""
         size, recent = self._run.effective_batch, int(max(self._recent, default=0))
         return recent if recent and not 0.8 * size <= recent <= size else size
 

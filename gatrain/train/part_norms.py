@@ -115,9 +115,9 @@ def check_measurable(strategy: GradientStrategy) -> None:
     """
     if not strategy.adds_micro_batches:
         raise ConfigError(
-            f"noise_scale compares the gradient of a part of the window with that of all of it, and gradient="
-            f"{type(strategy).__name__.lower()} has no such parts in .grad. Leave noise_scale out of hooks, or use "
-            "gradient=plain."
+            "noise_scale compares the gradient of a part of the window with that of all of it, and "
+            f"{type(strategy).__name__}, by which this recipe computes it, has no such parts in .grad. Leave "
+            "noise_scale out of hooks, or use gradient=plain, norm=keep and another optimizer than adama."
         )
 
 
