@@ -25,6 +25,7 @@ SHIPPED: dict[str, dict[str, str]] = {
         "ema": "gatrain.hooks.ema.EMA",
         "early_stopping": "gatrain.hooks.early_stopping.EarlyStopping",
         "keep_best": "gatrain.hooks.keep_best.KeepBest",
+        "sample_grid": "gatrain.hooks.sample_grid.SampleGrid",
         "noise_scale": "gatrain.hooks.noise_scale.NoiseScale",
     },
     "logger": {

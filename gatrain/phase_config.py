@@ -84,6 +84,8 @@ def _phase(name: str, values: Any, outer: OptimizerConfig) -> PhaseConfig:
     for rule in made.groups if isinstance(made.groups, list | tuple) else ():
         if isinstance(rule, Mapping) and "thaw_at" in rule:
             raise ConfigError(f"{where}.groups: thaw_at is not for a phase. Use frozen, or leave it out.")
+    if made.gradient is not None:
+        raise ConfigError(f"{where}.name={made.name}: it computes its own gradients. Use adamw in a phase.")
     try:
         check_optimizer(made)
     except ConfigError as error:

@@ -17,6 +17,7 @@ PUBLIC = frozenset(
         "gatrain.data.padded.PaddedText",
         "gatrain.data.text.TextWindows",
         "gatrain.models.gpt.GPT",
+        "gatrain.models.gan.SmallGAN",
         "gatrain.models.resnet.SmallResNet",
         "gatrain.models.resnet.resnet50",
         "gatrain.models.resnet.small_resnet",
@@ -24,6 +25,7 @@ PUBLIC = frozenset(
         "gatrain.tasks.contrastive.Contrastive",
         "gatrain.tasks.huggingface.HuggingFace",
         "gatrain.tasks.language_model.LanguageModel",
+        "gatrain.tasks.gan.GAN",
         "gatrain.tasks.supervised.Supervised",
     }
 )

@@ -34,6 +34,13 @@ def mix64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return values ^ (values >> np.uint64(31))
 
 
+def mixed(z: torch.Tensor) -> torch.Tensor:
+    """`mix64` of an int64 tensor, on its device."""
+    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * (0xBF58476D1CE4E5B9 - 2**64)
+    z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * (0x94D049BB133111EB - 2**64)
+    return z ^ ((z >> 31) & 0x1FFFFFFFF)
+
+
 def derive_seed(*parts: int) -> int:
     """Hash integers to one 63-bit seed; the order of the parts matters."""
     state = 0

@@ -27,10 +27,10 @@ from gatrain.errors import ConfigError, ExactnessError
 from gatrain.train.checkpointing import blocks_of
 from gatrain.train.dropout import Context, RandomNumbers
 from gatrain.train.dropout.functions import current, drawing, in_backward, install
-from gatrain.train.dropout.masks import DROPOUT, STEP, keep_mask, mix64, sample_keys
+from gatrain.train.dropout.masks import DROPOUT, STEP, keep_mask, sample_keys
 from gatrain.train.dropout.places import places_of
 from gatrain.train.micro_batches import LoadedWindow
-from gatrain.train.seeding import derive_seed
+from gatrain.train.seeding import derive_seed, mixed
 
 
 @dataclass
@@ -202,7 +202,7 @@ class KeyedDropout(RandomNumbers):
         keys = self._keys
         if keys is None or keys.dim() == 0:
             numbers = torch.arange(rows, dtype=torch.int64, device=input.device)
-            keys = numbers if keys is None else mix64(numbers + keys)
+            keys = numbers if keys is None else mixed(numbers + keys)
         samples = keys.shape[0]
         if rows == samples:
             return keep_mask(keys, nth, shape, dim, 1 - p)

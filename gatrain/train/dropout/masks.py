@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gatrain.train.seeding import derive_seed
+from gatrain.train.seeding import derive_seed, mixed
 
 DROPOUT = 0x64726F70
 """The stream of dropout among the uses of a run's seed (`gatrain.train.seeding`)."""
@@ -29,14 +29,7 @@ def sample_keys(seed: tuple[int, ...], places: Sequence[int], device: torch.devi
         numbers = torch.arange(first, first + count, dtype=torch.int64, device=device)  # nothing to copy
     else:
         numbers = torch.tensor(list(places), dtype=torch.int64).to(device, non_blocking=True)
-    return mix64(mix64(numbers) + derive_seed(*seed, DROPOUT))
-
-
-def mix64(z: Tensor) -> Tensor:
-    """SplitMix64's finaliser, as `gatrain.train.seeding.mix64`."""
-    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * _signed(0xBF58476D1CE4E5B9)
-    z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * _signed(0x94D049BB133111EB)
-    return z ^ ((z >> 31) & 0x1FFFFFFFF)
+    return mixed(mixed(numbers) + derive_seed(*seed, DROPOUT))
 
 
 def keep_mask(keys: Tensor, nth: int, shape: Sequence[int], batch_dim: int, keep: float) -> Tensor:
@@ -47,7 +40,7 @@ def keep_mask(keys: Tensor, nth: int, shape: Sequence[int], batch_dim: int, keep
         nth: number of the draw; each has masks of its own.
         keep: chance of each element; it is met to 2**-32.
     """
-    z = mix64(keys + (nth + 1) * 0x9E3779B97F4A7)
+    z = mixed(keys + (nth + 1) * 0x9E3779B97F4A7)
     low, high = z.to(torch.int32), (z >> 32).to(torch.int32)  # [b], two independent words
     sizes = [size for dim, size in enumerate(shape) if dim != batch_dim]
     for size in sizes[:-1]:
@@ -69,10 +62,6 @@ def _mix32(x: Tensor) -> Tensor:
     x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
     x = (x ^ ((x >> 15) & 0x1FFFF)) * _LAST
     return x ^ ((x >> 16) & 0xFFFF)
-
-
-def _signed(word: int) -> int:
-    return word - 2**64 if word >= 2**63 else word
 
 
 _LAST = 0x846CA68B - 2**32
