@@ -162,6 +162,54 @@ def test_a_window_without_any_label_is_no_step() -> None:
     assert made == [label_count(batch) > 0 for batch in batches]
 
 
+def with_terms(batches: list[Pair], wrap: bool = False) -> list[Tensor]:
+    """Two loss terms: tags over their labels, and a length over the samples that have one."""
+    model: nn.Module = Tagger().double()
+    parameters = list(model.parameters())
+    model = DistributedDataParallel(model) if wrap else model
+    optimizer = torch.optim.SGD(parameters, lr=RATE)
+
+    def weight(pair: Pair) -> dict[str, float]:
+        return {"tags": label_count(pair), "length": int((pair[0][:, 0] < 3).sum())}
+
+    accumulator = gatrain.Accumulator(
+        model, accumulation_steps=4, weight=weight, term_names=("tags", "length")
+    )
+    for window in accumulator.windows(batches):
+        for tokens, labels in window:
+            with window.accumulate(model):
+                scores, has_length = model(tokens), tokens[:, 0] < 3
+                sums = {
+                    "tags": F.cross_entropy(scores, labels, ignore_index=-100, reduction="sum"),
+                    "length": (scores.square().mean((1, 2)) * has_length).sum(),
+                }
+                window.backward(
+                    loss_sum=sums, weight={"tags": (labels != -100).sum(), "length": has_length.sum()}
+                )
+        optimizer.step()
+        optimizer.zero_grad()
+    return [p.detach() for p in parameters]
+
+
+def whole_with_terms(windows: list[list[Pair]]) -> list[Tensor]:
+    model = Tagger().double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    for window in windows:
+        tokens, labels = (torch.cat(part) for part in zip(*window, strict=True))
+        optimizer.zero_grad()
+        scores = model(tokens)
+        lengths = scores[tokens[:, 0] < 3].square().mean((1, 2))
+        loss = F.cross_entropy(scores, labels, ignore_index=-100)
+        (loss + (lengths.mean() if len(lengths) else 0)).backward()
+        optimizer.step()
+    return [p.detach() for p in model.parameters()]
+
+
+def test_each_loss_term_is_divided_by_its_own_weight() -> None:
+    batches = micro_batches()
+    assert distance(with_terms(batches), whole_with_terms(windows_of(batches, 4))) <= 1e-12
+
+
 # --- ranks ----------------------------------------------------------------------------------------------
 
 FORMS = ("windows", "windows ddp", "optimizer", "optimizer ddp")
@@ -182,6 +230,8 @@ def _on_rank() -> dict[str, Any]:
         mine = [micro_batches()[i] for i in parts[torch.distributed.get_rank()]]
         found[name] = {
             "windows": in_windows(mine),
+            "terms": with_terms(mine),
+            "terms ddp": with_terms(mine, wrap=True),
             "windows ddp": in_windows(mine, wrap=True, mean=True),
             "optimizer": with_optimizer(mine)[0],
             "optimizer ddp": with_optimizer(mine, wrap=True)[0],
@@ -196,9 +246,12 @@ def test_two_processes_make_the_steps_of_one(ranks: list[dict[str, Any]], name: 
     first, second = (windows_of([batches[i] for i in part], 4) for part in PARTS[name])
     together = [a + b for a, b in itertools.zip_longest(first, second, fillvalue=[])]
     wanted = whole_batches(Tagger().double(), together)
-    for form in FORMS:
-        for rank in ranks:
+    with_two_terms = whole_with_terms(together)
+    for rank in ranks:
+        for form in FORMS:
             assert distance(rank[name][form], wanted) <= 1e-12, form
+        for form in ("terms", "terms ddp"):
+            assert distance(rank[name][form], with_two_terms) <= 1e-12, form
 
 
 def _reader_that_fails() -> str:
@@ -296,6 +349,25 @@ def test_bf16_parameters_are_stepped_through_fp32_masters() -> None:
     for one, other in zip(run(ours), run(in_window), strict=True):
         assert one.dtype == torch.float32
         torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-3)
+    half = Tagger().bfloat16()  # without masters: added up in fp32, and rounded once
+    in_window_alone = gatrain.Accumulator(half, accumulation_steps=9, weight=label_count)
+    for window in in_window_alone.windows(batches):
+        for tokens, labels in window:
+            with window.accumulate(half):
+                loss = F.cross_entropy(half(tokens).float(), labels, ignore_index=-100, reduction="sum")
+                window.backward(loss_sum=loss, weight=label_count((tokens, labels)))
+    reference = Tagger().bfloat16()
+    gatrain.accumulate(
+        reference,
+        batches,
+        loss_sum=lambda model, pair: (
+            F.cross_entropy(model(pair[0]).float(), pair[1], ignore_index=-100, reduction="sum"),
+            label_count(pair),
+        ),
+        weight=label_count,
+    )
+    for one, other in zip(half.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
     half = Tagger().bfloat16()
     with pytest.raises(ConfigError, match="MasterWeights"):
         gatrain.AccumulatingOptimizer(torch.optim.SGD(half.parameters()), half, accumulation_steps=4)
@@ -397,6 +469,18 @@ def _never_zeroed() -> None:
         _through(model, window, label_count)
 
 
+def _stepped_inside() -> None:
+    """As Accelerate's loop has it, whose wrapped optimizer steps in the last micro-step alone."""
+    model, windows = _window()
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    window = next(windows)
+    for tokens, labels in window:
+        with window.accumulate(model):
+            loss = F.cross_entropy(model(tokens), labels, ignore_index=-100, reduction="sum")
+            window.backward(loss_sum=loss, weight=label_count((tokens, labels)))
+            optimizer.step()
+
+
 def _another_model() -> None:
     _, windows = _window()
     _through(Tagger(), next(windows), label_count)
@@ -419,6 +503,7 @@ def _another_model() -> None:
         (_left_early, "left after 1 of its 4 micro-batches"),
         (_never_zeroed, "optimizer.zero_grad"),
         (_another_model, "another Tagger"),
+        (_stepped_inside, "belong after the inner loop"),
     ],
 )
 def test_what_would_be_silently_wrong_is_refused(loop: Callable[[], object], words: str) -> None:

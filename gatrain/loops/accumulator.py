@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gatrain.errors import ConfigError, ExactnessError, PeerFailed
 from gatrain.loops.factors import Steps, checked_steps, steps_at
 from gatrain.loops.terms import Losses, Used, named_terms
+from gatrain.loops.watch import Watch
 from gatrain.tasks.base import Batch, Weights, named_weights
 from gatrain.train.accumulate import gradient_step
 from gatrain.train.main_gradients import MainGradients, MasterWeights, half_parameters
@@ -119,7 +120,7 @@ class Accumulator:
         step, sums = self._step(ranks)
         totals, counts = step.counts.of(window)
         if sums is not None and (failure is not None or counts["failed"] or not any(totals.values())):
-            sums.close()  # no window comes of it
+            sums.__exit__(None, None, None)  # no window comes of it: gradients are as they were
         if failure is not None:
             raise failure
         if counts["failed"]:
@@ -168,6 +169,7 @@ class AccumulationWindow:
         """Whether the whole gradient is in ``.grad``."""
         self._model, self._window, self._step, self._sums = model, window, step, sums
         self._is_open = False
+        self._watch = Watch(step.parallel.parameters)
 
     def __len__(self) -> int:
         return len(self._window.micro_batches)
@@ -183,6 +185,7 @@ class AccumulationWindow:
         for micro_batch in self._window.micro_batches:
             self.micro_steps += 1
             yield micro_batch.batch
+            self._check_unchanged()
         step.parallel.reduce()
         step.counts.check()
         if self._sums is not None:
@@ -238,6 +241,16 @@ class AccumulationWindow:
         terms = named_terms(loss_sum, mean_loss, weight)
         if terms:
             self._step.forward_backward(terms, last=self.micro_steps == len(self))
+            self._watch.note()
+
+    def _check_unchanged(self) -> None:
+        if self._watch.sees_a_change():
+            error = ExactnessError(
+                "gradients or parameters were changed between two micro-steps of a window. Clipping, "
+                "optimizer.step() and optimizer.zero_grad() belong after the inner loop, once for each window."
+            )
+            self._step.parallel.tell_of_failure(error)
+            raise error
 
     def loss(self) -> float:
         """Mean loss of the window over all ranks, once it is done. Collective; waits for the device."""

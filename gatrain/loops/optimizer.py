@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gatrain.errors import ConfigError, ExactnessError
 from gatrain.loops.factors import Steps, checked_steps, steps_at
 from gatrain.loops.terms import NEEDED, Losses, Used, named_terms
+from gatrain.loops.watch import Watch
 from gatrain.train.accumulate import gradient_step
 from gatrain.train.main_gradients import MasterWeights, half_names, half_parameters
 from gatrain.train.ranks import Ranks
@@ -90,7 +91,6 @@ class AccumulatingOptimizer:
         self._backwards = 0  # since the last call of `step`
         self._weight, self._nominal = 0.0, 1.0
         self._has_passes = False
-        self._noted: list[tuple[int, int]] = []
         self._epoch: int | None = None
         self._clip_norm, self._scaler, self._masters = clip_norm, scaler, master_weights
         self._step = gradient_step(
@@ -103,6 +103,7 @@ class AccumulatingOptimizer:
             main_gradients=master_weights,
         )
         self._parallel, self._ranks = self._step.parallel, self._step.ranks
+        self._watch = Watch(self._parallel.parameters)
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not stepped & {id(p) for p in self._parallel.parameters}:
             raise ConfigError(
@@ -159,7 +160,7 @@ class AccumulatingOptimizer:
                     self._masters.take_changes()
             self._has_passes = True
             self._step.forward_backward(terms, {"loss": 1 / self._nominal})
-        self._note_gradients()
+        self._watch.note()
 
     def step(self, closure: None = None) -> bool:
         """End a micro-step. The last one of a window makes the update. Collective then.
@@ -258,7 +259,7 @@ class AccumulatingOptimizer:
         self._weight = 0.0
         self._nominal = 1.0
         self._has_passes = False
-        self._noted = []
+        self._watch.forget()
         self._parallel.begin_window()
 
     def _steps_now(self) -> int:
@@ -304,17 +305,12 @@ class AccumulatingOptimizer:
         self.updates += made
         return made
 
-    def _note_gradients(self) -> None:
-        gradients = [p.grad for p in self._parallel.parameters]
-        self._noted = [(0, 0) if g is None else (id(g), g._version) for g in gradients]
-
     def _check_unchanged(self) -> None:
         """Refuse gradients that somebody else has changed, clipped or dropped since the last backward."""
-        before = self._noted
-        self._note_gradients()
-        if before and before != self._noted:
+        if self._watch.sees_a_change():
             raise ExactnessError(
-                "the gradients were changed between two micro-steps of a window: by clipping, "
-                "loss.backward(), model.zero_grad() or the like. Give clip_norm to AccumulatingOptimizer, "
-                "which clips the whole gradient once, and leave .grad alone until step() returns True."
+                "gradients or parameters were changed between two micro-steps of a window: by clipping, "
+                "loss.backward(), model.zero_grad(), the optimizer inside or the like. Give clip_norm to "
+                "AccumulatingOptimizer, which clips the whole gradient once, and leave .grad alone until step() "
+                "returns True."
             )
