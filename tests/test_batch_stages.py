@@ -15,7 +15,9 @@ from command import gatrain, metrics, project, start, wait_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from test_streams import Numbers, inputs
 from test_tune import CPU, CUDA, Machine, config_of, info_of, no_trial, plan_on
+from torch import nn
 
 from gatrain import tune
 from gatrain.batch_stages import read_stages
@@ -24,9 +26,18 @@ from gatrain.config import ScheduleConfig
 from gatrain.errors import ConfigError
 from gatrain.launch.world import Nodes
 from gatrain.plan import Plan
+from gatrain.tasks.supervised import Supervised
+from gatrain.train.ranks import Ranks
 from gatrain.train.schedule import Span, factor
+from gatrain.train.stream_loader import StreamWindows
 from gatrain.train.token_places import TokenPlaces
-from gatrain.train.windows import WindowSchedule
+from gatrain.train.window_source import open_windows
+from gatrain.train.windows import Cut, WindowSchedule
+
+
+def net() -> nn.Module:
+    return nn.Linear(4, 1)
+
 
 SAMPLES = 23
 
@@ -147,6 +158,27 @@ def test_stages_are_told_in_words() -> None:
     assert read_stages({"0": 64, "0.5": 256}, "epochs").text == "64, 256 after 0.5 epochs"
     with pytest.raises(ConfigError, match=r"a stage begins at 0\.5 steps"):
         read_stages({0: 64, 0.5: 256}, "steps")
+
+
+def test_a_stream_goes_through_stages_for_every_world_size_and_from_any_window() -> None:
+    task = Supervised(net, Numbers(), nn.MSELoss())
+    stages = read_stages({0: 5, 3: 8, 6: 2}, "steps")
+    windows = StreamWindows(2**40, 8, 7, first=20, stages=stages)
+    cuts = [Cut(2), Cut(3), Cut(1)]
+
+    def read(rank: int = 0, ranks: int = 1, start: int = 0, position: Any = None) -> list[Any]:
+        given: dict[str, Any] = {"micro_batch": 1, "shares": None, "start": start, "stop": 11, "cuts": cuts}
+        return list(open_windows(task, windows, Ranks(rank, ranks), position=position, **given))
+
+    alone = read()
+    assert [each.window_samples for each in alone] == [5, 5, 5, 7, 8, 8, 2, 2, 2, 2, 2]  # 22 samples an epoch
+    assert [len(each.micro_batches) for each in alone] == [3, 3, 3, 3, 3, 3, 2, 2, 2, 2, 2]
+    two = [
+        [x for part in parts for x in part]
+        for parts in zip(*(inputs(read(r, 2)) for r in (0, 1)), strict=True)
+    ]
+    assert two == inputs(alone)
+    assert inputs(read(start=5, position=alone[4].position)) == inputs(alone)[5:]
 
 
 @pytest.mark.usefixtures("own_cache")
