@@ -312,6 +312,8 @@ class Verification:
                 f"The model or its loss computes in {self.casts} by itself (.float() and the like), also where its "
                 f"parameters are fp64: its gradient is judged by {self.casts} rounding."
             )
+        if type(self.strategy) is not Plain:
+            self.notes.append(f"What is exact: {self.strategy.exact}.")
         if self.trained is not None:
             self.half_dtypes = half_names(parameter.dtype for parameter in half_parameters(model))
             kinds = f"{self.half_dtypes} parameters, fp32 sums and master weights" if self.half_dtypes else ""

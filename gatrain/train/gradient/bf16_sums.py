@@ -26,10 +26,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from gatrain import units
 from gatrain.config import RunConfig
 from gatrain.errors import ConfigError
 from gatrain.tasks.base import Batch
 from gatrain.train.gradient import GradientStrategy
+from gatrain.train.main_gradients import gradient_bytes
 from gatrain.train.micro_batches import LoadedWindow
 from gatrain.train.seeding import derive_seed
 
@@ -46,6 +48,8 @@ class Bf16Sums(GradientStrategy):
     """Accumulation in bf16 buffers; reduced and applied in fp32."""
 
     name: str
+    buffers: int
+    """For each parameter."""
     adds_micro_batches = False
 
     def __init__(self) -> None:
@@ -69,6 +73,15 @@ class Bf16Sums(GradientStrategy):
 
     def set_up(self, step: Step, optimizer: torch.optim.Optimizer) -> None:
         self._attach(step)
+
+    def remarks(self, model: nn.Module) -> list[str]:
+        held = gradient_bytes(model)
+        buffers = 2 * self.buffers * sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return [
+            f"gradient={self.name} is not exact: sums over micro-steps are kept in bf16, {units.size(buffers)} "
+            f"instead of {units.size(sum(held))}, until the last backward is over; then they are fp32. What they are "
+            "off by is measured on the first window and told with the first step. An fp32 sum is off by 1e-7."
+        ]
 
     def news(self) -> list[str]:
         if self._error is None:
@@ -181,6 +194,7 @@ class Stochastic(Bf16Sums):
     so a resumed run rounds alike."""
 
     name = "bf16_stochastic"
+    buffers = 1
     exact = "not exact: a sum in bf16, rounded at random, without bias; its error is told with the first step"
 
     def zeros(self, gradient: Tensor) -> list[Tensor]:
@@ -206,6 +220,7 @@ class Kahan(Bf16Sums):
     element, as an fp32 sum, which is better: for comparison, or where nothing but bf16 may be stored."""
 
     name = "bf16_kahan"
+    buffers = 2
     exact = "not exact: a compensated sum in bf16; its error is told with the first step"
 
     def zeros(self, gradient: Tensor) -> list[Tensor]:
