@@ -79,8 +79,8 @@ class Bf16Sums(GradientStrategy):
         buffers = 2 * self.buffers * sum(p.numel() for p in model.parameters() if p.requires_grad)
         return [
             f"gradient={self.name} is not exact: sums over micro-steps are kept in bf16, {units.size(buffers)} "
-            f"instead of {units.size(sum(held))}, until the last backward is over; then they are fp32. What they are "
-            "off by is measured on the first window and told with the first step. An fp32 sum is off by 1e-7."
+            f"instead of {units.size(sum(held))}, until the last backward is over; then they are fp32. What they "
+            "are off by is measured on the first window and told with the first step. An fp32 sum is off by 1e-7."
         ]
 
     def news(self) -> list[str]:
