@@ -76,7 +76,12 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self._metrics = StepMetrics(self.engine)
-        self._notices = Notices(self.sinks.notice, self.schedule.full_at, self.run_dir.metrics.name)
+        self._notices = Notices(
+            self.sinks.notice,
+            self.schedule.full_at,
+            self.run_dir.metrics.name,
+            has_stages=self.schedule.stages is not None,
+        )
         self._saver = StateSaver(
             self.engine,
             self.config,

@@ -19,11 +19,13 @@ class Notices:
         tell: hears each notice.
         full: samples of a full window, by its index.
         metrics_file: where every skipped sample is listed.
+        has_stages: the effective batch changes, so epochs end with windows of several sizes.
     """
 
     tell: Callable[[str], None]
     full: Callable[[int], int]
     metrics_file: str
+    has_stages: bool = False
     _short_window_told: bool = False
     _dropped: int = 0
     _dropped_told: int = 0
@@ -56,8 +58,9 @@ class Notices:
         given = int(counts["samples"] + counts["dropped"])
         if given < self.full(step.index) and not self._short_window_told:
             self._short_window_told = True
+            every = "may, of whatever is left" if self.has_stages else "will"
             self.tell(
-                f"step {record.step} ends an epoch with a window of {given} samples, as every epoch will; "
+                f"step {record.step} ends an epoch with a window of {given} samples, as every epoch {every}; "
                 "its gradient is the exact mean over those."
             )
 
