@@ -178,8 +178,10 @@ class RunConfig:
     ``{name: ema, decay: 0.99}``."""
     gradient: Any = "plain"
     """The way from a window to its gradient: ``plain``, ``cached`` (for a loss of all samples of a step, such as a
-    contrastive one; one forward more), ``fold`` (which comes with ``optimizer=adama``), ``in_backward`` (one
-    micro-batch on one rank: no gradient is kept), ``bf16_stochastic`` or ``bf16_kahan`` (sums in bf16, not exact),
+    contrastive one; one forward more), ``phases`` (an optimizer for each of the task's phases, as a GAN has them;
+    ``updates: {critic: 5}`` and ``every: {actor: 5}`` say how many one makes in a window, and in which windows),
+    ``fold`` (which comes with ``optimizer=adama``), ``in_backward`` (one micro-batch on one rank: no gradient is
+    kept), ``bf16_stochastic`` or ``bf16_kahan`` (sums in bf16, not exact),
     or the ``_target_`` of your own (`gatrain.train.gradient.GradientStrategy`)."""
     norm: Any = "keep"
     """BatchNorm under accumulation: ``keep`` (each micro-batch by itself, running statistics moved once for each

@@ -95,16 +95,15 @@ def _phase(name: str, values: Any, outer: OptimizerConfig) -> PhaseConfig:
 
 def _optimizer(where: str, values: dict[str, Any], outer: OptimizerConfig) -> OptimizerConfig:
     target, name = values.pop("_target_", None), values.pop("name", None)
+    clips = {key: getattr(outer, key) for key in ("clip_norm", "clip_agc", "clip_agc_exclude")}
     if target is not None:
         if not isinstance(target, str):
             raise ConfigError(f"{where}._target_={target!r} is not the dotted name of a class or function.")
-        base: OptimizerConfig = OwnOptimizer(
-            target=target, clip_norm=outer.clip_norm, clip_agc=outer.clip_agc
-        )
+        base: OptimizerConfig = OwnOptimizer(target=target, **clips)
     elif name is None or name == outer.name:
         base = dataclasses.replace(outer, phases=None)
     elif name in OPTIMIZERS:
-        base = dataclasses.replace(OPTIMIZERS[name](), clip_norm=outer.clip_norm, clip_agc=outer.clip_agc)
+        base = dataclasses.replace(OPTIMIZERS[name](), **clips)
     else:
         raise ConfigError(
             f"{where}.name={name!r} is not one of {', '.join(OPTIMIZERS)}.{nearest(str(name), OPTIMIZERS)}"

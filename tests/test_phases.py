@@ -147,6 +147,20 @@ def test_each_phase_has_its_own_rate_norm_and_mean_loss_over_its_updates() -> No
     assert 0 < second.loss() < 5
 
 
+def test_each_phase_is_clipped_in_its_own_way() -> None:
+    """By the norm of a group of parameters, and unit by unit."""
+    rule = {"match": "judge.0.*", "clip_norm": 0.05}
+    engine = engine_of(SGDConfig(lr=0.3, phases={"judge": {"groups": [rule]}, "maker": {"clip_agc": 0.01}}))
+    before = copy.deepcopy(engine.model.state_dict())
+    after = trained(engine, [4, 7], stop=1)
+    moved = {name: after[name] - before[name] for name in before}
+    clipped = torch.cat([moved["judge.0.weight"].flatten(), moved["judge.0.bias"]])
+    assert float(clipped.norm()) == pytest.approx(0.3 * 0.05, rel=1e-4)
+    assert float(moved["judge.2.weight"].norm()) > 0.3 * 0.05
+    rows = moved["maker.0.weight"].norm(dim=1) / before["maker.0.weight"].norm(dim=1)
+    assert float(rows.max()) == pytest.approx(0.3 * 0.01)
+
+
 # --- all or nothing ----------------------------------------------------------------------------------------
 
 
