@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -253,6 +253,58 @@ def test_attention_and_alpha_dropout_are_those_of_torch_but_for_the_mask() -> No
         dropped = F.alpha_dropout(torch.randn(2, 200_000), 0.3, True)
     assert dropped.mean().item() == pytest.approx(0, abs=0.01)  # mean and variance are kept
     assert dropped.var().item() == pytest.approx(1, abs=0.01)
+
+
+def _gpt2() -> tuple[nn.Module, Callable[[nn.Module, slice], Tensor]]:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=1,
+        attn_implementation="eager",
+    )  # fmt: skip
+    ids = torch.arange(6 * 9).reshape(6, 9) % 50
+    return transformers.GPT2LMHeadModel(config), lambda model, part: model(input_ids=ids[part]).logits
+
+
+def _timm() -> tuple[nn.Module, Callable[[nn.Module, slice], Tensor]]:
+    timm = pytest.importorskip("timm")
+    rates = {"drop_rate": 0.1, "attn_drop_rate": 0.1, "proj_drop_rate": 0.1, "drop_path_rate": 0.3}
+    sizes = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 3, "num_classes": 5}
+    return timm.create_model("vit_tiny_patch16_224", **sizes, **rates), lambda model, part: model(
+        IMAGES[part]
+    )
+
+
+def _swin() -> tuple[nn.Module, Callable[[nn.Module, slice], Tensor]]:
+    models = pytest.importorskip("torchvision.models")
+    made = models.SwinTransformer(
+        [4, 4], 16, [2, 2], [2, 2], [4, 4], dropout=0.1, attention_dropout=0.1, stochastic_depth_prob=0.3,
+        num_classes=4,
+    )  # fmt: skip
+    return made, lambda model, part: model(IMAGES[part])
+
+
+IMAGES = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0)).double()
+
+
+@pytest.mark.parametrize("make", [_gpt2, _timm, _swin], ids=["transformers", "timm", "torchvision"])
+def test_models_of_the_libraries_draw_by_sample(make: Callable[[], Any]) -> None:
+    found = []
+    for sizes, mode in (([6], "none"), ([1, 3, 2], "none"), ([2, 4], "full")):
+        torch.manual_seed(0)
+        model, call = make()
+        model.double().train()
+        random = KeyedDropout(flattened=make is _swin)  # which cuts its images into windows
+        random.set_up(model)
+        apply_checkpointing(model, mode)
+        first = 0
+        for size in sizes:
+            random.start(SEED, range(first, first + size))
+            with random.around(torch.enable_grad)():
+                total = (call(model, slice(first, first + size)) ** 2).sum()
+            total.backward()
+            first += size
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert all(relative_error(each, found[0]) < 1e-12 for each in found[1:])
 
 
 # --- masks -------------------------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ class ExactNorm(Plain):
             )
         if config.precision == "fp16":
             raise ConfigError(_NO_FP16)
-        if config.checkpointing in ("selective", "full"):
+        if config.checkpointing not in ("auto", "none"):
             raise ConfigError(
                 f"norm=exact computes forwards anew by itself and does not go with checkpointing="
                 f"{config.checkpointing}: leave checkpointing out; a smaller batch.micro needs less memory."
