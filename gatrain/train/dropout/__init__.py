@@ -28,8 +28,6 @@ class RandomNumbers:
         "another split draws others of the same distribution (dropout=keyed draws the same)"
     )
     """One sentence: which part of a model's own random numbers the split does not change."""
-    exact: str = "each micro-batch draws masks of its own: another split trains the same only in distribution"
-    """One sentence: what the split changes."""
     is_keyed: bool = False
     """Whether a sample's numbers are the same in every split."""
 

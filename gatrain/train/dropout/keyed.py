@@ -52,9 +52,6 @@ class KeyedDropout(RandomNumbers):
     """
 
     exact = "masks belong to samples: no split, rank, resume or recomputation changes them"
-    exact = (
-        "each sample draws the same masks in every split, so the split changes nothing with dropout on either"
-    )
     is_keyed = True
 
     def __init__(self, batch_dim: int = 0, flattened: bool = False) -> None:
