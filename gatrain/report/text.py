@@ -171,7 +171,6 @@ def summary_rows(summary: RunSummary, info: RunInfo) -> list[tuple[str, str]]:
     """Label and value for each line of the closing block, the generated sample excepted."""
     done = f"{summary.step:,} of {units.plural(info.total_steps, 'step')}"
     rows = [(clean(summary.status), f"{done} in {units.duration(summary.elapsed_s)}")]
-    rows += [(clean(label), clean(text)) for label, text in summary.findings.items()]
     if summary.stopped_early:
         rows.append(("ended early", clean(summary.stopped_early)))
     if summary.loss is not None:
@@ -179,6 +178,7 @@ def summary_rows(summary: RunSummary, info: RunInfo) -> list[tuple[str, str]]:
     if summary.skipped_steps:
         rows.append(("skipped", f"{units.plural(summary.skipped_steps, 'step')} made no update"))
     rows += _evaluation_rows(summary.evaluation, info)
+    rows += [(clean(label), clean(text)) for label, text in summary.findings.items()]
     if summary.unreadable_samples:
         rows.append(("not read", clean(unreadable_text(summary))))
     if summary.left_out:
