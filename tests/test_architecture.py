@@ -167,7 +167,7 @@ THIRD_PARTY = {
         "build", "construction", "data", "hardware", "inspection", "launch", "models", "predict", "rank", "report",
         "tasks", "train", "tune", "verify", "worker",
     },
-    "torchvision": {"data", "models"},
+    "torchvision": {"data", "hooks", "models"},
 }  # fmt: skip
 
 
