@@ -16,7 +16,7 @@ from test_runs import gatrain, metrics
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from gatrain.config import SGDConfig
+from gatrain.config import RunConfig, SGDConfig
 from gatrain.errors import ConfigError, ExactnessError
 from gatrain.plan import StepSettings
 from gatrain.tasks import Supervised, WindowTask
@@ -242,8 +242,26 @@ def engine(task: Any, model: nn.Module | None = None) -> Engine:
     return Engine(task, model, settings, SGDConfig(lr=0.1), Ranks(), device, strategy=Cached())
 
 
+class Counting(nn.Linear):
+    """Counts its forwards in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__(5, 4)
+        self.register_buffer("forwards", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.forwards += 1
+        return super().forward(x)
+
+
+def test_buffers_move_once() -> None:
+    task = Views()
+    one = engine(task, nn.Sequential(Counting()))
+    one.step(window(cut(task, [4, 4, 5])), 0)
+    assert float(one.model[0].forwards) == 3
+
+
 def test_rows_that_depend_on_other_samples_are_found_before_the_first_step() -> None:
-    from gatrain.config import RunConfig
     from gatrain.train.windows import WindowSchedule
 
     def checked(task: Views) -> list[str]:

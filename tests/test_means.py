@@ -169,10 +169,11 @@ def test_token_means_are_those_of_pytorch() -> None:
     torch.testing.assert_close(reference(model, OPTIONS["token classes smooth"]), loss, rtol=1e-12, atol=0)
 
 
-def test_models_of_transformers_take_the_same_options() -> None:
+@pytest.mark.parametrize("name", ["token samples", "sequence classes smooth samples"])
+def test_models_of_transformers_take_the_same_options(name: str) -> None:
     """Their labels are shifted here: label t is predicted at t - 1, so the first counts nowhere."""
-    options = {**OPTIONS["sequence classes smooth samples"]}
-    right = wanted("sequence classes smooth samples")
+    options = {**OPTIONS[name]}
+    right = wanted(name)
 
     def shifted(i: int) -> dict[str, Tensor]:
         row = Rows()[i]

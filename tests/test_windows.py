@@ -49,6 +49,13 @@ def test_the_last_window_of_an_epoch_is_short_and_nothing_is_dropped() -> None:
     assert schedule.steps(7, None) == 7
 
 
+def test_each_epoch_has_all_samples_in_an_order_of_its_own() -> None:
+    schedule = WindowSchedule(samples=40, effective_batch=16, seed=0)
+    epochs = [[int(i) for nth in range(3) for i in schedule.window(3 * epoch + nth).ids] for epoch in (0, 1)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(40))
+    assert epochs[0] != epochs[1]
+
+
 def test_too_little_data_is_refused_and_never_shrinks_the_batch() -> None:
     with pytest.raises(DataError, match=r"9 samples.*batch.effective=10"):
         WindowSchedule(samples=9, effective_batch=10, seed=0)
