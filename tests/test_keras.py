@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_docs import SETUP, example
 
 import gatrain
 from gatrain.errors import ConfigError, ExactnessError
@@ -143,3 +145,16 @@ def test_what_would_not_be_the_whole_batch_is_refused(
 def test_batch_statistics_are_warned_of(keras: Any) -> None:
     with pytest.warns(UserWarning, match="BatchNormalization takes its statistics"):
         gatrain.accumulate_in_fit(net(keras, keras.layers.BatchNormalization()), 4)
+
+
+@pytest.mark.usefixtures("keras")
+def test_the_example_of_the_docs_trains_as_without_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(os.environ, "KERAS_BACKEND", "torch")  # which the example sets: put back afterwards
+    pieces: dict[str, Any] = {}
+    exec(example(SETUP) + example("Keras 3"), pieces)
+    whole: dict[str, Any] = {}
+    exec(
+        example(SETUP) + re.sub(r"^network = gatrain.*\n", "", example("Keras 3"), flags=re.MULTILINE), whole
+    )
+    for one, other in zip(weights(pieces["network"]), weights(whole["network"]), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-6, atol=2e-7)
