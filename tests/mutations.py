@@ -680,6 +680,7 @@ LAWS: dict[str, tuple[str, ...]] = {
         "each_loss_term_has_a_denominator_of_its_own",
         "a_window_without_any_weight_has_no_gradient",
         "dropout_masks_are_keyed_by_window_rank_and_micro_step",
+        "each_micro_step_draws_numbers_of_its_own",
         "every_world_size_sees_the_same_windows",
         "a_failure_on_one_rank_ends_the_window_on_all_without_a_hang",
         "a_parameter_used_on_one_rank_only_gets_its_gradient_on_all",

@@ -242,6 +242,23 @@ def engine(task: Any, model: nn.Module | None = None) -> Engine:
     return Engine(task, model, settings, SGDConfig(lr=0.1), Ranks(), device, strategy=Cached())
 
 
+def test_a_window_that_overflows_in_fp16_is_computed_again_at_lower_scales() -> None:
+    """No micro-batch by itself tells which scale fits a loss of all samples: it is halved until one does."""
+    task = Views()
+    task.window_loss = lambda rows: (rows["views"][0].float().sum() * 40.0, 13.0)  # type: ignore[method-assign]
+    task.represent = lambda m, b: {"views": (m(b[0])[:, 0],), "classes": b[1]}  # type: ignore[method-assign]
+    settings = StepSettings("fp16", "none", False, "window")
+    cpu = torch.device("cpu")
+    one = Engine(task, nn.Linear(5, 4), settings, SGDConfig(lr=0.1), Ranks(), cpu, strategy=Cached())
+    assert one.scaler is not None
+    before, scale = one.model.weight.clone(), one.scaler.get_scale()
+    result, norm = one.step(window(cut(task, [4, 9])), 0)
+    assert not result.skipped
+    assert bool(norm.isfinite())
+    assert scale / 2**12 <= one.scaler.get_scale() < scale
+    assert not torch.equal(one.model.weight, before)
+
+
 class Counting(nn.Linear):
     """Counts its forwards in a buffer."""
 

@@ -309,6 +309,14 @@ def test_dropout_masks_are_keyed_by_window_rank_and_micro_step() -> None:
     assert not torch.equal(run((0, 7, 0)), run((0, 8, 0)))
 
 
+def test_each_micro_step_draws_numbers_of_its_own() -> None:
+    """By its place in the window where that is known, whatever rank computes it."""
+    micros = [MicroBatch(None, {"loss": 1.0}) for _ in range(2)]
+    placed = [MicroBatch(None, {"loss": 1.0}, position=place) for place in (5, 9)]
+    assert [LoadedWindow(micros, seed=(1, 2)).seed_of(k) for k in range(2)] == [(1, 2, 0), (1, 2, 1)]
+    assert [LoadedWindow(placed, seed=(1, 2)).seed_of(k) for k in range(2)] == [(1, 2, 5), (1, 2, 9)]
+
+
 def test_every_world_size_sees_the_same_windows() -> None:
     schedule = WindowSchedule(samples=101, effective_batch=23, seed=5)
     for index in range(12):
