@@ -112,6 +112,13 @@ def test_the_small_batch_is_a_command_that_composes_with_the_numbers_that_are_to
     assert not list(accumulation.small_batch(situation("batch.rule=half_life", "batch.base=64")))
 
 
+def test_what_a_strategy_cannot_do_is_not_proposed() -> None:
+    base = situation()
+    cached = dataclasses.replace(base, config=dataclasses.replace(base.config, gradient="cached"))
+    assert only(noise.rows(cached)).state == "cannot be measured"
+    assert not list(accumulation.small_batch(cached))
+
+
 def test_small_groups_of_batch_norm_are_told_with_what_helps() -> None:
     norms = {"batch_norms": ("a", "b")}
     row, setting = techniques.batch_norm(situation(**norms))

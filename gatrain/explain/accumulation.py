@@ -174,6 +174,8 @@ def reductions(situation: Situation) -> Iterable[Row]:
 def small_batch(situation: Situation) -> Iterator[Row]:
     """The batch that needs no accumulation, with what it takes of the optimizer."""
     plan, optimizer, batch = situation.plan, situation.config.optimizer, situation.config.batch
+    if not situation.adds_micro_batches:  # a smaller batch may be another loss
+        return
     if (
         plan.accumulation_steps == 1
         or batch.counts_tokens

@@ -10,6 +10,14 @@ from gatrain.noise_advice import batch_advice, last_noise_scale
 
 def rows(situation: Situation) -> Iterable[Row]:
     """The noise scale of the newest run that has measured one."""
+    if not situation.adds_micro_batches:
+        yield Row(
+            "noise scale",
+            "cannot be measured",
+            "It compares the gradient of a part of the window with that of all of it, and here a part has no "
+            "gradient of its own (gradient, norm or optimizer see to that).",
+        )
+        return
     effective = situation.plan.effective_batch
     folder = situation.cwd / "outputs" / situation.recipe
     for path in sorted(folder.glob("*/metrics.jsonl"), key=lambda p: p.stat().st_mtime, reverse=True):

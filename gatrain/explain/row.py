@@ -53,6 +53,13 @@ class Situation:
         return self.plan.split.share
 
     @cached_property
+    def adds_micro_batches(self) -> bool:
+        """Whether each sample adds its own part to the gradient, as with ``gradient: plain``."""
+        from gatrain.build import build_strategy
+
+        return build_strategy(self.config).adds_micro_batches
+
+    @cached_property
     def sizes(self) -> list[Trial]:
         """Trials computed as the plan says, all micro-batches that fit, smallest first."""
         own = self.plan.settings
