@@ -27,7 +27,7 @@ from gatrain.errors import ConfigError, ExactnessError
 from gatrain.train.checkpointing import blocks_of
 from gatrain.train.dropout import Context, RandomNumbers
 from gatrain.train.dropout.functions import current, drawing, in_backward, install
-from gatrain.train.dropout.masks import DROPOUT, STEP, keep_mask, sample_keys
+from gatrain.train.dropout.masks import DROPOUT, STEP, keep_mask, keep_mask_as_one, sample_keys
 from gatrain.train.dropout.places import places_of
 from gatrain.train.micro_batches import LoadedWindow
 from gatrain.train.seeding import derive_seed, mixed
@@ -205,11 +205,11 @@ class KeyedDropout(RandomNumbers):
             keys = numbers if keys is None else mixed(numbers + keys)
         samples = keys.shape[0]
         if rows == samples:
-            return keep_mask(keys, nth, shape, dim, 1 - p)
+            return _drawn(keys, nth, shape, dim, 1 - p)
         if not self._flattened or not samples or rows % samples:
             _refuse_shape(tuple(input.shape), dim, samples, self._flattened)
         parts = [*shape[:dim], samples, rows // samples, *shape[dim + 1 :]]
-        return keep_mask(keys, nth, parts, dim, 1 - p).reshape(tuple(shape))
+        return _drawn(keys, nth, parts, dim, 1 - p).reshape(tuple(shape))
 
     def channel_mask(self, input: Tensor, p: float) -> Tensor:
         """One decision for each sample and channel, to be broadcast over ``input`` [samples, channels, ...]."""
@@ -220,6 +220,13 @@ class KeyedDropout(RandomNumbers):
             )
         shape = [*input.shape[:2], *[1] * (input.dim() - 2)]
         return self.mask(input, shape, p, batch_dim=0)
+
+
+def _drawn(keys: Tensor, nth: int, shape: Sequence[int], batch_dim: int, keep: float) -> Tensor:
+    if torch.compiler.is_compiling() and keys.device.type == "cpu":
+        mask: Tensor = keep_mask_as_one(keys, nth, list(shape), batch_dim, keep)
+        return mask
+    return keep_mask(keys, nth, shape, batch_dim, keep)
 
 
 def _refuse_shape(shape: tuple[int, ...], dim: int, samples: int, flattened: bool) -> NoReturn:

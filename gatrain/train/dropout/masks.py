@@ -58,6 +58,18 @@ def keep_mask(keys: Tensor, nth: int, shape: Sequence[int], batch_dim: int, keep
     return mask.movedim(0, batch_dim)
 
 
+@torch.library.custom_op("gatrain::keep_mask", mutates_args=())
+def keep_mask_as_one(keys: Tensor, nth: int, shape: list[int], batch_dim: int, keep: float) -> Tensor:
+    """`keep_mask` as one operator, for compiled code on a CPU: of torch 2.14's C++ backend its loops wrote beyond
+    their memory (a mask of 16 x 4 x 33 x 65)."""
+    return keep_mask(keys, nth, shape, batch_dim, keep).contiguous()
+
+
+@keep_mask_as_one.register_fake
+def _(keys: Tensor, nth: int, shape: list[int], batch_dim: int, keep: float) -> Tensor:
+    return keys.new_empty(shape, dtype=torch.bool)
+
+
 def _mix32(x: Tensor) -> Tensor:
     x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
     x = (x ^ ((x >> 15) & 0x1FFFF)) * _LAST
