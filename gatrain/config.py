@@ -164,7 +164,8 @@ class RunConfig:
     GPU computes it natively, else fp32."""
     checkpointing: str = "auto"
     """Activation checkpointing: ``none``, ``selective`` (keep matrix products), ``full`` (keep block inputs),
-    ``every_2`` (``full`` for every second block; also 3, 4), ``offload`` (keep all, in main memory)."""
+    ``every_2`` (``full`` for every second block; also 3, 4), ``offload`` (keep all, in main memory; ``auto``
+    does not try it)."""
     compile: Any = "auto"
     """torch.compile of the loss computation: true, false, or ``auto`` (on a GPU, when trials show a gain)."""
     sync: str = "auto"

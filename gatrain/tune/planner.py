@@ -28,10 +28,11 @@ from gatrain.tune.runner import Progress, Run, TrialRunner, sentence
 from gatrain.tune.search import Candidate
 from gatrain.tune.stages import with_stages
 
-WORTH_RECOMPUTING = {"none": 0.0, "selective": 1.06, "every_2": 1.1, "full": 1.15, "offload": 1.15}
+WORTH_RECOMPUTING = {"none": 0.0, "selective": 1.06, "every_2": 1.1, "full": 1.15}
 """A last doubling of the micro-batch that gained this factor says that larger ones may gain more than recomputation
 costs: 2 to 10 % selective and 15 to 30 % full, on an H100 (every second block: half of that); further doublings
-gain less and less. What transfers cost depends on the machine: their own trial tells. Other modes are not tried."""
+gain less and less. Other modes are not tried; ``offload`` only where it is asked for, since trials compare losses
+and its streams have not been measured on a GPU yet."""
 MIN_ROUND_S = {"cpu": 5.0, "cuda": 15.0}
 """Seconds that must be left to begin with another way of computing."""
 MIN_SIZE_S = 2.0
