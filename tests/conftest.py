@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.delenv(name)
     yield
     patch.undo()
+
+
+@pytest.fixture(autouse=True)
+def _no_keyed_forward_before() -> Iterator[None]:
+    """Whose keyed dropout was drawn last is known to the whole process: no test sees that of another."""
+    yield
+    if (functions := sys.modules.get("gatrain.train.dropout.functions")) is not None:
+        functions.current.draws = functions.current.last = None
 
 
 @pytest.fixture

@@ -195,7 +195,8 @@ def test_times_that_grow_with_the_size_are_not_doubted(steps: list[float], facto
 class Slot:
     """An engine and a clock: a micro-step takes what the list says."""
 
-    step = SimpleNamespace(strategy=SimpleNamespace(cost=StepCost()))
+    model = None
+    step = SimpleNamespace(strategy=SimpleNamespace(cost_of=lambda model: StepCost()))
 
     def __init__(self, seconds: list[float]) -> None:
         self.seconds, self.now, self.steps = seconds, 0.0, 0
@@ -258,7 +259,8 @@ def test_a_micro_steps_time_holds_every_pass_that_the_strategy_makes(
     made: list[str] = []
     cost = StepCost(micro_steps, forwards)
     engine = SimpleNamespace(
-        step=SimpleNamespace(strategy=SimpleNamespace(cost=cost)),
+        model=None,
+        step=SimpleNamespace(strategy=SimpleNamespace(cost_of=lambda model: cost)),
         forward_pass=lambda batch: made.append("f"),
         micro_step=lambda batch, scale: made.append("b"),
     )

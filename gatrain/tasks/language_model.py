@@ -49,6 +49,11 @@ class LanguageModel(Task):
         ConfigError: a model or dataset that cannot be used, or a loss.
     """
 
+    # for a subclass with a constructor of its own
+    _loss = TokenLoss()
+    _samples = SampleWeights(None)
+    _isolates = False
+
     def __init__(
         self,
         model: Any,

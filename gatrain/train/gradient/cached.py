@@ -213,7 +213,7 @@ def _check_repeats(leaves: list[Tensor], before: list[Tensor]) -> None:
             raise ExactnessError(
                 "represent() gives other rows for the same micro-batch when it is computed again, with the same "
                 "random numbers: it draws from a generator of its own, or keeps what it saw before. Draw from the "
-                "global generators of torch, numpy or random, which gatrain seeds; with compile=true, try "
+                "global generators of torch, numpy or random, which are seeded; with compile=true, try "
                 "compile=false."
             )
 
