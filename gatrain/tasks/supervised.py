@@ -45,6 +45,8 @@ class Supervised(Task):
         DataError: nothing to train on.
     """
 
+    _samples = SampleWeights(None)  # for a subclass with a constructor of its own
+
     def __init__(
         self,
         model: Any,
