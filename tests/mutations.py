@@ -879,11 +879,12 @@ def main(words: Sequence[str]) -> int:
     caught = len(chosen) - len(survivors)
     print(f"{caught} of {len(chosen)} faults caught; survivors: {', '.join(survivors) or 'none'}")
     if not words:
+        sys.path.insert(0, str(HERE / "benchmarks"))
+        from common import header
+
+        found = {"faults": len(chosen), "caught": caught, "survivors": survivors, "rows": rows}
         RESULTS.write_text(
-            json.dumps(
-                {"faults": len(chosen), "caught": caught, "survivors": survivors, "rows": rows}, indent=1
-            )
-            + "\n"
+            json.dumps({**header(), "command": "python tests/mutations.py", **found}, indent=1) + "\n"
         )
     return int(caught < 0.95 * len(chosen))
 

@@ -1,4 +1,4 @@
-"""The examples of docs/from_other_frameworks.md, as they stand there."""
+"""The examples of FROM_OTHER_FRAMEWORKS.md, as they stand there."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from gatrain.compose import compose
 
-PAGE = (Path(__file__).parent.parent / "docs" / "from_other_frameworks.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parent.parent / "FROM_OTHER_FRAMEWORKS.md").read_text(encoding="utf-8")
 SETUP = "The examples' set-up"
 WHOLE = (16, 6)
 WINDOWS = {

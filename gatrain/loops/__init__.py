@@ -3,5 +3,5 @@
 `accumulate` (in `gatrain.train.accumulate`) takes a whole window at once. The forms here leave the passes
 where they stand in the user's loop: `Accumulator` reads a window ahead and is a context around each
 micro-step; `AccumulatingOptimizer` reads nothing ahead and steps once in K calls; `accumulate_in_fit` splits
-the batches of a Keras model's ``fit``. docs/from_other_frameworks.md has an example of each.
+the batches of a Keras model's ``fit``. FROM_OTHER_FRAMEWORKS.md has an example of each.
 """

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from gatrain.train.seeding import derive_seed, mixed
 
@@ -58,7 +58,7 @@ def keep_mask(keys: Tensor, nth: int, shape: Sequence[int], batch_dim: int, keep
     return mask.movedim(0, batch_dim)
 
 
-@torch.library.custom_op("gatrain::keep_mask", mutates_args=())
+@library.custom_op("gatrain::keep_mask", mutates_args=())
 def keep_mask_as_one(keys: Tensor, nth: int, shape: list[int], batch_dim: int, keep: float) -> Tensor:
     """`keep_mask` as one operator, for compiled code on a CPU: of torch 2.14's C++ backend its loops wrote beyond
     their memory (a mask of 16 x 4 x 33 x 65)."""

@@ -1,15 +1,15 @@
 """The door `gradient`: ways from a window to its gradient, each a file that the step does not know.
 
 ``gradient: plain`` is a backward for each micro-batch; ``cached`` is for a loss of all samples of a window. Another
-one is a class of one's own, named by
-``gradient._target_`` and written from the means that `gatrain.train.step.Step` has: a strategy decides which passes
-are made and in which order; the step decides how a pass is computed, reduced and applied.
+one is a class of one's own, named by ``gradient._target_`` and written from the means that
+`gatrain.train.step.Step` has: a strategy decides which passes are made and in which order; the step decides how a
+pass is computed, reduced and applied.
 """
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gatrain.config import RunConfig
+from gatrain.errors import ConfigError
 from gatrain.tasks.base import Batch
 from gatrain.train.micro_batches import LoadedWindow
 
@@ -47,6 +48,22 @@ class Update:
     knows as yet."""
     metrics: Mapping[str, Tensor | float] = field(default_factory=dict)
     """Further numbers of the step, by name: scalars on the device leave it with the other metrics."""
+
+
+def refuse(conflicts: Iterable[tuple[str, bool, str, str]], what: str, way_out: str) -> None:
+    """Refuse the first setting that a strategy does not go with.
+
+    Args:
+        conflicts: the setting as it was typed, whether it is so, why that does not go, and what to type instead.
+        what: the setting that stands for the strategy.
+        way_out: what to do without it.
+
+    Raises:
+        ConfigError: what was given, why it does not go with ``what``, and what to write instead.
+    """
+    for given, is_so, why, instead in conflicts:
+        if is_so:
+            raise ConfigError(f"{given} and {what} exclude each other: {why}. Write {instead}, or {way_out}.")
 
 
 class GradientStrategy(abc.ABC):

@@ -28,9 +28,8 @@ from torch.utils.hooks import RemovableHandle
 
 from gatrain import units
 from gatrain.config import RunConfig
-from gatrain.errors import ConfigError
 from gatrain.tasks.base import Batch
-from gatrain.train.gradient import GradientStrategy
+from gatrain.train.gradient import GradientStrategy, refuse
 from gatrain.train.main_gradients import gradient_bytes
 from gatrain.train.micro_batches import LoadedWindow
 from gatrain.train.seeding import derive_seed
@@ -65,11 +64,9 @@ class Bf16Sums(GradientStrategy):
         self._error: tuple[Tensor, int] | None = None
 
     def check(self, config: RunConfig) -> None:
-        if config.sync == "overlap":
-            raise ConfigError(
-                f"sync=overlap and gradient={self.name} exclude each other: the sums are bf16 until the last "
-                "backward is over, and are added over the ranks in fp32. Write sync=window, or use gradient=plain."
-            )
+        why = "the sums are bf16 until the last backward is over, and are added over the ranks in fp32"
+        conflict = ("sync=overlap", config.sync == "overlap", why, "sync=window")
+        refuse([conflict], f"gradient={self.name}", "use gradient=plain")
 
     def set_up(self, step: Step, optimizer: torch.optim.Optimizer) -> None:
         self._attach(step)

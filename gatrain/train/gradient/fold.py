@@ -17,7 +17,7 @@ from gatrain.errors import ConfigError, ExactnessError
 from gatrain.optimizer_config import AdamAConfig
 from gatrain.optimizers import AdamA
 from gatrain.tasks.base import Batch
-from gatrain.train.gradient import GradientStrategy
+from gatrain.train.gradient import GradientStrategy, refuse
 from gatrain.train.main_gradients import gradient_bytes
 from gatrain.train.micro_batches import LoadedWindow
 from gatrain.train.parallel import Replicated
@@ -60,7 +60,7 @@ class Fold(GradientStrategy):
                 "optimizer=adama, or leave gradient=fold out."
             )
         optimizer = config.optimizer
-        refused = [
+        conflicts = [
             (
                 str(optimizer.clips),
                 optimizer.clips is not None,
@@ -87,12 +87,7 @@ class Fold(GradientStrategy):
                 "sync=window",
             ),
         ]
-        for given, is_so, why, instead in refused:
-            if is_so:
-                raise ConfigError(
-                    f"{given} and optimizer=adama exclude each other: {why}. Write {instead}, or use "
-                    "optimizer=adamw."
-                )
+        refuse(conflicts, "optimizer=adama", "use optimizer=adamw")
 
     def set_up(self, step: Step, optimizer: torch.optim.Optimizer) -> None:
         if step.scaler is not None:

@@ -14,7 +14,7 @@ from gatrain import units
 from gatrain.config import RunConfig
 from gatrain.errors import ConfigError, ExactnessError
 from gatrain.tasks.base import Batch
-from gatrain.train.gradient import GradientStrategy, Update
+from gatrain.train.gradient import GradientStrategy, Update, refuse
 from gatrain.train.main_gradients import gradient_bytes
 from gatrain.train.micro_batches import LoadedWindow
 
@@ -42,7 +42,7 @@ class InBackward(GradientStrategy):
 
     def check(self, config: RunConfig) -> None:
         optimizer, batch = config.optimizer, config.batch
-        refused = [
+        conflicts = [
             (
                 str(optimizer.clips),
                 optimizer.clips is not None,
@@ -74,12 +74,7 @@ class InBackward(GradientStrategy):
                 "optimizer=adamw",
             ),
         ]
-        for given, is_so, why, instead in refused:
-            if is_so:
-                raise ConfigError(
-                    f"{given} and gradient=in_backward exclude each other: {why}. Write {instead}, or leave "
-                    "gradient=in_backward out."
-                )
+        refuse(conflicts, "gradient=in_backward", "leave gradient=in_backward out")
 
     def set_up(self, step: Step, optimizer: torch.optim.Optimizer) -> None:
         if step.ranks.world_size > 1:
