@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from gatrain.train.modules import sparse_parameters
 from gatrain.train.optimizer import clip_with_sparse
 from gatrain.train.overlap import OverlappedReduction, share_buffers, without_reduction, wrappers_of
 from gatrain.train.ranks import Ranks, layout_of
+
+T = TypeVar("T")
 
 _NOTHING = contextlib.nullcontext()
 
@@ -146,6 +148,12 @@ class Replicated:
             self._agree()
         device = self.parameters[0].device if self.parameters else torch.device("cpu")
         return gathered(self.ranks, rows, device)
+
+    def gather_values(self, value: T) -> list[T]:
+        """Every rank's small Python value, in the order of the ranks. Collective within a window."""
+        if self.ranks.world_size > 1:
+            self._agree()
+        return self.ranks.gather(value)
 
     def agree(self, flag: bool) -> bool:
         """Whether ``flag`` is true on any rank. Collective within a window."""

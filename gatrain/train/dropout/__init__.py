@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from gatrain.train.micro_batches import LoadedWindow
-from gatrain.train.seeding import seed_everything
+from gatrain.train.seeding import seed_everything, set_torch_random_state, torch_random_state
 
 Context = Callable[[], AbstractContextManager[Any]]
 
@@ -54,6 +54,17 @@ class RandomNumbers:
     def around(self, forward: Context) -> Context:
         """The context of a forward with these numbers, around another context such as autocast."""
         return forward
+
+    def state(self) -> Any:
+        """Where the forward in hand is with its numbers, for `resume`: another one may run before it goes on.
+
+        Python's and numpy's generators are not in it.
+        """
+        return torch_random_state()
+
+    def resume(self, state: Any) -> None:
+        """Go on with the forward that was left at `state`."""
+        set_torch_random_state(state)
 
     def aside(self) -> AbstractContextManager[Any]:
         """A context in which torch's own numbers are drawn."""

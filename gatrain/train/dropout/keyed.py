@@ -150,6 +150,15 @@ class KeyedDropout(RandomNumbers):
         finally:
             current.draws = before
 
+    def state(self) -> Any:
+        calls = [scope.calls for scope in self._scopes]
+        return super().state(), (self._keys, self._count, calls), (current.draws, current.last)
+
+    def resume(self, state: Any) -> None:
+        drawn, place, (current.draws, current.last) = state
+        super().resume(drawn)
+        self._set(*place)
+
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
         before, last = current.draws, current.last
