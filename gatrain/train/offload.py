@@ -10,6 +10,7 @@ are already on their way back.
 from __future__ import annotations
 
 import contextlib
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -55,33 +56,60 @@ class Offloading:
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
 
     @contextlib.contextmanager
-    def forward(self) -> Iterator[None]:
-        """Around a forward; its backward needs no context."""
+    def forward(self, limit_bytes: float = math.inf) -> Iterator[None]:
+        """Around a forward; its backward needs no context.
+
+        Args:
+            limit_bytes: what it keeps after that many are taken away stays.
+        """
+        left = limit_bytes
         held = {t.untyped_storage().data_ptr() for t in (*self._model.parameters(), *self._model.buffers())}
         # in the order of the forward; the graph alone keeps them, each until its part of the backward is done
         taken: list[weakref.ref[_Away]] = []
 
-        def pack(tensor: Tensor) -> Tensor | _Away:
+        def pack(tensor: Tensor) -> _Here | _Away:
+            nonlocal left
             size = tensor.numel() * tensor.element_size()
             storage = tensor.untyped_storage() if tensor.layout == torch.strided else None
             if (
-                size < MIN_BYTES
+                left <= 0
+                or size < MIN_BYTES
                 or tensor.device != self._device
                 or storage is None
                 or type(tensor) not in (Tensor, nn.Parameter)
                 or size > storage.nbytes()
                 or storage.data_ptr() in held
             ):
-                return tensor
+                return _Here(tensor)
+            left -= size
             away = _Away(tensor, self._stream, taken)
             taken.append(weakref.ref(away))
             return away
 
-        def unpack(packed: Tensor | _Away) -> Tensor:
-            return packed if isinstance(packed, Tensor) else packed.tensor()
+        def unpack(packed: _Here | _Away) -> Tensor:
+            return packed.tensor()
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield
+
+
+class _Here:
+    """One tensor that stays. Autograd looks for changes of what it keeps only where it has no hooks."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._version = tensor, tensor._version
+
+    def tensor(self) -> Tensor:
+        """
+        Raises:
+            RuntimeError: it was written to since, so that the gradient would be wrong.
+        """
+        if self._tensor._version != self._version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"{list(self._tensor.shape)}"
+            )
+        return self._tensor
 
 
 class _Away:
