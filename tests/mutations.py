@@ -563,21 +563,21 @@ FAULTS = (
     ),
     Fault(
         "exact BatchNorm without its adjoint pass",
-        "train/gradient/exact_norm.py",
-        "                    self._adjoint_pass(nth, window, step, buffers)",
+        "train/norm/layer_by_layer.py",
+        "                    self._adjoint_pass(nth)",
         "                    pass",
         ("exact_norm",),
     ),
     Fault(
         "adjoint passes from the first layer up",
-        "train/gradient/exact_norm.py",
-        "for nth in reversed(range(len(sites))):",
-        "for nth in range(len(sites)):",
+        "train/norm/layer_by_layer.py",
+        "for nth in reversed(layers):",
+        "for nth in layers:",
         ("exact_norm",),
     ),
     Fault(
         "running variance without Bessel's correction",
-        "train/gradient/exact_norm.py",
+        "train/norm/over_window.py",
         "unbiased = found.var * (found.count / (found.count - 1))",
         "unbiased = found.var",
         ("exact_norm",),
@@ -585,8 +585,36 @@ FAULTS = (
     Fault(
         "variances are averaged without that of the means",
         "train/norm/window_statistics.py",
-        "self.squares = self.squares + squares + delta * delta * (self.count * count / total)",
-        "self.squares = self.squares + squares",
+        "within + between",
+        "within",
+        ("exact_norm",),
+    ),
+    Fault(
+        "sums of one rank alone in the backward of BatchNorm over a window",
+        "train/norm/over_window.py",
+        "        self._step.ranks.add([total])\n        return total",
+        "        return total",
+        ("exact_norm",),
+    ),
+    Fault(
+        "a micro-batch among others goes on with another's random numbers",
+        "train/norm/swapped.py",
+        "            self._step.random.resume(kept.numbers)",
+        "            pass",
+        ("exact_norm_together",),
+    ),
+    Fault(
+        "a micro-batch among others finds another's attributes",
+        "train/norm/swapped.py",
+        "                attributes[name] = value",
+        "                pass",
+        ("exact_norm_together",),
+    ),
+    Fault(
+        "each micro-batch among others counts as a batch",
+        "train/norm/together.py",
+        "                self._buffers.undo(nth)\n",
+        "",
         ("exact_norm",),
     ),
     # --- optimizer accumulation, phases, rules, noise
@@ -773,6 +801,11 @@ LAWS: dict[str, tuple[str, ...]] = {
     "test_exact_norm": (
         "gradient_and_buffers_are_those_of_one_batch_for_any_model",
         "each_pass_draws_the_same_random_numbers",
+    ),
+    "test_exact_norm_together": (
+        "dropout_is_that_of_each_micro_batch_by_itself",
+        "what_a_model_puts_aside_in_its_forward_stays_with_its_micro_batch",
+        "ranks_leave_the_way_together_and_none_waits_for_one_that_failed",
     ),
     "test_noise_scale": (
         "the_estimates_have_no_bias_for_parts_of_any_sizes_that_need_not_be_all_of_the_window",

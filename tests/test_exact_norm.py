@@ -26,8 +26,11 @@ from gatrain.train.engine import Engine
 from gatrain.train.gradient.exact_norm import ExactNorm
 from gatrain.train.norm.exact import Exact
 from gatrain.train.ranks import Ranks
+from gatrain.verify.mutations import ConstantStatistics
 
 LIMIT = 1e-10
+WAYS = "window", "micro_batch"
+"""Which activations are held at once: all micro-batches together, or layer by layer."""
 
 
 def data(count: int, size: int = 8) -> Batch:
@@ -62,6 +65,21 @@ class UNet(nn.Module):
         return self.head(self.up(torch.cat([a, b], dim=1))).mean(dim=(2, 3))
 
 
+class Dense(nn.Module):
+    """As in DenseNet: each layer normalises all that came before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.BatchNorm2d(3 + 2 * nth) for nth in range(4))
+        self.convs = nn.ModuleList(nn.Conv2d(3 + 2 * nth, 2, 3, padding=1) for nth in range(4))
+        self.last, self.head = nn.BatchNorm2d(11), nn.Linear(11, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm, conv in zip(self.norms, self.convs, strict=True):
+            x = torch.cat([x, conv(F.relu(norm(x)))], dim=1)
+        return self.head(F.relu(self.last(x)).mean(dim=(2, 3)))
+
+
 def resnet18() -> nn.Module:
     torchvision = pytest.importorskip("torchvision")
     made: nn.Module = torchvision.models.resnet18(num_classes=4)
@@ -90,16 +108,26 @@ SPLITS = [[[3, 2, 1, 2], [2, 1, 1, 1]], [[4, 3, 3, 1], []], [[1], [5, 2]]]
 """Sizes of each window's micro-batches, by rank."""
 
 
+def on_two() -> list[tuple[Callable[[], nn.Module], Batch, list[list[int]], str]]:
+    """Nets, batches, sizes of the micro-batches by rank, and the activations that are held at once."""
+    return [
+        (resnet18, data(16, 32), [[2] * 4, [2] * 4], "window"),
+        (UNet, data(16), [[2] * 4, [2] * 4], "micro_batch"),
+        (UNet, data(11), [[4, 3, 3, 1], []], "window"),
+        (UNet, data(11), [[4, 3, 3, 1], []], "micro_batch"),
+    ]
+
+
 def on_two_ranks() -> tuple[list[Tensor], Tensor, Tensor]:
-    """First gradients of both nets, and what three steps of SGD made of the U-Net."""
+    """First gradients of `on_two`, and what three steps of SGD made of the U-Net."""
     ranks, found = Ranks.current(), []
-    sizes = [[2] * 4, [2] * 4]
-    for make, (x, y) in ((resnet18, data(16, 32)), (UNet, data(16))):
-        model, part = seeded(make), slice(8 * ranks.rank, 8 * ranks.rank + 8)
-        step_of(model, Exact(), ranks).gradient(window((x[part], y[part]), sizes[ranks.rank]))
+    for make, (x, y), sizes, way in on_two():
+        model, first = seeded(make), sum(sizes[0]) * ranks.rank
+        part = slice(first, first + sum(sizes[ranks.rank]))
+        step_of(model, Exact(way), ranks).gradient(window((x[part], y[part]), sizes[ranks.rank]))
         found += [gradients(model), statistics(model)]
     model = seeded(UNet)
-    step = step_of(model, Exact(), ranks)
+    step = step_of(model, Exact("window"), ranks)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for splits in SPLITS:
         x, y = data(sum(map(sum, splits)))
@@ -114,7 +142,7 @@ def on_two_ranks() -> tuple[list[Tensor], Tensor, Tensor]:
 def test_two_processes_of_four_micro_batches_have_the_gradients_and_weights_of_one_batch() -> None:
     both = run_on_ranks(2, on_two_ranks)
     wanted = []
-    for make, batch in ((resnet18, data(16, 32)), (UNet, data(16))):
+    for make, batch, _, _ in on_two():
         model = seeded(make)
         wanted += [one_shot(model, batch), statistics(model)]
     model = seeded(UNet)
@@ -182,24 +210,25 @@ def activated() -> nn.Module:
     return nn.Sequential(*norms, nn.Conv2d(4, 4, 3), WithActivation(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-@pytest.mark.parametrize("make", [net, UNet, Shared, Teacher, activated])
-def test_gradient_and_buffers_are_those_of_one_batch_for_any_model(make: Callable[[], nn.Module]) -> None:
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("make", [net, UNet, Shared, Teacher, activated, Dense])
+def test_gradient_and_buffers_are_those_of_one_batch_for_any_model(
+    make: Callable[[], nn.Module], way: str
+) -> None:
     model, other, batch = seeded(make), seeded(make), data(11)
     for sizes in ((4, 1, 3, 3), (11,)):
         wanted = one_shot(model, batch)
-        assert relative_error(split(other, batch, sizes), wanted) < 1e-13
+        assert relative_error(split(other, batch, sizes, ExactNorm(way)), wanted) < 1e-13
         assert relative_error(statistics(other), statistics(model)) < 1e-13
         other.zero_grad()
 
 
-def test_without_the_adjoint_pass_the_gradient_is_far_off() -> None:
-    class Constants(ExactNorm):
-        def _adjoint_pass(self, *args: Any) -> None:
-            pass
-
-    model, batch = seeded(UNet), data(11)
-    wanted = one_shot(model, batch)
-    assert relative_error(split(seeded(UNet), batch, (4, 4, 3), Constants()), wanted) > 0.1
+def test_without_what_goes_through_statistics_the_gradient_is_far_off() -> None:
+    for way in WAYS:
+        model, batch = seeded(UNet), data(11)
+        wanted = one_shot(model, batch)
+        found = split(seeded(UNet), batch, (4, 4, 3), ConstantStatistics(way))
+        assert relative_error(found, wanted) > 0.1
 
 
 def test_each_pass_draws_the_same_random_numbers() -> None:
@@ -367,11 +396,12 @@ def test_a_combination_that_is_not_exact_is_refused_before_the_run(given: dict[s
 
 def test_the_cost_follows_from_the_layers_and_is_said() -> None:
     model = UNet()
-    cost = ExactNorm().cost_of(model)
-    assert (cost.micro_steps, cost.forwards) == (4, 3)
+    for way, wanted in (("window", (1, 0)), ("auto", (1, 0)), ("micro_batch", (4, 3))):
+        cost = ExactNorm(way).cost_of(model)
+        assert (cost.micro_steps, cost.forwards) == wanted
     (said,) = Exact().remarks(model)
     assert "6 BatchNorm layers" in said
-    assert "about 5 times the work" in said
+    assert "about 5 times the passes" in said
     assert Exact().mixing(model) == []
 
 

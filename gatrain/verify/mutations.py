@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+import torch
+from torch import Tensor
 
 from gatrain.train.gradient.exact_norm import ExactNorm
 from gatrain.train.gradient.plain import Plain
 from gatrain.train.micro_batches import LoadedWindow
+from gatrain.train.norm.over_window import WindowNorms
 from gatrain.train.step import Step
 
 
@@ -29,11 +31,15 @@ class RanksAveraged(Plain):
         super().__call__(window, step)
 
 
+class _NothingThroughStatistics(WindowNorms):
+    def summed(self, nth: int, own: Tensor | None) -> Tensor:
+        return torch.zeros_like(super().summed(nth, own))
+
+
 class ConstantStatistics(ExactNorm):
     """BatchNorm's statistics over the window as constants, with no gradient through them."""
 
-    def _adjoint_pass(self, *args: Any) -> None:
-        pass
+    norms = _NothingThroughStatistics
 
 
 class SixteenBitSums(Plain):

@@ -1,27 +1,24 @@
-"""BatchNorm over the whole window, forward and backward: exact, in the memory of one micro-batch.
+"""BatchNorm over the whole window, forward and backward: exact. ``norm: exact``.
 
-For BatchNorm layers 1 to L in the order of the forward, with x_l a layer's input and mu_l, var_l its mean and
-variance over all micro-batches of all ranks (the adjoint method, with statistics as leaves of the graph):
+Two ways come to the same gradient:
 
-1. Statistics. For l = 1..L every micro-batch goes forward up to layer l, without a graph, and the moments of x_l
-   are added up: layers before it have theirs already.
-2. Main pass. Every micro-batch forward and backward, the statistics being leaf tensors. That gives parameters what
-   does not go through statistics, and each leaf a gradient.
-3. Adjoint. For l = L..1 the gradient of layer l's statistics is complete, since all that depends on them comes
-   after it. Every micro-batch goes forward up to layer l once more, and backward from x_l with what that gradient
-   comes to for it (`through_statistics`): parameters get the rest, and the statistics of the layers before theirs.
+- together (`gatrain.train.norm.together`): every micro-batch once forward and once backward, which holds the
+  activations of all micro-batches of a rank, on the device and, as far as they do not fit, in main memory;
+- layer by layer (`gatrain.train.norm.layer_by_layer`): in the memory of one micro-batch, with passes for each
+  layer.
 
-In all L forwards up to a layer, 1 + L of them with a backward, of L/2 of the model on average. Random numbers are
-set anew for each pass, and buffers are as before the window at each forward, as they are over the whole batch.
+The first is taken where there is memory and nothing in the model stands against it. All ranks decide alike, before
+the first pass of a window; a window that finds out in its middle is begun again in the other way.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+import gc
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gatrain.config import RunConfig
@@ -31,33 +28,30 @@ from gatrain.train.gradient.plain import Plain
 from gatrain.train.micro_batches import LoadedWindow
 from gatrain.train.modules import batch_norms
 from gatrain.train.norm.buffers import KeptBuffers
-from gatrain.train.norm.calls import BatchNormCalls, Call, Site, owners_of
-from gatrain.train.norm.window_statistics import Moments, Normalise, statistics_dtype, through_statistics
+from gatrain.train.norm.calls import owners_of
+from gatrain.train.norm.layer_by_layer import LayerByLayer
+from gatrain.train.norm.leaving import Leave
+from gatrain.train.norm.look import Look, look
+from gatrain.train.norm.over_window import WindowNorms
+from gatrain.train.norm.room import Room, room_now
+from gatrain.train.norm.together import Together
 from gatrain.train.seeding import derive_seed
+from gatrain.units import GIB
 
 if TYPE_CHECKING:
     from gatrain.train.step import Step
 
-
-class _Reached(BaseException):
-    """Ends a forward at the layer that a pass is for. No Exception: no model's code takes it for an error."""
-
-
-@dataclasses.dataclass
-class _Statistics:
-    """Of one layer over the window: leaves of the graphs of all micro-batches."""
-
-    count: float
-    mean: Tensor
-    """Shape [channels]; fp32, or fp64 where the model computes in it."""
-    var: Tensor
-    momentum: float
-    needs_adjoint: bool = False
-    """Whether its input depends on what is trained."""
+ACTIVATIONS = ("auto", "window", "micro_batch")
+MOST_TOGETHER = 1024
+"""Micro-batches of a rank: each has a thread."""
 
 
 class ExactNorm(Plain):
-    """The gradient of BatchNorm over all samples of the window, whatever micro-batches and ranks they are on."""
+    """The gradient of BatchNorm over all samples of the window, whatever micro-batches and ranks they are on.
+
+    Args:
+        activations: those that are held at once: of the ``window``, of one ``micro_batch``, or what memory allows.
+    """
 
     exact = (
         "the gradient of BatchNorm over the whole window, and its running statistics, for any loss that is a sum "
@@ -67,36 +61,42 @@ class ExactNorm(Plain):
     overlaps = False
     adds_micro_batches = False
     normalises_window = True
+    norms = WindowNorms
 
-    def __init__(self) -> None:
-        self._sites: list[Site] | None = None
-        self._found: list[_Statistics] = []
-        self._names: dict[int, str] = {}
+    def __init__(self, activations: str = "auto") -> None:
+        self._asked = activations
+        self._look: Look | None = None
+        self._room: Room | None = None
         self._is_compared = False
-        self._calls = 0
-        """BatchNorm computations of the forward in hand."""
-        self._until: int | None = None
-        """The layer that the pass in hand ends at; None for a whole forward."""
-        self._reached: Call | None = None
+        self._is_undisturbed = False
+        """Whether a window has shown that its micro-batches leave one another alone."""
+        self._draws_on_host = False
+        self._barred: Leave | None = None
+        """Why micro-batches are not computed together any more."""
+        self.way = ""
+        """Of the last window: ``together``, ``layer by layer``, or ``plain``, where one micro-batch is all."""
+        self._told: set[str] = set()
+        self._news: list[str] = []
 
     # --- before the run -----------------------------------------------------------------------------------
 
     def check(self, config: RunConfig) -> None:
         if config.compile is True:
             raise ConfigError(
-                "norm=exact ends most forwards at a BatchNorm layer, which compiled code cannot: leave compile out."
+                "norm=exact halts forwards at each BatchNorm layer, which compiled code cannot: leave compile out."
             )
         if config.precision == "fp16":
             raise ConfigError(_NO_FP16)
         if config.checkpointing not in ("auto", "none"):
             raise ConfigError(
-                f"norm=exact computes forwards anew by itself and does not go with checkpointing="
-                f"{config.checkpointing}: leave checkpointing out; a smaller batch.micro needs less memory."
+                f"norm=exact sees to memory by itself and does not go with checkpointing={config.checkpointing}: "
+                "leave checkpointing out. 'norm={name: exact, activations: micro_batch}' needs the least memory."
             )
 
     def set_up(self, step: Step, optimizer: torch.optim.Optimizer) -> None:
-        self._sites, self._is_compared = None, False
-        if any(isinstance(module, DistributedDataParallel) for module in step.model.modules()):
+        self._look, self._room, self._barred = None, None, None
+        self._is_compared = self._is_undisturbed = False
+        if _has_wrapper(step.model):
             raise ConfigError(
                 "norm=exact ends forwards early, which DistributedDataParallel cannot: give the model itself."
             )
@@ -104,206 +104,177 @@ class ExactNorm(Plain):
             raise ConfigError(_NO_FP16)
 
     def cost_of(self, model: nn.Module) -> StepCost:
-        return cost_of(len(batch_norms(model)))
+        """Of the way that was taken; before the first window, of the one that is taken where there is memory."""
+        layered = self._asked == "micro_batch" or self._barred is not None or self.way == LAYERED
+        return layered_cost(len(batch_norms(model))) if layered else StepCost()
+
+    def news(self) -> list[str]:
+        found, self._news = self._news, []
+        return found
 
     # --- one window ---------------------------------------------------------------------------------------
 
     def __call__(self, window: LoadedWindow, step: Step) -> None:
         if step.ranks.world_size == 1 and len(window.micro_batches) == 1:
+            self.way = "plain"
             super().__call__(window, step)  # all samples are in one batch: BatchNorm sees them by itself
             return
         if window.seed is None:  # every pass must draw the same numbers
             drawn = int(torch.randint(2**62, ()))
             window = dataclasses.replace(window, seed=(derive_seed(drawn),))
-        self._names = owners_of(step.model)
-        buffers = KeptBuffers(step.model)
+        names, buffers = owners_of(step.model), KeptBuffers(step.model)
         try:
-            with BatchNormCalls(self._compute):
-                sites = self._find_sites(window, step, buffers)
-                self._found = []
-                for nth in range(len(sites)):
-                    self._add_statistics(nth, sites, window, step, buffers)
-                self._main_pass(window, step, buffers)
-                after = buffers.changed()
-                for nth in reversed(range(len(sites))):
-                    self._adjoint_pass(nth, window, step, buffers)
-        finally:
-            buffers.restore()
-            self._reached = None
-        buffers.put(after)
-        self._move_running_statistics(step.model, sites, counts=not window.micro_batches)
-        self._found = []
+            if self._look is None:
+                with_graph = self._asked != "micro_batch"
+                self._look = look(window, step, buffers, names, with_graph=with_graph)
+                self._draws_on_host = self._look.draws_on_host
+                self._room = room_now(step, len(window.micro_batches))
+            norms = self._together(window, step, buffers, names)
+            if norms is None:
+                self.way = LAYERED
+                norms = self.norms(step, self._look.sites, names)
+                LayerByLayer(norms, window, step, buffers, compares=not self._is_compared)()
+        except BaseException:
+            buffers.reset()
+            raise
+        self._is_compared = True
+        norms.move_running_statistics(step.model, counts=not window.micro_batches)
 
-    def _find_sites(self, window: LoadedWindow, step: Step, buffers: KeptBuffers) -> list[Site]:
-        """The layers, from a forward of one micro-batch at the first window. Collective then."""
-        if self._sites is not None:
-            return self._sites
-        seen: list[Site] = []
-        if window.micro_batches:
-            self._found, self._until = [], None
-            with torch.no_grad(), BatchNormCalls(lambda call: self._note(call, seen)):
-                _, batch = next(step.batches(window))
-                self._forward(batch, window, 0, step, buffers)
-        step.parallel.agree(False)  # whoever failed leaves with all others
-        every = [
-            found for found in step.ranks.gather(seen if window.micro_batches else None) if found is not None
-        ]
-        if any(found != every[0] for found in every):
-            raise ExactnessError(f"norm=exact: {_ORDER}")
-        self._sites = every[0]
-        return self._sites
-
-    def _note(self, call: Call, seen: list[Site]) -> Tensor:
-        seen.append(call.site(self._names))
-        return _normalise(call, *_of_nothing(call))
-
-    def _add_statistics(
-        self, nth: int, sites: list[Site], window: LoadedWindow, step: Step, buffers: KeptBuffers
-    ) -> None:
-        """Mean and variance of a layer over the window. Collective."""
-        moments, momentum, dtype = Moments(), 0.0, torch.float32
-        with torch.no_grad():
-            for k, batch in step.batches(window):
-                call = self._up_to(nth, batch, window, k, step, buffers)
-                moments.add(call.input)
-                momentum, dtype = call.momentum, statistics_dtype(call.input)
-        total = moments
-        if step.ranks.world_size > 1:
-            total = Moments()
-            rows = [torch.stack([moments.mean, moments.squares])] if moments.count else []
-            parts = step.parallel.gather(_stacked(rows, sites[nth].channels, torch.float64, step.device))
-            # a rank without micro-batches knows neither
-            heads = step.ranks.gather((moments.count, momentum, dtype))
-            for part, (count, its_momentum, its_dtype) in zip(parts, heads, strict=True):
-                if count:
-                    total.merge(count, *part[0])
-                    momentum, dtype = its_momentum, its_dtype
-        if total.count <= 1:
-            raise ConfigError(
-                "norm=exact: BatchNorm over a window of one value for each channel. Use norm=group."
+    def _together(
+        self, window: LoadedWindow, step: Step, buffers: KeptBuffers, names: dict[int, str]
+    ) -> WindowNorms | None:
+        """None where the window has to be computed layer by layer. Collective."""
+        assert self._look is not None
+        away = self._away_bytes(window, step)
+        has_gradients = _has_gradients(step)
+        while away is not None:
+            norms = self.norms(step, self._look.sites, names)
+            together = Together(
+                norms,
+                window,
+                step,
+                buffers,
+                self._look,
+                is_first=not self._is_undisturbed,
+                draws_on_host=self._draws_on_host,
+                away_bytes=away,
+                may_leave=self._asked == "auto",
             )
-        self._found.append(
-            _Statistics(
-                total.count,
-                total.mean.to(dtype).requires_grad_(),
-                (total.squares / total.count).to(dtype).requires_grad_(),
-                momentum,
+            leave = together()
+            if leave is None:
+                self.way = TOGETHER
+                self._is_undisturbed |= together.is_proven
+                self._tell(window, self._look.window_bytes(window), away)
+                return norms
+            del together
+            gc.collect()  # frames of an error hold one another, and activations
+            if step.device.type == "cuda":
+                torch.cuda.empty_cache()
+            buffers.reset()
+            if not has_gradients:  # else it was left before its backward
+                step.reset()
+            if leave.again:
+                self._draws_on_host = True
+            else:
+                self._leave(leave, step)
+                return None
+        return None
+
+    def _away_bytes(self, window: LoadedWindow, step: Step) -> float | None:
+        """Bytes of a window's activations for main memory; None where micro-batches are not computed together.
+        Collective: all ranks compute a window in one way."""
+        if self._asked == "micro_batch" or self._barred is not None:
+            return None
+        assert self._look is not None
+        assert self._room is not None
+        needed = self._look.window_bytes(window)
+        away = self._room.away(needed)
+        mine = self._obstacle(window, step)
+        if mine is None and away is None and self._asked == "auto":
+            mine = Leave(
+                f"the activations of a window take {needed / GIB:.1f} GiB and there is room for "
+                f"{(self._room.device + self._room.host) / GIB:.1f} GiB, main memory included",
+                for_good=False,
             )
+        leave = next((each for each in step.parallel.gather_values(mine) if each is not None), None)
+        if leave is not None:
+            self._leave(leave, step)
+            return None
+        return max(0.0, needed - self._room.device) if away is None else away
+
+    def _obstacle(self, window: LoadedWindow, step: Step) -> Leave | None:
+        """What stands against threads, beside memory."""
+        assert self._look is not None
+        if _has_wrapper(step.model):
+            return Leave("the model has DistributedDataParallel inside")
+        if self._look.grown:
+            return Leave(f"the model adds tensors to {self._look.grown} in its forward")
+        if len(window.micro_batches) > MOST_TOGETHER:
+            return Leave(f"a rank has more than {MOST_TOGETHER} micro-batches", for_good=False)
+        if self._asked == "auto" and _has_gradients(step):
+            return Leave("there are gradients already, to which those of the window are to be added", False)
+        if (
+            torch.is_autocast_enabled(step.device.type)
+            or torch._C._len_torch_function_stack()
+            or torch._C._len_torch_dispatch_stack()
+        ):
+            return Leave("it was called in a context of PyTorch that other threads do not have", False)
+        return None
+
+    def _leave(self, leave: Leave, step: Step) -> None:
+        """
+        Raises:
+            ExactnessError: the other way was asked for.
+        """
+        if self._asked == "window":
+            raise ExactnessError(
+                f"norm=exact: activations=window is not possible here, since {leave.why}. Leave activations out."
+            )
+        if leave.for_good:
+            self._barred = leave
+        times = layered_times(len(self._look.sites if self._look is not None else ()))
+        self._say(
+            leave.why,
+            f"norm=exact: computed layer by layer, about {times:.0f} times the passes of norm=keep, since "
+            f"{leave.why}.",
         )
 
-    def _main_pass(self, window: LoadedWindow, step: Step, buffers: KeptBuffers) -> None:
-        self._until = None
-        for k, batch in step.batches(window):
-            self._begin(window, k, step, buffers)
-            step.forward_backward(batch)
-            if self._calls < len(self._found):
-                raise ExactnessError(f"norm=exact: {_ORDER}")
-            if not self._is_compared:
-                buffers.compare(k, step.model)
-        self._is_compared = True
+    def _tell(self, window: LoadedWindow, needed: float, away: float) -> None:
+        where = f", {away / GIB:.1f} GiB of them in main memory" if away else ""
+        self._say(
+            TOGETHER,
+            f"norm=exact: the {len(window.micro_batches)} micro-batches of a step are computed together, each once "
+            f"forward and once backward as with norm=keep; their activations, about {needed / GIB:.1f} GiB on each "
+            f"rank, are held at once{where}.",
+        )
 
-    def _adjoint_pass(self, nth: int, window: LoadedWindow, step: Step, buffers: KeptBuffers) -> None:
-        """The part of the gradient that goes through a layer's statistics. Collective."""
-        found = self._found[nth]
-        rows = []
-        if found.mean.grad is not None and found.var.grad is not None:
-            rows = [torch.stack([found.mean.grad, found.var.grad])]
-        own = _stacked(rows, len(found.mean), found.mean.dtype, step.device)
-        every = torch.cat(step.parallel.gather(own))  # [ranks that have one, 2, channels]
-        if not len(every) or not found.needs_adjoint:
-            return  # the loss does not depend on this layer, or the layer on nothing that is trained
-        to_mean, to_var = every.sum(dim=0)
-        for k, batch in step.batches(window):
-            with step.parallel.micro_step():
-                x = self._up_to(nth, batch, window, k, step, buffers).input
-                if x.requires_grad:
-                    step.backward(x, through_statistics(x, found.mean, to_mean, to_var, found.count))
-            del x
-
-    # --- one forward --------------------------------------------------------------------------------------
-
-    def _up_to(
-        self, nth: int, batch: Any, window: LoadedWindow, k: int, step: Step, buffers: KeptBuffers
-    ) -> Call:
-        """What layer ``nth`` is given in the forward of micro-batch ``k``, which ends there."""
-        self._until = nth
-        try:
-            self._forward(batch, window, k, step, buffers)
-        except _Reached:
-            call, self._reached = self._reached, None
-            assert call is not None
-            return call
-        raise ExactnessError(f"norm=exact: {_ORDER}")
-
-    def _forward(self, batch: Any, window: LoadedWindow, k: int, step: Step, buffers: KeptBuffers) -> None:
-        self._begin(window, k, step, buffers)
-        with step.parallel.micro_step(), step.autocast():
-            step.loss_sum(batch)
-
-    def _begin(self, window: LoadedWindow, k: int, step: Step, buffers: KeptBuffers) -> None:
-        buffers.restore()
-        self._calls, self._reached = 0, None
-        step.seed(window, k)
-
-    def _compute(self, call: Call) -> Tensor:
-        """In the place of one BatchNorm computation."""
-        nth, self._calls = self._calls, self._calls + 1
-        sites = self._sites or []
-        if nth >= len(sites) or call.site(self._names) != sites[nth]:
-            raise ExactnessError(f"norm=exact: {_ORDER}")
-        if nth == self._until:
-            self._reached = call
-            raise _Reached
-        found = self._found[nth]
-        found.needs_adjoint |= call.input.requires_grad
-        return _normalise(call, found.mean, found.var)
-
-    @torch.no_grad()
-    def _move_running_statistics(self, model: nn.Module, sites: list[Site], counts: bool) -> None:
-        """As one forward over the whole window moves them, on every rank alike.
-
-        Args:
-            counts: also count the batch: where no forward of this rank has.
-        """
-        for site, found in zip(sites, self._found, strict=True):
-            if site.name is None:
-                continue
-            module, m = model.get_submodule(site.name), found.momentum
-            mean, var = module._buffers["running_mean"], module._buffers["running_var"]
-            assert mean is not None
-            assert var is not None
-            unbiased = found.var * (found.count / (found.count - 1))
-            mean.mul_(1 - m).add_(found.mean.to(mean.dtype), alpha=m)
-            var.mul_(1 - m).add_(unbiased.to(var.dtype), alpha=m)
-            tracked = module._buffers.get("num_batches_tracked")
-            if counts and tracked is not None:
-                tracked.add_(1)
+    def _say(self, key: str, text: str) -> None:
+        if key not in self._told:
+            self._told.add(key)
+            self._news.append(text)
 
 
-def cost_of(layers: int) -> StepCost:
-    """Of a model with this many layers, which are as if spread evenly: a forward up to a layer is half of one."""
+TOGETHER, LAYERED = "together", "layer by layer"
+
+
+def layered_cost(layers: int) -> StepCost:
+    """Layer by layer, of a model with this many layers, which are as if spread evenly: a forward up to a layer is
+    half of one."""
     return StepCost(micro_steps=1 + layers / 2, forwards=layers / 2)
 
 
-def _normalise(call: Call, mean: Tensor, var: Tensor) -> Tensor:
-    normalised: Tensor = Normalise.apply(call.input, mean, var, call.weight, call.bias, call.eps)  # type: ignore[no-untyped-call]
-    return normalised
+def layered_times(layers: int) -> float:
+    """The same in micro-steps: a backward takes about two forwards."""
+    cost = layered_cost(layers)
+    return cost.micro_steps + cost.forwards / 3
 
 
-def _stacked(rows: list[Tensor], channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Shape [0 or 1, 2, channels]: what a rank has to tell, or that it has nothing."""
-    return torch.stack(rows) if rows else torch.zeros(0, 2, channels, dtype=dtype, device=device)
+def _has_gradients(step: Step) -> bool:
+    return any(parameter.grad is not None for parameter in step.parallel.parameters)
 
 
-def _of_nothing(call: Call) -> tuple[Tensor, Tensor]:
-    """Mean 0 and variance 1, to find the layers with."""
-    dtype = statistics_dtype(call.input)
-    channels, device = call.input.shape[1], call.input.device
-    return torch.zeros(channels, dtype=dtype, device=device), torch.ones(channels, dtype=dtype, device=device)
+def _has_wrapper(model: nn.Module) -> bool:
+    return any(isinstance(module, DistributedDataParallel) for module in model.modules())
 
 
 _NO_FP16 = "norm=exact is not tested with the loss scale of fp16. Use precision=bf16 or precision=fp32."
-_ORDER = (
-    "the model did not compute its BatchNorm layers in the order of the first forward (layers that depend on the "
-    "samples, or a mode that changed). Use norm=keep or norm=group."
-)

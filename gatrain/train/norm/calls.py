@@ -66,14 +66,20 @@ def owners_of(model: nn.Module) -> dict[int, str]:
 class BatchNormCalls(TorchFunctionMode):
     """In this context ``instead`` computes every BatchNorm that normalises by its batch. No module is changed.
 
+    Args:
+        instead: gives its result.
+        before_backward: hears of what a backward is about to start from.
+
     Raises:
         ConfigError: a computation in the forward that would be another one so: gradients of gradients, or a kernel
             below the functions that are known.
     """
 
-    def __init__(self, instead: Callable[[Call], Tensor]) -> None:
+    def __init__(
+        self, instead: Callable[[Call], Tensor], before_backward: Callable[[Tensor], None] | None = None
+    ) -> None:
         super().__init__()
-        self._instead = instead
+        self._instead, self._before_backward = instead, before_backward
 
     def __torch_function__(
         self,
@@ -84,11 +90,12 @@ class BatchNormCalls(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in _SIGNATURES:
-            given = _SIGNATURES[func].bind(*args, **kwargs)
-            given.apply_defaults()
-            if given.arguments["training"]:
-                return self._instead(Call(**{key: given.arguments[key] for key in Call.__dataclass_fields__}))
+            given = _given(func, args, kwargs)
+            if given["training"]:
+                return self._instead(Call(**{key: given[key] for key in Call.__dataclass_fields__}))
         elif func is _BACKWARD:
+            if self._before_backward is not None:
+                self._before_backward(args[0])
             with _no_batch_norm():  # no mode is active in a backward, on whichever thread it runs
                 return func(*args, **kwargs)
         elif func in _REFUSED:
@@ -101,24 +108,49 @@ class BatchNormCalls(TorchFunctionMode):
 
 @contextlib.contextmanager
 def _no_batch_norm() -> Iterator[None]:
-    """In here a BatchNorm over its batch is refused: what a backward computes anew would be over a micro-batch."""
+    """In here a BatchNorm over its batch is refused: what a backward computes anew would be over a micro-batch.
 
-    def refuse(*args: Any, **kwargs: Any) -> Any:
-        given = _SIGNATURES[batch_norm].bind(*args, **kwargs)
-        given.apply_defaults()
-        if given.arguments["training"]:
-            raise ExactnessError(
-                "norm=exact: the model computes BatchNorm anew in the backward (activation checkpointing of its "
-                "own). Switch that off, or use norm=keep or norm=group."
-            )
-        return batch_norm(*args, **kwargs)
-
-    batch_norm = F.batch_norm
-    F.batch_norm = refuse
+    Threads that take turns may be in here together.
+    """
+    _refusing.depth += 1
+    F.batch_norm = _refuse
     try:
         yield
     finally:
-        F.batch_norm = batch_norm
+        _refusing.depth -= 1
+        if not _refusing.depth:
+            F.batch_norm = _batch_norm
+
+
+class _Refusing:
+    depth = 0
+    """Backwards under way."""
+
+
+_refusing = _Refusing()
+_batch_norm: Any = F.batch_norm
+
+
+def _refuse(*args: Any, **kwargs: Any) -> Any:
+    if _given(_batch_norm, args, kwargs)["training"]:
+        raise ExactnessError(
+            "norm=exact: the model computes BatchNorm anew in the backward (activation checkpointing of its "
+            "own). Switch that off, or use norm=keep or norm=group."
+        )
+    return _batch_norm(*args, **kwargs)
+
+
+def _given(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by name. (`inspect.Signature.bind` takes as long as a small layer.)"""
+    names, defaults = _SIGNATURES[func]
+    return {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _named(like: Callable[..., None]) -> tuple[list[str], dict[str, Any]]:
+    parameters = inspect.signature(like).parameters
+    return list(parameters), {
+        name: each.default for name, each in parameters.items() if each.default is not each.empty
+    }
 
 
 def _functional(
@@ -134,7 +166,7 @@ def _below(
 
 
 _BACKWARD: Any = Tensor.backward
-_SIGNATURES = {F.batch_norm: inspect.signature(_functional), torch.batch_norm: inspect.signature(_below)}
+_SIGNATURES = {_batch_norm: _named(_functional), torch.batch_norm: _named(_below)}
 _REFUSED: dict[Any, str] = {
     torch.autograd.grad: "torch.autograd.grad in the forward (a gradient penalty, an adversarial step)",
     torch.native_batch_norm: "torch.native_batch_norm",

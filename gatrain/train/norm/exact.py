@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from gatrain.errors import ConfigError
 from gatrain.train.gradient import GradientStrategy
-from gatrain.train.gradient.exact_norm import ExactNorm, cost_of
+from gatrain.train.gradient.exact_norm import ACTIVATIONS, ExactNorm, layered_times
 from gatrain.train.modules import batch_norms
 from gatrain.train.norm import Normalisation, counted
 from gatrain.train.norm.convert import nothing_to_do, replaced
@@ -20,9 +21,20 @@ class AnyBatchNorm(_BatchNorm):
 
 
 class Exact(Normalisation):
-    """BatchNorm over the whole window, across micro-batches and ranks, forward and backward."""
+    """BatchNorm over the whole window, across micro-batches and ranks, forward and backward.
+
+    Args:
+        activations: which are held at once. ``window``: those of all micro-batches of a rank, each of which is then
+            computed once. ``micro_batch``: those of one, with passes for each layer instead. ``auto``: the first
+            where they fit on the device and in main memory, else the second.
+    """
 
     exact = ExactNorm.exact
+
+    def __init__(self, activations: str = "auto") -> None:
+        if activations not in ACTIVATIONS:
+            raise ConfigError(f"norm.activations={activations!r} is none of {', '.join(ACTIVATIONS)}.")
+        self._activations = activations
 
     def convert(self, model: nn.Module) -> nn.Module:
         """SyncBatchNorm would reduce by itself; its statistics are over all ranks here too."""
@@ -35,21 +47,27 @@ class Exact(Normalisation):
         return []
 
     def strategy(self) -> GradientStrategy:
-        return ExactNorm()
+        return ExactNorm(self._activations)
 
     def remarks(self, model: nn.Module) -> list[str]:
         names = batch_norms(model)
         if not names:
             return [nothing_to_do("norm=exact")]
-        cost = cost_of(len(names))
-        # a backward takes about two forwards
-        times = cost.micro_steps + cost.forwards / 3
-        return [
+        times = f"about {layered_times(len(names)):.0f} times the passes of norm=keep"
+        said = (
             f"norm=exact: {counted(names)} normalise over all samples of a step, exactly, across micro-batches and "
-            f"ranks. For that each micro-batch goes forward up to each layer twice, once with a backward: about "
-            f"{times:.0f} times the work of norm=keep. Where a step fits in one micro-batch on one rank "
-            "(batch.micro as large as batch.effective) it costs nothing."
-        ]
+            "ranks. "
+        )
+        if self._activations == "micro_batch":
+            said += f"For that each micro-batch goes forward up to each layer twice, once with a backward: {times}."
+        elif self._activations == "window":
+            said += "Each micro-batch is computed once; the activations of all of a rank's are held at once."
+        else:
+            said += (
+                "Where the activations of all micro-batches of a rank fit on the device and in main memory, each "
+                f"is computed once; else layer by layer, {times}. The first step says which."
+            )
+        return [said]
 
 
 def _unsynchronised(norm: _BatchNorm) -> nn.Module:

@@ -1,0 +1,51 @@
+"""How much memory there is for the activations of a window."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+
+from gatrain.main_memory import available_memory
+from gatrain.train.step import Step
+from gatrain.units import MIB
+
+TRANSIENT = 1.25
+"""What a forward and backward take at the most, in units of what is kept between them."""
+HOST_SHARE = 0.6
+"""Of main memory that is available: the rest is for others, and for rounding pinned blocks up."""
+SPARE = 0.05
+"""Of a GPU, left for what lies outside the allocator."""
+THREAD_BYTES = 40 * MIB
+"""On a GPU, by thread that computes: cuBLAS has a workspace for each (32 MiB on Hopper)."""
+
+
+class Room(NamedTuple):
+    """Bytes of this rank that activations may take."""
+
+    device: float
+    host: float
+    """Main memory beside a GPU; 0 where the device is a CPU."""
+
+    def away(self, needed: float) -> float | None:
+        """How many of ``needed`` bytes must go to main memory; None where they do not fit."""
+        away = max(0.0, needed - self.device)
+        return away if away <= self.host else None
+
+
+def room_now(step: Step, micro_batches: int) -> Room:
+    """Before a window, when nothing of it is in memory."""
+    host = available_memory() * HOST_SHARE / _ranks_here(step)
+    if step.device.type != "cuda":
+        return Room(host / TRANSIENT, 0.0)
+    free, total = torch.cuda.mem_get_info(step.device)
+    cached = torch.cuda.memory_reserved(step.device) - torch.cuda.memory_allocated(step.device)
+    # gradients, and what an optimizer keeps from its first update on
+    trained = 3 * sum(p.numel() * p.element_size() for p in step.parallel.parameters)
+    left = free + cached - SPARE * total - trained - THREAD_BYTES * micro_batches
+    return Room(max(0.0, left / TRANSIENT), host)
+
+
+def _ranks_here(step: Step) -> int:
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", step.ranks.world_size)))
