@@ -1,6 +1,10 @@
 """ResNet-50 under accumulation with `norm=keep`, `group` and `exact`: throughput, and agreement with one shot.
 
     python tests/benchmarks/resnet_norm.py [--effective 256] [--micro 16] [--pixels 224] [--device cuda]
+        [--ways keep group exact exact-together exact-offload exact-layers]
+
+``exact`` takes the way that memory allows and says which; ``exact-together`` computes all micro-batches together,
+``exact-offload`` does so with two thirds of the activations in main memory, ``exact-layers`` goes layer by layer.
 
 Agreement is the relative L2 difference of the gradient, and of the running statistics, from one forward and
 backward of the same model over the whole effective batch: in fp64, or as ``--agreement fp32`` says without TF32,
@@ -11,8 +15,10 @@ autocast, as a run trains. In fp64 one shot of 256 pictures of 224 pixels takes 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +28,28 @@ from common import header, result_path, write_result
 from torch import Tensor, nn
 
 from gatrain.train.accumulate import gradient_step
+from gatrain.train.gradient import exact_norm
+from gatrain.train.gradient.exact_norm import ExactNorm
 from gatrain.train.micro_batches import LoadedWindow, MicroBatch
 from gatrain.train.norm import Normalisation
 from gatrain.train.norm.convert import Group
 from gatrain.train.norm.exact import Exact
 from gatrain.train.norm.keep import Keep
+from gatrain.train.norm.room import Room, room_now
 from gatrain.train.precision import forbid_tf32
 from gatrain.train.ranks import Ranks
 from gatrain.train.step import Step
 
-WAYS: dict[str, type[Normalisation]] = {"keep": Keep, "group": Group, "exact": Exact}
+WAYS: dict[str, Callable[[], Normalisation]] = {
+    "keep": Keep,
+    "group": Group,
+    "exact": Exact,
+    "exact-together": lambda: Exact("window"),
+    "exact-offload": lambda: Exact("window"),
+    "exact-layers": lambda: Exact("micro_batch"),
+}
+SAMPLES = [0]
+"""Of a window."""
 Batch = tuple[Tensor, Tensor]
 
 
@@ -85,16 +103,24 @@ def difference(given: Tensor, wanted: Tensor) -> float:
     return float((given - wanted).norm() / wanted.norm().clamp(min=1e-30))
 
 
+def third_of_room(step: Step, micro_batches: int) -> Room:
+    """Room on the device for a third of a window's activations."""
+    assert isinstance(step.strategy, ExactNorm)
+    assert step.strategy._look is not None
+    return Room(step.strategy._look.sample_bytes * SAMPLES[0] / 3, math.inf)
+
+
 def measure(
     way: str, batch: Batch, micro: int, device: str, steps: int, dtype: torch.dtype
 ) -> dict[str, Any]:
     forbid_tf32("fp32")
+    exact_norm.room_now = third_of_room if way == "exact-offload" else room_now  # type: ignore[assignment]
     precise = batch[0].to(dtype), batch[1]
     wanted, moved = one_shot(WAYS[way](), precise, device)
     norm = WAYS[way]()
     model = model_of(norm, device).to(dtype)
     step_of(model, norm, device, bf16=False).gradient(window(precise, micro))
-    found = {
+    found: dict[str, Any] = {
         "norm": way,
         "gradient_difference": difference(gradient(model), wanted),
         "running_statistics_difference": difference(statistics(model), moved),
@@ -114,7 +140,15 @@ def measure(
         seconds.append(time.perf_counter() - began)
     best = sorted(seconds[1:])[len(seconds[1:]) // 2]
     peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
-    return {**found, "step_s": best, "samples_per_s": len(batch[1]) / best, "peak_gib": peak}
+    if isinstance(step.strategy, ExactNorm):
+        found |= {"way": step.strategy.way, "said": step.strategy.news()}
+    return {
+        **found,
+        "first_step_s": seconds[0],
+        "step_s": best,
+        "samples_per_s": len(batch[1]) / best,
+        "peak_gib": peak,
+    }
 
 
 def main() -> None:
@@ -127,6 +161,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--agreement", default="fp64", choices=["fp64", "fp32"])
+    parser.add_argument("--ways", nargs="+", default=["keep", "group", "exact"], choices=list(WAYS))
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     generator = torch.Generator().manual_seed(0)
@@ -134,7 +169,8 @@ def main() -> None:
     images *= torch.linspace(0.5, 2, asked.effective).view(-1, 1, 1, 1)
     batch = images.to(asked.device), (torch.arange(asked.effective) % 100).to(asked.device)
     rows, dtype = [], torch.float64 if asked.agreement == "fp64" else torch.float32
-    for way in WAYS:
+    SAMPLES[0] = asked.effective
+    for way in asked.ways:
         rows.append(measure(way, batch, asked.micro, asked.device, asked.steps, dtype))
         print(rows[-1], flush=True)
     result = {**header(), "command": " ".join(["python", *sys.argv]), "rows": rows}
