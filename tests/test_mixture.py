@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch.utils.data import Dataset
 
 from gatrain import build, targets
 from gatrain.config import BatchConfig, RunConfig, TrainConfig
-from gatrain.data import Mixture
+from gatrain.data import Mixture, TextWindows
 from gatrain.errors import ConfigError
 from gatrain.train.data_look import look_at_data
 from gatrain.train.loader import WindowLoader
@@ -122,3 +123,31 @@ def test_parts_and_weights_that_do_not_fit_are_refused() -> None:
         build.window_schedule(config, task)
     assert Mixture(parts).train.shares == list(SIZES.values())
     targets.admit("data", {"_target_": "gatrain.data.Mixture"})
+
+
+def test_parts_whose_numbers_mean_different_things_are_refused(tmp_path: Path) -> None:
+    for name, text in (("en", "the cat sat on a mat " * 60), ("de", "wörter größer straße " * 60)):
+        (tmp_path / f"{name}.txt").write_text(text)
+
+    def read(name: str, tokenizer: str = "bpe") -> TextWindows:
+        path = [tmp_path / each for each in name.split()]
+        return TextWindows(path, vocab_size=280, context=8, tokenizer=tokenizer, cache_dir=tmp_path / "cache")
+
+    en, de = read("en.txt"), read("de.txt")
+    with pytest.raises(ConfigError, match=r"en and de .* same tokenizer: .* path: \[A, B\]"):
+        Mixture({"en": en, "de": de})
+    both = read("en.txt de.txt")  # as the message says: one source, or one tokenizer for all parts
+    both.tokenizer.save(tmp_path / "tokenizer.json")
+    own = [read(f"{name}.txt", str(tmp_path / "tokenizer.json")) for name in ("en", "de")]
+    assert own[0].tokenizer is not own[1].tokenizer
+    assert Mixture(own).tokenizer == both.tokenizer
+
+    first, other = Source(0, 5), Source(5, 5)
+    first.classes, other.classes = ["cat", "dog"], ["dog", "emu"]  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=r"0 and 1 .* same classes"):
+        Mixture([first, other])
+    other.classes = ["cat", "dog"]  # type: ignore[attr-defined]
+    assert Mixture([first, other]).classes == ["cat", "dog"]
+    other.collate = list  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="make batches in different ways"):
+        Mixture([first, other])

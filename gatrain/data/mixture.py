@@ -17,8 +17,14 @@ from gatrain.train.order import Ids
 from gatrain.train.order.permutation import permutation
 from gatrain.train.seeding import derive_seed
 
-_SHARED = ("vocab_size", "context", "tokenizer", "variable_length", "deterministic_collate")
+_SHARED = ("vocab_size", "context", "tokenizer", "classes", "variable_length", "deterministic_collate")
 _PART = 0x70617274
+_REMEDIES = {
+    "tokenizer": "one id would stand for different texts. Write the same tokenizer: in every part (gpt2, or the "
+    "path of a tokenizer.json), or read them as one source: path: [A, B]",
+    "classes": "one number would stand for different classes. Give every part folders of the same names",
+}
+"""What says what the numbers of a part mean, and what to write where the parts do not agree."""
 
 
 class Mixture:
@@ -36,7 +42,8 @@ class Mixture:
         samples: of an epoch; None is the sum of the parts' sizes.
 
     Raises:
-        ConfigError: a part cannot be read by number, or the weights do not fit the parts.
+        ConfigError: a part cannot be read by number, the weights do not fit the parts, or the same number means
+            another token or class in another part.
     """
 
     def __init__(
@@ -51,6 +58,7 @@ class Mixture:
         if not named:
             raise ConfigError("data.parts is empty: a mixture needs at least one part.")
         self._parts = list(named.values())
+        _check_meaning(named)
         trains = {name: _by_number(name, getattr(part, "train", part)) for name, part in named.items()}
         shares = _weights(weights, {name: len(train) for name, train in trains.items()})
         self.train = MixedSamples(list(trains.values()), list(trains), shares, samples)
@@ -58,9 +66,8 @@ class Mixture:
         self.eval: ConcatDataset[Any] | None = ConcatDataset(held_out) if held_out else None
         if self.eval is not None:
             self.eval.deterministic = all(getattr(each, "deterministic", False) for each in held_out)  # type: ignore[attr-defined]
-        collates = [part.collate for part in self._parts if hasattr(part, "collate")]
-        if collates:  # parts of one kind collate alike
-            self.collate = collates[0]
+        if collate := getattr(self._parts[0], "collate", None):
+            self.collate = collate
 
     def __getattr__(self, name: str) -> Any:
         """What a task asks a source for, where all parts say the same."""
@@ -89,6 +96,7 @@ class Mixture:
         ]
         return DataReport(
             kind=f"mixture of {self.train.described}",
+            classes=_classes(own) if len(own) == len(reports) else None,
             files=sum(each.files for each in own),
             size_bytes=sum(each.size_bytes for each in own),
             items=self.train.samples,
@@ -186,6 +194,40 @@ class MixedOrder:
                 found[now] = permutation(size, derive_seed(self._seed, _PART, part), each, at[now])
             ids[mine] = self._firsts[part] + found
         return ids, passes
+
+
+def _check_meaning(parts: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ConfigError: parts that number their tokens or classes differently, or make batches differently.
+    """
+    (first, one), *others = parts.items()
+    for name, other in others:
+        for what, remedy in _REMEDIES.items():
+            known = [value for part in (one, other) if (value := getattr(part, what, None)) is not None]
+            if len(known) == 2 and known[0] != known[1]:
+                raise ConfigError(
+                    f"parts {first} and {name} of the mixture do not have the same {what}: {remedy}."
+                )
+        if _collate(one) != _collate(other):
+            raise ConfigError(
+                f"parts {first} and {name} of the mixture make batches in different ways (their collate). Mix "
+                "sources of one kind."
+            )
+
+
+def _classes(reports: Sequence[DataReport]) -> dict[str, int] | None:
+    """Each class with its samples in all parts; None where a part has none or others."""
+    named = [report.classes for report in reports if report.classes is not None]
+    if len(named) < len(reports) or any(list(each) != list(named[0]) for each in named):
+        return None
+    return {name: sum(each[name] for each in named) for name in named[0]}
+
+
+def _collate(part: Any) -> Any:
+    """The function that makes a part's batches, whichever object it belongs to."""
+    found = getattr(part, "collate", None)
+    return getattr(found, "__func__", found)
 
 
 def _by_number(name: str, train: Any) -> Any:

@@ -71,6 +71,13 @@ class Tokenizer:
         self._may_drop = _may_drop(inner)
         self._known: dict[str, bool] = {}
 
+    def __eq__(self, other: object) -> bool:
+        """Whether each id stands for the same text, by all that the two are made of."""
+        return isinstance(other, Tokenizer) and self._inner.to_str() == other._inner.to_str()
+
+    def __hash__(self) -> int:
+        return hash((self.size, self.end_of_text))
+
     def encode(self, text: str) -> list[int]:
         """Token ids of one text, without an end-of-text token.
 
