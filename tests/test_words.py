@@ -319,3 +319,27 @@ def test_a_base_of_another_project_is_named(cwd: Path) -> None:
     text = refusal()
     assert f"{cwd}/conf/base.yaml is used in place of gatrain's own" in text
     assert "No match" not in text
+
+
+def test_a_number_that_is_read_in_two_ways_is_refused(cwd: Path) -> None:
+    (cwd / "eight.yaml").write_text("defaults: [llm, _self_]\nbatch: {effective: 010}\n")
+    given = {
+        "batch.effective=010": "batch.effective: 010 begins with a zero.* Write 10",
+        "train.steps=010": "train.steps: 010 begins with a zero.* Write 10",
+        "batch.effective=1:30": "batch.effective: 1:30 is read as 90",
+        "+data.lengths=010": 'Write 10, or "010" in quotes',
+    }
+    for word, message in given.items():
+        with pytest.raises(ConfigError, match=message):
+            compose(["recipe=llm", word])
+    with pytest.raises(ConfigError, match="010 begins with a zero"):
+        compose(["recipe=eight.yaml"])
+    config = compose(
+        ["recipe=llm", "batch.effective=0x10", "train.seed=0", "run.name=010", "optimizer.lr=0.010"]
+    ).config
+    assert (config.batch.effective, config.train.seed, config.run.name, config.optimizer.lr) == (
+        16,
+        0,
+        "010",
+        0.01,
+    )

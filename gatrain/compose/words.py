@@ -32,6 +32,8 @@ _LOOKS_LIKE_A_NAME = re.compile(
     r"(^|_)(path|paths|dir|root|folder|file|files|name|tag|commit|revision|version)$"
 )
 _PYTHONS_NOTHING = "None"
+_READ_TWO_WAYS = re.compile(r"[-+]?(0[\d_]*[1-9][\d_]*|\d+(:\d+)+(\.\d*)?)")
+"""``010`` is 8 to YAML and 10 to Python, ``1:30`` is 90 to YAML."""
 
 
 def parse(word: str) -> Override:
@@ -120,11 +122,18 @@ def of_target(leaves: Mapping[str, Any], key: str, cwd: Path) -> Text | None:
 
 
 def kept(raw: str, value: Any, key: str, leaves: Mapping[str, Any], cwd: Path) -> Any:
-    """What was meant by ``raw``, which Hydra or YAML has read as ``value``, for a key of the user's own work."""
+    """What was meant by ``raw``, which Hydra or YAML has read as ``value``, for a key of the user's own work.
+
+    Raises:
+        ConfigError: a number that is read in two ways.
+    """
     text = of_schema(key) or of_target(leaves, key, cwd)
     if isinstance(value, list):
         parts = [part.strip() for part in raw.removeprefix("[").removesuffix("]").split(",")]
         if text is None or not text.items or len(parts) != len(value):
+            if len(parts) == len(value):
+                for part, each in zip(parts, value, strict=True):
+                    _check_number(part, each, key)
             return value
         return [
             part if isinstance(each, bool | int | float) else each
@@ -134,9 +143,30 @@ def kept(raw: str, value: Any, key: str, leaves: Mapping[str, Any], cwd: Path) -
         return value
     if text is not None and text.itself:
         return raw if _is_other(value, text, key) else value
-    if value is None or isinstance(value, bool) or (text is not None and text.known):
+    if value is None or isinstance(value, bool):
         return value
-    return raw if _is_no_number(raw, value, key) else value
+    if (text is None or not text.known) and _is_no_number(raw, value, key):
+        return raw
+    _check_number(raw, value, key)
+    return value
+
+
+def _check_number(raw: str, value: Any, key: str) -> None:
+    """
+    Raises:
+        ConfigError: a number that is read in two ways.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not _READ_TWO_WAYS.fullmatch(raw):
+        return
+    if ":" in raw:
+        raise ConfigError(
+            f"{key}: {raw} is read as {value} by YAML and as no number by others. Write it out."
+        )
+    quotes = "" if of_schema(key) else f', or "{raw}" in quotes inside of quotes for a text'
+    raise ConfigError(
+        f"{key}: {raw} begins with a zero, which YAML reads as octal and others as decimal. Write "
+        f"{raw.lstrip('+-0_')}{quotes}."
+    )
 
 
 def _is_no_number(raw: str, value: Any, key: str) -> bool:
