@@ -18,7 +18,7 @@ import torch
 from hostile import Payload
 
 from gatrain import cli
-from gatrain.data import TextWindows, token_scan
+from gatrain.data import TextWindows, token_file, token_scan
 from gatrain.data.token_file import TokenFile, open_tokens
 from gatrain.errors import DataError
 
@@ -315,3 +315,27 @@ def test_the_command_line_names_file_place_and_id(tmp_path: Path, capfd: pytest.
     assert ended.value.code == 4, err
     assert "token id 40000 at place 1,300" in err
     assert not (tmp_path / "outputs").exists()
+
+
+def test_a_file_that_is_written_to_while_it_is_read_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_file, "LOOKS_S", 0.0)
+    path = tmp_path / "a.bin"
+    first, other = IDS, np.ascontiguousarray(IDS[::-1])
+    first.tofile(path)
+    data = windows(path)
+    sample, elsewhere = data.train[0], pickle.dumps(data.train)
+    path.rename(tmp_path / "b.bin")
+    assert torch.equal(data.train[0], sample)  # what is mapped is still there
+    with pytest.raises(DataError, match="cannot read"):
+        pickle.loads(elsewhere)[0]
+    other.tofile(path)
+    assert torch.equal(data.train[0], sample)  # another file, which is not mapped
+    with pytest.raises(DataError, match="was written to while it was in use"):
+        pickle.loads(elsewhere)[0]
+    data = windows(path)
+    data.train[0]
+    first.tofile(path)  # in place
+    with pytest.raises(DataError, match="was written to while it was in use"):
+        data.train[0]

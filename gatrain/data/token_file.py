@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -12,16 +13,21 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from gatrain.data.folders import unreadable
 from gatrain.data.token_layout import Array, layout
 from gatrain.data.token_scan import Scan, converted, first_outside, fitting_dtypes, scan, too_narrow
 from gatrain.errors import DataError
+
+LOOKS_S = 0.1
+"""Between two looks at whether a mapped file is still what it was, in seconds."""
 
 
 class TokenFile:
     """A flat array of integers in an ``.npy`` file or in a ``.bin`` file, raw or with a header of a known kind.
 
     The mapping is opened where it is first used and is not pickled, so the object travels to worker processes
-    as a path.
+    as a path. A file that is written to while it is in use would give other tokens in silence: it is looked at when
+    it is mapped and every `LOOKS_S` of reading.
 
     Args:
         path: the file.
@@ -33,18 +39,45 @@ class TokenFile:
 
     def __init__(self, path: Path, dtype: str = "uint16") -> None:
         self.path = path
+        self._written = _size_and_time(path) if path.is_file() else None
         self.layout = layout(path, dtype)
         self._array: Array | None = None
+        self._next_look = 0.0
+        self._inode = 0
         self.size = self.layout.size
 
     @property
     def array(self) -> Array:
-        """The tokens, ``[size]``, read-only, not loaded."""
+        """The tokens, ``[size]``, read-only, not loaded.
+
+        Raises:
+            DataError: the file was written to since it was opened first.
+        """
+        if (now := time.monotonic()) >= self._next_look:
+            self._check_unchanged()
+            self._next_look = now + LOOKS_S
         if self._array is None:
             self._array = np.memmap(
                 self.path, dtype=self.layout.dtype, mode="r", offset=self.layout.offset, shape=(self.size,)
             )
         return self._array
+
+    def _check_unchanged(self) -> None:
+        """What is mapped stays where another file takes its name, or none has it any more."""
+        try:
+            stat = self.path.stat()
+        except OSError as error:
+            if self._array is not None:
+                return
+            raise unreadable(self.path, error) from error
+        if self._array is None:
+            self._inode = stat.st_ino
+        if stat.st_ino == self._inode and (stat.st_size, stat.st_mtime_ns) != self._written:
+            raise DataError(
+                f"{self.path} was written to while it was in use: what was read of it last may be other data. "
+                "Leave token files alone while a run reads them; put new ones beside them or in their place by mv. "
+                "gatrain resume compares what the file holds now with what it held."
+            )
 
     def read(self, start: int, stop: int) -> Array:
         """Tokens ``start`` to ``stop``, ``[stop - start]``."""
@@ -62,7 +95,7 @@ class TokenFile:
         return [self]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_array": None}
+        return {**self.__dict__, "_array": None, "_next_look": 0.0}
 
     def check_ids(self, vocab_size: int, cache_dir: Path | None = None) -> Scan:
         """Look at every token once, for ids outside the vocabulary and for numbers of another width.
@@ -105,6 +138,14 @@ class TokenFile:
                 f"{vocab_size} allows 0 to {vocab_size - 1}. {advice}."
             )
         return found
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise unreadable(path, error) from error
+    return stat.st_size, stat.st_mtime_ns
 
 
 class TokenShards:

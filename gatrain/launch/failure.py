@@ -19,7 +19,8 @@ HINTS = {
         "train.data_workers, or ask for more memory."
     ),
     signal.SIGBUS: (
-        "Most often /dev/shm is full: lower train.data_workers, or give the container more shared memory."
+        "Most often /dev/shm is full: lower train.data_workers, or give the container more shared memory. Or a "
+        "file of the data was cut off while it was read, or its disk failed."
     ),
     signal.SIGSEGV: "A compiled library crashed; the log has the Python stack.",
     signal.SIGABRT: "A compiled library gave up; the log may say why.",
