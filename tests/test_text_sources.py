@@ -804,6 +804,16 @@ def test_paths_fields_and_encodings_stay_text_on_the_command_line(tmp_path: Path
 # Through the command line: the documented exit code, one sentence, and no run folder
 
 
+def test_a_parquet_file_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(table, tmp_path / "twice.parquet")
+    with pytest.raises(DataError, match="has two columns called 'text'"):
+        windows("twice.parquet")
+
+
 def test_the_command_line_tells_it_in_one_sentence(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "latin1.txt").write_bytes(LATIN.encode("cp1252"))
     for words, code in (

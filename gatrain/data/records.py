@@ -376,6 +376,8 @@ def _parquet(file: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, Record
         wanted = [
             name for name in there if name in columns or name in {each.split(".")[0] for each in columns}
         ]
+        if (twice := next((name for name in wanted if there.count(name) > 1), None)) is not None:
+            raise DataError(f"{file} has two columns called {twice!r}. Give each column its own name.")
         chosen = wanted or None  # none of them: the first row's error names what is there
         batches = table.iter_batches(batch_size=PARQUET_ROWS, columns=chosen)
         while True:
