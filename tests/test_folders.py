@@ -283,3 +283,9 @@ def test_classes_that_only_sound_like_splits_are_classes(tmp_path: Path, name: s
     assert not looks_like_split(name)
     make(tmp_path, f"{name}/1.txt", "other/1.txt")
     assert splits(tmp_path, Omissions()) is None
+
+
+def test_nobody_is_told_to_train_on_what_is_held_out(tmp_path: Path) -> None:
+    make(tmp_path, "trian/x/1.txt", "val/x/1.txt")
+    with pytest.raises(DataError, match=r"data\.path=FOLDER to train on data\.eval_path=\S+/val,"):
+        splits(tmp_path, Omissions())

@@ -148,10 +148,11 @@ def _doubt(folders: Sequence[Path], option: str) -> DataError:
     names = ", ".join(shown(os.path.join(folder.parent.name, folder.name)) for folder in folders[:6])
     only = len(folders) == 1
     these = "this looks like a split, not a class" if only else "these look like splits, not classes"
-    train = next((each for each in folders if "train" in each.name.lower()), folders[0])
+    to_train_on = [each for each in folders if split_kind(each.name) != "held-out"]
+    train = next((each for each in to_train_on if "train" in each.name.lower()), (*to_train_on, None)[0])
     held_out = next((each for each in folders if each != train and "train" not in each.name.lower()), None)
     keys = [
-        shlex.quote(f"data.path={train}"),
+        shlex.quote(f"data.path={train}") if train else "data.path=FOLDER to train on",
         *([shlex.quote(f"data.eval_path={held_out}")] if held_out else []),
     ]
     return DataError(
