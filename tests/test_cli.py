@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -96,6 +97,23 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     assert code == 0
     for option in SURFACE[command]:
         assert option in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["Fit", "recipe=llm"], "Did you mean 'fit'"),
+        (["--retune", "fit", "recipe=llm"], r"one of gatrain fit, .* stands after it"),
+        (["fit", "--recipe", "llm"], "Settings have no dashes: recipe=VALUE"),
+    ],
+)
+def test_words_in_the_wrong_place_are_answered_with_the_right_one(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = call(capsys, *words)
+    assert code == 2
+    assert re.search(message, err)
+    assert call(capsys, words[0].lower() if words[0][0] != "-" else "fit", "-h")[0] == 0
 
 
 @pytest.mark.parametrize("words", [["show", "recipe=llm"], ["doctor"], ["doctor", "recipe=llm"]])

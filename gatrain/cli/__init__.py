@@ -113,6 +113,7 @@ def _exit_codes() -> str:
 
 app = typer.Typer(
     rich_markup_mode="rich",
+    context_settings={"help_option_names": ["--help", "-h"]},
     epilog=_exit_codes(),
     help="Name the effective batch size; gatrain trains at exactly that size, as fast as this hardware can.",
 )
@@ -206,7 +207,7 @@ def plan(
 
     if (gpu is None) != every:
         raise ConfigError(
-            f"plan needs {'only one of' if every else ''} --gpu NAME or --gpus (all that it knows)."
+            f"plan needs {'only one of ' if every else ''}--gpu NAME or --gpus (all that it knows)."
         )
     found = list(GPUS) if gpu is None else [find_gpu(gpu)]
     composed = compose(overrides or [])

@@ -191,16 +191,19 @@ def usage_text(error: Exception, arguments: Sequence[str], commands: Sequence[st
             from gatrain.commands import typed
 
             return f"'{first}' stands where a command belongs. Did you mean: {typed('fit', *arguments)}"
-        return f"there is no command '{first}'.{nearest(first, commands)} Commands: {', '.join(commands)}."
+        return f"there is no command '{first}'.{nearest(first.lower(), commands)} Commands: {', '.join(commands)}."
     if text.startswith("No such option"):
         option = str(getattr(error, "option_name", ""))
         if answer := options_elsewhere.answer(option, arguments):
             return answer
         context = getattr(error, "ctx", None)
         hint = nearest(option, _options(getattr(context, "command", None)))
-        siblings = getattr(getattr(getattr(context, "parent", None), "command", None), "commands", {})
+        group = getattr(context, "parent", None) or context  # before the command it is the group's
+        siblings = getattr(getattr(group, "command", None), "commands", {})
         if owners := [f"gatrain {name}" for name, command in siblings.items() if option in _options(command)]:
-            hint = f" It is one of {', '.join(owners)}."
+            hint = f" It is one of {', '.join(owners)}{', and stands after it' if group is context else ''}."
+        if option == "--recipe":  # not as near as it looks
+            hint = ""
         if not hint and first in commands and not option.lstrip("-").isdigit():
             hint = f" Settings have no dashes: {option.lstrip('-').partition('=')[0]}=VALUE."
         where = first if first in commands else ""
