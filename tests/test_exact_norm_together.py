@@ -238,7 +238,7 @@ def test_parameters_that_no_loss_depends_on_get_no_gradient() -> None:
 def test_without_room_for_a_window_it_is_computed_layer_by_layer_and_that_is_said(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(exact_norm, "room_now", lambda step, count: Room(1e4, 1e4))
+    monkeypatch.setattr(exact_norm, "room_now", lambda *given: Room(1e4, 1e4))
     strategy, wanted = ExactNorm(), one_shot(seeded(UNet), data(9))
     model = seeded(UNet)
     assert relative_error(split(model, data(9), SIZES, strategy), wanted) < 1e-13
@@ -251,7 +251,7 @@ def test_without_room_for_a_window_it_is_computed_layer_by_layer_and_that_is_sai
 def test_the_first_window_that_is_computed_together_is_looked_at_whatever_came_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(exact_norm, "room_now", lambda step, count: Room(0, 0))
+    monkeypatch.setattr(exact_norm, "room_now", lambda *given: Room(0, 0))
     strategy, wanted = (
         ExactNorm(),
         one_shot(seeded(apart := lambda: Aside(_away, lambda m: _elsewhere[0])), data(9)),
@@ -280,7 +280,7 @@ def test_what_does_not_fit_on_the_device_waits_in_main_memory(monkeypatch: pytes
     assert strategy._look is not None
     needed = strategy._look.window_bytes(window(data(9), SIZES))
     strategy = ExactNorm()
-    monkeypatch.setattr(exact_norm, "room_now", lambda step, count: Room(needed / 2, 1e9))
+    monkeypatch.setattr(exact_norm, "room_now", lambda *given: Room(needed / 2, 1e9))
     assert relative_error(split(seeded(UNet), data(9), SIZES, strategy), wanted) < 1e-13
     assert strategy.way == TOGETHER
     assert "in main memory" in strategy.news()[0]

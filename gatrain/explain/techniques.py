@@ -55,7 +55,11 @@ def batch_norm(situation: Situation) -> Iterable[Row]:
     """What micro-batches mean for BatchNorm."""
     names, plan = situation.found.batch_norms, situation.plan
     if not names:
-        yield Row("BatchNorm", "none", "No layer depends on which samples share a micro-batch.")
+        # what norm made of them, and what it costs
+        said = next((each for each in situation.found.remarks if each.startswith("norm=")), "")
+        state, _, text = said.partition(": ")
+        independent = "No layer depends on which samples share a micro-batch."
+        yield Row("BatchNorm", state or "none", text[:1].upper() + text[1:] or independent)
         return
     smallest = min(size for rank in plan.micro_batches for size in rank)
     if sum(map(len, plan.micro_batches)) == 1:

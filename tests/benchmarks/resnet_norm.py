@@ -103,7 +103,7 @@ def difference(given: Tensor, wanted: Tensor) -> float:
     return float((given - wanted).norm() / wanted.norm().clamp(min=1e-30))
 
 
-def third_of_room(step: Step, micro_batches: int) -> Room:
+def third_of_room(step: Step, micro_batches: int, fraction: float) -> Room:
     """Room on the device for a third of a window's activations."""
     assert isinstance(step.strategy, ExactNorm)
     assert step.strategy._look is not None

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gatrain.config import RunConfig
+from gatrain.config import RunConfig, TuneConfig
 from gatrain.errors import ConfigError, ExactnessError
 from gatrain.train.gradient import StepCost
 from gatrain.train.gradient.plain import Plain
@@ -36,7 +36,7 @@ from gatrain.train.norm.over_window import WindowNorms
 from gatrain.train.norm.room import Room, room_now
 from gatrain.train.norm.together import Together
 from gatrain.train.seeding import derive_seed
-from gatrain.units import GIB
+from gatrain.units import size
 
 if TYPE_CHECKING:
     from gatrain.train.step import Step
@@ -65,6 +65,7 @@ class ExactNorm(Plain):
 
     def __init__(self, activations: str = "auto") -> None:
         self._asked = activations
+        self._fraction = TuneConfig().memory_fraction
         self._look: Look | None = None
         self._room: Room | None = None
         self._is_compared = False
@@ -81,6 +82,7 @@ class ExactNorm(Plain):
     # --- before the run -----------------------------------------------------------------------------------
 
     def check(self, config: RunConfig) -> None:
+        self._fraction = config.tune.memory_fraction
         if config.compile is True:
             raise ConfigError(
                 "norm=exact halts forwards at each BatchNorm layer, which compiled code cannot: leave compile out."
@@ -128,7 +130,7 @@ class ExactNorm(Plain):
                 with_graph = self._asked != "micro_batch"
                 self._look = look(window, step, buffers, names, with_graph=with_graph)
                 self._draws_on_host = self._look.draws_on_host
-                self._room = room_now(step, len(window.micro_batches))
+                self._room = room_now(step, len(window.micro_batches), self._fraction)
             norms = self._together(window, step, buffers, names)
             if norms is None:
                 self.way = LAYERED
@@ -192,8 +194,8 @@ class ExactNorm(Plain):
         mine = self._obstacle(window, step)
         if mine is None and away is None and self._asked == "auto":
             mine = Leave(
-                f"the activations of a window take {needed / GIB:.1f} GiB and there is room for "
-                f"{(self._room.device + self._room.host) / GIB:.1f} GiB, main memory included",
+                f"the activations of a window take {size(needed)} and there is room for "
+                f"{size(self._room.device + self._room.host)}, main memory included",
                 for_good=False,
             )
         leave = next((each for each in step.parallel.gather_values(mine) if each is not None), None)
@@ -240,12 +242,12 @@ class ExactNorm(Plain):
         )
 
     def _tell(self, window: LoadedWindow, needed: float, away: float) -> None:
-        where = f", {away / GIB:.1f} GiB of them in main memory" if away else ""
+        where = f", {size(away)} of them in main memory" if away else ""
         self._say(
             TOGETHER,
             f"norm=exact: the {len(window.micro_batches)} micro-batches of a step are computed together, each once "
-            f"forward and once backward as with norm=keep; their activations, about {needed / GIB:.1f} GiB on each "
-            f"rank, are held at once{where}.",
+            f"forward and once backward as with norm=keep; their activations, about {size(needed)} on each rank, "
+            f"are held at once{where}.",
         )
 
     def _say(self, key: str, text: str) -> None:

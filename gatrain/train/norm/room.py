@@ -15,8 +15,6 @@ TRANSIENT = 1.25
 """What a forward and backward take at the most, in units of what is kept between them."""
 HOST_SHARE = 0.6
 """Of main memory that is available: the rest is for others, and for rounding pinned blocks up."""
-SPARE = 0.05
-"""Of a GPU, left for what lies outside the allocator."""
 THREAD_BYTES = 40 * MIB
 """On a GPU, by thread that computes: cuBLAS has a workspace for each (32 MiB on Hopper)."""
 
@@ -34,16 +32,20 @@ class Room(NamedTuple):
         return away if away <= self.host else None
 
 
-def room_now(step: Step, micro_batches: int) -> Room:
-    """Before a window, when nothing of it is in memory."""
-    host = available_memory() * HOST_SHARE / _ranks_here(step)
+def room_now(step: Step, micro_batches: int, fraction: float) -> Room:
+    """Before a window, when nothing of it is in memory.
+
+    Args:
+        fraction: of free memory that may be used, as ``tune.memory_fraction`` says.
+    """
+    host = available_memory() * min(HOST_SHARE, fraction) / _ranks_here(step)
     if step.device.type != "cuda":
         return Room(host / TRANSIENT, 0.0)
-    free, total = torch.cuda.mem_get_info(step.device)
+    free, _ = torch.cuda.mem_get_info(step.device)
     cached = torch.cuda.memory_reserved(step.device) - torch.cuda.memory_allocated(step.device)
     # gradients, and what an optimizer keeps from its first update on
     trained = 3 * sum(p.numel() * p.element_size() for p in step.parallel.parameters)
-    left = free + cached - SPARE * total - trained - THREAD_BYTES * micro_batches
+    left = (free + cached) * fraction - trained - THREAD_BYTES * micro_batches
     return Room(max(0.0, left / TRANSIENT), host)
 
 
