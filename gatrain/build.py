@@ -17,7 +17,7 @@ from torch import nn
 from gatrain import doors, targets
 from gatrain.batch import typical_samples
 from gatrain.causes import told
-from gatrain.config import OPEN_NODES, OptimizerConfig, RunConfig
+from gatrain.config import OPEN_NODES, REDUCE_OVERHEAD, OptimizerConfig, RunConfig
 from gatrain.construction import build_without_memory_or_really, check_numbers, check_shapes, kept_defaults
 from gatrain.errors import ConfigError, DataError, GatrainError
 from gatrain.phase_config import phase_configs
@@ -445,6 +445,11 @@ def build_strategy(config: RunConfig) -> GradientStrategy:
             )
         made = of_norm
     made.check(config)
+    if config.compile == REDUCE_OVERHEAD and type(made) is not Plain:
+        raise ConfigError(
+            f"compile={REDUCE_OVERHEAD} replays a forward and the backward that follows it, and "
+            f"{type(made).__name__} computes windows in another way. Use compile=true."
+        )
     return made
 
 

@@ -14,7 +14,7 @@ from gatrain.batch_rule import RULES as RULES
 from gatrain.batch_stages import UNITS as UNITS
 from gatrain.batch_stages import BatchStages, read_stages, spelt
 from gatrain.config_checks import above_zero, at_least, one_of
-from gatrain.errors import ConfigError
+from gatrain.errors import ConfigError, nearest
 from gatrain.optimizer_config import OPTIMIZERS as OPTIMIZERS
 from gatrain.optimizer_config import AdamWConfig as AdamWConfig
 from gatrain.optimizer_config import OptimizerConfig as OptimizerConfig
@@ -27,6 +27,8 @@ OPEN_NODES = ("model", "data", "loss", "task")
 """Sections for the user's own work, with keys that only the ``_target_`` knows."""
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 CHECKPOINTING = ("auto", "none", "selective", "every_4", "every_3", "every_2", "full", "offload")
+REDUCE_OVERHEAD = "reduce-overhead"
+"""Of ``compile``, as torch calls it: compiled code is replayed as CUDA graphs."""
 SYNCS = ("auto", "overlap", "window")
 DEVICES = ("auto", "cpu", "cuda")
 NONFINITE = ("stop", "skip")
@@ -167,7 +169,8 @@ class RunConfig:
     ``every_2`` (``full`` for every second block; also 3, 4), ``offload`` (keep all, in main memory; ``auto``
     does not try it)."""
     compile: Any = "auto"
-    """torch.compile of the loss computation: true, false, or ``auto`` (on a GPU, when trials show a gain)."""
+    """torch.compile of the loss computation: true, false, ``reduce-overhead`` (and replayed as CUDA graphs, where
+    the GPU waits for the host), or ``auto`` (on a GPU, when trials show a gain)."""
     sync: str = "auto"
     """How gradients are reduced: ``overlap`` (in the last backward) or ``window`` (at once, after agreement)."""
     order: Any = "shuffle"
@@ -217,10 +220,10 @@ def validate(config: RunConfig) -> None:
     one_of("checkpointing", config.checkpointing, CHECKPOINTING)
     one_of("sync", config.sync, SYNCS)
     one_of("device", config.device, DEVICES)
-    if config.compile not in (True, False, "auto") or (
-        config.compile in (0, 1) and config.compile is not bool(config.compile)
-    ):
-        raise ConfigError(f"compile={config.compile!r} is not one of true, false, auto.")
+    if not (isinstance(config.compile, bool) or config.compile in ("auto", REDUCE_OVERHEAD)):
+        allowed = ("true", "false", "auto", REDUCE_OVERHEAD)
+        hint = nearest(str(config.compile), allowed)
+        raise ConfigError(f"compile={config.compile!r} is not one of {', '.join(allowed)}.{hint}")
     _check_batch(config.batch)
     micro = config.batch.micro
     if micro != "auto" and (isinstance(micro, bool) or not isinstance(micro, int) or micro < 1):

@@ -9,7 +9,7 @@ from typing import Any
 
 from gatrain import codec, schema
 from gatrain.batch import Split
-from gatrain.config import CHECKPOINTING, PRECISIONS, SYNCS
+from gatrain.config import CHECKPOINTING, PRECISIONS, REDUCE_OVERHEAD, SYNCS
 
 FITS, DOES_NOT_FIT, FAILED, SKIPPED = "fits", "does_not_fit", "failed", "skipped"
 
@@ -20,7 +20,8 @@ class StepSettings:
 
     precision: str
     checkpointing: str
-    compile: bool
+    compile: bool | str
+    """True, False, or ``reduce-overhead``: compiled, and replayed as CUDA graphs."""
     sync: str
     knobs: Mapping[str, bool | int | float | str] = field(default_factory=dict, hash=False)
     """Values of further knobs (`gatrain.knob`) by their names; one that is not named is left alone."""
@@ -30,14 +31,28 @@ class StepSettings:
         """The further knobs, such as ``attention=flash``; empty where there are none."""
         return ", ".join(f"{name}={value}" for name, value in sorted(self.knobs.items()))
 
+    @property
+    def compile_text(self) -> str:
+        """How it is compiled, for people."""
+        return compile_text(self.compile)
+
     def check(self) -> None:
         """
         Raises:
             ValueError: names the value that is none of those allowed.
         """
+        if not isinstance(self.compile, bool):
+            schema.one_of((REDUCE_OVERHEAD,), compile=self.compile)
         schema.one_of(PRECISIONS[1:], precision=self.precision)
         schema.one_of(CHECKPOINTING[1:], checkpointing=self.checkpointing)
         schema.one_of(SYNCS[1:], sync=self.sync)
+
+
+def compile_text(value: bool | str) -> str:
+    """A value of ``compile``, for people."""
+    if value == REDUCE_OVERHEAD:
+        return "compiled with CUDA graphs"
+    return "compiled" if value else "not compiled"
 
 
 @dataclass(frozen=True)
@@ -91,6 +106,8 @@ class Measurement:
     """Not measured: see `gatrain.tune.search.extended`."""
     noise: float | None = None
     """Relative standard error of ``micro_step_s``, from the spread of the repeats on the noisiest rank."""
+    host_s: float | None = None
+    """Seconds in which the host hands a micro-step to a GPU; near ``micro_step_s`` where the GPU waits for it."""
     host_bytes: int | None = None
     """Main memory of one micro-batch before it goes to the device."""
     spread: float | None = None

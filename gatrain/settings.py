@@ -21,7 +21,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "checkpointing": config.CHECKPOINTING,
     "sync": config.SYNCS,
     "device": config.DEVICES,
-    "compile": ("auto", True, False),
+    "compile": ("auto", True, False, config.REDUCE_OVERHEAD),
     "train.nonfinite": config.NONFINITE,
     "train.check": config.CHECKS,
     "batch.effective_by": config.UNITS,

@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 
 from gatrain import batch, codec, hardware, main_memory, tune
 from gatrain.batch import Split
-from gatrain.config import AdamWConfig, BatchConfig, RunConfig, SGDConfig, TrainConfig, TuneConfig
+from gatrain.config import (
+    REDUCE_OVERHEAD,
+    AdamWConfig,
+    BatchConfig,
+    RunConfig,
+    SGDConfig,
+    TrainConfig,
+    TuneConfig,
+)
 from gatrain.errors import ConfigError, DoesNotFitError, Interrupted, LaunchError, PlanError, WorkerError
 from gatrain.hardware import Hardware
 from gatrain.inspected import Inspected
@@ -70,9 +78,12 @@ class Machine:
         loss: Callable[[int], float] = lambda size: 2.0,
         compiled: float = 1.0,
         checkpointed: float = 1.3,
+        replayed: float = 1.0,
+        host: float | None = None,
     ) -> None:
         self.seconds, self.largest, self.loss = seconds, largest, loss
         self.compiled, self.checkpointed = compiled, checkpointed
+        self.replayed, self.host = replayed, host
         self.asked: list[protocol.TrialSpec] = []
         self.interrupt_after: int | None = None
         self.crash_at: int | None = None
@@ -85,6 +96,7 @@ class Machine:
         largest = self.largest if isinstance(self.largest, int) else self.largest[way.checkpointing]
         factor = self.compiled if way.compile else 1.0
         factor *= 1.0 if way.checkpointing == "none" else self.checkpointed
+        factor *= self.replayed if way.compile == REDUCE_OVERHEAD else 1.0
         with open(folder / protocol.LINES, "a") as file:
 
             def line(**content: Any) -> None:
@@ -108,6 +120,7 @@ class Machine:
                     optimizer_s=0.003,
                     loss=self.loss(size),
                     reference_loss=self.loss(asked.sizes[0]),
+                    host_s=self.host * self.seconds(size) * factor if self.host is not None else None,
                 )
                 line(event="trial", measurement=dataclasses.asdict(measured))
                 if not fits:
@@ -283,6 +296,37 @@ def test_compilation_is_measured_for_the_best_few_on_a_gpu(monkeypatch: pytest.M
     assert [asked.settings.compile for asked in machine.asked] == [False, True]
     assert machine.asked[1].sizes == (64,)
     assert not plan_on(Machine(compiled=1.0), config_of(64), hardware=CUDA, retune=True).settings.compile
+
+
+@pytest.mark.parametrize(
+    ("host", "replayed", "options", "chosen", "tried"),
+    [
+        (0.9, 0.5, {}, REDUCE_OVERHEAD, [False, True, REDUCE_OVERHEAD]),
+        (0.9, 1.0, {}, True, [False, True, REDUCE_OVERHEAD]),
+        (0.1, 0.5, {}, True, [False, True]),
+        (0.9, 0.5, {"gradient": "bf16_kahan"}, True, [False, True]),
+        (0.9, 0.5, {"dropout": "keyed"}, True, [False, True]),
+        (0.9, 0.5, {"compile": True}, True, [False, True]),
+        (0.1, 1.5, {"compile": REDUCE_OVERHEAD}, REDUCE_OVERHEAD, [False, REDUCE_OVERHEAD]),
+        (0.9, 0.5, {"compile": False}, False, [False]),
+    ],
+)
+def test_cuda_graphs_are_tried_where_the_gpu_waits_for_the_host(
+    monkeypatch: pytest.MonkeyPatch,
+    host: float,
+    replayed: float,
+    options: dict[str, Any],
+    chosen: bool | str,
+    tried: list[bool | str],
+) -> None:
+    monkeypatch.setattr("gatrain.tune.knobs.can_compile", lambda: True)
+    machine = Machine(compiled=0.7, replayed=replayed, host=host)
+    plan = plan_on(machine, config_of(64, **options), hardware=CUDA)
+    assert plan.settings.compile == chosen
+    assert [asked.settings.compile for asked in machine.asked] == tried
+    assert codec.decode(StepSettings, codec.encode(plan.settings)) == plan.settings
+    again = plan_on(no_trial, config_of(64, **options), hardware=CUDA)
+    assert again.settings == plan.settings
 
 
 def test_compilation_that_is_asked_for_is_not_measured_along_the_whole_curve() -> None:

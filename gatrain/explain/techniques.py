@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from gatrain import build, doors
+from gatrain.config import REDUCE_OVERHEAD
 from gatrain.explain.row import Row, Situation
 
 SMALL_GROUP = 32
@@ -102,7 +103,10 @@ def compiled(situation: Situation) -> Iterable[Row]:
         text = "Every operator runs by itself." + (
             "" if situation.on_gpu else " On a CPU nothing is compiled by auto."
         )
-    yield Row("compile", f"{'on' if is_compiled else 'off'}, {asked}", text)
+    state = ("with CUDA graphs" if is_compiled == REDUCE_OVERHEAD else "on") if is_compiled else "off"
+    if is_compiled == REDUCE_OVERHEAD:
+        text += " The GPU is handed a whole micro-step at once instead of kernel by kernel."
+    yield Row("compile", f"{state}, {asked}", text)
 
 
 def clipping(situation: Situation) -> Iterable[Row]:

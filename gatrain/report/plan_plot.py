@@ -12,7 +12,7 @@ from typing import Any
 from gatrain import plan as plans
 from gatrain import units
 from gatrain.errors import ConfigError
-from gatrain.plan import Plan
+from gatrain.plan import Plan, compile_text
 from gatrain.report import text
 from gatrain.report.braille import Canvas
 from gatrain.rundir import atomic_file
@@ -158,10 +158,12 @@ def plan_figure(plan: Plan) -> Any:
         1.15 * max((trial.peak_memory_bytes or units.MIB) / units.GIB for trial in measured),
     )
     chosen = _way(plan)
-    ways = sorted({_way(trial) for trial in tried}, key=lambda way: (way != chosen, way))
+    ways = sorted({_way(trial) for trial in tried}, key=lambda way: (way != chosen, *map(str, way)))
     refused_label: str | None = "does not fit"
     for index, way in enumerate(ways):
-        words = [way[0], f"checkpointing {way[1]}", *(["compiled"] * way[2]), *([way[3]] * bool(way[3]))]
+        words = [way[0], f"checkpointing {way[1]}"]
+        words += [compile_text(way[2])] if way[2] else []
+        words += [way[3]] if way[3] else []
         color, label = f"C{index}", ", ".join(words)
         same = sorted((t for t in tried if _way(t) == way), key=lambda trial: trial.micro_batch)
         rates = [(t.micro_batch, t.samples_per_s) for t in same if t in measured]
@@ -200,6 +202,6 @@ def plan_figure(plan: Plan) -> Any:
     return figure
 
 
-def _way(of: plans.Trial | Plan) -> tuple[str, str, bool, str]:
+def _way(of: plans.Trial | Plan) -> tuple[str, str, bool | str, str]:
     way = of.settings
     return way.precision, way.checkpointing, way.compile, way.knob_text

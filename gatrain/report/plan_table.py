@@ -13,12 +13,13 @@ from rich.table import Table
 from rich.text import Text
 
 from gatrain import batch, units
-from gatrain.config import CHECKPOINTING
-from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, SKIPPED, Plan, Trial
+from gatrain.config import CHECKPOINTING, REDUCE_OVERHEAD
+from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, SKIPPED, Plan, Trial, compile_text
 from gatrain.report import text
 
 _OUTCOMES = {FITS: "fits", DOES_NOT_FIT: "does not fit", FAILED: "failed", SKIPPED: "skipped"}
 _STYLES = {FITS: "green", DOES_NOT_FIT: "red", FAILED: "bold red", SKIPPED: "dim"}
+_COMPILED: dict[bool | str, str] = {True: "yes", REDUCE_OVERHEAD: "graphs", False: "no"}
 _MARK = "->"
 _NO_VALUE = "-"
 
@@ -47,8 +48,8 @@ _COLUMNS = (
     _Column("preci-\nsion", lambda _, trial: trial.settings.precision, constant=lambda v: v),
     _Column(
         "com-\npiled",
-        lambda _, trial: "yes" if trial.settings.compile else "no",
-        constant=lambda v: "compiled" if v == "yes" else "not compiled",
+        lambda _, trial: _COMPILED[trial.settings.compile],
+        constant=lambda v: next(compile_text(value) for value, word in _COMPILED.items() if word == v),
     ),
     _Column("\nknobs", lambda _, trial: trial.settings.knob_text or _NO_VALUE, optional=True),
     _Column("\nresult", lambda _, trial: _OUTCOMES.get(trial.outcome, trial.outcome)),
@@ -144,11 +145,18 @@ def chosen_trial(plan: Plan) -> Trial | None:
 def sorted_trials(plan: Plan) -> list[Trial]:
     """All trials: the chosen way of computing first, then the other ways; in each by micro-batch."""
 
-    def order(trial: Trial) -> tuple[bool, int, str, bool, str, int]:
+    def order(trial: Trial) -> tuple[bool, int, str, int, str, int]:
         way = trial.settings
         level = CHECKPOINTING.index(way.checkpointing)
         is_other = _variant(trial) != _variant(plan)
-        return is_other, level, way.precision, not way.compile, way.knob_text, trial.micro_batch
+        return (
+            is_other,
+            level,
+            way.precision,
+            list(_COMPILED).index(way.compile),
+            way.knob_text,
+            trial.micro_batch,
+        )
 
     return sorted(plan.trials, key=order)
 
@@ -229,7 +237,7 @@ def split_lines(plan: Plan) -> list[str]:
         "no checkpointing"
         if plan.settings.checkpointing == "none"
         else f"{text.clean(plan.settings.checkpointing)} checkpointing",
-        "compiled" if plan.settings.compile else "not compiled",
+        plan.settings.compile_text,
         f"sync {text.clean(plan.settings.sync)}",
         *([text.clean(plan.settings.knob_text)] if plan.settings.knobs else []),
     ]
@@ -282,7 +290,7 @@ def _accumulation(plan: Plan, trial: Trial) -> int:
     return -(-batch.Split(plan.effective_batch, plan.world_size).share // trial.micro_batch)
 
 
-def _variant(of: Plan | Trial) -> tuple[str, str, bool, str]:
+def _variant(of: Plan | Trial) -> tuple[str, str, bool | str, str]:
     way = of.settings
     return way.precision, way.checkpointing, way.compile, way.knob_text
 

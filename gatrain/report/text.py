@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gatrain import commands, units
+from gatrain.plan import compile_text
 from gatrain.train.events import RunInfo
 from gatrain.train.records import RunSummary
 
@@ -103,7 +104,7 @@ def header_rows(info: RunInfo) -> list[tuple[str, str]]:
         clean(info.precision),
         *([f"{clean(info.half_dtypes)} parameters with fp32 master weights"] if info.half_dtypes else []),
         "no checkpointing" if info.checkpointing == "none" else f"{clean(info.checkpointing)} checkpointing",
-        "compiled" if info.compile else "not compiled",
+        compile_text(info.compile),
         f"sync {clean(info.sync)}",
     ]
     count = units.plural(info.train_samples, "sample") if info.train_samples else "a stream"

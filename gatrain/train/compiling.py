@@ -20,6 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
 from gatrain.tasks.base import Batch, Task, asks_for_step
+from gatrain.train import cuda_graphs
 from gatrain.train.checkpointing import blocks_of
 from gatrain.train.lengths import shapes_of
 
@@ -46,18 +47,27 @@ class CompiledLossSum:
     Args:
         model: its repeated blocks run compiled inside this function, and as they are everywhere else.
         backend: of `torch.compile`.
+        replays: as CUDA graphs (`gatrain.train.cuda_graphs`), where each backward follows its forward at once.
     """
 
     def __init__(
-        self, task: Task, model: nn.Module, backend: Any = "inductor", method: str = "loss_sum"
+        self,
+        task: Task,
+        model: nn.Module,
+        backend: Any = "inductor",
+        method: str = "loss_sum",
+        *,
+        replays: bool = False,
     ) -> None:
         import torch._dynamo
 
         limit = torch._dynamo.config.recompile_limit
         torch._dynamo.config.recompile_limit = max(limit, RECOMPILATIONS)
-        self._task, self._model, self._backend, self._method = task, model, backend, method
+        self._task, self._model, self._method = task, model, method
+        self._options = {"backend": backend, **({"options": cuda_graphs.OPTIONS} if replays else {})}
         self._is_dynamic = bool(task.variable_length)
-        self._call: Callable[..., Any] = _compiled(task, model, backend, self._is_dynamic, method)
+        self._replays = replays
+        self._call: Callable[..., Any] = self._compile()
         self._stopped = False
         self._shapes: set[tuple[tuple[int, ...], ...]] = set()
         self._lengths: set[tuple[tuple[int, ...], ...]] = set()
@@ -83,9 +93,13 @@ class CompiledLossSum:
             self._stop()
         return result
 
+    def _compile(self) -> Callable[..., Any]:
+        call = _compiled(self._task, self._model, self._options, self._is_dynamic, self._method)
+        return cuda_graphs.Replayed(call, self._model) if self._replays else call
+
     def _become_dynamic(self) -> None:
         self._is_dynamic = True
-        self._call = _compiled(self._task, self._model, self._backend, True, self._method)
+        self._call = self._compile()
         self.notices.append(
             f"batches came in {len(self._shapes)} shapes, so lengths are compiled as dynamic from here on; "
             "variable_length = True on the data does so from the start."
@@ -114,13 +128,13 @@ def _without_count(shapes: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...]
 
 
 def _compiled(
-    task: Task, model: nn.Module, backend: Any, is_dynamic: bool, method: str
+    task: Task, model: nn.Module, options: dict[str, Any], is_dynamic: bool, method: str
 ) -> Callable[..., Any]:
     plain: Callable[..., Any] = getattr(task, method)
     is_loss = method == "loss_sum"
 
     def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-        made = torch.compile(function, dynamic=None if is_dynamic else False, backend=backend)
+        made = torch.compile(function, dynamic=None if is_dynamic else False, **options)
         return _with_static_batch(made) if is_dynamic else made
 
     blocks = repeated_blocks(model)

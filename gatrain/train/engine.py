@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gatrain.config import OptimizerConfig, ScheduleConfig
+from gatrain.config import REDUCE_OVERHEAD, OptimizerConfig, ScheduleConfig
 from gatrain.plan import StepSettings
 from gatrain.tasks.base import (
     Batch,
@@ -133,7 +133,9 @@ class Engine:
         self.guard = Guard(model, self.optimizer, device, at_once=at_once)
         self.reserved: Tensor | None = None
         """In trials: as much memory as hooks will hold."""
-        self._compiled = CompiledLossSum(task, model) if settings.compile and not task.phases else None
+        self._compiled = None
+        if settings.compile and not task.phases:
+            self._compiled = CompiledLossSum(task, model, replays=settings.compile == REDUCE_OVERHEAD)
         self._methods: dict[str, Callable[..., Any]] = {}
         self._loss_sum = self._loss_function()
         self._autocast = autocast_for(settings.precision, device)

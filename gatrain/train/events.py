@@ -23,7 +23,8 @@ class RunInfo:
     equation: str
     precision: str
     checkpointing: str
-    compile: bool
+    compile: bool | str
+    """As in `gatrain.plan.StepSettings`."""
     sync: str
     parameters: int
     train_samples: int

@@ -223,9 +223,10 @@ def _without_sync(settings: StepSettings) -> StepSettings:
     return dataclasses.replace(settings, sync="")
 
 
-def _order(row: Trial) -> tuple[bool, int, str, int]:
+def _order(row: Trial) -> tuple[int, int, str, int]:
     way = row.settings
-    return way.compile, knobs.CHECKPOINTING.values.index(way.checkpointing), way.knob_text, row.micro_batch
+    compiled, level = (each.values.index(each.of(way)) for each in (knobs.COMPILE, knobs.CHECKPOINTING))
+    return compiled, level, way.knob_text, row.micro_batch
 
 
 def half_note(half_parameters: int, half_dtypes: str, parameters: int) -> str:

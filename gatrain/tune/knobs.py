@@ -16,13 +16,15 @@ from typing import Any
 from gatrain import doors
 from gatrain.batch import Split
 from gatrain.config import CHECKPOINTING as CHECKPOINTING_MODES
-from gatrain.config import RunConfig
+from gatrain.config import REDUCE_OVERHEAD, RunConfig
 from gatrain.hardware import Hardware, choose_precision
 from gatrain.launch.world import Nodes
-from gatrain.plan import StepSettings
+from gatrain.plan import StepSettings, compile_text
 from gatrain.tune.curve import KnobOffer
 from gatrain.tune.estimate import memory_per_rank
 
+USUAL = {"gradient": doors.SHIPPED["gradient"]["plain"], "dropout": doors.SHIPPED["dropout"]["torch"]}
+"""Parts that CUDA graphs are tried with by themselves."""
 MAX_SECONDS = {"cpu": 30.0, "cuda": 120.0}
 """Time for trials where ``tune.max_seconds`` is null."""
 DECIDED, FEW_SIZES, WHERE_MEMORY_LIMITS, FULL_STEPS = (
@@ -67,10 +69,10 @@ class Row:
 PRECISION = Row("precision", ("fp32", "bf16", "fp16"), DECIDED, str, str)
 COMPILE = Row(
     "compile",
-    (False, True),
+    (False, True, REDUCE_OVERHEAD),
     FEW_SIZES,  # compilation takes long: it is never tried along a whole curve
-    lambda value: "compiled" if value else "not compiled",
-    lambda value: "compiled" if value else "",
+    compile_text,
+    lambda value: compile_text(value) if value else "",
     is_simpler_first=True,
 )
 CHECKPOINTING = Row(
@@ -157,7 +159,15 @@ class SearchSpace:
     @property
     def may_compile(self) -> bool:
         """Whether any trial may compile."""
-        return COMPILE in self.open or self.base.compile
+        return COMPILE in self.open or bool(self.base.compile)
+
+    @property
+    def may_replay(self) -> bool:
+        """Whether trials may try CUDA graphs: where each backward follows its forward, with torch's own dropout."""
+        config = self.config
+        as_usual = {"gradient": config.gradient, "dropout": config.dropout}
+        is_usual = all(doors.node_of(key, each)["_target_"] == USUAL[key] for key, each in as_usual.items())
+        return config.compile == "auto" and config.optimizer.gradient is None and is_usual
 
     @property
     def overlaps(self) -> bool:

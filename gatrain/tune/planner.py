@@ -50,6 +50,8 @@ CLEARLY_SLOWER = 0.03
 """Part by which a larger compiled size must be slower per sample to end the climb at once."""
 STEP_UP = 1.15
 """Factor above the largest compiled size that fits from which one more, below what does not, is worth compiling."""
+HOST_SHARE = 0.5
+"""Part of a compiled micro-step in which the host hands it over, from which CUDA graphs are worth trials."""
 MAX_ENGINES_BESIDE = finalists.MAX_FINALISTS
 """Further models with their optimizers that the processes of a confirmation may hold."""
 
@@ -96,7 +98,7 @@ class Planner:
         """
         asked = self._space.base
         # Each size compiles for long, so even where compilation is asked for the curve is found without it.
-        explores = asked.compile and self._fixed is None
+        explores = bool(asked.compile) and self._fixed is None
         first = dataclasses.replace(asked, compile=False) if explores else asked
         for settings in dict.fromkeys((first, asked)):
             if settings == first or not self._measured():  # fused kernels may fit where the plain ones do not
@@ -114,8 +116,8 @@ class Planner:
 
     def _allowed(self) -> list[Candidate]:
         """The candidates that may be chosen: uncompiled ones only lead the way where compilation is asked for."""
-        must_compile = self._space.base.compile
-        return [option for option in self._options() if option.settings.compile or not must_compile]
+        asked = self._space.base.compile
+        return [option for option in self._options() if not asked or option.settings.compile == asked]
 
     def _measure_promising(self) -> None:
         """A size is chosen only if it was measured. One between measured sizes, or below the compiled ones, that
@@ -266,8 +268,21 @@ class Planner:
                 and option.step_s <= (1 + finalists.FINALIST_WITHIN) * chosen.step_s
             ]
             settings = row.set(chosen.settings, value)
+            if row is knobs.COMPILE and not self._may_compile(value, chosen):
+                continue
             if settings in self._curves or not self._out_of_time(has_answer=not required):
                 self._climb(settings, max(near, default=chosen.micro_batch), self._used[chosen.settings])
+
+    def _may_compile(self, value: bool | str, best: Candidate) -> bool:
+        """Whether this is the way that was asked for, or may be faster than the best so far: CUDA graphs where the
+        GPU waits for the host in compiled micro-steps."""
+        asked = self._space.config.compile
+        if asked != "auto" or value is True:
+            return asked in (value, "auto")
+        if not self._space.may_replay or best.settings.compile is not True:
+            return False
+        found = next(m for m in self._used[best.settings].fitting if m.micro_batch == best.micro_batch)
+        return (found.host_s or 0.0) > HOST_SHARE * (found.micro_step_s or 0.0)
 
     def _climb(self, settings: StepSettings, start: int, plain: Curve) -> None:
         """Measure a compiled curve: upwards from ``start`` while each size gains, downwards if the first did not.
@@ -455,7 +470,8 @@ class Planner:
         """Whether the engines of both can be in memory at once; each further way has one of its own."""
         if option.settings == best.settings:
             return True
-        if option.settings.compile and best.settings.compile and option.settings.knobs != best.settings.knobs:
+        ways = {(each.settings.compile, each.settings.knob_text) for each in (option, best)}
+        if option.settings.compile and best.settings.compile and len(ways) > 1:
             return False  # compiled code is kept by the function: one might run with the other's
         curves = [self._curve_of(each) for each in (option, best)]
         largest = max(c.peak_bytes(o.micro_batch) or 0 for c, o in zip(curves, (option, best), strict=True))

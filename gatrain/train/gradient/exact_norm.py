@@ -83,7 +83,7 @@ class ExactNorm(Plain):
 
     def check(self, config: RunConfig) -> None:
         self._fraction = config.tune.memory_fraction
-        if config.compile is True:
+        if config.compile not in ("auto", False):
             raise ConfigError(
                 "norm=exact halts forwards at each BatchNorm layer, which compiled code cannot: leave compile out."
             )

@@ -151,6 +151,7 @@ class SizeMeter:
                 for _ in range(WARM_UPS[self._device.type]):
                     self._passes(*each)
             state["micro_step_s"] = self._guess(state["timed"][0])
+            state["host_s"] = self._host_seconds(state["timed"][0])
 
         failure = self._peers.worst(attempt(first_pass))
         if failure is None:
@@ -173,6 +174,7 @@ class SizeMeter:
             repeated_loss=own[0] if own else None,
             compile_s=max(self._peers.gather(state["first_s"])),
             host_bytes=max(self._peers.gather(state["host_bytes"])),
+            host_s=min(self._peers.gather(state["host_s"])) if self._device.type == "cuda" else None,
         )
 
     def _on_device(self, prepared: tuple[Batch, Mapping[str, float]]) -> tuple[Batch, Mapping[str, float]]:
@@ -194,6 +196,16 @@ class SizeMeter:
             if found < CHEAP_S:
                 found = min(found, self._timed(lambda: self._passes(*prepared)))
         return found
+
+    def _host_seconds(self, prepared: tuple[Batch, Mapping[str, float]]) -> float:
+        """Seconds until a micro-step is handed to the device, which has nothing else to do."""
+        found = []
+        for _ in range(GUESSES):
+            self._timed(lambda: None)
+            began = time.perf_counter()
+            self._passes(*prepared)
+            found.append(time.perf_counter() - began)
+        return min(found)
 
     def _timed(self, call: Callable[[], object]) -> float:
         """Seconds of one call. Waits for the device."""

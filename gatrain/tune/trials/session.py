@@ -25,6 +25,7 @@ from gatrain.plan import DOES_NOT_FIT, FAILED, FITS, SKIPPED, Measurement, StepS
 from gatrain.rank import Rank
 from gatrain.rundir import RunDir, read_json
 from gatrain.tasks.base import Task
+from gatrain.train import cuda_graphs
 from gatrain.train.check import check_before_first_step
 from gatrain.train.checkpointing import available_modes
 from gatrain.train.engine import Engine
@@ -203,6 +204,7 @@ class TrialSession:
         gc.collect()  # a model with its optimizer may be held by a cycle
         if had_compiled:
             torch.compiler.reset()
+            cuda_graphs.forget()
             self._warm.clear()
         if self._memory is not None:
             self._memory.release()
