@@ -126,5 +126,6 @@ def test_on_a_gpu_steps_are_those_of_compiled_code(name: str, split: str, precis
     make, data = MODELS[name]
     wanted = _trained(make, data, SIZES[split], True, precision)
     found = _trained(make, data, SIZES[split], REDUCE_OVERHEAD, precision)
-    for key, value in wanted.items():
-        assert torch.equal(found[key], value), key
+    for key, value in wanted.items():  # backwards of embeddings add in any order
+        rounding = 1e-5 if precision == "fp32" else 1e-2
+        assert float((found[key] - value).norm()) <= rounding * float(value.norm()), key
