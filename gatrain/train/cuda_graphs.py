@@ -15,9 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-OPTIONS = {"triton.cudagraphs": True, "triton.cudagraph_skip_dynamic_graphs": True}
+OPTIONS = {
+    "triton.cudagraphs": True,
+    "triton.cudagraph_skip_dynamic_graphs": True,
+    "graph_partition": False,
+}
 """Of the compiler. Code for lengths that vary is not recorded: each length would have a graph and memory of its
-own."""
+own. A graph is recorded as one or not at all: parts of it (around each flash attention) would be recorded anew
+wherever what lies between them moves in memory."""
 _OWN = "_gatrain_outlives_replays"
 
 

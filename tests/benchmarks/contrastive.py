@@ -1,10 +1,11 @@
 """`recipe=contrastive` on a GPU: cached representations against one backward of the whole effective batch.
 
-    python tests/benchmarks/contrastive.py [--width 8192] [--fits 1024] [--too-large 4096] [--micro 128]
+    python tests/benchmarks/contrastive.py [--width 12288] [--fits 1024] [--too-large 4096] [--micro 128]
 
 Where the effective batch fits at once (``--fits``), a plain loop with one forward and one backward of all of it and
 `gradient=cached` in micro-batches train from the same weights on the same batches: their losses, step by step, and
-the seconds of a step. Where it does not (``--too-large``), the plain loop runs out of memory and cached goes on. The towers are wide, so that 80 GiB are little; there is no dropout, whose masks depend on the split
+the seconds of a step. Where it does not (``--too-large``), the plain loop runs out of memory and cached goes on.
+The towers are wide, so that 80 GiB are little; there is no dropout, whose masks depend on the split
 (`dropout=keyed`). All in fp32 without TF32.
 """
 
@@ -120,7 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--width", type=int, default=8192)
+    parser.add_argument("--width", type=int, default=12288)
     parser.add_argument("--fits", type=int, default=1024)
     parser.add_argument("--too-large", type=int, default=4096)
     parser.add_argument("--micro", type=int, default=128)
