@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gatrain.config import REDUCE_OVERHEAD, SGDConfig
 from gatrain.models.gpt import GPT
 from gatrain.plan import StepSettings
+from gatrain.train import cuda_graphs
 from gatrain.train.cuda_graphs import Replayed
 from gatrain.train.engine import Engine
 from gatrain.train.micro_batches import LoadedWindow, MicroBatch
@@ -97,6 +98,7 @@ def _trained(
 ) -> dict[str, Tensor]:
     """Parameters, buffers, losses and norms after some steps, with an evaluation between."""
     torch.compiler.reset()
+    cuda_graphs.forget()
     device = torch.device("cuda")
     task = Regression(make)
     settings = StepSettings(precision, "none", compile, "window")
@@ -111,7 +113,7 @@ def _trained(
         norms.append(norm)
         if step % 2:
             evaluated.append(one.evaluate(data[:5].to(device))[0]["loss"][0])
-    found = {name: value.detach().cpu() for name, value in one.model.state_dict().items()}
+    found = {name: value.detach().double().cpu() for name, value in one.model.state_dict().items()}
     for name, values in {"losses": losses, "norms": norms, "evaluated": evaluated}.items():
         found[name] = torch.stack([value.detach().double().cpu() for value in values])
     return found
