@@ -162,3 +162,19 @@ def test_on_a_gpu_transfers_beside_the_computation_change_no_bit_and_free_memory
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_the_mode_is_offered() -> None:
     assert available_modes(_deep(8, 2)[0])[-1] == "offload"
+
+
+def test_what_is_kept_twice_is_taken_away_once(taken: list[weakref.ref[offload._Away]]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3), nn.ReLU(), nn.Linear(3, 2))
+    x = torch.randn(7, 4)
+    model(x).square().sum().backward()
+    wanted = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    with Offloading(model).forward():
+        loss = model(x).square().sum()
+    assert len(taken) == 4  # the input, what either ReLU gives (which the next layer keeps, too), the result
+    loss.backward()
+    for parameter, right in zip(model.parameters(), wanted, strict=True):
+        assert right is not None
+        assert torch.equal(parameter.grad, right)  # type: ignore[arg-type]

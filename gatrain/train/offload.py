@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 Context = Callable[[], AbstractContextManager[Any]]
 
@@ -66,6 +67,7 @@ class Offloading:
         held = {t.untyped_storage().data_ptr() for t in (*self._model.parameters(), *self._model.buffers())}
         # in the order of the forward; the graph alone keeps them, each until its part of the backward is done
         taken: list[weakref.ref[_Away]] = []
+        known: dict[tuple[Any, ...], tuple[StorageWeakRef, weakref.ref[_Away]]] = {}
 
         def pack(tensor: Tensor) -> _Here | _Away:
             nonlocal left
@@ -81,9 +83,18 @@ class Offloading:
                 or storage.data_ptr() in held
             ):
                 return _Here(tensor)
+            # an activation is often kept twice, by what made it and by what takes it: one copy serves both
+            form = tensor._version, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
+            key = storage._cdata, form
+            if key in known:
+                source, copied = known[key]
+                if not source.expired() and (away := copied()) is not None:
+                    return away
             left -= size
             away = _Away(tensor, self._stream, taken)
             taken.append(weakref.ref(away))
+            # the reference keeps the storage's address, not its memory: no other storage gets the address meanwhile
+            known[key] = StorageWeakRef(storage), taken[-1]
             return away
 
         def unpack(packed: _Here | _Away) -> Tensor:

@@ -13,8 +13,8 @@ from gatrain.units import MIB
 
 TRANSIENT = 1.25
 """What a forward and backward take at the most, in units of what is kept between them."""
-HOST_SHARE = 0.6
-"""Of main memory that is available: the rest is for others, and for rounding pinned blocks up."""
+HOST_SHARE = 0.5
+"""Of main memory that is available: pinned blocks are rounded up to powers of two, and others need some, too."""
 THREAD_BYTES = 40 * MIB
 """On a GPU, by thread that computes: cuBLAS has a workspace for each (32 MiB on Hopper)."""
 
