@@ -189,8 +189,9 @@ class RunConfig:
     or the ``_target_`` of your own (`gatrain.train.gradient.GradientStrategy`)."""
     norm: Any = "keep"
     """BatchNorm under accumulation: ``keep`` (each micro-batch by itself, running statistics moved once for each
-    window), ``torch`` (moved by every micro-batch), ``exact`` (over the
-    whole window, at many times the work), ``group``, ``layer``, ``instance`` (conversion), ``frozen`` (by
+    window), ``torch`` (moved by every micro-batch), ``exact`` (over the whole window: with the activations of all
+    its micro-batches in memory, or layer by layer at many times the work; ``{name: exact, activations: window}`` or
+    ``micro_batch`` chooses), ``group``, ``layer``, ``instance`` (conversion), ``frozen`` (by
     running statistics), ``sync`` (one micro-batch of all ranks), or your own by ``_target_``."""
     dropout: Any = "torch"
     """Where the random numbers of forwards come from: ``torch`` (masks by micro-batch), ``keyed`` (masks by
