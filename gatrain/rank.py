@@ -198,8 +198,11 @@ def main(work: Callable[[Path, Rank], None]) -> NoReturn:
         signal.signal(signum, signal.SIG_IGN)
     with contextlib.suppress(Exception):
         atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(
+            OSError, ValueError, AttributeError
+        ):  # full, or closed by the user's own code
+            stream.flush()
     # native threads that outlive the interpreter have been seen to abort a process that had succeeded
     os._exit(0)
 

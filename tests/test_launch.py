@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -54,6 +55,8 @@ def work(folder, r):
         os.kill(os.getpid(), signal.SIGKILL)
     if mode == "kill_once" and mine and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
+    if mode == "leave" and mine:
+        os._exit(0)                # as success, to everybody who counts exit codes
     if mode in ("raise", "kill", "kill_once"):
         dist.all_reduce(total)     # the others wait here for the one that failed
     if mode == "deaf":
@@ -187,6 +190,12 @@ def test_a_killed_rank_is_named(home: Path, capfd: pytest.CaptureFixture[str]) -
     assert "logs/rank_1.log" in text
     assert "hello from rank 1" in text
     assert capfd.readouterr().err == ""
+
+
+def test_a_rank_that_leaves_with_exit_code_0_before_its_work_is_done_has_failed(home: Path) -> None:
+    with pytest.raises(WorkerError) as raised:
+        launch(home, "leave:1")
+    assert re.match(r"rank 1 \(pid \d+\) ended with exit code 0 .*\n.*os\._exit\(0\)", str(raised.value))
 
 
 def test_a_killed_rank_is_started_again(home: Path) -> None:

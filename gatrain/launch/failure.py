@@ -29,7 +29,7 @@ HINTS = {
 
 @dataclass(frozen=True)
 class Exit:
-    """A rank process that ended with something else than 0, as torchrun saw it."""
+    """A rank process that ended before its work did, as torchrun saw it, or the launcher where it ended with 0."""
 
     rank: int
     pid: int
@@ -133,7 +133,7 @@ def _from_exit(run_dir: RunDir, item: Exit) -> Cause:
         hint = HINTS.get(signal.Signals(signum)) if signum in set(signal.Signals) else None
     else:
         text = f"rank {item.rank} (pid {item.pid}) ended with exit code {item.code} and left no message."
-        hint = None
+        hint = None if item.code else "It was in the middle of its work: some code called os._exit(0)."
     lines = [text, *([hint] if hint else []), *_log_tail(log)]
     # torchrun ends the others with SIGTERM after a failure: alone it says nothing about the reason
     return Cause(item.code == -signal.SIGTERM, True, item.time, WorkerError("\n".join(lines)))

@@ -166,9 +166,17 @@ class _Agent:
 
     def outcome(self) -> GatrainError | None:
         """What to raise once the thread has ended; None where all ranks ended well or stopped as asked."""
-        if self._error is None:
-            return None
         killed = self.watch.killed
+        if self._error is None or self._exits:
+            # torchrun takes exit code 0 for success; a library or the user's own os._exit(0) gives it anywhere
+            known = {each.pid for each in self._exits}
+            self._exits += [
+                Exit(state.rank, state.pid, 0, self.watch.died[state.pid])
+                for state in self.watch.vanished()
+                if state.pid not in known
+            ]
+        if self._error is None and not self._exits:
+            return None
         if self._exits:
             stopping = self.watch.stop_signal is not None
             if stopping and is_only_consequence(self.run_dir, self._exits, killed):

@@ -58,6 +58,8 @@ class Watch:
     """When a rank's process vanished without having said that it was done; pid to `time.time`."""
     killed: set[int] = field(default_factory=set)
     """Processes ended by this launcher: never the cause of anything."""
+    _seen: dict[int, float] = field(default_factory=dict)
+    """When a rank's process was seen first."""
     _signalled: dict[int, int] = field(default_factory=dict)
     _gone: set[int] = field(default_factory=set)
     _end_at: float | None = None
@@ -142,6 +144,8 @@ class Watch:
         # states are read after the check for life: a rank writes its last state before it ends
         gone = {pid for pid in self._alive() if not process_exists(pid)}
         self.states = protocol.read_rank_states(self.state_folder)
+        for pid in self.states:
+            self._seen.setdefault(pid, now)
         for pid in self.states.keys() - self._gone - gone:
             offspring.adopt(pid, self.state_folder / protocol.PAUSE)
         for pid in gone:
@@ -162,6 +166,15 @@ class Watch:
             self._end_at = now
         if self._end_at is not None and now >= self._end_at:
             self._kill(self._alive())
+
+    def vanished(self) -> list[RankState]:
+        """Ranks of the last start whose processes are gone, by nobody here, and never said that they were done."""
+        newest = {}
+        for pid in sorted(self.states, key=self._seen.__getitem__):
+            newest[self.states[pid].rank] = self.states[pid]
+        return [
+            state for state in newest.values() if state.state == protocol.RUNNING and state.pid in self.died
+        ]
 
     def _pass_signal_on(self) -> None:
         # Ranks live in sessions of their own: a terminal's Ctrl-C reaches this process alone. Only the rank
