@@ -11,10 +11,12 @@ import copy
 import inspect
 import json
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -96,7 +98,7 @@ def try_out(
         first = make([dict(group) for group in mine])
         what = type(first).__name__
         check_step(type(first))
-        begun = options_of(first)
+        begun, made = options_of(first), attributes_of(first)
         try:
             _steps(first, mine, is_sparse, 0, _STEPS)
         except Exception as error:
@@ -111,8 +113,10 @@ def try_out(
             raise ConfigError(_forgets(what, f": {type(error).__name__}: {error}")) from error
         if not _agree(mine, theirs):
             raise ConfigError(_forgets(what, ""))
+        if name := differing_attribute(first, again, made):
+            raise ConfigError(_forgets(what, f": its attribute {name} is another after a resume"))
         counts = any(changed_options(first, begun))
-        return Behaviour(_can_be_primed(make, small, is_sparse, mine), counts)
+        return Behaviour(_can_be_primed(make, small, is_sparse, mine, first), counts)
 
 
 def check_step(cls: type[torch.optim.Optimizer]) -> None:
@@ -163,9 +167,14 @@ def _forgets(what: str, why: str) -> str:
 
 
 def _can_be_primed(
-    make: Make, small: list[dict[str, Any]], is_sparse: list[bool], wanted: list[dict[str, Any]]
+    make: Make,
+    small: list[dict[str, Any]],
+    is_sparse: list[bool],
+    wanted: list[dict[str, Any]],
+    unprimed: torch.optim.Optimizer,
 ) -> bool:
-    """Whether one that was primed steps the small parameters to what one that was not has made of them."""
+    """Whether one that was primed steps the small parameters to what one that was not has made of them, and comes
+    to the same state: a copy of the first weights, say, may show in a later step alone."""
     given = _copies(small)
     primed = make([dict(group) for group in given])
     if all(primed.state.get(p) for p in _parameters(primed)):
@@ -178,7 +187,7 @@ def _can_be_primed(
         _steps(primed, given, is_sparse, 0, 2 * _STEPS)
     except Exception:
         return False
-    return _agree(wanted, given)
+    return _agree(wanted, given) and _agree_in_state(unprimed, primed)
 
 
 # --- what is saved --------------------------------------------------------------------------------------
@@ -250,6 +259,62 @@ def is_plain(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(map(is_plain, value))
     return value is None or isinstance(value, bool | int | float | str)
+
+
+_OPTIMIZERS_OWN = ("state", "param_groups", "defaults")
+"""Attributes of every optimizer that are saved, or made anew; others of torch's begin with an underscore."""
+_DEEP = 4
+
+
+def attributes_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The numbers, texts and tensors (copied) in an optimizer's further attributes, by their place: none of them
+    is saved."""
+    found: dict[str, Any] = {}
+
+    def note(value: Any, place: str, depth: int) -> None:
+        if isinstance(value, Tensor):
+            found[place] = value.detach().clone()
+        elif isinstance(value, bool | int | float | str):
+            found[place] = value
+        elif isinstance(value, np.ndarray):
+            found[place] = torch.from_numpy(value.copy()) if value.dtype.kind in "biuf" else str(value)
+        elif depth < _DEEP and isinstance(value, Mapping):
+            for nth, each in enumerate(value.values()):  # keys may be parameters
+                note(each, f"{place}[{nth}]", depth + 1)
+        elif depth < _DEEP and isinstance(value, list | tuple | deque):
+            for nth, each in enumerate(value):
+                note(each, f"{place}[{nth}]", depth + 1)
+
+    base = set(vars(torch.optim.SGD([nn.Parameter(torch.zeros(()))])))
+    for name, value in vars(optimizer).items():
+        if name not in base and name not in _OPTIMIZERS_OWN:
+            note(value, name, 0)
+    return found
+
+
+def differing_attribute(
+    one: torch.optim.Optimizer, resumed: torch.optim.Optimizer, made: Mapping[str, Any]
+) -> str:
+    """Name of an attribute in which two optimizers differ that have come equally far; '' for none.
+
+    Args:
+        made: the attributes of ``one`` as it was made: a number that never moved since (the time, say) is no state.
+    """
+    mine, theirs = attributes_of(one), attributes_of(resumed)
+    for place in [*mine, *theirs]:
+        value, other = mine.get(place), theirs.get(place)
+        moves = isinstance(value, Tensor) or not _same(value, made.get(place))
+        if moves and not _same(value, other):
+            return place.partition("[")[0]
+    return ""
+
+
+def _agree_in_state(one: torch.optim.Optimizer, other: torch.optim.Optimizer) -> bool:
+    states, others = ([dict(each.state.get(p, {})) for p in _parameters(each)] for each in (one, other))
+    return all(
+        mine.keys() == theirs.keys() and all(_same(value, theirs[key]) for key, value in mine.items())
+        for mine, theirs in zip(states, others, strict=True)
+    )
 
 
 # --- how much it is -------------------------------------------------------------------------------------
