@@ -77,7 +77,7 @@ def _train(run_dir: RunDir, stored: Reloaded, plan: Plan, rank: Rank) -> None:
         engine = build.build_engine(task, config, plan.settings, rank.device, clock)
     parameters = sum(p.numel() for p in engine.model.parameters())
     told += outdated.check_model(plan, parameters)
-    hooks = Hooks(build.build_hooks(config), engine.ranks, fingerprint_of(config.hooks))
+    hooks = Hooks(build.build_hooks(config), engine.ranks, fingerprint_of(config.hooks), config.train.seed)
     if hooks.need_part_norms:
         engine.step.part_norms.want(engine.step.strategy)
     if hooks.needs_verdict:

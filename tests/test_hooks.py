@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from gatrain import build
 from gatrain.compose import compose
-from gatrain.errors import ConfigError, PeerFailed, SavedStateError
+from gatrain.errors import ConfigError, ExactnessError, PeerFailed, SavedStateError
 from gatrain.hooks.best import Best
 from gatrain.hooks.early_stopping import EarlyStopping
 from gatrain.hooks.ema import EMA
@@ -575,6 +575,92 @@ def test_a_state_that_cannot_be_given_leaves_the_others_to_be_saved() -> None:
     assert hooks.state_dict()["states"] == {"broken": {}, "later": {"seen": 0}}
     with pytest.raises(ValueError, match="planted"):
         hooks.settle()
+
+
+class Holds(Recorder):
+    def __init__(self, state: Any) -> None:
+        super().__init__()
+        self.state = state
+
+    def update(self, step: TrainedStep) -> Mapping[str, float]:
+        self.seen += 1
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"it": self.state if self.seen else 0}
+
+
+def test_a_state_that_no_file_holds_is_told_before_training_or_leaves_the_others_to_be_saved() -> None:
+    early = Holds({1: 2})
+    early.seen = 1
+    with pytest.raises(SavedStateError, match="states/early has the key 1 at it: keys are text"):
+        started(Hooks({"early": early}, Ranks()))
+    hooks = Hooks({"late": Holds({3}), "later": Recorder()}, Ranks())
+    started(hooks)
+    hooks.update(step_of(net(), 1))
+    assert hooks.state_dict()["states"] == {"late": {}, "later": {"seen": 1}}
+    with pytest.raises(SavedStateError, match="states/late holds a set at it"):
+        hooks.settle()
+
+
+class Meddles(Hook):
+    def __init__(self, what: Callable[[nn.Module], Any]) -> None:
+        self.what = what
+
+    def start(self, run: HookRun) -> None:
+        self.drawn = [torch.rand(()).item()]
+
+    def update(self, step: TrainedStep) -> None:
+        self.drawn.append(torch.rand(()).item())
+        self.what(step.model)
+
+
+def test_a_model_that_a_hook_left_in_evaluation_mode_is_not_trained_on() -> None:
+    model = net().train()
+    hooks = Hooks({"own": Meddles(lambda model: model.eval())}, Ranks())
+    hooks.start(lambda **asks: run_of(model, **asks), None)
+    hooks.update(step_of(model, 1))
+    assert model.training
+    with pytest.raises(ExactnessError, match="the hook own left the model in evaluation mode"):
+        hooks.settle()
+
+
+def test_what_a_hook_has_frozen_stays_so_after_a_resume_and_what_it_has_thawed_too() -> None:
+    def freeze(model: nn.Module) -> None:
+        model[1].eval().requires_grad_(False)  # type: ignore[operator]
+
+    def started_with(hook: Meddles, part: Any = None) -> tuple[nn.Module, Hooks]:
+        model, hooks = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), Hooks({"own": hook}, Ranks())
+        hooks.start(lambda **asks: run_of(model, **asks), part)
+        return model, hooks
+
+    model, hooks = started_with(Meddles(freeze))
+    untouched = hooks.state_dict()
+    hooks.update(step_of(model, 1))
+    frozen = json.loads(json.dumps(hooks.state_dict()))
+    again, _ = started_with(Meddles(freeze), frozen)
+    assert [p.requires_grad for p in again.parameters()] == [True, True, False, False]
+    assert [module.training for module in again.modules()] == [True, True, False]
+    thawed, _ = started_with(Meddles(freeze), json.loads(json.dumps(untouched)))
+    assert all(p.requires_grad for p in thawed.parameters())
+    with pytest.raises(SavedStateError, match="modes gatrain did not write"):
+        started_with(Meddles(freeze), {**frozen, "modes": {"training": {"1": 3}, "requires_grad": {}}})
+
+
+def test_what_hooks_draw_at_random_follows_from_the_seed_and_the_step_on_every_rank_alike() -> None:
+    def drawn(noise: int, seed: int = 7) -> list[float]:
+        torch.manual_seed(noise)  # ranks and resumed runs have come to other numbers
+        hook = Meddles(lambda model: None)
+        hooks = Hooks({"other": Recorder(), "own": hook}, Ranks(), seed=seed)
+        started(hooks)
+        for step in (1, 2):
+            torch.rand(noise)
+            hooks.update(step_of(net(), step))
+        return hook.drawn
+
+    assert drawn(1) == drawn(2)
+    assert len(set(drawn(1))) == 3
+    assert drawn(1) != drawn(1, seed=8)
 
 
 def test_hooks_that_come_and_go_at_a_resume_are_told_of() -> None:

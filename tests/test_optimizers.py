@@ -216,6 +216,35 @@ class Forgetful(torch.optim.SGD):
                 p.data.add_(p.grad, alpha=-group["lr"] / self.n)
 
 
+class Late(torch.optim.SGD):
+    """Counts in an attribute, and looks at it every tenth step alone."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, lr=lr)
+        self.count = 0
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.count += 1
+        for group in self.param_groups if self.count % 10 == 0 else []:
+            for p in group["params"]:
+                p.data.mul_(0.5)
+        super().step()
+
+
+class LateInState(torch.optim.SGD):
+    """Goes back half of the way to where it was, every fifth step: kept where it is saved."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in (p for group in self.param_groups for p in group["params"]):
+            self.state[p].setdefault("slow", p.clone())
+            self.state[p]["n"] = self.state[p].get("n", 0) + 1
+        super().step()
+        for p, state in self.state.items():
+            if state["n"] % 5 == 0:
+                p.copy_(state["slow"].lerp_(p, 0.5))
+
+
 class TwoWeights(torch.optim.SGD):
     def train(self) -> None: ...
 
@@ -239,6 +268,7 @@ def half(params: Any, lr: float) -> torch.optim.Optimizer:
         ("torch.optim.LBFGS", "needs closure"),
         ("torch.optim.SparseAdam", "does not support dense gradients"),
         ("Forgetful", "cannot be resumed exactly"),
+        ("Late", "cannot be resumed exactly: its attribute count is another after a resume"),
         ("TwoWeights", "another for evaluation"),
         ("Sharp", "Sharp needs a closure"),
         ("half", "does not hold the parameters"),
@@ -250,6 +280,27 @@ def test_what_cannot_be_used_is_refused_in_words(name: str, words: str) -> None:
     config = own(name if "." in name else f"{__name__}.{name}")
     with pytest.raises(ConfigError, match=words):
         engine_for(config)
+
+
+def test_a_state_that_is_looked_at_every_fifth_step_is_made_in_the_first_step_and_not_ahead_of_it() -> None:
+    engine = engine_for(own(f"{__name__}.LateInState", lr=0.1))
+    assert not engine.built.behaviour.can_be_primed
+    assert all(torch.equal(p, q) for p, q in zip(engine.model.parameters(), Net().parameters(), strict=True))
+
+
+def test_gradients_that_a_hook_left_behind_are_no_part_of_the_next_window() -> None:
+    config = SGDConfig(lr=0.01)
+    plain, met = engine_for(config), engine_for(config)
+    train(plain, [4, 2], 0, 2)
+    for step in range(2):
+        met.loss_sum(DATA)[0].backward()  # type: ignore[index,union-attr]
+        train(met, [4, 2], step, step + 1)
+    assert all(
+        torch.equal(p, q) for p, q in zip(plain.model.parameters(), met.model.parameters(), strict=True)
+    )
+    assert met.replaced() is None
+    met.model.head.weight = nn.Parameter(met.model.head.weight.clone())  # type: ignore[union-attr]
+    assert met.replaced() == "head.weight"
 
 
 def test_arguments_that_it_does_not_take_are_refused_with_the_nearest() -> None:

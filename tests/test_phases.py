@@ -116,6 +116,15 @@ def test_any_split_on_any_number_of_ranks_trains_like_whole_windows_in_turn() ->
     assert distance(wanted[1], wanted[0]) > 1e-3 < distance(wanted[2], wanted[0])
 
 
+def test_what_a_hook_has_frozen_in_one_phase_stays_frozen_after_another() -> None:
+    engine = engine_of()
+    frozen = next(engine.model.maker.parameters()).requires_grad_(False)  # type: ignore[union-attr,operator]
+    before = frozen.clone()
+    trained(engine, [11], 0, 2)
+    assert not frozen.requires_grad
+    assert torch.equal(frozen, before)
+
+
 def test_a_phase_leaves_no_gradient_in_the_parameters_of_another() -> None:
     seen: dict[str, set[str]] = {}
 

@@ -109,6 +109,7 @@ class Engine:
         # what is trained now or later wants a gradient from here on: state, buckets and masters are made for it
         grouped = groupings(task, optimizer_config, model)
         grouping = joined(each for _, each in grouped.values())
+        self._parameters = dict(model.named_parameters())
         self._frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
         forbid_tf32(settings.precision)
         random.set_up(model)
@@ -261,6 +262,11 @@ class Engine:
         for name in names:
             del self._frozen[name]
         return names
+
+    def replaced(self) -> str | None:
+        """Name of a parameter in whose place the model has another one by now, which nobody trains."""
+        named = self.model.named_parameters()
+        return next((name for name, p in named if self._parameters.get(name) is not p), None)
 
     def _set_rates(self, number: int) -> None:
         if isinstance(self.optimizer, PhasedOptimizer):

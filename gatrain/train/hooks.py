@@ -18,8 +18,11 @@ from torch import Tensor
 from gatrain.errors import ConfigError, PeerFailed, SavedStateError
 from gatrain.states import FURTHER_NAME, RESERVED
 from gatrain.train.hook import Hook, HookRun, TrainedStep
+from gatrain.train.modes import Modes
+from gatrain.train.parts import check
 from gatrain.train.ranks import Ranks
 from gatrain.train.records import StepRecord
+from gatrain.train.seeding import EVALUATION, HOOK, seed_everything
 
 PART = "hooks"
 """Of a saved state."""
@@ -41,6 +44,8 @@ class Hooks:
     ranks: Ranks
     fingerprint: str = ""
     """Of the configuration: a saved wish to end holds only for the same hooks."""
+    seed: int = 0
+    """Of the run: what a hook draws at random is the same on every rank, and after a resume."""
     failure: Exception | None = None
     raised: list[Exception] = field(default_factory=list)
     """Errors that `settle` has raised: the weights are those of the last step."""
@@ -53,6 +58,7 @@ class Hooks:
     _keep: list[str] = field(default_factory=list)
     _unfinished: str = ""
     """The hook that failed."""
+    _modes: Modes | None = None
 
     def __bool__(self) -> bool:
         return bool(self.hooks)
@@ -79,14 +85,17 @@ class Hooks:
         if before.fingerprint == self.fingerprint:
             self.stop_reason, self.ended = before.stop, before.ended
         run = make_run(stop=self._stop, keep=self._asked_to_keep)
+        self._modes = Modes(run.model)
         notices = [
             f"the saved state holds the hook {name}, which the run no longer has: its state is dropped"
             for name in before.hooks
             if name not in self.hooks
         ]
-        for name, hook in self.hooks.items():
+        for nth, (name, hook) in enumerate(self.hooks.items()):
             with torch.no_grad():
+                seed_everything(self.seed, HOOK, nth)
                 hook.start(run)
+                self._modes.check(name)
                 if name in before.hooks:
                     self._load(name, hook, before.hooks[name])
             if name not in before.hooks and run.step:
@@ -96,13 +105,16 @@ class Hooks:
                     f"the hook {name} failed in step {run.step} before this state was saved: what it would have "
                     "done in that step is missing from its state"
                 )
+            self._check_state(name, hook)
+        if before.modes is not None:
+            self._modes.restore(before.modes)
         self._check_names()
         return notices
 
     def update(self, step: TrainedStep) -> dict[str, Tensor | float]:
         """Call `Hook.update` of all. Raises nothing: an error waits in `failure`, and no later hook is called."""
         found: dict[str, Tensor | float] = {}
-        for name, hook in self._running():
+        for name, hook in self._running(step.step):
             try:
                 with torch.no_grad():
                     measured = hook.update(step) or {}
@@ -174,7 +186,7 @@ class Hooks:
     def evaluated(self, step: int, numbers: Mapping[str, Any]) -> None:
         """As `update`, after an evaluation."""
         self.evaluated_step = step
-        for name, hook in self._running():
+        for name, hook in self._running(step, EVALUATION):
             try:
                 with torch.no_grad():
                     hook.evaluated(step, numbers)
@@ -228,6 +240,7 @@ class Hooks:
         for name, hook in self.hooks.items():
             try:
                 states[name] = dict(hook.state_dict())
+                check(states[name], f"hooks at states/{name}")
             except Exception as error:  # everything else is saved, and the run ends with this error
                 self._failed(name, error)
                 states[name] = {}
@@ -238,6 +251,7 @@ class Hooks:
             "evaluated": self.evaluated_step,
             "fingerprint": self.fingerprint,
             "unfinished": self._unfinished,
+            "modes": None if self._modes is None else self._modes.changed(),
         }
 
     def parts(self) -> dict[str, Any]:
@@ -262,11 +276,23 @@ class Hooks:
                 self._failed(name, error)
         return found
 
-    def _running(self) -> Iterator[tuple[str, Hook]]:
-        """Each hook in turn, as long as none has failed."""
-        for name, hook in self.hooks.items():
-            if self.failure is None:
-                yield name, hook
+    def _running(self, *draws: int) -> Iterator[tuple[str, Hook]]:
+        """Each hook in turn, as long as none has failed.
+
+        Args:
+            draws: what the hooks' random numbers follow from; none where they are called on one rank alone.
+        """
+        for nth, (name, hook) in enumerate(self.hooks.items()):
+            if self.failure is not None:
+                return
+            if draws:
+                seed_everything(self.seed, HOOK, nth, *draws)
+            yield name, hook
+            try:
+                if self._modes is not None:
+                    self._modes.check(name)
+            except Exception as error:
+                self._failed(name, error)
 
     def _failed(self, name: str, error: Exception) -> None:
         self.failure = self.failure or error
@@ -279,6 +305,20 @@ class Hooks:
 
     def _stop(self, reason: str) -> None:
         self.stop_reason = self.stop_reason or str(reason) or "a hook ended the run"
+
+    def _check_state(self, name: str, hook: Hook) -> None:
+        """What no file can hold is told before the first step, not when work is to be saved. On rank 0.
+
+        Raises:
+            SavedStateError: it holds such a thing already.
+        """
+        if self.ranks.rank:
+            return
+        try:
+            state = hook.state_dict()
+        except Exception:  # it may want an update first: a save tells
+            return
+        check(state, f"hooks at states/{name}")
 
     def _load(self, name: str, hook: Hook, state: Mapping[str, Any]) -> None:
         try:
@@ -309,6 +349,8 @@ class _Part:
     evaluated: int = -1
     fingerprint: str = ""
     unfinished: str = ""
+    modes: Mapping[str, Any] | None = None
+    """None: of a state that was saved without."""
 
     @staticmethod
     def of(part: Any) -> _Part:
@@ -322,12 +364,13 @@ class _Part:
         kinds |= {"fingerprint": str, "unfinished": str}
         if (
             not isinstance(part, dict)
-            or part.keys() != kinds.keys()
+            or part.keys() - {"modes"} != kinds.keys()  # without: none was changed
             or not all(type(part[key]) is kind for key, kind in kinds.items())
             or not all(isinstance(state, dict) for state in part["states"].values())
         ):
             raise SavedStateError("the saved state has a part 'hooks' that gatrain did not write.")
-        return _Part(part["states"], *(part[key] for key in kinds if key != "states"))
+        texts = (part[key] for key in kinds if key != "states")
+        return dataclasses.replace(_Part(part["states"], *texts), modes=part.get("modes"))
 
 
 def _scalar(name: str, value: Any) -> Tensor | float:

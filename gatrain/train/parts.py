@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -25,13 +25,29 @@ def split(state: Any, where: str) -> tuple[Any, dict[str, Tensor]]:
     """
     tensors: dict[str, Tensor] = {}
 
+    def named(each: Tensor, place: str) -> Any:
+        name = place or "tensor"
+        while name in tensors:  # {"a/b": x, "a": {"b": y}}
+            name += "'"
+        tensors[name] = each.detach().cpu().contiguous()
+        return {TENSOR: name}
+
+    return _taken_apart(state, where, named), tensors
+
+
+def check(state: Any, where: str) -> None:
+    """Raise as `split` does; nothing is copied.
+
+    Raises:
+        SavedStateError: something is in it that no file can hold.
+    """
+    _taken_apart(state, where, lambda each, place: None)
+
+
+def _taken_apart(state: Any, where: str, named: Callable[[Tensor, str], Any]) -> Any:
     def value(each: Any, place: str) -> Any:
         if isinstance(each, Tensor):
-            name = place or "tensor"
-            while name in tensors:  # {"a/b": x, "a": {"b": y}}
-                name += "'"
-            tensors[name] = each.detach().cpu().contiguous()
-            return {TENSOR: name}
+            return named(each, place)
         if each is None or isinstance(each, bool | str) or type(each) in (int, float):
             return each
         if isinstance(each, list | tuple):
@@ -49,7 +65,7 @@ def split(state: Any, where: str) -> tuple[Any, dict[str, Tensor]]:
             "numbers, text, booleans, None, and lists and mappings of these: convert it in state_dict()."
         )
 
-    return value(state, ""), tensors
+    return value(state, "")
 
 
 def join(data: Any, tensors: Mapping[str, Tensor]) -> Any:

@@ -60,6 +60,12 @@ class StateSaver:
                 f"after step {progress.step} the parameter {name} is not finite, so its state is not saved: "
                 f"an update made it so. For a lower rate: {helps}"
             )
+        if name := self.engine.replaced():
+            raise ExactnessError(
+                f"after step {progress.step} the model has another parameter {name} than the one that is trained, "
+                "so its state is not saved: a hook or the model put a new nn.Parameter there. Change the values of "
+                "the one that is there: parameter.copy_(...) under torch.no_grad()."
+            )
         # the others wait for the disk outside of any collective, which would fail after its timeout
         is_written = self.engine.ranks.alone(lambda: self._write(progress, began, is_last))
         if is_written:

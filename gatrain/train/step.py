@@ -126,6 +126,7 @@ class Step:
         """The window's gradient and the update with it, or everything as before. Collective."""
         assert self.guard is not None
         self.guard.keep_buffers()
+        self.parallel.drop_gradients()  # those that a hook of a person's own may have left behind
         result, update = self.gradient(window)
         if result.is_empty:
             return result, Update(torch.zeros((), device=self.device), made=True)

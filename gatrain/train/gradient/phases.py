@@ -221,7 +221,9 @@ class Phases(GradientStrategy):
     @contextlib.contextmanager
     def _alone(self, phase: _Phase) -> Iterator[None]:
         """In here the parameters of this phase alone want a gradient."""
-        others = [p for each in self._phases if each is not phase for p in each.parameters]
+        others = [
+            p for each in self._phases if each is not phase for p in each.parameters if p.requires_grad
+        ]  # a hook may have frozen some
         for parameter in others:
             parameter.requires_grad_(False)
         try:
