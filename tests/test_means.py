@@ -296,6 +296,9 @@ def test_a_weight_of_a_sample_counts_in_the_loss_and_in_its_mean(name: str, form
     batches = [task.collate(list(itertools.islice(left, size))) for size in SPLITS[1]]
     accumulate(pieces, batches, loss_sum=task.loss_sum, weight=task.weight)
     assert off(gradients(pieces), gradients(whole)) <= 1e-12
+    parts = [task.represent(pieces, batch) for batch in batches]  # as gradient=cached gathers them
+    total, weight = task.window_loss({key: torch.cat([part[key] for part in parts]) for key in parts[0]})
+    assert (total / weight).item() == pytest.approx(mean(whole(X), s).item(), rel=1e-12)
 
 
 def _task(**options: Any) -> LanguageModel:

@@ -113,13 +113,16 @@ class Supervised(Task):
         return self._loss.sum(self._scores(model(inputs)), targets, inputs, samples)
 
     def represent(self, model: nn.Module, batch: Batch) -> dict[str, Any]:
-        """For ``gradient=cached``: what the loss compares, outputs and targets, one row for each sample."""
+        """For ``gradient=cached``: what the loss compares, outputs and targets, one row for each sample, with its
+        weight, float64 ``[B]``, where samples have one."""
         inputs, targets = self._pair(batch)
-        return {"outputs": self._scores(model(inputs)), "targets": targets}
+        rows = {"outputs": self._scores(model(inputs)), "targets": targets}
+        weights = self._weights(batch, inputs, targets)
+        return rows if weights is None else {**rows, "weights": weights}
 
     def window_loss(self, rows: Mapping[str, Any]) -> LossSum:
         """The loss over all outputs and targets of a window: one that is a mean over them need not be a sum."""
-        return self._loss.sum(rows["outputs"], rows["targets"])
+        return self._loss.sum(rows["outputs"], rows["targets"], samples=rows.get("weights"))
 
     def eval_metrics(self, model: nn.Module, batch: Batch) -> Mapping[str, LossSum]:
         """``accuracy``, where targets are class numbers and outputs are scores ``[B, classes, ...]``."""
