@@ -606,6 +606,20 @@ def test_the_check_leaves_everything_as_it_was() -> None:
     assert np.random.get_state()[1].tolist() == generators[2]
 
 
+def test_batch_norm_without_running_statistics_is_set_aside_as_any_other() -> None:
+    def through_norm(model: nn.Module, batch: Any) -> Any:
+        return F.cross_entropy(model(batch["x"]), batch["y"], reduction="sum"), len(batch["y"])
+
+    task = OwnTask(through_norm)
+    norm = nn.BatchNorm1d(8, track_running_stats=False)
+    model = nn.Sequential(nn.Linear(WIDTH, 8), norm, nn.Linear(8, CLASSES)).train()
+    settings = StepSettings(precision="fp32", checkpointing="none", compile=False, sync="window")
+    engine = Engine(task, model, settings, SGDConfig(), Ranks.current(), torch.device("cpu"))
+    assert check_loss(engine, range(16)) == []
+    assert norm.running_mean is norm.running_var is None
+    assert norm.training
+
+
 def test_an_error_of_the_users_own_is_shown_as_it_is() -> None:
     def misspelt(model: nn.Module, batch: Any) -> Any:
         return model(batch["inputs"]).sum(), 1

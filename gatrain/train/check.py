@@ -832,6 +832,11 @@ def _batch_statistics_aside(model: nn.Module) -> Iterator[None]:
     """BatchNorm by its running statistics and spectral norm without its iteration: both are known to depend on the
     micro-batch and are told of elsewhere, and must not hide or look like a wrong loss."""
     aside = [module for module in model.modules() if module.training and _is_known(module)]
+    bare = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is None]
+    for norm in bare:  # statistics of nothing
+        weight = next(model.parameters())
+        norm.running_mean = torch.zeros(norm.num_features, dtype=weight.dtype, device=weight.device)
+        norm.running_var = torch.ones_like(norm.running_mean)
     for module in aside:
         module.training = False
     try:
@@ -839,12 +844,14 @@ def _batch_statistics_aside(model: nn.Module) -> Iterator[None]:
     finally:
         for module in aside:
             module.training = True
+        for norm in bare:
+            norm.running_mean = norm.running_var = None
 
 
 def _is_known(module: nn.Module) -> bool:
     name = type(module).__name__.lower()
     if isinstance(module, _BatchNorm):
-        return module.track_running_stats and module.running_mean is not None
+        return True
     hooks = (type(hook).__name__ for hook in module._forward_pre_hooks.values())
     return "batchnorm" in name or name == "_spectralnorm" or "SpectralNorm" in hooks
 
