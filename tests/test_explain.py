@@ -176,3 +176,23 @@ def test_the_command_plans_prints_json_and_predicts_without_a_gpu(capfd: pytest.
         assert topics["accumulation"] == "asked for: 24 = 1 rank x 3 accumulation steps x 8"
         assert told["plan"]["accumulation_steps"] == 3
         assert ("T4" in told["headline"]) == ("--gpu" in more)
+
+
+def test_a_strategy_in_the_working_folder_speaks_for_itself(capfd: pytest.CaptureFixture[str]) -> None:
+    """Where it says nothing of exactness, that is said."""
+    Path("strategies_here.py").write_text(
+        "from gatrain.train.gradient.plain import Plain\n"
+        "from gatrain.train.gradient import GradientStrategy\n"
+        "class Own(Plain):\n    exact = 'as far as mine goes'\n"
+        "class Silent(GradientStrategy):\n"
+        "    def __call__(self, window, step):\n"
+        "        for k, batch in step.batches(window):\n            step.forward_backward(batch)\n"
+    )
+    quick = ["batch.micro=8", "precision=fp32", "checkpointing=none", "compile=false", "sync=window"]
+    for name, said in (("Own", "As far as mine goes."), ("Silent", "has no sentence")):
+        own = f"gradient={{_target_: strategies_here.{name}}}"
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["explain", "recipe=vision", "batch.effective=24", *quick, "device=cpu", own, "--json"])
+        assert ended.value.code == 0
+        rows = json.loads(capfd.readouterr().out)["rows"]
+        assert said in next(row["text"] for row in rows if row["topic"] == "gradient")

@@ -109,10 +109,16 @@ def test_several_ranks_and_fp16_parameters_are_refused() -> None:
         ({"train": TrainConfig(steps=1, nonfinite="skip")}, "Write train.nonfinite=stop"),
         ({"batch": BatchConfig(effective=8, micro="auto")}, "batch.micro=auto.*Write batch.micro=8"),
         ({"batch": BatchConfig(effective=8, micro=4)}, "batch.micro=4.*Write batch.micro=8"),
+        ({"batch": BatchConfig(effective={0: 4, 9: 8}, micro=4)}, "batch.micro=4.*Write batch.micro=8"),
     ],
-    ids=["clip_norm", "own optimizer", "fp16", "skip", "auto", "K > 1"],
+    ids=["clip_norm", "own optimizer", "fp16", "skip", "auto", "K > 1", "stages"],
 )
 def test_what_does_not_go_with_it_is_refused_with_the_reason(changes: dict[str, Any], words: str) -> None:
     given = {"gradient": "in_backward", "batch": BatchConfig(effective=8, micro=8), **changes}
     with pytest.raises(ConfigError, match=words):
         build.build_strategy(RunConfig(**given))
+
+
+def test_stages_go_with_it_where_the_largest_is_one_micro_batch() -> None:
+    batch = BatchConfig(effective={0: 4, 9: 8}, micro=8)
+    assert type(build.build_strategy(RunConfig(gradient="in_backward", batch=batch))) is InBackward

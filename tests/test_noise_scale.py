@@ -315,7 +315,9 @@ def test_auto_proposes_a_batch_after_a_pilot_sets_none_and_its_command_works(
     assert "Nothing was set" in said
     command = shlex.split(next(line for line in said.splitlines() if line.startswith("Type: "))[6:])
     assert command[:3] == ["gatrain", "fit", "recipe=noisy"]
-    assert len(metrics(tmp_path / "outputs" / "noisy" / "tried")) < 120  # it ended once it knew enough
+    assert "run.name=tried" in command
+    assert not (tmp_path / "outputs" / "noisy" / "tried").exists()  # it is for the command that is proposed
+    assert len(metrics(tmp_path / "outputs" / "noisy" / "tried_pilot")) < 120  # it ended once it knew enough
     monkeypatch.chdir(tmp_path)
     proposed = compose(command[2:]).config
     assert proposed.batch.effective > 16

@@ -549,6 +549,14 @@ def test_plan_prints_one_json_object_that_sums_to_the_effective_batch(
     assert found["modes"][0]["largest_micro_batch"] == 8
 
 
+def test_a_task_of_several_phases_is_predicted_with_all_of_its_optimizers(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, out, err = call(capsys, "plan", "recipe=gan", "batch.effective=8", "--gpu", "T4", "--json")
+    assert code == 0, err
+    assert json.loads(out)["gpus"][0]["plan"]["effective_batch"] == 8
+
+
 def test_plan_for_all_gpus_has_a_row_for_each_and_says_that_compiled_code_is_not_predicted(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

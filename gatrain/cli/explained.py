@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gatrain import fit as work
+from gatrain import imports
 from gatrain.cli.terminal import Progress
 from gatrain.compose import Composed, compose
 from gatrain.errors import DoesNotFitError
@@ -26,6 +27,7 @@ def look(
     Raises:
         GatrainError: as they do.
     """
+    imports.use_working_folder()  # each part says in its own words what is exact, a person's own too
     if gpu is not None:
         return _predicted(overrides, request.nproc or 1, progress, gpu)
     found = work.autotune(overrides, request, progress.listener(print_plan=False), retune)

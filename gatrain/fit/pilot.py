@@ -88,11 +88,20 @@ def propose(
         )
     size = max(FEWEST_SAMPLES, config.batch.stages.first)
     pilot = [*kept, f"batch.effective={size}", f"hooks={spelt(_hooks(config))}", "eval.samples=16"]
-    if config.run.dir is None and config.run.name is None:
+    # a folder of its own: the proposed command is for the recipe's
+    if config.run.dir is not None:
+        pilot.append(f"run.dir={config.run.dir}_pilot")
+    elif config.run.name is not None:
+        pilot.append(f"run.name={config.run.name}_pilot")
+    else:
         pilot.append(f"run.name=pilot_{time.strftime('%Y-%m-%d_%H-%M-%S')}")
     listener.notice(f"A pilot of {STEPS} steps at batch.effective={size} measures the gradient's noise.")
     silent = Listener(progress=listener.progress, notice=listener.notice)
-    plan = fit.autotune(pilot, request, silent, retune).plan
+    try:
+        plan = fit.autotune(pilot, request, silent, retune).plan
+    except ConfigError as error:  # the hook is this pilot's, not the recipe's
+        own = "Leave noise_scale out of hooks"
+        raise ConfigError(str(error).replace(own, "Give batch.effective a number")) from error
     if plan.world_size == 1 and plan.accumulation_steps == 1:  # one micro-batch has no part to compare
         pilot = [word for word in pilot if word.partition("=")[0] != "batch.micro"]
         pilot.append(f"batch.micro={(size + 1) // 2}")

@@ -113,6 +113,7 @@ class StepTracer:
             task=self._task,
             random=random,
         )
+        self._step.masters = self._masters
         self._strategy.set_up(self._step, self._optimizer)
         try:
             yield

@@ -72,7 +72,7 @@ class GradientStrategy(abc.ABC):
     Every rank calls it for the same windows, each with micro-batches of its own, or with none at all.
     """
 
-    exact: str
+    exact: str = "what its author says: the class has no sentence `exact`"
     """One sentence: what the gradient is equal to, and for which losses and models."""
     needs_whole_window: bool = False
     """Whether the first backward needs every micro-batch of the window."""

@@ -63,9 +63,9 @@ class InBackward(GradientStrategy):
             ),
             (
                 f"batch.micro={batch.micro}",
-                batch.micro != batch.effective,
+                batch.micro != batch.largest,
                 "with more than one micro-step a gradient is not complete in a backward",
-                f"batch.micro={batch.effective}",
+                f"batch.micro={batch.largest}",
             ),
             (
                 f"optimizer._target_={(optimizer.node or {}).get('_target_')}",
