@@ -18,10 +18,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gatrain import build
+from gatrain.compose import compose
 from gatrain.config import AdamWConfig, OptimizerConfig, RunConfig, SGDConfig
 from gatrain.errors import ConfigError, ExactnessError, SavedStateError
 from gatrain.phase_config import phase_configs
 from gatrain.plan import StepSettings
+from gatrain.report.run_view import _phases
 from gatrain.tasks.base import phases_of, weights_of
 from gatrain.train import saved_state
 from gatrain.train.engine import Engine
@@ -114,6 +116,17 @@ def test_any_split_on_any_number_of_ranks_trains_like_whole_windows_in_turn() ->
         for nth, each in enumerate(found):
             assert distance(each, wanted[nth // 2]) < 1e-12, TURNS[nth // 2]
     assert distance(wanted[1], wanted[0]) > 1e-3 < distance(wanted[2], wanted[0])
+
+
+def test_a_recipe_with_a_list_of_optimizers_is_shown_the_way() -> None:
+    with pytest.raises(ConfigError, match=r"gradient=phases, and 'optimizer\.phases"):
+        compose(["recipe=gan", "optimizers=[{name: sgd}]"])
+
+
+def test_show_tells_the_rate_of_every_phase() -> None:
+    steps = [{"metrics": {"judge.lr": 0.3, "maker.lr": 0.2}}, {"metrics": {"judge.lr": 0.15, "seen": 1}}, {}]
+    assert _phases(steps) == [("phases", "judge lr 0.15, maker lr 0.2")]
+    assert _phases([{"metrics": {"zero": 1.0}}]) == []
 
 
 def test_what_a_hook_has_frozen_in_one_phase_stays_frozen_after_another() -> None:

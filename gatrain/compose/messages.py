@@ -362,10 +362,15 @@ def unknown_key(full_key: str, siblings: Sequence[str], word: str | None) -> str
     elsewhere = [key for key in schema.dotted_keys() if key.rsplit(".", 1)[-1] == last and key != full_key]
     if not suggestion and elsewhere:
         suggestion = f" Did you mean '{elsewhere[0]}'?"
+    if full_key == "optimizers":
+        suggestion = (
+            " Several optimizers are phases of a task: gradient=phases, and 'optimizer.phases={critic: {lr: 2e-4}, "
+            "actor: {lr: 1e-4}}'."
+        )
     text = f"there is no key '{last}' {place}.{suggestion} Known keys: {', '.join(siblings)}."
     is_open = full_key.split(".")[0] in OPEN_NODES and "." in full_key
     if is_open and word is not None:
-        text += f" To pass a further argument to the _target_, write +{word.lstrip('+')}."
+        text += f" To pass a further argument to the _target_, write {shlex.quote('+' + word.lstrip('+'))}."
     return text
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from gatrain import noise_advice, units
 from gatrain.report.jsonl import read_lines
@@ -36,10 +37,22 @@ def run_rows(run_dir: RunDir) -> list[tuple[str, str]]:
         rows.append(("held-out loss", decimal(summary["eval_loss"])))
     if isinstance(rate := number(last.get("samples_per_s")), float):
         rows.append(("speed", f"{units.rate(rate)} samples/s in the last step"))
+    rows += _phases(lines)
     rows += _findings(run_dir, summary, plan.effective_batch)
     if status != "completed":
         rows.append(("resume with", resume_command(run_dir.path)))
     return [(clean(label), clean(value)) for label, value in rows]
+
+
+def _phases(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """The rate of each phase's optimizer at its last turn, where a task has phases."""
+    rates: dict[str, object] = {}
+    for line in lines:
+        metrics = line.get("metrics")
+        if isinstance(metrics, dict):
+            rates |= {key.removesuffix(".lr"): rate for key, rate in metrics.items() if key.endswith(".lr")}
+    told = [f"{name} lr {rate:.4g}" for name, rate in rates.items() if isinstance(rate, int | float)]
+    return [("phases", ", ".join(told))] if told else []
 
 
 def _findings(run_dir: RunDir, summary: dict[str, object], effective_batch: int) -> list[tuple[str, str]]:

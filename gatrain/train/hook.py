@@ -68,7 +68,12 @@ class Hook:
 
     Every rank makes the hook and calls its methods at the same places. So a hook may change the model, by the same
     change on every rank. It must not communicate (no collective, no barrier): a hook that waits for another rank
-    hangs the run. Gradients are off. An error in it ends the run after what was trained is saved.
+    hangs the run. An error in it ends the run after what was trained is saved.
+
+    Gradients are off; a hook may compute some under ``torch.enable_grad()``, and what it leaves in ``.grad`` is
+    dropped. What it draws at random follows from the run's seed, the hook and the step: the same on every rank, and
+    after a resume. It may freeze parameters and change the mode of layers, which is saved and resumed; the model
+    as a whole has to be left in the mode in which it came.
     """
 
     needs_verdict: bool = True
