@@ -18,7 +18,7 @@ from command import environment, project, warm_program
 
 from gatrain import build, fit, recorded, worker
 from gatrain.compose import compose, reload, resolve_again
-from gatrain.errors import ConfigError, SavedStateError
+from gatrain.errors import ConfigError, DamagedFileError, SavedStateError
 from gatrain.fit import resuming
 from gatrain.fit.listener import Listener
 from gatrain.rundir import RunDir
@@ -257,6 +257,20 @@ def test_a_damaged_record_is_refused(run: Path, file: str, text: str) -> None:
 
 
 # --- restarts that no command has looked at -------------------------------------------------------------
+
+
+def test_what_is_missing_is_told_with_the_way_on(run: Path) -> None:
+    (run / "plan.json").unlink()
+    with pytest.raises(
+        DamagedFileError, match=r"plan\.json is missing\. .* gatrain resume \S+ batch\.micro=auto"
+    ) as raised:
+        resume(run)
+    assert raised.value.exit_code == 8
+    (run / "data.json").unlink()
+    told = resume(run, "batch.micro=auto")
+    assert "note: data.json is missing: the data is not compared" in told
+    assert RunDir(run).load_plan().effective_batch == 6
+    assert not any(word.startswith("note: data.json") for word in resume(run))
 
 
 def test_a_restarted_rank_compares_settings_plan_code_and_versions_itself(run: Path) -> None:

@@ -126,7 +126,10 @@ class Changes:
         except GatrainError:
             self.refuse()  # the change is what explains the error
             raise
-        self.differences += records.differences_of_data(records.read_data(self.run_dir), found.data)
+        before = records.read_data(self.run_dir)
+        if before is None and found.data is not None:
+            progress(f"note: {self.run_dir.data.name} is missing: the data is not compared")
+        self.differences += records.differences_of_data(before, found.data)
         self.refuse()
         known = [each.key for each in self.differences]
         for name in self.accepted:
