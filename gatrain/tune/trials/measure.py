@@ -151,7 +151,7 @@ class SizeMeter:
                 for _ in range(WARM_UPS[self._device.type]):
                     self._passes(*each)
             state["micro_step_s"] = self._guess(state["timed"][0])
-            state["host_s"] = self._host_seconds(state["timed"][0])
+            state["host_s"] = self._host_seconds(state["timed"][0], state["micro_step_s"])
 
         failure = self._peers.worst(attempt(first_pass))
         if failure is None:
@@ -169,12 +169,13 @@ class SizeMeter:
         found = self._summary(size, state["loss"], state["noise"], times)
         repeated = self._peers.gather((state["loss"], state["repeated"]))
         own = [again for loss, again in repeated if loss == found.loss]
+        hosts = self._peers.gather(state["host_s"])
         return dataclasses.replace(
             found,
             repeated_loss=own[0] if own else None,
             compile_s=max(self._peers.gather(state["first_s"])),
             host_bytes=max(self._peers.gather(state["host_bytes"])),
-            host_s=min(self._peers.gather(state["host_s"])) if self._device.type == "cuda" else None,
+            host_s=min((each for each in hosts if each is not None), default=None),
         )
 
     def _on_device(self, prepared: tuple[Batch, Mapping[str, float]]) -> tuple[Batch, Mapping[str, float]]:
@@ -197,8 +198,11 @@ class SizeMeter:
                 found = min(found, self._timed(lambda: self._passes(*prepared)))
         return found
 
-    def _host_seconds(self, prepared: tuple[Batch, Mapping[str, float]]) -> float:
-        """Seconds until a micro-step is handed to the device, which has nothing else to do."""
+    def _host_seconds(self, prepared: tuple[Batch, Mapping[str, float]], micro_step_s: float) -> float | None:
+        """Seconds until a micro-step is handed to a GPU, which has nothing else to do; None where it takes so long
+        that the GPU has enough to do."""
+        if self._device.type != "cuda" or micro_step_s >= CHEAP_S:
+            return None
         found = []
         for _ in range(GUESSES):
             self._timed(lambda: None)
