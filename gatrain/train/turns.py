@@ -1,4 +1,4 @@
-"""Functions that take turns: each in a thread of its own, one of all running at a time.
+"""Functions that take turns: each in a thread, one of all running at a time.
 
 A function so written pauses in the middle of calls that know nothing of it, such as a model's forward or autograd's
 backward, and goes on where it was. What PyTorch keeps by thread (gradient mode, autocast, hooks of saved tensors)
@@ -8,34 +8,68 @@ stays each one's own; what is the process's (random numbers, buffers) is the cal
 from __future__ import annotations
 
 import contextvars
+import functools
 import threading
+import weakref
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
 
-_STOP = object()
+_STOP, _ENDED = object(), object()
 
 
 class Stopped(BaseException):
     """Ends a function at its pause. No Exception: nobody's code takes it for an error."""
 
 
+class Threads:
+    """Threads that are kept from one use to the next, and end with this object.
+
+    The plans that cuDNN makes for convolutions, and the handles of cuBLAS, belong to a thread: in a new one each
+    convolution of each pass is planned anew, which takes the host longer than the GPU the convolution.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: list[SimpleQueue[Callable[[], None] | None]] = []
+        weakref.finalize(self, _end, self._jobs)
+
+    def run(self, nth: int, job: Callable[[], None]) -> None:
+        """Let the ``nth`` thread run ``job``, which raises nothing, after what it runs now."""
+        while len(self._jobs) <= nth:
+            jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+            # a daemon, so that Python can end where even `Turn.stop` was interrupted
+            threading.Thread(target=_work, args=(jobs,), name=f"gatrain-turn-{nth}", daemon=True).start()
+            self._jobs.append(jobs)
+        self._jobs[nth].put(job)
+
+
+def _work(jobs: SimpleQueue[Callable[[], None] | None]) -> None:
+    while (job := jobs.get()) is not None:
+        job()
+        del job
+
+
+def _end(queues: list[SimpleQueue[Callable[[], None] | None]]) -> None:
+    for jobs in queues:
+        jobs.put(None)
+
+
 class Turn:
     """One of the functions.
 
     Args:
-        body: called at the first `go`, in the new thread; what it calls may call `pause`.
-        name: of the thread.
+        body: called at the first `go`, in a thread; what it calls may call `pause`.
+        threads: where.
+        nth: which of them; no other function that is under way has it.
     """
 
-    def __init__(self, body: Callable[[], None], name: str) -> None:
+    def __init__(self, body: Callable[[], None], threads: Threads, nth: int) -> None:
         self._body: Callable[[], None] | None = body
         self._context = contextvars.copy_context()
         self._go_on: SimpleQueue[Any] = SimpleQueue()
         self._came: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
-        # a daemon, so that Python can end where even `stop` was interrupted
-        self._thread = threading.Thread(target=self._context.run, args=(self._run,), name=name, daemon=True)
-        self._is_stopped = False
+        self._start: Callable[..., None] | None = functools.partial(threads.run, nth)
+        self._is_stopped = self._is_under_way = False
         self.place: Any = None
         """What it paused with; None once it has ended."""
 
@@ -51,14 +85,18 @@ class Turn:
         Raises:
             BaseException: what it raised, with its traceback.
         """
-        if self._thread.ident is None:
-            self._thread.start()
-        else:
+        if self._is_under_way:
             self._go_on.put(value)
-        self.place, error = self._came.get()
+        else:
+            self._is_under_way = True
+            assert self._start is not None
+            self._start(functools.partial(self._context.run, self._run))
+            self._start = None  # a graph may keep this for longer than the threads are wanted
+        place, error = self._came.get()
+        self._is_under_way = place is not _ENDED
+        self.place = place if self._is_under_way else None
         if error is not None:
             try:
-                self._thread.join()
                 raise error
             finally:
                 del error  # its traceback holds this frame
@@ -80,9 +118,11 @@ class Turn:
     def stop(self) -> None:
         """End it at its pause, and wait until it has ended."""
         self._is_stopped = True
-        if self._thread.ident is not None:
+        if self._is_under_way:
             self._go_on.put(_STOP)
-            self._thread.join()
+            while self._came.get()[0] is not _ENDED:
+                pass
+            self._is_under_way = False
 
     def _run(self) -> None:
         error: BaseException | None = None
@@ -94,5 +134,5 @@ class Turn:
         except BaseException as raised:
             error = raised
         self._body = None
-        self._came.put((None, error))
+        self._came.put((_ENDED, error))
         del error

@@ -36,6 +36,7 @@ from gatrain.train.norm.over_window import WindowNorms
 from gatrain.train.norm.room import Room, room_now
 from gatrain.train.norm.together import Together
 from gatrain.train.seeding import derive_seed
+from gatrain.train.turns import Threads
 from gatrain.units import size
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class ExactNorm(Plain):
         self._look: Look | None = None
         self._room: Room | None = None
         self._is_compared = False
+        self._threads = Threads()
         self._is_undisturbed = False
         """Whether a window has shown that its micro-batches leave one another alone."""
         self._draws_on_host = False
@@ -162,7 +164,7 @@ class ExactNorm(Plain):
                 away_bytes=away,
                 may_leave=self._asked == "auto",
             )
-            leave = together()
+            leave = together(self._threads)
             if leave is None:
                 self.way = TOGETHER
                 self._is_undisturbed |= together.is_proven

@@ -38,7 +38,7 @@ from gatrain.train.norm.swapped import Kept, Swapped
 from gatrain.train.norm.window_statistics import NormaliseTogether, moments_of
 from gatrain.train.offload import Offloading
 from gatrain.train.step import Step, share_of
-from gatrain.train.turns import Turn
+from gatrain.train.turns import Threads, Turn
 
 SAME = {torch.float64: 1e-10}
 """Relative difference between a micro-batch's loss among the others and alone, with the same kernels."""
@@ -113,15 +113,18 @@ class Together:
         gpu = step.device.type == "cuda"
         self._stream = torch.cuda.current_stream(step.device) if gpu else None
 
-    def __call__(self) -> Leave | None:
+    def __call__(self, threads: Threads) -> Leave | None:
         """The gradient in ``.grad``, and buffers as after one forward; the caller moves running statistics.
         Collective.
+
+        Args:
+            threads: for the micro-batches.
 
         Returns:
             None; or why all ranks leave the window half done.
         """
         try:
-            return self._forward() or self._backward()
+            return self._forward(threads) or self._backward()
         finally:
             for micro in self._micros:
                 micro.turn.stop()
@@ -129,8 +132,8 @@ class Together:
 
     # --- all micro-batches ----------------------------------------------------------------------------------
 
-    def _forward(self) -> Leave | None:
-        leave = self._round(self._begun())
+    def _forward(self, threads: Threads) -> Leave | None:
+        leave = self._round(self._begun(threads))
         for nth in range(len(self._norms.sites)):
             seen = []
             for micro in self._micros if leave is None else []:
@@ -169,11 +172,11 @@ class Together:
         """Of the first rank that has a reason. Collective."""
         return next((each for each in self._step.parallel.gather_values(leave) if each is not None), None)
 
-    def _begun(self) -> Iterator[_Micro]:
+    def _begun(self, threads: Threads) -> Iterator[_Micro]:
         for k, batch in self._step.batches(self._window):
             micro = _Micro(batch, self._swapped.before)
             del batch
-            micro.turn = Turn(functools.partial(self._run, micro, k), f"gatrain-micro-batch-{k}")
+            micro.turn = Turn(functools.partial(self._run, micro, k), threads, k)
             self._micros.append(micro)
             yield micro
 
