@@ -176,6 +176,22 @@ def test_running_statistics_after_a_window_are_within_2_percent_of_the_large_bat
     assert after[Keep] < 0.02 < after[Torch]
 
 
+def test_running_statistics_of_instance_norm_move_once_a_window_too() -> None:
+    after = {}
+    for norm, sizes in ((Torch(), (64,)), (Torch(), (4,) * 16), (Keep(), (4,) * 16)):
+        layer = nn.InstanceNorm2d(3, affine=True, track_running_stats=True).double()
+        images = 1 + 2 * data(64)[0]
+        step = step_of(nn.Sequential(layer, nn.Conv2d(3, 4, 1).double(), nn.Flatten()), norm)
+        with torch.no_grad():
+            for k, part in enumerate(images.split(sizes)):
+                for listener in step.before_micro_step:
+                    listener(window(data(64), sizes), k)
+                step.model(part)
+        after[type(norm), len(sizes)] = layer.running_var
+    wanted = after[Torch, 1]
+    assert relative_error(after[Keep, 16], wanted) < 0.02 < relative_error(after[Torch, 16], wanted)
+
+
 def test_a_window_leaves_exactly_1_minus_m_of_what_was_before_and_one_micro_batch_changes_nothing() -> None:
     model = net().double()
     step, left = step_of(model, Keep()), 1.0

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from gatrain.train.micro_batches import LoadedWindow
 from gatrain.train.modules import batch_norms
@@ -30,7 +31,8 @@ class Keep(Normalisation):
     micro-batch of n among the N samples of this rank's window: whatever the split, a window leaves (1 - m) of what
     was before.
 
-    One micro-batch alone has m itself. ``momentum=None``, the mean over all batches, is left as it is.
+    InstanceNorm's, where it keeps some, move alike. One micro-batch alone has m itself. ``momentum=None``, the mean
+    over all batches, is left as it is.
     """
 
     exact = "the gradient of Ghost BatchNorm over micro-batches, another model than BatchNorm over the window"
@@ -39,12 +41,14 @@ class Keep(Normalisation):
     )
 
     def __init__(self) -> None:
-        self._momenta: list[tuple[_BatchNorm, float]] = []
+        self._momenta: list[tuple[_NormBase, float]] = []
 
     def attach(self, step: Step) -> None:
-        norms = map(step.model.get_submodule, batch_norms(step.model))
+        norms = {step.model.get_submodule(name) for name in batch_norms(step.model)}
         self._momenta = [
-            (m, m.momentum) for m in norms if isinstance(m, _BatchNorm) and m.momentum is not None
+            (m, m.momentum)
+            for m in step.model.modules()
+            if isinstance(m, _NormBase) and m.momentum is not None and (m in norms or _tracks_instances(m))
         ]
         if self._momenta:
             step.before_micro_step.append(self._share_momentum)
@@ -53,6 +57,10 @@ class Keep(Normalisation):
         share = share_of(window, k)
         for module, momentum in self._momenta:
             module.momentum = corrected(momentum, share)
+
+
+def _tracks_instances(module: _NormBase) -> bool:
+    return isinstance(module, _InstanceNorm) and module.training and module.running_mean is not None
 
 
 def share_of(window: LoadedWindow, k: int) -> float:
