@@ -103,8 +103,9 @@ def compiled(situation: Situation) -> Iterable[Row]:
         text = "Every operator runs by itself." + (
             "" if situation.on_gpu else " On a CPU nothing is compiled by auto."
         )
-    state = ("with CUDA graphs" if is_compiled == REDUCE_OVERHEAD else "on") if is_compiled else "off"
-    if is_compiled == REDUCE_OVERHEAD:
+    replays = is_compiled == REDUCE_OVERHEAD and situation.on_gpu
+    state = ("with CUDA graphs" if replays else "on") if is_compiled else "off"
+    if replays:
         text += " The GPU is handed a whole micro-step at once instead of kernel by kernel."
     yield Row("compile", f"{state}, {asked}", text)
 

@@ -4,7 +4,7 @@ Importing torch and its compiler takes as long as many trials. So that happens o
 and may start while the parent still looks at the model and the data (`TrialHost.start`).
 
     parent            TrialHost: FOLDER/requests, one line for each folder that holds a trial spec
-    host process      python -m gatrain.tune.trials.host FOLDER NODE: imports, forks this node's ranks
+    host process      python -m gatrain.tune.host FOLDER NODE: imports, forks this node's ranks
     ranks             gatrain.tune.trials.session.work: measure; rank 0 leaves `answered` in the request's folder
 
 With several nodes the folders lie in the run folder that all share, and each other node starts a host process on
@@ -31,7 +31,7 @@ from gatrain.launch.world import Nodes, parse_endpoint
 from gatrain.rundir import RunDir, read_json, write_json
 from gatrain.tune.protocol import ANSWERED, FAILED, POLL_S, REQUESTS, WORLD
 
-HOST = "gatrain.tune.trials.host"
+HOST = "gatrain.tune.host"
 """The module that a host process runs."""
 KEPT_FAILURES = 10
 """Failed trials whose logs are kept."""

@@ -1,5 +1,5 @@
 """What trial processes run. The parent starts them by module name, reads what they write, and imports nothing here.
 
-host (imports once, forks) -> session (one rank's requests) -> measure (one size), memory, batches
-                                                            -> full_step (full optimizer steps, in turn)
+gatrain.tune.host (imports once, forks) -> session (one rank's requests) -> measure (one size), memory, batches
+                                                                         -> full_step (full optimizer steps)
 """

@@ -1,4 +1,4 @@
-"""The ranks of trial processes, forked by `gatrain.tune.trials.host`.
+"""The ranks of trial processes, forked by `gatrain.tune.host`.
 
 For each request they walk through the sizes of its `gatrain.tune.protocol.TrialSpec` in rising order; rank 0 writes
 a line after each. All decisions to go on or stop are taken together. Model, batches and compiled code stay warm

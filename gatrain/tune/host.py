@@ -3,7 +3,7 @@
 Importing torch and its compiler takes as long as many trials, so it happens once for all questions of a tuning. The
 host never touches a GPU: a CUDA context does not survive a fork. Ranks are set up by `gatrain.rank`, like those of
 a training, and form the same world. The parent (`gatrain.tune.processes`) starts it by
-``python -m gatrain.tune.trials.host FOLDER NODE``.
+``python -m gatrain.tune.host FOLDER NODE``.
 """
 
 from __future__ import annotations
