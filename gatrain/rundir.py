@@ -150,12 +150,12 @@ class RunDir:
         """Read plan.json.
 
         Raises:
-            RunFolderError: the file cannot be read.
-            DamagedFileError: it is missing, or not a plan that can be computed.
+            RunFolderError: the file is missing or cannot be read.
+            DamagedFileError: it is not a plan that can be computed.
         """
         again = f"To plan again: gatrain resume {shlex.quote(str(self.path))} batch.micro=auto"
         if not self.plan.exists():
-            raise DamagedFileError(f"{self.plan} is missing. {again}")
+            raise RunFolderError(f"{self.plan} is missing. {again}")
         try:
             return Plan.from_dict(read_json(self.plan))
         except ValueError as error:

@@ -18,7 +18,7 @@ from command import environment, project, warm_program
 
 from gatrain import build, fit, recorded, worker
 from gatrain.compose import compose, reload, resolve_again
-from gatrain.errors import ConfigError, DamagedFileError, SavedStateError
+from gatrain.errors import ConfigError, RunFolderError, SavedStateError
 from gatrain.fit import resuming
 from gatrain.fit.listener import Listener
 from gatrain.rundir import RunDir
@@ -262,10 +262,10 @@ def test_a_damaged_record_is_refused(run: Path, file: str, text: str) -> None:
 def test_what_is_missing_is_told_with_the_way_on(run: Path) -> None:
     (run / "plan.json").unlink()
     with pytest.raises(
-        DamagedFileError, match=r"plan\.json is missing\. .* gatrain resume \S+ batch\.micro=auto"
+        RunFolderError, match=r"plan\.json is missing\. .* gatrain resume \S+ batch\.micro=auto"
     ) as raised:
         resume(run)
-    assert raised.value.exit_code == 8
+    assert raised.value.exit_code == 7
     (run / "data.json").unlink()
     told = resume(run, "batch.micro=auto")
     assert "note: data.json is missing: the data is not compared" in told

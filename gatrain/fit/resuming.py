@@ -197,7 +197,7 @@ def _as_many_as_before(run_dir: RunDir, config: RunConfig, request: WorldRequest
         return request
     try:
         processes, gpus_then = run_dir.load_plan().world_size, len(before.gpus)
-    except DamagedFileError:  # told later, unless it is planned again
+    except RunFolderError:  # told later, unless it is planned again
         return request
     now = detect_hardware(config.device)
     if now.device != before.device or (now.gpus and (processes >= gpus_then or processes > len(now.gpus))):
