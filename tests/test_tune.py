@@ -306,6 +306,7 @@ def test_compilation_is_measured_for_the_best_few_on_a_gpu(monkeypatch: pytest.M
         (0.1, 0.5, {}, True, [False, True]),
         (0.9, 0.5, {"gradient": "bf16_kahan"}, True, [False, True]),
         (0.9, 0.5, {"dropout": "keyed"}, True, [False, True]),
+        (0.9, 0.5, {"precision": "fp16"}, True, [False, True]),
         (0.9, 0.5, {"compile": True}, True, [False, True]),
         (0.1, 1.5, {"compile": REDUCE_OVERHEAD}, REDUCE_OVERHEAD, [False, REDUCE_OVERHEAD]),
         (0.9, 0.5, {"compile": False}, False, [False]),

@@ -163,10 +163,12 @@ class SearchSpace:
 
     @property
     def may_replay(self) -> bool:
-        """Whether trials may try CUDA graphs: where each backward follows its forward, with torch's own dropout."""
+        """Whether trials may try CUDA graphs by themselves: where each backward follows its forward, with torch's
+        own dropout, on one GPU and without a loss scale. Elsewhere they have not been measured."""
         config = self.config
         as_usual = {"gradient": config.gradient, "dropout": config.dropout}
         is_usual = all(doors.node_of(key, each)["_target_"] == USUAL[key] for key, each in as_usual.items())
+        is_usual = is_usual and self.split.world_size == 1 and self.base.precision != "fp16"
         return config.compile == "auto" and config.optimizer.gradient is None and is_usual
 
     @property
