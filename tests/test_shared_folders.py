@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from gatrain import assets
+from gatrain.cli import machine
 from gatrain.compose import compose
 from gatrain.data.cache import build_once
 from gatrain.errors import ConfigError, RunFolderError
@@ -47,6 +49,25 @@ def test_a_cache_that_everybody_may_write_is_refused_with_the_command_that_close
     for mode in (0o755, 0o775, 0o700, 0o2775):  # a group may share it
         cache.chmod(mode)
         assert assets.cache_dir() == cache
+
+
+def test_a_command_goes_on_with_a_cache_of_its_own_and_says_so(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    cache.mkdir()
+    cache.chmod(0o777)
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    machine._settle_cache()
+    own = assets.cache_dir()
+    assert own.parent == temporary
+    assert own.stat().st_mode & 0o077 == 0
+    said = capfd.readouterr().err
+    assert f"chmod o-w {cache}" in said
+    assert f"Until then {own} holds the cache." in said
+    machine._settle_cache()  # once: nothing to say about its own
+    assert capfd.readouterr().err == ""
 
 
 def test_its_parts_and_the_folder_above_count_too(cache: Path) -> None:

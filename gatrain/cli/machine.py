@@ -16,7 +16,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 from gatrain import assets, imports
-from gatrain.errors import LaunchError
+from gatrain.errors import ConfigError, LaunchError
 
 SOCKET_PATH_BYTES = 107
 """Longest path of a socket on Linux; 103 on macOS."""
@@ -163,10 +163,20 @@ def _settle_user() -> None:
 
 
 def _settle_cache() -> None:
-    """A home that cannot be written, such as ``/``, holds no cache."""
+    """A home that cannot be written, such as ``/``, holds no cache, and a cache that everybody may write is none."""
+    try:
+        cache = assets.cache_place()
+    except ConfigError:
+        return  # told where it is needed
+    try:
+        assets.safe_cache(cache)
+    except ConfigError as error:
+        folder = _own_folder("gatrain-cache", "GATRAIN_CACHE")
+        os.environ["GATRAIN_CACHE"] = str(folder)
+        note(f"{error} Until then {folder} holds the cache.")
+        return
     if any(os.environ.get(name) for name in ("GATRAIN_CACHE", "XDG_CACHE_HOME")):
         return
-    cache = assets.cache_place()
     with contextlib.suppress(OSError):
         existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
         if existing == cache or os.access(existing, os.W_OK | os.X_OK):
