@@ -163,7 +163,7 @@ def _settle_user() -> None:
 
 
 def _settle_cache() -> None:
-    """A home that cannot be written, such as ``/``, holds no cache, and a cache that everybody may write is none."""
+    """A home that cannot be written, such as ``/``, holds no cache; one that everybody may write is not used."""
     try:
         cache = assets.cache_place()
     except ConfigError:
