@@ -171,9 +171,7 @@ def _settle_cache() -> None:
     try:
         assets.safe_cache(cache)
     except ConfigError as error:
-        folder = _own_folder("gatrain-cache", "GATRAIN_CACHE")
-        os.environ["GATRAIN_CACHE"] = str(folder)
-        note(f"{error} Until then {folder} holds the cache.")
+        note(f"{error} Until then {_own_cache()} holds the cache.")
         return
     if any(os.environ.get(name) for name in ("GATRAIN_CACHE", "XDG_CACHE_HOME")):
         return
@@ -181,9 +179,16 @@ def _settle_cache() -> None:
         existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
         if existing == cache or os.access(existing, os.W_OK | os.X_OK):
             return
+    note(
+        f"{cache} cannot be written: {_own_cache()} holds the cache. Set GATRAIN_CACHE=FOLDER to one that lasts."
+    )
+
+
+def _own_cache() -> Path:
+    """From here on the cache, of child processes too."""
     folder = _own_folder("gatrain-cache", "GATRAIN_CACHE")
     os.environ["GATRAIN_CACHE"] = str(folder)
-    note(f"{cache} cannot be written: {folder} holds the cache. Set GATRAIN_CACHE=FOLDER to one that lasts.")
+    return folder
 
 
 def _own_folder(name: str, variable: str) -> Path:
