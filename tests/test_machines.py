@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import getpass  # here: another user may not read the folders of this Python
 import os
 import socket
 import stat
@@ -201,8 +202,6 @@ def test_a_user_without_home_and_entry_gets_a_cache_for_now(
     temporary(opened(cwd, 0o1777))
 
     def work() -> str:
-        import getpass
-
         with machine.settled():
             assets.cache_dir().mkdir(parents=True)
             return f"{assets.cache_dir()} {getpass.getuser()}"
