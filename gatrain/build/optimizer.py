@@ -1,0 +1,152 @@
+"""Optimizers and schedules of the user's own."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+from gatrain import targets
+from gatrain.build.nodes import instantiate
+from gatrain.build.windows import window_schedule
+from gatrain.config import OptimizerConfig, RunConfig
+from gatrain.errors import ConfigError
+from gatrain.phase_config import phase_configs
+from gatrain.signatures import believed_parameters
+from gatrain.tasks.base import Task
+from gatrain.train.engine import StepClock
+from gatrain.train.modules import sparse_parameters
+from gatrain.train.optimizer import Maker, check_takes_sparse
+from gatrain.train.optimizer_state import check_step
+from gatrain.train.phased_optimizer import counted_for, groupings
+from gatrain.train.schedule import Factor, TorchFactor, check_factor, check_schedule_class
+from gatrain.train.windows import WindowSchedule
+
+
+def optimizer_maker(config: OptimizerConfig) -> Maker | None:
+    """What makes the user's own optimizer over groups of parameters; None for a short name."""
+    return None if config.node is None else _make_own_optimizer
+
+
+def inspect_optimizer(config: RunConfig, task: Task, model: nn.Module) -> int:
+    """Try the optimizer out and make the schedule, before anything is spent on a run.
+
+    Args:
+        model: with shapes; its values do not matter.
+
+    Returns:
+        Bytes of the tensors that the optimizer keeps for the trained parameters; 0 where that cannot be told.
+
+    Raises:
+        ConfigError: rules that match nothing, an optimizer or a schedule that cannot be used.
+    """
+    grouped = groupings(task, config.optimizer, model)
+    for each, _ in grouped.values():
+        check_takes_sparse(each, model)
+    sizes = counted_for(grouped, sparse_parameters(model), optimizer_maker)
+    if config.schedule.node is not None:
+        windows = window_schedule(config, task)
+        step_clock(config, windows.steps(config.train.steps, config.train.epochs), windows)
+    return sum(sizes)
+
+
+def step_clock(config: RunConfig, total_steps: int, windows: WindowSchedule | None = None) -> StepClock:
+    """What the learning rate of each step follows from.
+
+    Args:
+        windows: of the run, where its effective batch has stages.
+
+    Raises:
+        ConfigError: a schedule of the user's own that is not a function of the step.
+    """
+    stages = () if windows is None else windows.stage_starts
+    clock = StepClock(config.schedule, total_steps, config.batch.stages.first, stages=stages)
+    if config.optimizer.phases is not None:
+        own_ones = {
+            name: dataclasses.replace(config, schedule=phase.schedule, optimizer=phase.optimizer)
+            for name, phase in phase_configs(config.optimizer).items()
+            if phase.schedule is not None
+        }
+        clock = dataclasses.replace(
+            clock, phases={name: step_clock(each, total_steps, windows) for name, each in own_ones.items()}
+        )
+    node = config.schedule.node
+    if node is None:
+        return clock
+    dotted, target = node["_target_"], targets.admit("schedule", node)
+    takes = set(believed_parameters(target) or {})
+    batch = config.batch
+    changes = batch.counts_tokens or not batch.stages.is_constant
+    if "effective_batch" in takes and "effective_batch" not in node and changes:
+        raise ConfigError(
+            f"schedule._target_={dotted} asks for effective_batch, which is no one number of samples in this run "
+            f"({batch.stages.text}{' tokens' if batch.counts_tokens else ''}). Give it a number of its own: "
+            "schedule.effective_batch=..."
+        )
+    span = {"total_steps": total_steps, "effective_batch": config.batch.stages.first}
+    given = {name: value for name, value in span.items() if name in takes and name not in node}
+    own: Factor
+    if isinstance(target, type) and issubclass(target, torch.optim.lr_scheduler.LRScheduler):
+        check_schedule_class(target)
+        own = _torch_schedule(config, node, given)
+    elif not isinstance(target, type) and "step" in takes:
+        of_step = instantiate("schedule", {**node, "_partial_": True}, **given)
+        own = lambda step: float(of_step(step=step))  # noqa: E731
+    else:
+        own = instantiate("schedule", node, **given)
+        if not callable(own):
+            raise ConfigError(
+                f"schedule._target_={dotted} gave a {type(own).__name__}, not a function of the optimizer step. "
+                "Give it __call__(self, step), or name a function with the argument 'step'."
+            )
+    return dataclasses.replace(clock, own=check_factor(own, total_steps, f"schedule._target_={dotted}"))
+
+
+def _make_own_optimizer(
+    config: OptimizerConfig, groups: list[dict[str, Any]], fused: bool | None
+) -> torch.optim.Optimizer:
+    assert config.node is not None
+    dotted, target = config.node["_target_"], targets.admit("optimizer", config.node)
+    if isinstance(target, type) and issubclass(target, torch.optim.Optimizer):
+        check_step(target)
+    takes = believed_parameters(target) or {}
+    is_open = any(each.kind is each.VAR_KEYWORD for each in takes.values())
+    names = [name for name, each in takes.items() if each.kind is not each.VAR_KEYWORD]
+    first = "params" if "params" in names or not names else names[0]
+    given: dict[str, Any] = {}
+    for key in ("lr", "weight_decay"):
+        value = getattr(config, key)
+        if value and key not in names and not is_open:
+            raise ConfigError(
+                f"optimizer.{key}={value:g}: {dotted} takes no {key} (it has: {', '.join(names)})."
+            )
+        if value is not None and (key in names or is_open):
+            given[key] = value
+    if "weight_decay" not in names and not is_open:
+        groups = [{key: value for key, value in group.items() if key != "weight_decay"} for group in groups]
+    given[first] = groups
+    if fused and "fused" in names and not {"fused", "foreach"} & config.node.keys():
+        with contextlib.suppress(ConfigError):  # not for this class, device or combination of options
+            return _as_optimizer(dotted, instantiate("optimizer", config.node, **given, fused=True))
+    return _as_optimizer(dotted, instantiate("optimizer", config.node, **given))
+
+
+def _as_optimizer(dotted: str, made: Any) -> torch.optim.Optimizer:
+    if not isinstance(made, torch.optim.Optimizer):
+        raise ConfigError(
+            f"optimizer._target_={dotted} gave a {type(made).__name__}, not a torch.optim.Optimizer."
+        )
+    return made
+
+
+def _torch_schedule(config: RunConfig, node: dict[str, Any], given: dict[str, Any]) -> Factor:
+    if "epochs" in node:
+        given = {}
+    if config.optimizer.lr is None:
+        raise ConfigError(f"{node['_target_']} needs the peak rate. Give it optimizer.lr=....")
+    return TorchFactor(
+        lambda dummy: instantiate("schedule", node, optimizer=dummy, **given), config.optimizer.lr
+    )
