@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gatrain.cli.terminal import usage_text
-from gatrain.compose import compose, load_config
+from gatrain.compose import compose, load_config, reload
 from gatrain.compose.declared import text_arguments
 from gatrain.compose.words import as_loop
 from gatrain.errors import ConfigError
@@ -334,6 +334,27 @@ def test_a_number_that_is_read_in_two_ways_is_refused(cwd: Path) -> None:
             compose(["recipe=llm", word])
     with pytest.raises(ConfigError, match="010 begins with a zero"):
         compose(["recipe=eight.yaml"])
+    inside = {
+        "batch": ("{effective: {0: 64, 010: 256}}", "batch.effective: 010 begins with a zero.* Write 10"),
+        "schedule": ("{milestones: [1, 010]}", "schedule.milestones: 010 begins with a zero"),
+        "hooks": ("[{name: ema, start: 010}]", "hooks.start: 010 begins with a zero"),
+        "order": ("{name: grouped, by: {1:30 : 2}}", "order.by: 1:30 is read as"),
+    }
+    for key, (value, message) in inside.items():
+        (cwd / "inside.yaml").write_text(f"defaults: [llm, _self_]\n{key}: {value}\n")
+        with pytest.raises(ConfigError, match=f"inside.yaml: {message}"):
+            compose(["recipe=inside.yaml"])
+    for word in (
+        "batch.effective={0: 64, 010: 256}",
+        "batch.effective={0: 010}",
+        "schedule.milestones=[010]",
+    ):
+        with pytest.raises(ConfigError, match=r"010 begins with a zero.* Write 10"):
+            compose(["recipe=llm", word])
+    (cwd / "config.yaml").write_text(compose(["recipe=llm", "+data.ids=['010']", "+data.sizes=[010]"]).yaml)
+    assert reload(cwd / "config.yaml", []).config.data["ids"] == ["010"]
+    with pytest.raises(ConfigError, match=r"train\.steps: 010 begins with a zero"):
+        reload(cwd / "config.yaml", ["train.steps=010"])
     config = compose(
         ["recipe=llm", "batch.effective=0x10", "train.seed=0", "run.name=010", "optimizer.lr=0.010"]
     ).config

@@ -117,6 +117,7 @@ def reload(path: Path, overrides: Sequence[str], values: Mapping[str, Any]) -> R
     """See `gatrain.compose.reload`."""
     parsed = _displacing(messages.parse_overrides(overrides))
     stored = read_yaml(path)
+    words.check_file(path, "", dict(sources.leaves_of(OmegaConf.to_container(stored))), path.parent)
     name = _optimizer_name(stored)
     if name not in schema.OPTIMIZERS:
         raise ConfigError(f"{path}: optimizer.name={name} is not one of {', '.join(schema.OPTIMIZERS)}.")

@@ -98,6 +98,8 @@ def keep_text(
     cwd: Path,
 ) -> dict[str, Any]:
     """Put back what Hydra and YAML read as numbers where the key takes text; return what changed."""
+    for file in parts:
+        words.check_file(file.path, file.element.package or "", leaves, cwd)
     raw: dict[str, str] = {}
     for override in parsed:
         if not isinstance(override._value, QuotedString):

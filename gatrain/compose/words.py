@@ -19,8 +19,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 
-from gatrain.compose import schema
+from gatrain.compose import schema, two_ways
 from gatrain.compose.declared import Text, text_arguments
+from gatrain.config import OPEN_NODES
 from gatrain.errors import ConfigError
 
 _NAMES = ("run.name",)
@@ -32,15 +33,13 @@ _LOOKS_LIKE_A_NAME = re.compile(
     r"(^|_)(path|paths|dir|root|folder|file|files|name|tag|commit|revision|version)$"
 )
 _PYTHONS_NOTHING = "None"
-_READ_TWO_WAYS = re.compile(r"[-+]?(0[\d_]*[1-9][\d_]*|\d+(:\d+)+(\.\d*)?)")
-"""``010`` is 8 to YAML and 10 to Python, ``1:30`` is 90 to YAML."""
 
 
 def parse(word: str) -> Override:
     """Parse one word with Hydra, and as text where that is what its key takes or all that it can be.
 
     Raises:
-        ConfigError: the value is Python's ``None``.
+        ConfigError: the value is Python's ``None``, or a number that is read in two ways.
         HydraException: it cannot be read.
     """
     key, equals, value = word.partition("=")
@@ -57,8 +56,11 @@ def parse(word: str) -> Override:
         if not (is_text and _is_plain(value)):
             raise
         return _as_text(word, key, value)
-    if text is not None and text.itself and _is_other(parsed.value(), text, name):
-        return _as_text(word, key, value)
+    if text is not None and text.itself:
+        return _as_text(word, key, value) if _is_other(parsed.value(), text, name) else parsed
+    is_own = name.partition(".")[0] not in OPEN_NODES  # else a text goes to the user's work, as it is
+    if is_own and (text is not None or isinstance(parsed._value, list | dict)):
+        two_ways.check_typed(name, parsed._value, text is None)
     return parsed
 
 
@@ -133,7 +135,7 @@ def kept(raw: str, value: Any, key: str, leaves: Mapping[str, Any], cwd: Path) -
         if text is None or not text.items or len(parts) != len(value):
             if len(parts) == len(value):
                 for part, each in zip(parts, value, strict=True):
-                    _check_number(part, each, key)
+                    two_ways.check(part, each, key, of_schema(key) is None)
             return value
         return [
             part if isinstance(each, bool | int | float) else each
@@ -147,26 +149,8 @@ def kept(raw: str, value: Any, key: str, leaves: Mapping[str, Any], cwd: Path) -
         return value
     if (text is None or not text.known) and _is_no_number(raw, value, key):
         return raw
-    _check_number(raw, value, key)
+    two_ways.check(raw, value, key, of_schema(key) is None)
     return value
-
-
-def _check_number(raw: str, value: Any, key: str) -> None:
-    """
-    Raises:
-        ConfigError: a number that is read in two ways.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not _READ_TWO_WAYS.fullmatch(raw):
-        return
-    if ":" in raw:
-        raise ConfigError(
-            f"{key}: {raw} is read as {value} by YAML and as no number by others. Write it out."
-        )
-    quotes = "" if of_schema(key) else f', or "{raw}" in quotes inside of quotes for a text'
-    raise ConfigError(
-        f"{key}: {raw} begins with a zero, which YAML reads as octal and others as decimal. Write "
-        f"{raw.lstrip('+-0_')}{quotes}."
-    )
 
 
 def _is_no_number(raw: str, value: Any, key: str) -> bool:
@@ -175,6 +159,20 @@ def _is_no_number(raw: str, value: Any, key: str) -> bool:
     overflows = isinstance(value, float) and abs(value) == float("inf") and "inf" not in raw.lower()
     looks = _LOOKS_LIKE_A_NAME.search(key.rpartition(".")[2]) is not None
     return is_date or overflows or (looks and str(value) != raw)
+
+
+def check_file(path: Path, prefix: str, leaves: Mapping[str, Any], cwd: Path) -> None:
+    """Refuse numbers that are read in two ways where a file has them as keys and in lists.
+
+    Raises:
+        ConfigError: names the file.
+    """
+
+    def takes_text(key: str) -> bool:
+        text = of_schema(key) or of_target(leaves, key, cwd)
+        return text is not None and text.items
+
+    two_ways.check_file(path, prefix, takes_text, lambda key: of_schema(key) is None)
 
 
 # --- several values -------------------------------------------------------------------------------------
