@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import struct
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -394,3 +396,24 @@ def test_a_file_that_vanishes_is_not_called_broken(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="No such file") as caught:
         read_image(tmp_path / "x.png")
     assert not isinstance(caught.value, BrokenSampleError)
+
+
+@pytest.mark.parametrize("broken", ["stop", "skip"])
+def test_an_image_that_is_written_to_after_it_was_found_ends_the_run_whole_or_half(
+    tmp_path: Path, broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_folder, "CLOCKS_NS", 0)
+    root = classes(tmp_path / "root")
+    os.utime(root / "dog" / "2.png", (4e9, 4e9))  # a clock that was wrong: in the future before and after
+    data = ImageFolderData(root, size=8, eval_fraction=0, broken=broken)
+    elsewhere = pickle.loads(pickle.dumps(data.train))
+    assert len([elsewhere[place] for place in range(12)]) == 12
+    time.sleep(0.02)  # coarse clocks of file systems
+    picture(root / "cat" / "1.png", 200)
+    (root / "cat" / "2.png").write_bytes((root / "cat" / "3.png").read_bytes()[:40])
+    for place in (1, 2):
+        with pytest.raises(DataError, match=rf"{place}.png was written to while it was in use") as told:
+            elsewhere[place]
+        assert not isinstance(told.value, BrokenSampleError)
+    assert len([elsewhere[place] for place in range(3, 12)]) == 9
+    assert len(ImageFolderData(root, size=8, eval_fraction=0, broken="skip").train[1]) == 2

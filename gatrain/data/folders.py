@@ -203,6 +203,19 @@ def unreadable(path: Path, error: OSError) -> DataError:
     )
 
 
+def written_to(path: Path, kind: str) -> DataError:
+    """The error for a file that another program wrote to under a run; ``kind`` as in ``token files``."""
+    return DataError(
+        f"{shown(path)} was written to while it was in use: what was read of it last may be other data. "
+        f"Leave {kind} alone while a run reads them; put new ones {KEEP_OLD[kind]}. "
+        "gatrain resume compares what the file holds now with what it held."
+    )
+
+
+KEEP_OLD = {"token files": "beside them or in their place by mv", "images": "into another folder"}
+"""Where new files do no harm: a mapped file stays where another takes its name, an image is opened anew."""
+
+
 # --- the walk -------------------------------------------------------------------------------------------
 
 

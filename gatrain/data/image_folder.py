@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,12 +21,12 @@ from torch import Tensor
 
 from gatrain.data import folders
 from gatrain.data.fingerprint import content_fingerprint
-from gatrain.data.folders import shown
+from gatrain.data.folders import shown, written_to
 from gatrain.data.pixels import has_image_name, look_at, read_image
 from gatrain.data.report import DataReport, Omission, Omissions
 from gatrain.data.splits import splits as find_splits
 from gatrain.data.text import check_lengths
-from gatrain.errors import DataError, nearest
+from gatrain.errors import BrokenSampleError, DataError, nearest
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Channel statistics of ImageNet, which torchvision's models expect."""
@@ -32,6 +34,9 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SPLIT_SEED = 0
 LOOKED_AT = 200
 """Images whose heads are read for the report; `ImageFolderData.check` reads all, and whole."""
+
+CLOCKS_NS = 2_000_000_000
+"""By how much clocks of a file server and of this machine may differ, in nanoseconds."""
 
 UNREAD = "files that are not read as images, by the ending {}"
 OTHER_ENDINGS = "files that are not read as images, by other endings"
@@ -47,7 +52,8 @@ UNREADABLE = "images that cannot be read"
 class Images:
     """Map-style dataset over (path, class) pairs: items are float32 ``[3, size, size]`` with an int class.
 
-    Random crops and flips draw from the global generators only, which the loader seeds for every sample.
+    Random crops and flips draw from the global generators only, which the loader seeds for every sample. A file
+    that was written to since the run found it ends the run (`DataError`): the next epoch would see other data.
 
     Args:
         broken: ``stop`` or ``skip``: what becomes of a sample whose file cannot be read (`BrokenSampleError`).
@@ -64,13 +70,28 @@ class Images:
         self.transform = transform
         self.deterministic = deterministic
         self.broken = broken
+        self._found_ns = time.time_ns()
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.samples[index]
-        return self.transform(read_image(path, self.broken)), label
+        try:
+            image = read_image(path, self.broken)
+        except BrokenSampleError:
+            self._check_unchanged(path)
+            raise
+        self._check_unchanged(path)
+        return self.transform(image), label
+
+    def _check_unchanged(self, path: str) -> None:
+        """Whether a file was left alone since it was found, by its own time of change: no state of a million files
+        is kept, and a time that lies in the future says nothing. Asked after reading: no write falls between."""
+        with contextlib.suppress(OSError):
+            written_ns = os.stat(path).st_mtime_ns
+            if self._found_ns + CLOCKS_NS < written_ns <= time.time_ns() + CLOCKS_NS:
+                raise written_to(Path(path), "images")
 
 
 class ImageFolderData:

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from gatrain.data.folders import unreadable
+from gatrain.data.folders import unreadable, written_to
 from gatrain.data.token_layout import Array, layout
 from gatrain.data.token_scan import Scan, converted, first_outside, fitting_dtypes, scan, too_narrow
 from gatrain.errors import DataError
@@ -73,11 +73,7 @@ class TokenFile:
         if self._array is None:
             self._inode = stat.st_ino
         if stat.st_ino == self._inode and (stat.st_size, stat.st_mtime_ns) != self._written:
-            raise DataError(
-                f"{self.path} was written to while it was in use: what was read of it last may be other data. "
-                "Leave token files alone while a run reads them; put new ones beside them or in their place by mv. "
-                "gatrain resume compares what the file holds now with what it held."
-            )
+            raise written_to(self.path, "token files")
 
     def read(self, start: int, stop: int) -> Array:
         """Tokens ``start`` to ``stop``, ``[stop - start]``."""
