@@ -85,7 +85,11 @@ def _phase(name: str, values: Any, outer: OptimizerConfig) -> PhaseConfig:
         if isinstance(rule, Mapping) and "thaw_at" in rule:
             raise ConfigError(f"{where}.groups: thaw_at is not for a phase. Use frozen, or leave it out.")
     if made.gradient is not None:
-        raise ConfigError(f"{where}.name={made.name}: it computes its own gradients. Use adamw in a phase.")
+        given = outer if made.name == outer.name else made
+        key = "optimizer" if given is outer else f"{where}.name"
+        raise ConfigError(
+            f"{key}={given.name} takes gradients in a way of its own, which no phase can. Use {key}=adamw."
+        )
     try:
         check_optimizer(made)
     except ConfigError as error:

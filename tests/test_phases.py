@@ -21,6 +21,7 @@ from gatrain import build
 from gatrain.compose import compose
 from gatrain.config import AdamWConfig, OptimizerConfig, RunConfig, SGDConfig
 from gatrain.errors import ConfigError, ExactnessError, SavedStateError
+from gatrain.optimizer_config import AdamAConfig
 from gatrain.phase_config import phase_configs
 from gatrain.plan import StepSettings
 from gatrain.report.run_view import _phases
@@ -386,6 +387,11 @@ def test_what_does_not_go_with_phases_is_refused_with_what_to_type_instead() -> 
 
     refused("Use gradient=phases", gradient="plain")
     refused("Use precision=bf16 or precision=fp32", precision="fp16")
+    refused("another way. Use optimizer=adamw.$", optimizer=AdamAConfig())  # its task needs gradient=phases
+    refused("^optimizer=adama .* Use optimizer=adamw.$", optimizer=AdamAConfig(phases={"judge": {}}))
+    refused(
+        "Use optimizer.phases.judge.name=adamw.$", optimizer=AdamWConfig(phases={"judge": {"name": "adama"}})
+    )
     refused("needs a task with phases", task={"_target_": "examples.contrastive.Pairs"})
     refused(
         "optimizer.groups is given beside",

@@ -81,9 +81,10 @@ def build_strategy(config: RunConfig) -> GradientStrategy:
         asked = doors.node_of("gradient", given)["_target_"]
         shipped = doors.SHIPPED["gradient"]
         if asked not in (shipped["plain"], shipped[wanted]):
+            leave = "" if asked == shipped["phases"] else "Leave gradient out, or use "  # its task needs it
             raise ConfigError(
                 f"optimizer={config.optimizer.name} takes gradients as gradient={wanted} gives them, and gradient="
-                f"{given!r} is another way. Leave gradient out, or use optimizer=adamw."
+                f"{given!r} is another way. {leave or 'Use '}optimizer=adamw."
             )
         given = given if asked == shipped[wanted] else wanted
     made: GradientStrategy = part_of("gradient", given, GradientStrategy)  # type: ignore[type-abstract]
