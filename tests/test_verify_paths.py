@@ -253,7 +253,8 @@ def test_limits_follow_from_the_rounding() -> None:
     assert split_limit("fp64", "fp32", 1e-13) == FLOOR["fp64"]
     assert split_limit("fp64", "fp32", 1e-7) == FLOOR["fp32"]
     assert split_limit("fp32", "fp64", 1e-5, rounding=1e-5) == pytest.approx(4e-5)
-    assert split_limit("fp32", "fp64", 1e-2, rounding=1e-2) == CEILING["fp32"]
+    assert split_limit("fp32", "fp64", 1e-2, rounding=1e-2) == 2e-2  # twice the one-shot gradient's own
+    assert split_limit("fp32", "fp32", 1e-2, rounding=1e-2) == CEILING["fp32"]
     assert trained_limit("bf16", 1e-3, spread=1.0) == pytest.approx(4 * (1e-3 + 2**-8))
     assert trained_limit("bf16", 0.2, spread=1.0) == CEILING["bf16"]
     assert trained_limit("bf16", 0.7, spread=1.0) == 1.4

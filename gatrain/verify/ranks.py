@@ -96,11 +96,17 @@ class Cases:
     def __init__(self, proof: Verification) -> None:
         self._proof = proof
         self._references: dict[Path, Reference] = {}
+        self._own: dict[Path, Reference | None] = {}
+        """By the strategy of the user's in one piece; None where it fails there."""
         self._buffers: dict[Path, Tensor] = {}
         self._rounding: float | None = None
         """Relative error of the one-shot gradient in fp32."""
+        self._buffer_rounding: float | None = None
+        """The same of the model's floating-point buffers after it."""
         if FP64 in proof.paths and FP32 in proof.paths:
             self._rounding = relative_error(self._one_shot(FP32)[0], self._one_shot(FP64)[0])
+            self._buffer_rounding = relative_error(self._buffers[FP32], self._buffers[FP64])
+            self._say_rounding(self._rounding)
 
     def one_process(self, planned_micro_batch: int | None) -> list[dict[str, Any]]:
         """The planned split, an awkward one, the mean of means where that is a mistake; then as it trains."""
@@ -161,16 +167,66 @@ class Cases:
             return []
 
         def limit(error: float) -> float:
-            return limits.split_limit(path.name, proof.casts, error, self._rounding)
+            return limits.split_limit(path.name, proof.casts, error, self._buffer_rounding)
 
         found, wanted = proof.buffers, self._buffers[path]
         return [self._case("running statistics", path, splits, lambda: found, wanted, limit)]
+
+    def _say_rounding(self, rounding: float) -> None:
+        if limits.is_beyond_ceiling("fp32", self._proof.casts, rounding):
+            self._proof.notes.append(
+                f"In fp32 the one-shot gradient itself is {rounding:.1e} away from the fp64 one, as where rounding "
+                "decides on which side of a ReLU's zero a number lies. Splits in fp32 are judged by twice that; "
+                "the proof is in fp64."
+            )
 
     def _one_shot(self, path: Path) -> Reference:
         if path not in self._references:
             self._references[path] = self._proof.one_shot(path)
             self._buffers[path] = self._proof.buffers
         return self._references[path]
+
+    def _of_strategy(self, path: Path) -> Reference:
+        """What a split is compared with: the one-shot gradient, or, for a strategy of the user's that says to
+        change it, its own in one piece. Collective for a strategy of the user's."""
+        proof = self._proof
+        if not proof.has_own_strategy:
+            return self._one_shot(path)
+        if path not in self._own:
+            self._own[path] = self._in_one_piece(path)
+        own = self._own[path]
+        return own if own is not None and proof.strategy.changes_gradient else self._one_shot(path)
+
+    def _in_one_piece(self, path: Path) -> Reference | None:
+        proof = self._proof
+        pieces = [[len(proof.ids)], *[[] for _ in range(proof.ranks.world_size - 1)]]
+        try:
+            gradient, sums = proof.split(path, pieces)
+        except Exception:  # every split will say why
+            return None
+        totals = proof.ranks.sum([sums.get(name, 0.0) for name in proof.terms()])
+        if proof.strategy.changes_gradient and not self._own:  # said once, of the finest precision
+            apart = relative_error(gradient, self._one_shot(path)[0])
+            proof.notes.append(
+                f"{_name(proof.strategy)} gives another gradient than that of the loss, as it says "
+                f"(changes_gradient), in {path.name} by {apart:.1e} of it: splits are compared with its own "
+                "gradient of the window in one piece."
+            )
+        return gradient, dict(zip(proof.terms(), totals, strict=True))
+
+    def _blame_strategy(self, path: Path) -> str | None:
+        """Where a strategy of the user's gives another gradient than that of the loss even without a split."""
+        proof, own = self._proof, self._own.get(path)
+        if own is None or proof.strategy.changes_gradient:
+            return None
+        apart = relative_error(own[0], self._one_shot(path)[0])
+        if apart <= limits.split_limit(path.name, proof.casts, apart, self._rounding):
+            return None
+        return (
+            f"{_name(proof.strategy)} gives another gradient than that of the loss even for the window in one "
+            f"piece (relative error {apart:.1e}). If that is its purpose, write changes_gradient = True in the "
+            "class: then splits are compared with its own gradient of the window in one piece."
+        )
 
     def _proving(self) -> list[Path]:
         return [path for path in self._proof.paths if path != self._proof.trained]
@@ -185,8 +241,8 @@ class Cases:
         """The path of training: how far its rounding moves the gradient, and that its sums lose nothing."""
         proof = self._proof
         finer = next((each for each in (FP64, FP32) if each in proof.paths), path)
-        wanted, _ = self._one_shot(finer)
-        own, _ = self._one_shot(path)
+        wanted, _ = self._of_strategy(finer)
+        own, _ = self._of_strategy(path)
         rounding = relative_error(own, wanted) if finer != path else None
         if rounding is not None:
             proof.notes.append(
@@ -241,7 +297,7 @@ class Cases:
     ) -> dict[str, Any]:
         """The training core's gradient of a split against the one-shot gradient in the same path."""
         proof = self._proof
-        wanted, whole_sums = self._one_shot(path)
+        wanted, whole_sums = self._one_shot(path) if mutation is not None else self._of_strategy(path)
         precision = limits.coarsest(path.name, proof.casts)
         found: dict[str, float] = {}
 
@@ -257,7 +313,7 @@ class Cases:
         case = self._case(name, path, splits, given, wanted, limit, mutation=mutates)
         if case["error"] is None and not mutates:
             tolerance = 1e-9 if precision == "fp64" else max(1e-4, case["tolerance"])
-            case["error"] = self._undecomposable(found, whole_sums, tolerance)
+            case["error"] = self._blame_strategy(path) or self._undecomposable(found, whole_sums, tolerance)
         if case["error"] is None and not mutates and not case["relative_error"] <= case["tolerance"]:
             case["error"] = self._likely_cause()
         return case
@@ -309,8 +365,18 @@ class Cases:
         return None
 
     def _likely_cause(self) -> str | None:
-        causes = self._proof.causes
+        causes = list(self._proof.causes)
+        if not causes and self._proof.has_own_strategy:
+            name = _name(self._proof.strategy)
+            causes.append(
+                f"{name} computes something else for another split, as from one micro-batch's "
+                "gradient where the whole window's is meant; or the loss does (gradient=plain shows which)"
+            )
         return f"{'; '.join(causes)}." if causes else None
+
+
+def _name(strategy: GradientStrategy) -> str:
+    return f"gradient={type(strategy).__module__}.{type(strategy).__qualname__}"
 
 
 if __name__ == "__main__":

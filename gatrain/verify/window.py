@@ -84,7 +84,11 @@ class Verification:
         self.norm = build.build_norm(config)
         self.phase = ""
         """Of a task with phases, the one that is computed; '' computes all of them at once."""
-        self.adds_gradients = self.strategy.needs_sum_over_samples and not self.strategy.normalises_window
+        self.adds_gradients = (
+            self.strategy.needs_sum_over_samples
+            and not self.strategy.normalises_window
+            and not self.strategy.changes_gradient
+        )
         """Whether the window's gradient is the sum of what each micro-batch alone has."""
         self.buffers = torch.zeros(0)
         """The model's floating-point buffers after the window that was computed last, in one vector."""
@@ -313,7 +317,7 @@ class Verification:
                 f"parameters are fp64: its gradient is judged by {self.casts} rounding."
             )
         if type(self.strategy) is not Plain:
-            self.notes.append(f"What is exact: {self.strategy.exact}.")
+            self.notes.append(f"What is exact: {str(self.strategy.exact).rstrip('.')}.")
         if self.trained is not None:
             self.half_dtypes = half_names(parameter.dtype for parameter in half_parameters(model))
             kinds = f"{self.half_dtypes} parameters, fp32 sums and master weights" if self.half_dtypes else ""
@@ -422,6 +426,11 @@ class Verification:
     def terms(self) -> Sequence[str]:
         """Names of the loss terms of the phase in hand, or of all."""
         return phases_of(self.task)[self.phase] if self.phase else terms_of(self.task)
+
+    @property
+    def has_own_strategy(self) -> bool:
+        """Whether the gradient is computed by a class of the user's."""
+        return not self.phase and not type(self.strategy).__module__.startswith("gatrain.")
 
     def _strategy(self) -> GradientStrategy:
         return Plain() if self.phase else self.strategy  # one phase is accumulated plainly

@@ -74,6 +74,9 @@ class GradientStrategy(abc.ABC):
 
     exact: str = "what its author says: the class has no sentence `exact`"
     """One sentence: what the gradient is equal to, and for which losses and models."""
+    changes_gradient: bool = False
+    """Whether it gives on purpose another gradient than that of the loss (sharpness-aware, noisy, projected). Then
+    `gatrain verify` compares splits with its own gradient of the window in one piece."""
     needs_whole_window: bool = False
     """Whether the first backward needs every micro-batch of the window."""
     needs_sum_over_samples: bool = True
