@@ -456,3 +456,23 @@ def test_states_of_all_of_pytorchs_optimizers_are_what_they_can_be(
     progress = replace(at(3), updates=3)
     path = save(tmp_path, progress, model, optimizer, keep=0)
     assert load(path, *made()) == progress
+
+
+def test_tensors_that_share_memory_are_saved_each_whole(tmp_path: Path) -> None:
+    model, optimizer = stepped()
+    shared = torch.arange(6.0)
+    for parameter in model.parameters():
+        optimizer.state[parameter]["of_all"] = shared
+    kept = {"whole": shared, "part": shared[2:], "again": {"whole": shared}, "other": torch.zeros(0)}
+    given = saved_state.snapshot(PROGRESS, model, optimizer, parts={"hook": kept})
+    path = saved_state.write(tmp_path, given, keep=2)
+    loaded = saved_state.read(path, *stepped(1))
+    assert all(torch.equal(value, shared) for _, key, value in loaded.optimizer if key == "of_all")
+    found = loaded.parts["hook"]
+    assert [found["part"].tolist(), found["again"]["whole"].tolist()] == [[2, 3, 4, 5], [0, 1, 2, 3, 4, 5]]
+
+
+@pytest.mark.parametrize("value", [torch.eye(3).to_sparse(), torch.zeros(3, dtype=torch.complex128)])
+def test_a_tensor_that_no_file_holds_is_told_by_its_place(value: torch.Tensor) -> None:
+    with pytest.raises(SavedStateError, match=r"the state of it holds a tensor of torch\..* at a/0, which"):
+        saved_state.snapshot(PROGRESS, *stepped(), parts={"it": {"a": [value]}})

@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gatrain.errors import SavedStateError
 
 TENSOR = "__tensor__"
 """Key of the mapping that stands in the JSON for a tensor; its value is the tensor's name in the other file."""
+
+
+_NO_FILES = (torch.complex128, torch.complex32)
+"""Kinds of numbers that safetensors has no word for."""
 
 
 def split(state: Any, where: str) -> tuple[Any, dict[str, Tensor]]:
@@ -47,6 +52,12 @@ def check(state: Any, where: str) -> None:
 def _taken_apart(state: Any, where: str, named: Callable[[Tensor, str], Any]) -> Any:
     def value(each: Any, place: str) -> Any:
         if isinstance(each, Tensor):
+            if each.layout is not torch.strided or each.is_quantized or each.dtype in _NO_FILES:
+                kind = each.dtype if each.layout is torch.strided else each.layout
+                raise SavedStateError(
+                    f"the state of {where} holds a tensor of {kind}{_at(place)}, which safetensors cannot: convert "
+                    "it in state_dict() and back in load_state_dict(), for example by to_dense() or view_as_real()."
+                )
             return named(each, place)
         if each is None or isinstance(each, bool | str) or type(each) in (int, float):
             return each

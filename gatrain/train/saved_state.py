@@ -121,7 +121,7 @@ def write(folder: Path, state: Snapshot, keep: int, tell: Callable[[str], None] 
     try:
         temporary.mkdir()
         for name, tensors in state.tensors.items():
-            save_file(dict(tensors), temporary / name, metadata={"format": "pt"})
+            save_file(_without_overlap(tensors), temporary / name, metadata={"format": "pt"})
         for name, text in state.texts.items():
             write_json(temporary / name, text, exact=True)
         _follow_umask(temporary, state.tensors)
@@ -141,6 +141,17 @@ def write(folder: Path, state: Snapshot, keep: int, tell: Callable[[str], None] 
         with contextlib.suppress(RunFolderError, OSError):  # the state is there all the same
             remove_old(folder, progress.step, keep)
     return final
+
+
+def _without_overlap(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same with memory of its own for each: safetensors refuses what lies in two tensors, such as one tensor
+    that an optimizer has put into each of its groups, or a view that a hook keeps beside the whole."""
+    found, end = dict(tensors), 0
+    for name, value in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
+        if value.numel() and value.data_ptr() < end:
+            found[name] = value.clone()
+        end = max(end, value.data_ptr() + value.numel() * value.element_size())
+    return found
 
 
 def weights_path(folder: Path, step: int) -> Path:
