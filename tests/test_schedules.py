@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from typing import Any
 
 import pytest
@@ -145,6 +146,32 @@ def text() -> str:
     return "no schedule"
 
 
+def in_turn(optimizer: torch.optim.Optimizer, total_steps: int) -> lr_scheduler.LRScheduler:
+    parts = [
+        lr_scheduler.LinearLR(optimizer, 0.25, 1.0, 4),
+        lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step),
+    ]
+    return lr_scheduler.SequentialLR(optimizer, parts, milestones=[total_steps // 3])
+
+
+def plateau(optimizer: torch.optim.Optimizer) -> lr_scheduler.LRScheduler:
+    return lr_scheduler.ReduceLROnPlateau(optimizer)
+
+
+def at_random(optimizer: torch.optim.Optimizer) -> lr_scheduler.LRScheduler:
+    return lr_scheduler.LambdaLR(optimizer, lambda step: random.random())
+
+
+def no_scheduler(optimizer: torch.optim.Optimizer) -> float:
+    return 1.0
+
+
+def test_a_function_of_an_optimizer_gives_a_scheduler_made_of_others() -> None:
+    assert own(f"{__name__}.in_turn") == pytest.approx(
+        [0.25, 0.4375, 0.625, 0.8125, *(0.5**step for step in range(8))]
+    )
+
+
 def test_a_class_or_a_function_of_the_users_gives_the_factor() -> None:
     assert own(f"{__name__}.Halving", every=4) == [1.0] * 4 + [0.5] * 4 + [0.25] * 4
     assert own(f"{__name__}.ramp", power=2.0) == [(1 - s / 12) ** 2 for s in range(12)]
@@ -155,6 +182,9 @@ def test_a_class_or_a_function_of_the_users_gives_the_factor() -> None:
     [
         (f"{__name__}.Counts", {}, "counts its calls"),
         (f"{__name__}.negative", {}, "gives -1.0 at step 0"),
+        (f"{__name__}.plateau", {}, "follows the evaluation's loss"),
+        (f"{__name__}.at_random", {}, "for the same step"),
+        (f"{__name__}.no_scheduler", {}, "takes an optimizer and gave a float"),
         (f"{__name__}.text", {}, "not a function of the optimizer step"),
         ("torch.optim.lr_scheduler.ReduceLROnPlateau", {}, "follows the evaluation's loss"),
         ("torch.optim.lr_scheduler.OneCycleLR", {"max_lr": 0.2}, "cycle_momentum=false"),

@@ -22,7 +22,7 @@ from gatrain.train.modules import sparse_parameters
 from gatrain.train.optimizer import Maker, check_takes_sparse
 from gatrain.train.optimizer_state import check_step
 from gatrain.train.phased_optimizer import counted_for, groupings
-from gatrain.train.schedule import Factor, TorchFactor, check_factor, check_schedule_class
+from gatrain.train.schedule import Factor, TorchFactor, check_factor, check_scheduler
 from gatrain.train.windows import WindowSchedule
 
 
@@ -89,9 +89,10 @@ def step_clock(config: RunConfig, total_steps: int, windows: WindowSchedule | No
     span = {"total_steps": total_steps, "effective_batch": config.batch.stages.first}
     given = {name: value for name, value in span.items() if name in takes and name not in node}
     own: Factor
-    if isinstance(target, type) and issubclass(target, torch.optim.lr_scheduler.LRScheduler):
-        check_schedule_class(target)
-        own = _torch_schedule(config, node, given)
+    again: Factor | None = None
+    is_torchs = isinstance(target, type) and issubclass(target, torch.optim.lr_scheduler.LRScheduler)
+    if is_torchs or (not isinstance(target, type) and "optimizer" in takes and "step" not in takes):
+        own, again = (_torch_schedule(config, node, given) for _ in range(2))
     elif not isinstance(target, type) and "step" in takes:
         of_step = instantiate("schedule", {**node, "_partial_": True}, **given)
         own = lambda step: float(of_step(step=step))  # noqa: E731
@@ -102,7 +103,9 @@ def step_clock(config: RunConfig, total_steps: int, windows: WindowSchedule | No
                 f"schedule._target_={dotted} gave a {type(own).__name__}, not a function of the optimizer step. "
                 "Give it __call__(self, step), or name a function with the argument 'step'."
             )
-    return dataclasses.replace(clock, own=check_factor(own, total_steps, f"schedule._target_={dotted}"))
+    return dataclasses.replace(
+        clock, own=check_factor(own, total_steps, f"schedule._target_={dotted}", again)
+    )
 
 
 def _make_own_optimizer(
@@ -147,6 +150,8 @@ def _torch_schedule(config: RunConfig, node: dict[str, Any], given: dict[str, An
         given = {}
     if config.optimizer.lr is None:
         raise ConfigError(f"{node['_target_']} needs the peak rate. Give it optimizer.lr=....")
-    return TorchFactor(
-        lambda dummy: instantiate("schedule", node, optimizer=dummy, **given), config.optimizer.lr
-    )
+
+    def make(dummy: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        return check_scheduler(node["_target_"], instantiate("schedule", node, optimizer=dummy, **given))
+
+    return TorchFactor(make, config.optimizer.lr)

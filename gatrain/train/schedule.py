@@ -137,17 +137,24 @@ _AFTER_WARMUP: dict[str, Callable[[ScheduleConfig, Span, float, int], float]] = 
 }
 
 
-def check_schedule_class(cls: type[LRScheduler]) -> None:
-    """Refuse a class of PyTorch's that is no function of the step.
+def check_scheduler(dotted: str, made: Any) -> LRScheduler:
+    """Refuse what is no scheduler of PyTorch's, or one that is no function of the step.
 
     Raises:
-        ConfigError: it is one.
+        ConfigError: it is such.
     """
-    if issubclass(cls, torch.optim.lr_scheduler.ReduceLROnPlateau):
+    if isinstance(made, torch.optim.lr_scheduler.ReduceLROnPlateau):
         raise ConfigError(
-            f"schedule._target_={cls.__name__} follows the evaluation's loss, not the optimizer step, so it is no "
-            "schedule here. Use schedule=wsd or schedule=step."
+            f"schedule._target_={dotted}: ReduceLROnPlateau follows the evaluation's loss, not the optimizer "
+            "step, so it is no schedule here. Use schedule=wsd or schedule=step."
         )
+    if not isinstance(made, LRScheduler):
+        raise ConfigError(
+            f"schedule._target_={dotted} takes an optimizer and gave a {type(made).__name__}, not a scheduler of "
+            "torch.optim.lr_scheduler. Return one, or name a function of 'step' that gives the factor of "
+            "optimizer.lr."
+        )
+    return made
 
 
 class TorchFactor:
@@ -187,14 +194,21 @@ class TorchFactor:
         return {name: group[name] for name in names}
 
 
-def check_factor(made: Factor, total_steps: int, name: str) -> Factor:
+_MADE_TWICE = 1000
+"""Steps up to which two schedulers of torch are compared: one takes all steps before the one asked for."""
+
+
+def check_factor(made: Factor, total_steps: int, name: str, again: Factor | None = None) -> Factor:
     """Refuse a schedule of the user's own that a resumed run could not repeat, or that is no factor.
+
+    Args:
+        again: the same made anew, where what was made keeps what it has once given.
 
     Raises:
         ConfigError: it fails, gives no finite number of 0 or more, or depends on how often it was asked.
     """
 
-    def checked(step: int) -> float:
+    def checked(step: int, made: Factor = made) -> float:
         try:
             value = float(made(step))
         except Exception as error:
@@ -208,10 +222,14 @@ def check_factor(made: Factor, total_steps: int, name: str) -> Factor:
 
     tried = sorted({0, 1, total_steps // 2, total_steps - 1} & set(range(total_steps)))
     before = [checked(step) for step in tried]
-    after = [checked(step) for step in tried]
+    if again is not None:
+        tried = sorted({step for step in (*tried, 10, 100) if step < min(total_steps, _MADE_TWICE)})
+        before = [checked(step) for step in tried]
+    after = [checked(step, again or made) for step in tried]
     if before != after:
+        one, other = next((a, b) for a, b in zip(after, before, strict=True) if a != b)
         raise ConfigError(
-            f"{name} gives {after[0]} and {before[0]} for the same step: it counts its calls or draws random "
+            f"{name} gives {one} and {other} for the same step: it counts its calls or draws random "
             "numbers, so a resumed run would have other rates. Let it follow from the step alone."
         )
     return checked
