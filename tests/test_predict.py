@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -18,6 +19,7 @@ from gatrain.compose import compose
 from gatrain.errors import ConfigError, GatrainError
 from gatrain.predict import GPUS, child, find_gpu, predict, trace_in_child
 from gatrain.predict.allocator import CachingAllocator, rounded, segment_bytes
+from gatrain.predict.forecast import Forecaster
 from gatrain.predict.recorder import Recorder
 from gatrain.predict.request import TraceRequest, TraceResult, largest
 from gatrain.predict.roofline import micro_step_seconds
@@ -670,6 +672,20 @@ def test_no_gpu_is_touched_and_torch_stays_in_the_child() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ.copy())
     assert done.stdout.strip() == "False", done.stderr
+
+
+def test_the_forwards_that_a_strategy_adds_are_in_the_predicted_seconds() -> None:
+    composed = compose(["recipe=contrastive", "batch.micro=8"])
+    asked = TraceRequest("fp32", ["none"], 1, "window", 64, 20 * GIB, fixed=8)
+    (trace,) = trace_in_child(composed.yaml, [asked], None)
+    assert trace.passes == pytest.approx(4 / 3)  # gradient=cached: forward twice, backward once
+    seconds = [
+        Forecaster(each, composed.config, 1, "fp32", sync="window").on(H100).step_s
+        for each in (trace, dataclasses.replace(trace, passes=1.0))
+    ]
+    assert seconds[0] is not None
+    assert seconds[1] is not None
+    assert 1.2 < seconds[0].high / seconds[1].high <= 4 / 3
 
 
 def test_lengths_that_vary_make_usual_batches_shorter() -> None:

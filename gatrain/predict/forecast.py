@@ -153,7 +153,7 @@ class Forecaster:
                 self._precision,
                 may_compile=self._config.compile is not False,
             )
-            total += one.times(sizes.count(size) * self._trace.usual_length(size))
+            total += one.times(sizes.count(size) * self._trace.usual_length(size) * self._trace.passes)
         return total
 
     def _plan(self, gpu: GpuModel, chosen: ModeForecast, modes: list[ModeForecast]) -> Plan:

@@ -133,6 +133,8 @@ class TraceResult:
     traces: list[ModeTrace]
     lengths: list[float] = field(default_factory=list)
     """Lengths of the samples as parts of the longest, at equal steps of their order; empty where they are alike."""
+    passes: float = 1.0
+    """What the gradient strategy computes for each micro-batch, in traced micro-steps."""
 
     def usual_length(self, micro_batch: int) -> float:
         """What part of the longest sample's length, which is the traced one, a batch of random samples has: as

@@ -165,7 +165,8 @@ def _trace(
         tracer = StepTracer(task, model, config, asked, batches)
         for mode in [mode for mode in asked.modes if mode in offered]:
             traces.append(trace_mode(tracer, mode, asked, traces[0] if traces else None))
-    return TraceResult(sum(parameters), gradients, list(offered), traces, lengths)
+        passes = build.build_strategy(config).cost_of(model).in_micro_steps
+    return TraceResult(sum(parameters), gradients, list(offered), traces, lengths, passes)
 
 
 def _lengths(task: Task, noticed: Lengths) -> list[float]:

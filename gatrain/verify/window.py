@@ -338,8 +338,7 @@ class Verification:
                     "long samples were shortened for this check; the model is the recipe's own."
                 )
                 one_s = self._seconds_of_one_sample(path)
-        cost = self.strategy.cost_of(self.model(path))
-        one_s *= cost.micro_steps + cost.forwards / 3  # a backward takes about two forwards
+        one_s *= self.strategy.cost_of(self.model(path)).in_micro_steps
         affordable = int(seconds / ((0.5 + len(self.paths)) * PASSES * max(one_s, 1e-6)))
         # an even number: some code takes no other
         self.keep(self.ids[: min(len(self.ids), max(LEAST_SAMPLES, affordable - affordable % 2))])

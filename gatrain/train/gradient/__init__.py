@@ -36,6 +36,11 @@ class StepCost:
     forwards: float = 0.0
     """Passes forward only."""
 
+    @property
+    def in_micro_steps(self) -> float:
+        """All of it as passes forward and backward: a backward takes about two forwards."""
+        return self.micro_steps + self.forwards / 3
+
 
 @dataclass(frozen=True)
 class Update:

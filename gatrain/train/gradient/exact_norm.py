@@ -268,9 +268,8 @@ def layered_cost(layers: int) -> StepCost:
 
 
 def layered_times(layers: int) -> float:
-    """The same in micro-steps: a backward takes about two forwards."""
-    cost = layered_cost(layers)
-    return cost.micro_steps + cost.forwards / 3
+    """The same in micro-steps."""
+    return layered_cost(layers).in_micro_steps
 
 
 def _has_gradients(step: Step) -> bool:
