@@ -99,8 +99,12 @@ class Hooks:
                 if name in before.hooks:
                     self._load(name, hook, before.hooks[name])
             if name not in before.hooks and run.step:
-                notices.append(f"the hook {name} has no saved state: it begins at step {run.step}")
-            if name == before.unfinished:
+                failed = name == before.unfinished
+                why = (
+                    " could not give its state when this was saved, and" if failed else " has no saved state:"
+                )
+                notices.append(f"the hook {name}{why} it begins at step {run.step}")
+            elif name == before.unfinished:
                 notices.append(
                     f"the hook {name} failed in step {run.step} before this state was saved: what it would have "
                     "done in that step is missing from its state"
@@ -239,11 +243,11 @@ class Hooks:
         states: dict[str, Any] = {}
         for name, hook in self.hooks.items():
             try:
-                states[name] = dict(hook.state_dict())
-                check(states[name], f"hooks at states/{name}")
+                state = dict(hook.state_dict())
+                check(state, f"hooks at states/{name}")
+                states[name] = state
             except Exception as error:  # everything else is saved, and the run ends with this error
                 self._failed(name, error)
-                states[name] = {}
         return {
             "states": states,
             "stop": self.stop_reason,
