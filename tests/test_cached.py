@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -146,6 +147,45 @@ def test_dropout_is_that_of_the_first_pass(seed: tuple[int, ...] | None) -> None
     )
     (total / count).backward()
     assert relative_error(found, gradient(model)) < 1e-13
+
+
+class Sampled(Views):
+    """Each view is told from five others, drawn at random."""
+
+    def window_loss(self, rows: dict[str, Any]) -> Any:
+        one, other = rows["views"]
+        others = one @ other[torch.randperm(len(other))[:5]].T
+        scores = torch.cat([(one * other).sum(1, keepdim=True), others], dim=1)
+        return F.cross_entropy(scores, torch.zeros(len(one), dtype=torch.long), reduction="sum"), float(
+            len(one)
+        )
+
+
+def _sampled_on_two_ranks() -> tuple[list[Tensor], str]:
+    ranks, found = Ranks.current(), []
+    for split in SPLITS:
+        task = Sampled(dropout=0.0)
+        model, first = task.build_model().double(), sum(split[0]) * ranks.rank
+        made = window(cut(task, split[ranks.rank], first), (1, 2))
+        for place, micro_batch in enumerate(made.micro_batches):  # as a run does: ranks draw other numbers
+            made.micro_batches[place] = dataclasses.replace(micro_batch, position=first + place)  # type: ignore[index]
+        step_of(task, model, ranks).gradient(made)
+        found.append(gradient(model))
+    try:
+        step_of(task, model, ranks).gradient(window(cut(task, split[ranks.rank], first)))
+    except ExactnessError as error:
+        return found, str(error)
+    return found, ""
+
+
+def test_a_windows_loss_that_draws_at_random_is_the_same_one_on_every_rank_and_for_any_split() -> None:
+    task = Sampled()
+    model = task.build_model().double()
+    step_of(task, model).gradient(window(cut(task, [SAMPLES]), (1, 2)))
+    for found, refused in run_on_ranks(2, _sampled_on_two_ranks):
+        for each in found:
+            assert relative_error(each, gradient(model)) < 1e-12
+        assert "window_loss() draws random numbers" in refused
 
 
 def test_the_scaler_scales_the_cache_and_the_second_pass_once() -> None:

@@ -25,7 +25,14 @@ from gatrain.train.gathered_rows import joined
 from gatrain.train.gradient import GradientStrategy, StepCost
 from gatrain.train.micro_batches import LoadedWindow
 from gatrain.train.modules import batch_norms
-from gatrain.train.seeding import all_random_states, kept_random_state, set_random_states
+from gatrain.train.seeding import (
+    all_random_states,
+    kept_random_state,
+    random_state,
+    same_random_state,
+    seed_everything,
+    set_random_states,
+)
 from gatrain.train.step import Step, share_of
 
 if TYPE_CHECKING:
@@ -106,7 +113,7 @@ class Cached(GradientStrategy):
         """
         flat, spec = pytree.tree_flatten(rows)
         wide = [_widened(leaf).requires_grad_(leaf.is_floating_point()) for leaf in flat]
-        with step.autocast():
+        with _drawn_alike(window, step), step.autocast():
             terms = named_loss_sums(loss_of_window(step.task, pytree.tree_unflatten(wide, spec)))
         share = share_of(terms, step.scale)
         leaves = [leaf for leaf in wide if leaf.requires_grad]
@@ -195,6 +202,27 @@ class _Drawn:
         with kept_random_state():
             set_random_states(self._states.pop(k))
             yield
+
+
+@contextlib.contextmanager
+def _drawn_alike(window: LoadedWindow, step: Step) -> Iterator[None]:
+    """The random numbers of a window's loss (sampled negatives, say): by the window alone, since every rank
+    computes this loss, and whatever was drawn before belongs to its own micro-batches.
+
+    Raises:
+        ExactnessError: several ranks draw without a seed in common.
+    """
+    if window.seed is not None:
+        seed_everything(*window.seed)
+        yield
+        return
+    before = random_state()
+    yield
+    if step.ranks.world_size > 1 and not same_random_state(before, random_state()):
+        raise ExactnessError(
+            "window_loss() draws random numbers, which would be other ones on each rank: give windows a seed, or "
+            "draw from a generator of its own that is seeded alike on all ranks."
+        )
 
 
 def _check_repeats(leaves: list[Tensor], before: list[Tensor]) -> None:
