@@ -47,7 +47,7 @@ ROOMS: dict[str, set[str]] = {
     "models": set(),
     "optimizers": set(),
     "data": {"assets", "batch", "rundir", "train.order", "train.seeding"},
-    "tasks": {"construction", "train.seeding"},
+    "tasks": {"construction", "train.order", "train.seeding"},
     "schema": set(),
     "codec": {"schema"},
     "plan": {"batch", "codec", "config"},

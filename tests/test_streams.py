@@ -20,8 +20,10 @@ from torch.utils.data import IterableDataset
 
 from gatrain import build
 from gatrain.config import EvalConfig, RunConfig, TrainConfig
+from gatrain.data import Mixture
 from gatrain.errors import BrokenSampleError, ConfigError, DataError
 from gatrain.tasks import Supervised
+from gatrain.tasks.parts import map_style
 from gatrain.tasks.streams import Stream, StreamReader, fingerprint
 from gatrain.train.micro_batches import LoadedWindow
 from gatrain.train.ranks import Ranks
@@ -103,6 +105,21 @@ def test_every_world_size_sees_the_same_windows_down_to_the_augmentation() -> No
     dropping = loaded(Numbers(), drop_last=True, stop=5)
     assert numbers(dropping) == [*numbers(alone)[:4], [0, 1, 2, 3, 4]]
     assert inputs(dropping)[4] == inputs(alone)[5]
+
+
+class WithLength(Numbers):
+    """As many write it, for bars of progress and for a DataLoader."""
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+
+def test_a_stream_that_tells_its_length_is_a_stream_all_the_same() -> None:
+    data = map_style(WithLength(), "data")
+    assert isinstance(data, Stream)
+    assert len(data) == SAMPLES
+    with pytest.raises(ConfigError, match="part 0 of the mixture is a WithLength"):
+        Mixture([WithLength()])
 
 
 def test_a_loader_process_reads_what_the_rank_itself_reads() -> None:

@@ -14,6 +14,7 @@ from gatrain import batch
 from gatrain.data.report import DataReport, Omission
 from gatrain.errors import ConfigError
 from gatrain.train.order import Ids
+from gatrain.train.order.by_number import reads_by_number
 from gatrain.train.order.permutation import permutation
 from gatrain.train.seeding import derive_seed
 
@@ -231,11 +232,12 @@ def _collate(part: Any) -> Any:
 
 
 def _by_number(name: str, train: Any) -> Any:
-    if not (hasattr(train, "__len__") and hasattr(train, "__getitem__")) or len(train) == 0:
+    by_number = reads_by_number(train)
+    if not by_number or len(train) == 0:
+        what = "empty" if by_number else f"a {type(train).__name__}"
         raise ConfigError(
-            f"part {name} of the mixture is "
-            f"{'empty' if hasattr(train, '__len__') else f'a {type(train).__name__}'}. A part needs samples by "
-            "number (__len__ and __getitem__); streams are mixed by their own library."
+            f"part {name} of the mixture is {what}. A part needs samples by number (__len__ and __getitem__); "
+            "streams are mixed by their own library."
         )
     return train
 

@@ -11,6 +11,7 @@ from torch import nn
 from gatrain.errors import ConfigError, DataError
 from gatrain.tasks.base import Samples, is_deterministic
 from gatrain.tasks.streams import Stream
+from gatrain.train.order.by_number import reads_by_number
 
 ModelFactory = Callable[[], nn.Module]
 
@@ -169,7 +170,7 @@ def map_style(dataset: Any, name: str) -> Samples:
             f"{name} is a {type(dataset).__name__} with the splits {', '.join(map(repr, dataset))}, not a "
             "dataset of samples. Give one of them, such as data['train']."
         )
-    if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
+    if reads_by_number(dataset):
         return dataset  # type: ignore[no-any-return]
     if hasattr(dataset, "__iter__"):
         return Stream(dataset, name)
