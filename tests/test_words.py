@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
+from inspect import Parameter
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from gatrain.compose import compose, load_config, reload
 from gatrain.compose.declared import text_arguments
 from gatrain.compose.words import as_loop
 from gatrain.errors import ConfigError
+from gatrain.signatures import mistake
 
 ODD_NAMES = (
     "2026_01_31", "7e91234", "9e55555", "12e5", "1e-3", "007",
@@ -364,3 +366,13 @@ def test_a_number_that_is_read_in_two_ways_is_refused(cwd: Path) -> None:
         "010",
         0.01,
     )
+
+
+def test_an_item_of_a_list_is_reached_by_the_form_that_messages_tell() -> None:
+    given = ["recipe=llm", "hooks=[{_target_: x.Y}]"]
+    with pytest.raises(ConfigError, match=r"Write \+hooks\.0\.wanted=3\.$"):
+        compose([*given, "+hooks[0].wanted=3"])
+    assert compose([*given, "+hooks.0.wanted=3"]).config.hooks == [{"_target_": "x.Y", "wanted": 3}]
+    told = mistake("hooks[0]", "x.Y", {"a": Parameter("a", Parameter.KEYWORD_ONLY)}, set(), set())
+    assert told is not None
+    assert told.endswith("(+hooks.0.a=... on the command line).")

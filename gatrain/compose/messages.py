@@ -80,6 +80,10 @@ def _parse_override(word: str, whole: Sequence[str]) -> Override:
             f"'{word}': Hydra's own settings are not used here. The run folder is run.dir=FOLDER, "
             "and ./recipes and ./conf are searched by themselves."
         )
+    if re.search(r"\[\d+\]", name):
+        dotted = re.sub(r"\[(\d+)\]", r".\1", word.partition("=")[0])
+        typed = shlex.quote(f"{dotted}{equals}{value}")
+        raise ConfigError(f"'{word}': the number of a list's item stands after a dot here. Write {typed}.")
     if REDACTED in word:
         raise ConfigError(
             f"'{word}': {REDACTED} stands for a secret that was not kept. Give the value itself."
