@@ -29,8 +29,11 @@ class Tower(nn.Module):
             nn.init.zeros_(zeros)  # type: ignore[arg-type]
 
     def forward(self, words: Tensor) -> Tensor:
-        weights = self.dropout(self.importance(words).exp() * (words != 0)[..., None])  # [B, T, 1]
-        pooled = F.normalize((weights * self.words(words)).sum(dim=1), dim=-1)  # [B, width]
+        weights = self.importance(words).exp() * (words != 0)[..., None]  # [B, T, 1]
+        kept = self.dropout(weights)
+        # a few words may all be dropped: their sum would be zero, which has no direction and an endless gradient
+        kept = torch.where((kept != 0).any(dim=1, keepdim=True), kept, weights)
+        pooled = F.normalize((kept * self.words(words)).sum(dim=1), dim=-1)  # [B, width]
         return F.normalize(pooled + self.net(pooled), dim=-1)
 
 

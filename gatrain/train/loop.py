@@ -81,6 +81,7 @@ class Trainer:
             self.schedule.full_at,
             self.run_dir.metrics.name,
             has_stages=self.schedule.stages is not None,
+            clip_norm=self.config.optimizer.clip_norm,
         )
         self._saver = StateSaver(
             self.engine,

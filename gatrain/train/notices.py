@@ -9,6 +9,8 @@ from gatrain.train.records import StepRecord
 from gatrain.train.step_metrics import PendingStep
 
 MOST_NAMED = 3
+STEEP = 1e6
+"""Gradient norm, and how often ``optimizer.clip_norm`` is in it, from which clipping hides a fault."""
 
 
 @dataclass
@@ -20,12 +22,15 @@ class Notices:
         full: samples of a full window, by its index.
         metrics_file: where every skipped sample is listed.
         has_stages: the effective batch changes, so epochs end with windows of several sizes.
+        clip_norm: ``optimizer.clip_norm``.
     """
 
     tell: Callable[[str], None]
     full: Callable[[int], int]
     metrics_file: str
     has_stages: bool = False
+    clip_norm: float | None = None
+    _steep_told: bool = False
     _short_window_told: bool = False
     _dropped: int = 0
     _dropped_told: int = 0
@@ -55,6 +60,7 @@ class Notices:
                 else f"step {record.step}: no sample of the window can be read; no update was made."
             )
             return
+        self._tell_of_steep(record)
         given = int(counts["samples"] + counts["dropped"])
         if given < self.full(step.index) and not self._short_window_told:
             self._short_window_told = True
@@ -71,6 +77,17 @@ class Notices:
                 f"step {step}: {names[0]}{more}, frozen when the run started, wants a gradient now. "
                 "The optimizer does not hold what was frozen then: it is NOT trained. Let the factory return the "
                 "model with it unfrozen, and start a new run."
+            )
+
+    def _tell_of_steep(self, record: StepRecord) -> None:
+        """Say once that clipping kept next to nothing of a gradient: what it hides is seldom meant."""
+        clip, norm = self.clip_norm, record.grad_norm
+        if clip is not None and not self._steep_told and norm >= STEEP * max(clip, 1.0):
+            self._steep_told = True
+            self.tell(
+                f"step {record.step}: the gradient's norm is {norm:.3g}, and optimizer.clip_norm={clip:g} made an "
+                "update of it that follows its few largest values alone. Often one sample is the cause, by a "
+                "division by something next to zero, such as the length of a vector of zeros."
             )
 
     def _tell_of_dropped(self, step: int, dropped: int) -> None:
