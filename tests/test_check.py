@@ -161,6 +161,12 @@ def shifted_losses(model: nn.Module, batch: Any, reduction: str = "none") -> Ten
 
 
 RIGHT: dict[str, Callable[[], Task]] = {
+    "a data set that gives what it keeps": lambda: OwnTask(
+        lambda m, b: (losses(m, b).sum(), len(b["y"])), data=InPlace(again=1.0)
+    ),
+    "samples that share a constant": lambda: OwnTask(
+        lambda m, b: ((losses(m, b) * b["scale"][:, 0]).sum(), len(b["y"])), data=OneBuffer(copies=True)
+    ),
     "a sum over samples": lambda: OwnTask(lambda m, b: (losses(m, b).sum(), len(b["y"]))),
     "weighted samples": lambda: OwnTask(
         lambda m, b: ((losses(m, b) * b["weight"]).sum(), b["weight"].double().sum()),
@@ -254,6 +260,36 @@ class Drawing(Points):
         noise = self.own.normal(size=WIDTH) if self.own is not None else np.random.normal(size=WIDTH)
         sample = super().__getitem__(index)
         return {**sample, "x": sample["x"] + torch.tensor(noise, dtype=torch.float32) + random.random()}
+
+
+class InPlace(Points):
+    """Scales what it keeps, and gives that."""
+
+    deterministic = False
+
+    def __init__(self, again: float) -> None:
+        super().__init__()
+        self.kept = [super(InPlace, self).__getitem__(index) for index in range(len(self))]
+        self.again = again
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        sample = self.kept[index]
+        sample["x"].mul_(self.again)
+        return sample
+
+
+class OneBuffer(Points):
+    """Fills one tensor again and again; what all samples share may well be the same."""
+
+    def __init__(self, *, copies: bool = False) -> None:
+        super().__init__()
+        self.buffer, self.ones = torch.zeros(WIDTH), torch.ones(WIDTH)
+        self.copies = copies
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        sample = super().__getitem__(index)
+        self.buffer.copy_(sample["x"])
+        return {**sample, "x": self.buffer.clone() if self.copies else self.buffer, "scale": self.ones}
 
 
 def masked(samples: list[Any], generator: torch.Generator) -> dict[str, Tensor]:
@@ -506,6 +542,12 @@ FAULTS: dict[str, Callable[[], Task]] = {
     ),
     "data with a generator of its own": lambda: OwnTask(
         lambda m, b: (losses(m, b).sum(), len(b["y"])), data=Drawing(own=True)
+    ),
+    "data that changes what it keeps": lambda: OwnTask(
+        lambda m, b: (losses(m, b).sum(), len(b["y"])), data=InPlace(again=1.01)
+    ),
+    "data that hands out one buffer": lambda: OwnTask(
+        lambda m, b: (losses(m, b).sum(), len(b["y"])), data=OneBuffer()
     ),
     "collate with a generator of its own": lambda: of_texts(
         lambda m, b: (shifted_losses(m, b, "sum"), (b["labels"][:, 1:] != IGNORED).sum()),

@@ -290,13 +290,22 @@ class _Check:
     def _chosen(self) -> list[tuple[int, Any]]:
         """(id, sample), those of unlike weight first: the lightest that counts, the heaviest, then in turn."""
         ids = list(dict.fromkeys(int(sample) for sample in self.ids))[:LOOKED_AT]
-        first, again = self._read(ids), self._read(ids)
-        if not _same(first, again):
+        first = self._read(ids)
+        kept = _copied(first)  # an object that is handed out again may have been changed in place
+        again = self._read(ids)
+        if _share_memory(first) and not _same(kept, [_copied(self._read([each]))[0] for each in ids]):
+            raise _Fault(
+                "the dataset hands out the same memory for several training samples (one array or tensor that it "
+                "fills anew for each), so samples that are read together all hold what was read last. Let it "
+                "return a copy: x.clone() of a tensor, x.copy() of an array."
+            )
+        if not (_same(first, kept) and _same(kept, again)):
             raise _Fault(
                 "reading the same training samples twice gives different ones: the dataset draws numbers that "
-                "gatrain does not control, or counts its calls, so no run could be repeated or resumed. Draw from "
-                "random, numpy.random or torch's global generators, which gatrain seeds for each sample, not from "
-                "a generator of your own (torch.Generator, numpy.random.default_rng, random.Random)."
+                "gatrain does not control, counts its calls, or changes what it keeps in place (x.mul_(...)), so "
+                "no run could be repeated or resumed. Draw from random, numpy.random or torch's global "
+                "generators, which gatrain seeds for each sample, not from a generator of your own "
+                "(torch.Generator, numpy.random.default_rng, random.Random), and change copies."
             )
         usable = [(key, sample) for key, sample in zip(ids, first, strict=True) if reading.is_read(sample)]
         count = min(MOST, len(usable), max(FEWEST, self.micro_batch or MOST))
@@ -858,6 +867,36 @@ def _is_known(module: nn.Module) -> bool:
 
 def _same_numpy(one: Any, other: Any) -> bool:
     return one[2:] == other[2:] and np.array_equal(one[1], other[1])
+
+
+def _copied(samples: list[Any]) -> list[Any]:
+    """Copies of the samples; what cannot be copied stands for itself."""
+    found = []
+    for sample in samples:
+        try:
+            found.append(copy.deepcopy(sample))
+        except Exception:
+            found.append(sample)
+    return found
+
+
+def _share_memory(samples: Sequence[Any]) -> bool:
+    """Whether the same tensor or array belongs to two of the samples."""
+    seen: dict[int, int] = {}
+    for nth, sample in enumerate(samples):
+        for place in _memory(sample):
+            if seen.setdefault(place, nth) != nth:
+                return True
+    return False
+
+
+def _memory(sample: Any) -> Iterator[int]:
+    """Where the tensors and arrays of a sample begin in memory."""
+    for value in pytree.tree_leaves(sample):
+        if isinstance(value, Tensor) and value.layout is torch.strided and value.numel():
+            yield value.data_ptr()
+        elif isinstance(value, np.ndarray) and value.size:
+            yield value.__array_interface__["data"][0]
 
 
 def _same(one: Any, other: Any, depth: int = 0) -> bool:
