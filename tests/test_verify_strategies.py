@@ -188,6 +188,18 @@ def test_large_rounding_of_fp32_is_no_mistake_of_a_split(tmp_path: Path) -> None
     assert all(passed(case) for case in found), found
 
 
+def ignored() -> torch.utils.data.TensorDataset:
+    found = data()
+    found.tensors[1][torch.randperm(30, generator=torch.Generator().manual_seed(0))[:14]] = -100
+    return found
+
+
+def test_micro_batches_of_ignored_targets_alone_are_no_alarm(tmp_path: Path) -> None:
+    found, _ = cases(tmp_path, "plain", reader="ignored")
+    assert all(passed(case) for case in found), found
+    assert {case["name"] for case in found if case["mutation"]} == {"mutation: mean of means"}
+
+
 @pytest.mark.parametrize("rounding", [2.5e-4, 1e-2])
 def test_fp32_is_judged_by_its_own_rounding_where_fp64_proves_the_split(rounding: float) -> None:
     assert (

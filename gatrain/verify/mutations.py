@@ -18,8 +18,10 @@ class MeanOfMeans(Plain):
     def __call__(self, window: LoadedWindow, step: Step) -> None:
         for k, batch in step.batches(window):
             weights = window.micro_batches[k].weights
+            count = len(window.micro_batches)
+            # a micro-batch without weight (ignored targets alone) has no mean
             step.forward_backward(
-                batch, {name: 1 / weight / len(window.micro_batches) for name, weight in weights.items()}
+                batch, {name: 1 / weight / count if weight else 0.0 for name, weight in weights.items()}
             )
 
 
