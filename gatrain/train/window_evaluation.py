@@ -19,6 +19,7 @@ from gatrain.tasks.window import Rows, count_of, loss_of_window
 from gatrain.train.gathered_rows import gathered, joined
 from gatrain.train.ranks import Ranks
 from gatrain.train.samples import Key
+from gatrain.train.seeding import EVALUATION, seeded
 
 
 class WindowEvaluation:
@@ -55,11 +56,10 @@ class WindowEvaluation:
         found: dict[tuple[str, str], LossSum] = {}
         for first, last in windows_of(len(order), self._window_samples):
             one = pytree.tree_map(lambda leaf, part=order[first:last]: leaf[part], rows)
-            metrics: Mapping[str, LossSum] = getattr(self._task, "window_metrics", lambda rows: {})(one)
-            for kind, terms in (
-                ("loss", named_loss_sums(loss_of_window(self._task, one))),
-                ("metric", metrics),
-            ):
+            with seeded(0, EVALUATION, first):  # the same numbers at each evaluation, whatever the split
+                losses = named_loss_sums(loss_of_window(self._task, one))
+                metrics: Mapping[str, LossSum] = getattr(self._task, "window_metrics", lambda rows: {})(one)
+            for kind, terms in (("loss", losses), ("metric", metrics)):
                 for name, (total, weight) in terms.items():
                     before = found.get((kind, name), (torch.zeros((), dtype=torch.float64), 0.0))
                     found[kind, name] = (before[0] + _number(total), before[1] + float(weight))
