@@ -113,6 +113,11 @@ def test_rare_samples_are_drawn_as_often_as_common_ones_where_the_weights_say_so
     assert not (zero.ids(0, np.arange(1000)) % 2).any()
 
 
+def test_weights_that_add_up_to_more_than_a_float_holds_are_still_shares() -> None:
+    plain, huge = (Weighted(Rare(), 0, [scale] * 100, samples=1000) for scale in (1.0, 1e308))
+    assert torch.equal(*(torch.from_numpy(each.ids(0, np.arange(1000))) for each in (plain, huge)))
+
+
 def test_a_run_does_not_go_on_with_other_weights() -> None:
     one, other = (Weighted(Rare(), 0, [float(n), *[1.0] * 99]) for n in (1, 2))
     assert one.fingerprint == Weighted(Rare(), 5, [1.0] * 100).fingerprint != other.fingerprint

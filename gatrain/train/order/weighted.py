@@ -28,6 +28,9 @@ class Weighted:
         values = values_of(data, weights, "order.weights")
         if not values.any():
             raise ConfigError("order.weights are all zero: nothing would be drawn.")
+        with np.errstate(over="ignore"):
+            if not np.isfinite(values.sum()):  # else all draws would be of the last sample
+                values = values / values.max()
         if samples is not None and samples < 1:
             raise ConfigError(f"order.samples={samples} is below 1, the smallest value allowed.")
         self.samples = len(values) if samples is None else samples
