@@ -178,12 +178,16 @@ def _sampled_on_two_ranks() -> tuple[list[Tensor], str]:
     return found, ""
 
 
-def test_a_windows_loss_that_draws_at_random_evaluates_alike_for_any_split() -> None:
+def test_a_windows_loss_that_draws_at_random_evaluates_alike_for_any_split(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     task = Sampled()
-    found = []
+    make, found = task.build_model, []
     for size in (4, 7, 13):
-        torch.manual_seed(size)  # a step leaves the generator where its own split has brought it
-        found.append(_evaluated(size, task=task)["loss"])
+        monkeypatch.setattr(task, "build_model", lambda size=size: (make(), torch.manual_seed(size))[0])
+        found.append(
+            _evaluated(size, task=task)["loss"]
+        )  # a step leaves the generator where it has brought it
     assert found == [pytest.approx(found[0], rel=1e-6)] * 3
 
 
