@@ -17,6 +17,7 @@ import gatrain
 from gatrain import build
 from gatrain.compose import compose
 from gatrain.config import BatchConfig
+from gatrain.data import Mixture
 from gatrain.errors import ConfigError, SavedStateError
 from gatrain.states import Progress, check_same_run
 from gatrain.tasks import Supervised
@@ -116,6 +117,13 @@ def test_rare_samples_are_drawn_as_often_as_common_ones_where_the_weights_say_so
 def test_weights_that_add_up_to_more_than_a_float_holds_are_still_shares() -> None:
     plain, huge = (Weighted(Rare(), 0, [scale] * 100, samples=1000) for scale in (1.0, 1e308))
     assert torch.equal(*(torch.from_numpy(each.ids(0, np.arange(1000))) for each in (plain, huge)))
+
+
+def test_a_number_of_samples_is_a_whole_one() -> None:
+    with pytest.raises(ConfigError, match=r"order\.samples=1000\.0 is not a whole number"):
+        Weighted(Rare(), 0, [1.0] * 100, samples=1e3)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"data\.samples=1000\.0 is not a whole number"):
+        Mixture([Rare()], samples=1e3)  # type: ignore[arg-type]
 
 
 def test_a_run_does_not_go_on_with_other_weights() -> None:

@@ -117,6 +117,10 @@ class MixedSamples(ConcatDataset[Any]):
         self.names = names
         self._sized = parts
         self.samples = len(self) if samples is None else samples
+        if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int)):
+            raise ConfigError(
+                f"data.samples={samples!r} is not a whole number. Write it out: data.samples=1000."
+            )
         if self.samples < 1:
             raise ConfigError(f"data.samples={samples} is below 1, the smallest value allowed.")
         whole = [

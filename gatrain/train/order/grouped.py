@@ -35,6 +35,10 @@ class Grouped:
     def __init__(
         self, data: Any, seed: int, effective_batch: int, lengths: Any = "lengths", windows: int = 50
     ) -> None:
+        if isinstance(windows, bool) or not isinstance(windows, int):
+            raise ConfigError(
+                f"order.windows={windows!r} is not a whole number. Write it out: order.windows=10."
+            )
         if windows < 1:
             raise ConfigError(f"order.windows={windows} is below 1, the smallest value allowed.")
         self._lengths = values_of(data, lengths, "order.lengths")

@@ -31,6 +31,10 @@ class Weighted:
         with np.errstate(over="ignore"):
             if not np.isfinite(values.sum()):  # else all draws would be of the last sample
                 values = values / values.max()
+        if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int)):
+            raise ConfigError(
+                f"order.samples={samples!r} is not a whole number. Write it out: order.samples=1000."
+            )
         if samples is not None and samples < 1:
             raise ConfigError(f"order.samples={samples} is below 1, the smallest value allowed.")
         self.samples = len(values) if samples is None else samples
