@@ -473,6 +473,16 @@ def test_numbers_read_well() -> None:
         "3d 04h",
     ]
     assert [words.learning_rate(v) for v in (0.1, 2.9e-3, 0.0)] == ["0.1", "2.9e-3", "0"]
+    assert words.learning_rate(math.nan) == "nan"
+
+
+def test_the_rate_of_a_phase_is_written_as_the_rate(tmp_path: Path) -> None:
+    meter = Averages(run_info(tmp_path))
+    meter.add(record(1, lr=1e-3, metrics={"generator.lr": 1e-3, "norm": 1e-3}))
+    shown = step_values(meter)
+    assert shown["lr"] == "lr 1e-3"
+    assert shown["metrics.generator.lr"] == "generator.lr 1e-3"
+    assert shown["metrics.norm"] == "norm 0.0010"
     assert [units.size(v) for v in (2**20 * 312, 2**30 * 1.9)] == ["312 MiB", "1.9 GiB"]
     assert [units.seconds(v) for v in (8.1e-5, 0.413, 2.31, 1234)] == [
         "0.081 ms",

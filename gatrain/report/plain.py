@@ -137,7 +137,9 @@ def step_values(meter: Averages) -> dict[str, str]:
     if record.lr is not None:
         values["lr"] = f"lr {text.learning_rate(record.lr)}"
     for name, value in record.metrics.items():
-        values[f"metrics.{name}"] = f"{text.clean(name)} {text.decimal(value)}"
+        is_rate = name.rpartition(".")[2] == "lr"  # of a phase
+        written = text.learning_rate if is_rate else text.decimal
+        values[f"metrics.{name}"] = f"{text.clean(name)} {written(value)}"
     if stages := meter.info.stages:
         nth = sum(record.step > first for first, _ in stages)
         values["stage"] = f"stage {nth}/{len(stages)}"

@@ -61,7 +61,9 @@ def scientific(value: float) -> str:
 
 
 def learning_rate(value: float) -> str:
-    """Write a learning rate: ``0.1``, ``0.05``, ``2.9e-3``."""
+    """Write a learning rate: ``0.1``, ``0.05``, ``2.9e-3``; NaN and infinity stay visible."""
+    if not math.isfinite(value):
+        return str(float(value))
     return f"{value:.3g}" if value >= 0.01 or value == 0 else scientific(value)
 
 
