@@ -40,6 +40,7 @@ from gatrain.report import text as words
 from gatrain.report.averages import Averages
 from gatrain.report.jsonl import keep_until, read_lines
 from gatrain.report.live import LiveSink, _Console, _Region
+from gatrain.report.plain import step_values
 from gatrain.report.plan_plot import plan_plot_lines, terminal_points
 from gatrain.report.plot import sparkline
 from gatrain.rundir import RunDir, write_json
