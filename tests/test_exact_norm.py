@@ -358,6 +358,25 @@ class Penalised(nn.Module):
         return y + slope.square().mean()
 
 
+def scripted(part: nn.Module) -> nn.Module:
+    return nn.Sequential(
+        torch.jit.script(part.double()), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
+@pytest.mark.parametrize("way", WAYS)
+def test_scripted_parts_without_batch_norm_are_exact(way: str) -> None:
+    def make() -> nn.Module:
+        return scripted(nn.Conv2d(3, 4, 3))
+
+    model, batch = seeded(make), data(11)
+    assert (
+        relative_error(split(seeded(make), batch, (4, 4, 3), ExactNorm(way)), one_shot(model, batch)) < 1e-13
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize(
     ("make", "error", "said"),
@@ -367,6 +386,7 @@ class Penalised(nn.Module):
         (Checkpointed, ExactnessError, "activation checkpointing of its own"),
         (lambda: Checkpointed(reentrant=True), ExactnessError, "activation checkpointing of its own"),
         (Penalised, ConfigError, "torch.autograd.grad in the forward"),
+        (lambda: scripted(block(3, 4)), ConfigError, "is compiled by torch.jit.script"),
     ],
 )
 def test_a_model_that_would_not_be_exact_is_refused_in_words(

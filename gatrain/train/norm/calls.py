@@ -55,11 +55,24 @@ class Call:
 
 
 def owners_of(model: nn.Module) -> dict[int, str]:
-    """Id of each running mean, with the name of its module."""
+    """Id of each running mean, with the name of its module.
+
+    Raises:
+        ConfigError: BatchNorm in scripted code, which calls none of the functions that are followed.
+    """
+    scripted = {name: m for name, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)}
+    for name, module in scripted.items():
+        if module.training and "BatchNorm" in str(getattr(module, "original_name", "")):
+            raise ConfigError(
+                f"norm=exact: BatchNorm ('{name}') is compiled by torch.jit.script, which it cannot follow: give "
+                "the model without it."
+            )
     return {
         id(module._buffers["running_mean"]): name
         for name, module in model.named_modules()
-        if module._buffers.get("running_mean") is not None and module._buffers.get("running_var") is not None
+        if name not in scripted
+        and module._buffers.get("running_mean") is not None
+        and module._buffers.get("running_var") is not None
     }
 
 
