@@ -148,6 +148,27 @@ def test_what_cannot_be_converted_is_refused_with_what_would_do() -> None:
     assert "norm=group changes nothing" in said
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
+def test_a_scripted_layer_is_seen_and_no_norm_that_must_change_it_says_that_there_is_none() -> None:
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        scripted = torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+        return nn.Sequential(scripted, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).double()
+
+    assert batch_norms(model()) == ["0.1"]
+    for norm in (Group(), Layer(), Instance(), Frozen(), Sync()):
+        with pytest.raises(ConfigError, match="is compiled by"):
+            norm.convert(model())
+    images = torch.randn(6, 3, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    batch, kept = (images, torch.arange(6) % 3), model()
+    before = {name: value.clone() for name, value in kept.state_dict().items()}
+    step_of(kept, Keep()).gradient(window(batch, [6]))  # one micro-batch: as PyTorch computes it
+    kept.load_state_dict(before)
+    with pytest.raises(ConfigError, match="norm=keep with several micro-batches: BatchNorm"):
+        step_of(kept, Keep()).gradient(window(batch, [4, 2]))
+    step_of(kept, Torch()).gradient(window(batch, [4, 2]))
+
+
 def test_a_frozen_layer_stays_frozen_in_training_and_keeps_its_names_in_a_state() -> None:
     plain = nn.Sequential(nn.BatchNorm1d(4))
     plain(torch.randn(9, 4))

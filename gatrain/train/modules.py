@@ -19,8 +19,23 @@ def batch_norms(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+        if (isinstance(module, _BatchNorm) and (module.training or module.running_mean is None))
+        or (is_scripted_norm(module) and module.training)
     ]
+
+
+def is_scripted_norm(module: nn.Module) -> bool:
+    """Whether `torch.jit.script` compiled a BatchNorm, which can be neither followed nor changed any more."""
+    scripted = isinstance(module, torch.jit.ScriptModule)
+    return scripted and "BatchNorm" in str(getattr(module, "original_name", ""))
+
+
+def scripted_text(key: str, name: str) -> str:
+    """Why ``key`` is refused for a scripted BatchNorm."""
+    return (
+        f"{key}: BatchNorm ('{name}') is compiled by torch.jit.script, which can neither be followed nor changed: "
+        "give the model without it."
+    )
 
 
 def synchronised_norms(model: nn.Module, device: torch.device) -> list[str]:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from gatrain.errors import ConfigError, ExactnessError
+from gatrain.train.modules import is_scripted_norm, scripted_text
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,8 @@ def owners_of(model: nn.Module) -> dict[int, str]:
     """
     scripted = {name: m for name, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)}
     for name, module in scripted.items():
-        if module.training and "BatchNorm" in str(getattr(module, "original_name", "")):
-            raise ConfigError(
-                f"norm=exact: BatchNorm ('{name}') is compiled by torch.jit.script, which it cannot follow: give "
-                "the model without it."
-            )
+        if module.training and is_scripted_norm(module):
+            raise ConfigError(scripted_text("norm=exact", name))
     return {
         id(module._buffers["running_mean"]): name
         for name, module in model.named_modules()

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gatrain.errors import ConfigError
-from gatrain.train.modules import batch_norms
+from gatrain.train.modules import batch_norms, is_scripted_norm, scripted_text
 from gatrain.train.norm import Normalisation, counted
 from gatrain.train.norm.keep import Keep
 
@@ -196,6 +196,8 @@ def convertible(model: nn.Module, key: str) -> list[str]:
     names = batch_norms(model)
     for name in names:
         module = model.get_submodule(name)
+        if is_scripted_norm(module):
+            raise ConfigError(scripted_text(key, name))
         if type(module) not in CONVERTED:
             raise ConfigError(
                 f"{key}: '{name}' is a {type(module).__module__}.{type(module).__qualname__}, a kind of BatchNorm "

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from gatrain.errors import ConfigError
 from gatrain.train.micro_batches import LoadedWindow
-from gatrain.train.modules import batch_norms
+from gatrain.train.modules import batch_norms, is_scripted_norm, scripted_text
 from gatrain.train.norm import Normalisation
 
 if TYPE_CHECKING:
@@ -42,19 +43,24 @@ class Keep(Normalisation):
 
     def __init__(self) -> None:
         self._momenta: list[tuple[_NormBase, float]] = []
+        self._scripted: list[str] = []
 
     def attach(self, step: Step) -> None:
-        norms = {step.model.get_submodule(name) for name in batch_norms(step.model)}
+        names = batch_norms(step.model)
+        norms = {step.model.get_submodule(name) for name in names}
+        self._scripted = [name for name in names if is_scripted_norm(step.model.get_submodule(name))]
         self._momenta = [
             (m, m.momentum)
             for m in step.model.modules()
             if isinstance(m, _NormBase) and m.momentum is not None and (m in norms or _tracks_instances(m))
         ]
-        if self._momenta:
+        if self._momenta or self._scripted:
             step.before_micro_step.append(self._share_momentum)
 
     def _share_momentum(self, window: LoadedWindow, k: int) -> None:
         share = share_of(window, k)
+        if self._scripted and share != 1:
+            raise ConfigError(scripted_text("norm=keep with several micro-batches", self._scripted[0]))
         for module, momentum in self._momenta:
             module.momentum = corrected(momentum, share)
 
