@@ -23,6 +23,7 @@ from gatrain.plan import StepSettings
 from gatrain.tasks import Supervised, WindowTask
 from gatrain.train.accumulate import gradient_step
 from gatrain.train.check import check_before_first_step
+from gatrain.train.dropout.keyed import KeyedDropout
 from gatrain.train.engine import Engine
 from gatrain.train.evaluate import evaluate
 from gatrain.train.gradient.cached import Cached
@@ -199,6 +200,30 @@ def test_a_windows_loss_that_draws_at_random_is_the_same_one_on_every_rank_and_f
         for each in found:
             assert relative_error(each, gradient(model)) < 1e-12
         assert "window_loss() draws random numbers" in refused
+
+
+class DroppedRows(Views):
+    def window_loss(self, rows: dict[str, Any]) -> Any:
+        one, other = rows["views"]
+        return super().window_loss({**rows, "views": (F.dropout(one, 0.5), other)})
+
+
+def test_keyed_dropout_within_a_windows_loss_goes_by_the_window_whatever_the_micro_batches_are() -> None:
+    """Rows of a window are a multiple of those of a micro-batch: no shape gives the wrong masks away."""
+    found = []
+    for sizes in ([12], [6, 6], [4, 4, 4], [5, 1, 6]):
+        task = DroppedRows()
+        model, random = task.build_model().double(), KeyedDropout(flattened=True)
+        random.set_up(model)
+        made = window(cut(task, sizes), (1, 2))
+        for nth, micro_batch in enumerate(made.micro_batches):
+            at = sum(sizes[:nth])
+            made.micro_batches[nth] = dataclasses.replace(  # type: ignore[index]
+                micro_batch, position=at, samples=sizes[nth]
+            )
+        step_of(task, model, random=random).gradient(made)
+        found.append(gradient(model))
+    assert max(relative_error(each, found[0]) for each in found) < 1e-12
 
 
 def test_the_scaler_scales_the_cache_and_the_second_pass_once() -> None:

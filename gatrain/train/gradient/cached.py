@@ -30,7 +30,6 @@ from gatrain.train.seeding import (
     kept_random_state,
     random_state,
     same_random_state,
-    seed_everything,
     set_random_states,
 )
 from gatrain.train.step import Step, share_of
@@ -213,7 +212,7 @@ def _drawn_alike(window: LoadedWindow, step: Step) -> Iterator[None]:
         ExactnessError: several ranks draw without a seed in common.
     """
     if window.seed is not None:
-        seed_everything(*window.seed)
+        step.random.start(window.seed, None)  # keyed dropout's too, which were the last micro-batch's
         yield
         return
     before = random_state()
