@@ -31,7 +31,7 @@ _BY_NAME = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".parquet": "parquet",
     ".pq": "parquet",
 }  # fmt: skip
-_SOURCES = frozenset((
+SOURCES = frozenset((
     ".md", ".markdown", ".rst", ".org", ".adoc", ".tex", ".bib", ".texi", ".srt", ".vtt", ".po", ".diff",
     ".patch", ".py", ".pyi", ".pyx", ".js", ".jsx", ".mjs", ".ts", ".tsx", ".c", ".h", ".cc", ".cpp",
     ".cxx", ".hpp", ".cu", ".cuh", ".java", ".go", ".rs", ".rb", ".php", ".pl", ".pm", ".sh", ".bash",
@@ -43,6 +43,26 @@ _SOURCES = frozenset((
     ".vhd", ".vhdl", ".proto", ".thrift", ".graphql", ".tf",
 ))  # fmt: skip
 """Names that say that a file is prose or source code. What any other holds, its content decides."""
+
+PROGRAMS = SOURCES - {
+    *(
+        ".md",
+        ".markdown",
+        ".rst",
+        ".org",
+        ".adoc",
+        ".tex",
+        ".bib",
+        ".texi",
+        ".srt",
+        ".vtt",
+        ".po",
+        ".diff",
+        ".patch",
+    ),
+    *(".yaml", ".yml", ".toml", ".ini", ".cfg", ".conf", ".properties", ".in", ".env"),
+}
+"""Those of programs: a folder that holds any is a project."""
 
 _UNPACK = "Unpack it and name what was in it."
 _EXPORT = "Export its text to .txt, .jsonl or .parquet first."
@@ -176,13 +196,13 @@ def format_of(file: Path, reading: Reading, fields: Sequence[str] = ()) -> str:
     _check_no_binary(file, suffix, head)
     if reading.format != "auto":
         return reading.format
-    if suffix in _MARKUP_NAMES or ((suffix not in _SOURCES or suffix == ".md") and _MARKUP.match(head)):
+    if suffix in _MARKUP_NAMES or ((suffix not in SOURCES or suffix == ".md") and _MARKUP.match(head)):
         raise DataError(
             f"{file} is HTML or XML. Extract its text first (for example with trafilatura or BeautifulSoup), or "
             "say data.format=text to train on the markup itself."
         )
     named = _BY_NAME.get(suffix)
-    if named in ("csv", "tsv") or (named is None and suffix in _SOURCES):
+    if named in ("csv", "tsv") or (named is None and suffix in SOURCES):
         return named or "text"
     check_head(file, head, reading.encoding)
     text = head.decode(reading.encoding, errors="ignore").removeprefix(MARK)

@@ -17,17 +17,18 @@ from gatrain.errors import DataError
 BESIDE = "folders beside the splits, not read"
 
 _TRAIN = ("train", "training")
-_HELD_OUT = ("val", "valid", "validation", "eval", "evaluation", "dev", "test", "testing")
+HELD_OUT = ("val", "valid", "validation", "eval", "evaluation", "dev", "test", "testing")
 """In the order in which they are taken where there are several."""
 
 _SPLIT_WORDS = {
-    *_TRAIN, *_HELD_OUT, "trainval", "trn", "tst", "validate", "development", "holdout", "heldout", "fold", "folds",
+    *_TRAIN, *HELD_OUT, "trainval", "trn", "tst", "validate", "development", "holdout", "heldout", "fold", "folds",
 }  # fmt: skip
 _COMPOUNDS = r"(train|training|val|valid|validation|eval|dev|test|testing)(set|data|split|dir|images|imgs)"
 _FILLERS = {
     "set", "sets", "data", "dataset", "split", "part", "folder", "dir", "images", "image", "imgs", "img", "pics",
     "seg", "pred", "x", "y", "all", "full", "small", "mini", "tiny", "large", "big", "new", "old", "raw", "clean",
-    "final", "subset", "sub", "sample", "samples", "crop", "crops", "my", "the", "in", "out", "v", "r", "real",
+    "final", "subset", "sub", "partial", "sample", "samples", "crop", "crops", "my", "the", "in", "out", "v", "r",
+    "real",
 }  # fmt: skip
 _WRAPPERS = {"images", "image", "imgs", "img", "data", "dataset"}
 """Folders that hold the splits in usual layouts, such as ``images/train`` beside ``labels/train``."""
@@ -44,7 +45,7 @@ class Splits:
 def split_kind(name: str) -> str | None:
     """``"train"`` or ``"held-out"`` where the name is the usual one of a split, in any case; else None."""
     plain = name.lower()
-    return "train" if plain in _TRAIN else "held-out" if plain in _HELD_OUT else None
+    return "train" if plain in _TRAIN else "held-out" if plain in HELD_OUT else None
 
 
 def looks_like_split(name: str) -> bool:
@@ -54,6 +55,18 @@ def looks_like_split(name: str) -> bool:
     return any(word in _SPLIT_WORDS for word in words) and all(
         word in _SPLIT_WORDS or word in _FILLERS for word in words
     )
+
+
+def split_word(name: str) -> tuple[str, tuple[str, ...]] | None:
+    """(the word of a split, the other words) of a name with one such word; fillers do not count.
+
+    ``partial-train`` and ``test`` leave the same, and so do ``wiki.train.raw`` and ``wiki.valid.raw``.
+    """
+    words = _words(name)
+    of_split = [word for word in words if split_kind(word)]
+    if len(of_split) != 1:
+        return None
+    return of_split[0], tuple(word for word in words if word != of_split[0] and word not in _FILLERS)
 
 
 def splits(root: Path, omissions: Omissions, option: str = "data.path") -> Splits | None:
@@ -87,7 +100,7 @@ def _certain(root: Path, folders: Sequence[Path], omissions: Omissions, option: 
     if not held_out and len(folders) > 1 and not any(_has_folders(each) for each in train):
         # beside "bus" and "car" a folder "train" without classes of its own may be the vehicle
         raise _doubt(train, option)
-    held_out.sort(key=lambda folder: _HELD_OUT.index(folder.name.lower()))
+    held_out.sort(key=lambda folder: HELD_OUT.index(folder.name.lower()))
     first = [folder for folder in held_out if folder.name.lower() == held_out[0].name.lower()]
     if len(first) > 1:  # val and Val
         raise _doubt(first, option)

@@ -13,6 +13,7 @@ from typing import Any
 from gatrain.data.compressed import plain_name
 from gatrain.data.folders import FILE_TWICE, find, require_path, shown
 from gatrain.data.formats import UNREAD_SUFFIXES
+from gatrain.data.hidden_splits import refuse_hidden_splits
 from gatrain.data.report import Omissions
 from gatrain.data.splits import split_kind
 from gatrain.errors import ConfigError, DataError
@@ -75,6 +76,8 @@ def find_files(path: Given, eval_path: Given | None = None) -> Files:
     if root is not None:
         found, split_off = _split(root, found, omissions, eval_path is not None)
         held_out = held_out or split_off
+        if not held_out:
+            refuse_hidden_splits(root, found)
     held = {os.path.realpath(file) for file in held_out}
     train = [file for file in found if os.path.realpath(file) not in held]
     for file in found:
