@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -260,6 +261,10 @@ def test_what_lies_beside_the_splits_is_counted(tmp_path: Path) -> None:
         ["fold1", "fold2"],
         ["images/val", "images/test"],
         ["cat/train", "cat/test", "dog/train", "dog/test"],
+        ["cat/train_set", "cat/test_set", "dog/train_set", "dog/test_set"],
+        ["cat/cat_train", "cat/cat_val", "dog/dog_train", "dog/dog_val"],
+        ["a/v1/train", "a/v1/val", "b/v1/train", "b/v1/val"],
+        ["data/v1/train", "data/v1/val"],
     ],
 )
 def test_what_may_be_splits_is_refused_and_never_taken_as_classes(tmp_path: Path, names: list[str]) -> None:
@@ -268,6 +273,24 @@ def test_what_may_be_splits_is_refused_and_never_taken_as_classes(tmp_path: Path
         DataError, match=r"looks? like (a split|splits), not (a )?class.*data\.path=.*data\.splits=none"
     ):
         splits(tmp_path, Omissions())
+
+
+def test_the_links_that_are_told_for_splits_within_classes_make_splits(tmp_path: Path) -> None:
+    root = tmp_path / "the data"
+    made = [f"{kind}/{split}" for kind in ("cat", "dog x") for split in ("train_set", "test_set")]
+    make(root, *(f"{name}/1.txt" for name in made))
+    with pytest.raises(DataError, match="as links") as refused:
+        splits(root, Omissions())
+    command = str(refused.value).split("as links: ")[1].split("), and name that")[0]
+    subprocess.run(["bash", "-c", command], check=True)
+    into = tmp_path / "the data_splits"
+    assert splits(into, Omissions()) == Splits(into / "train", into / "val")
+    read = {file.relative_to(into).as_posix(): file.read_text() for file in walk(into, Omissions())}
+    assert read == {
+        f"{new}/{kind}/1.txt": f"{kind}/{old}/1.txt"
+        for kind in ("cat", "dog x")
+        for new, old in (("train", "train_set"), ("val", "test_set"))
+    }
 
 
 def test_a_lone_folder_called_train_beside_classes_may_be_the_vehicle(tmp_path: Path) -> None:

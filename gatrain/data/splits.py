@@ -122,9 +122,21 @@ def _refuse_doubtful(folders: Sequence[Path], option: str) -> None:
     if doubtful:
         raise _doubt(doubtful, option)
     for folder in folders:
-        below = [each for each in subfolders(folder) if split_kind(each.name)]
-        if len({split_kind(each.name) for each in below}) == 2:
-            raise _doubt(below, option)
+        if deeper := _deeper(folder):
+            raise _doubt_below(folders, deeper, option)
+
+
+def _deeper(folder: Path) -> list[Path]:
+    """A folder to train on and a held-out one beside each other, anywhere in ``folder``."""
+    below = subfolders(folder)
+    for names in ([each for each in below if looks_like_split(each.name)], _same_but_for_the_split(below)):
+        kinds: dict[str, Path] = {}
+        for each in names:
+            if word := split_word(each.name):
+                kinds.setdefault(str(split_kind(word[0])), each)
+        if len(kinds) == 2:
+            return [kinds["train"], kinds["held-out"]]
+    return next((found for each in below if not each.is_symlink() and (found := _deeper(each))), [])
 
 
 def _same_but_for_the_split(folders: Sequence[Path]) -> list[Path]:
@@ -155,6 +167,35 @@ def _parts(word: str) -> list[str]:
 
 def _has_folders(folder: Path) -> bool:
     return bool(subfolders(folder))
+
+
+def _doubt_below(folders: Sequence[Path], pair: Sequence[Path], option: str) -> DataError:
+    root, above = folders[0].parent, pair[0].parent
+    named = " and ".join(shown(each.relative_to(root)) for each in pair)
+    says = f"{option}={shown(root)} holds {named}: these look like splits, not classes."
+    none = "If all in a class folder is to be trained on, write data.splits=none."
+    if len(folders) == 1 and _has_folders(pair[0]):
+        keys = " ".join(
+            shlex.quote(f"{key}={each}")
+            for key, each in zip(("data.path", "data.eval_path"), pair, strict=True)
+        )
+        return DataError(f"{says} Name them: {keys}. {none}")
+    into = root.with_name(f"{root.name}_splits")
+    links = ""
+    if above.parent == root and all((each / split.name).is_dir() for each in folders for split in pair):
+        links = " (as links: " + " && ".join(
+            f"mkdir -p {_quoted(into / new)} && for c in {_quoted(root)}/*/; do "
+            f'ln -s "$c"{_quoted(split.name)} {_quoted(into / new)}/"$(basename "$c")"; done'
+            for new, split in zip(("train", "val"), pair, strict=True)
+        ) + ")"  # fmt: skip
+    return DataError(
+        f"{says} Splits are read above the classes: put the class folders into train and val of a new folder"
+        f"{links}, and name that: {_quoted(f'data.path={into}')}. {none}"
+    )
+
+
+def _quoted(path: Path | str) -> str:
+    return shlex.quote(str(path))
 
 
 def _doubt(folders: Sequence[Path], option: str) -> DataError:
