@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gatrain.errors import ConfigError, DataError
+from gatrain.errors import ConfigError, DataError, ExactnessError
 from gatrain.models.gpt import GPT
 from gatrain.tasks import LanguageModel, Supervised, Task, token_loss
+from gatrain.train.step import share_of
 
 N, C = 12, 5
 
@@ -445,3 +446,8 @@ def test_the_users_own_task_needs_three_methods() -> None:
     task = Own()
     batch = task.collate([task.train_data[i] for i in task.worst_case_indices(6)])
     assert task.loss_sum(task.build_model(), batch)[1] == task.weight(batch) == 6
+
+
+def test_a_loss_that_leaves_out_every_term_of_a_masked_micro_batch_is_refused_in_words() -> None:
+    with pytest.raises(ExactnessError, match="Return every loss term each time"):
+        share_of({}, {"loss": 1.0})

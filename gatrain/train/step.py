@@ -263,6 +263,12 @@ class Step:
 
 def share_of(terms: Mapping[str, LossSum], scale: Mapping[str, float]) -> Tensor:
     """The sum over the loss terms of sum / T: a scalar with graph."""
+    if not terms:
+        raise ExactnessError(
+            "the loss of a micro-batch is an empty mapping. Return every loss term each time: for one that no "
+            "sample of the micro-batch has a weight for, a sum of zero with a graph and the weight 0, such as "
+            "(outputs.sum() * 0, 0)."
+        )
     for name in terms:
         if name not in scale:
             raise ExactnessError(f"loss_sum returned the term {name!r}, which weight() did not count.")
