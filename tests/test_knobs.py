@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from gatrain.compose import compose
 from gatrain.errors import ConfigError, PlanError
 from gatrain.plan import Plan, StepSettings
 from gatrain.train.attention import AttentionBackend
+from gatrain.train.knobs import by_name
 from gatrain.tune import knobs
 
 MODULE = '''
@@ -139,6 +141,41 @@ def test_a_plan_with_a_knob_that_is_gone_is_refused_with_what_to_type(project: P
 def test_what_is_no_knob_is_refused(project: Path, value: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build.build_knobs(compose(["recipe=sleepy", f"knobs=[{value}]"]).config)
+
+
+class _Given:
+    name, words = "mine", "something of mine"
+
+    def __init__(self, values: object, held: object = None) -> None:
+        self._values, self._held = values, held
+
+    def values(self, device: torch.device) -> Any:
+        return self._values
+
+    def apply(self, value: object) -> Any:
+        return self._held
+
+
+@pytest.mark.parametrize(
+    "values", [[None], [(1, 2)], [float("nan")], [float("inf")], [object()], None, "abc", 3]
+)
+def test_values_that_a_plan_cannot_hold_are_refused_and_never_left_unmeasured(values: object) -> None:
+    with pytest.raises(ConfigError, match=r"knob 'mine': values\(device\) gave"):
+        by_name([("knobs[0]", _Given(values))]).offers(torch.device("cpu"))
+
+
+def test_a_value_that_is_given_twice_is_measured_once() -> None:
+    offers = by_name([("knobs[0]", _Given([1, 1, True, 1.0, "a", "a"]))]).offers(torch.device("cpu"))
+    assert list(map(repr, offers[0]["values"])) == ["1", "True", "1.0", "'a'"]  # type: ignore[call-overload]
+
+
+def test_an_apply_that_holds_nothing_is_refused_by_name() -> None:
+    made = by_name([("knobs[0]", _Given([1]))])
+    with (
+        pytest.raises(ConfigError, match=r"knob 'mine': apply\(1\) gave a NoneType"),
+        made.applied({"mine": 1}),
+    ):
+        pass
 
 
 def test_every_setting_of_a_step_has_its_row() -> None:

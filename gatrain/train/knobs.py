@@ -9,7 +9,8 @@ refuse a value that gives other ones. A user's own is any class with these membe
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol, runtime_checkable
 
@@ -43,9 +44,13 @@ class Knobs:
         self._knobs = knobs
 
     def offers(self, device: torch.device) -> list[dict[str, object]]:
-        """Name, values and words of each, for the tuner."""
+        """Name, values and words of each, for the tuner.
+
+        Raises:
+            ConfigError: a knob has values that no plan can hold.
+        """
         return [
-            {"name": name, "values": list(knob.values(device)), "words": knob.words}
+            {"name": name, "values": _values(name, knob.values(device)), "words": str(knob.words)}
             for name, knob in self._knobs.items()
         ]
 
@@ -58,6 +63,7 @@ class Knobs:
 
         Raises:
             PlanError: the configuration has no such knob.
+            ConfigError: ``apply`` of one gives no context manager.
         """
         with contextlib.ExitStack() as stack:
             for name, value in values.items():
@@ -66,8 +72,34 @@ class Knobs:
                         f"the plan computes steps with {name}={value}, and the configuration names no such knob. "
                         f"Put it back, or plan without it: {plan_anew}"
                     )
-                stack.enter_context(self._knobs[name].apply(value))
+                held = self._knobs[name].apply(value)
+                if not isinstance(held, AbstractContextManager):
+                    raise ConfigError(
+                        f"knob '{name}': apply({value!r}) gave a {type(held).__name__}, where a context manager is "
+                        "needed. Write @contextlib.contextmanager above it and yield where the value is held."
+                    )
+                stack.enter_context(held)
             yield
+
+
+def _values(name: str, given: object) -> list[Value]:
+    """The values once each: a plan is a file, and can hold no others than these."""
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise ConfigError(
+            f"knob '{name}': values(device) gave {given!r}, where a list of values is needed, such as [1, 2]."
+        )
+    values: list[Value] = []
+    for value in given:
+        known = isinstance(value, bool | int | float | str)
+        if not known or (isinstance(value, float) and not math.isfinite(value)):
+            raise ConfigError(
+                f"knob '{name}': values(device) gave {value!r}, which a plan cannot hold. Give True or False, "
+                "finite numbers or text, such as 'small', and look up in apply(value) what it stands for; leaving "
+                "the knob alone is always measured, and needs no value."
+            )
+        if not any(value == each and type(value) is type(each) for each in values):
+            values.append(value)
+    return values
 
 
 def by_name(made: Sequence[tuple[str, object]]) -> Knobs:
