@@ -117,6 +117,9 @@ def test_what_a_scheduler_gives_is_checked(folder: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("POD_JOB", "7")
     with pytest.raises(ConfigError, match="detect of Confused gave a dict"):
         ask("scheduler._target_=pods.Confused")
+    monkeypatch.delenv("POD_INDEX")
+    with pytest.raises(ConfigError, match=r"detect of Pods failed: KeyError: 'INDEX'\. Correct it"):
+        ask()
     with pytest.raises(ConfigError, match="gave a Nothing"):
         ask("scheduler._target_=pods.Nothing")
     with pytest.raises(

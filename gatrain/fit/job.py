@@ -11,7 +11,7 @@ from gatrain import batch, doors, imports
 from gatrain.commands import setting
 from gatrain.compose import Composed
 from gatrain.config import RunConfig
-from gatrain.errors import ConfigError, LaunchError
+from gatrain.errors import ConfigError, GatrainError, LaunchError
 from gatrain.fit.claim import folder_for_job
 from gatrain.hardware import Hardware, detect_hardware
 from gatrain.launch.schedulers import Job, Scheduler, shipped
@@ -28,13 +28,21 @@ def find_job(config: RunConfig, cwd: Path) -> Job | None:
         cwd: folder whose modules ``scheduler._target_`` may name.
 
     Raises:
-        ConfigError: ``scheduler`` names no `Scheduler`, or its ``detect`` gave something else than a `Job`.
+        ConfigError: ``scheduler`` names no `Scheduler`, or its ``detect`` failed or gave no `Job`.
         LaunchError: the environment is not what the scheduler documents.
     """
     if config.scheduler is None:
         return None
     scheduler = _make(doors.node_of("scheduler", config.scheduler), cwd)
-    job = scheduler.detect(os.environ)
+    try:
+        job = scheduler.detect(os.environ)
+    except Exception as error:
+        if isinstance(error, GatrainError) or type(scheduler).__module__.startswith("gatrain."):
+            raise
+        raise ConfigError(
+            f"scheduler: detect of {type(scheduler).__name__} failed: {type(error).__name__}: {error}. "
+            "Correct it, or run without it: scheduler=null."
+        ) from error
     if job is not None and not isinstance(job, Job):
         raise ConfigError(
             f"scheduler: detect of {type(scheduler).__name__} gave a {type(job).__name__}. Let it give a "
