@@ -44,24 +44,11 @@ SOURCES = frozenset((
 ))  # fmt: skip
 """Names that say that a file is prose or source code. What any other holds, its content decides."""
 
-PROGRAMS = SOURCES - {
-    *(
-        ".md",
-        ".markdown",
-        ".rst",
-        ".org",
-        ".adoc",
-        ".tex",
-        ".bib",
-        ".texi",
-        ".srt",
-        ".vtt",
-        ".po",
-        ".diff",
-        ".patch",
-    ),
-    *(".yaml", ".yml", ".toml", ".ini", ".cfg", ".conf", ".properties", ".in", ".env"),
-}
+_PROSE = (
+    ".md", ".markdown", ".rst", ".org", ".adoc", ".tex", ".bib", ".texi", ".srt", ".vtt", ".po", ".diff", ".patch",
+)  # fmt: skip
+_SETTINGS = (".yaml", ".yml", ".toml", ".ini", ".cfg", ".conf", ".properties", ".in", ".env")
+PROGRAMS = SOURCES.difference(_PROSE, _SETTINGS)
 """Those of programs: a folder that holds any is a project."""
 
 _UNPACK = "Unpack it and name what was in it."
