@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import re
 import sys
 from collections.abc import Iterable
 
@@ -168,6 +169,11 @@ def nearest(given: str, allowed: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the closest allowed name, or an empty string."""
     match = difflib.get_close_matches(str(given), [str(name) for name in allowed], n=1, cutoff=0.6)
     return f" Did you mean '{match[0]}'?" if match else ""
+
+
+def typed_key(path: str) -> str:
+    """``hooks[0].decay`` as it is typed on a command line: ``hooks.0.decay``."""
+    return re.sub(r"\[(\d+)\]", r".\1", path)
 
 
 _OUT_OF_MEMORY = (

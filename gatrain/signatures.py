@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import functools
 import inspect
-import re
 import types
 from collections.abc import Callable, Set
 from typing import Any
 
-from gatrain.errors import nearest
+from gatrain.errors import nearest, typed_key
 
 Parameters = dict[str, inspect.Parameter]
 
@@ -76,10 +75,9 @@ def mistake(
             and parameters[name].default is inspect.Parameter.empty
             and name not in given | extra
         ):
-            typed = re.sub(r"\[(\d+)\]", r".\1", path)
             return (
                 f"{path}: {dotted} needs the argument {name!r}. Add {path}.{name}=... "
-                f"(+{typed}.{name}=... on the command line)."
+                f"(+{typed_key(path)}.{name}=... on the command line)."
             )
     return None
 

@@ -25,7 +25,7 @@ from gatrain import settings
 from gatrain.compose import defaults_list, schema, words
 from gatrain.compose.declared import Text
 from gatrain.config import OPEN_NODES, RunConfig
-from gatrain.errors import ConfigError, nearest
+from gatrain.errors import ConfigError, nearest, typed_key
 from gatrain.secrets import REDACTED
 
 YAMLError: type[Exception] = yaml.YAMLError
@@ -80,8 +80,7 @@ def _parse_override(word: str, whole: Sequence[str]) -> Override:
             f"'{word}': Hydra's own settings are not used here. The run folder is run.dir=FOLDER, "
             "and ./recipes and ./conf are searched by themselves."
         )
-    if re.search(r"\[\d+\]", name):
-        dotted = re.sub(r"\[(\d+)\]", r".\1", word.partition("=")[0])
+    if (dotted := typed_key(key)) != key:
         typed = shlex.quote(f"{dotted}{equals}{value}")
         raise ConfigError(f"'{word}': the number of a list's item stands after a dot here. Write {typed}.")
     if REDACTED in word:

@@ -16,6 +16,7 @@ from gatrain.errors import ConfigError
 from gatrain.train.order import Ids
 from gatrain.train.order.by_number import reads_by_number
 from gatrain.train.order.permutation import permutation
+from gatrain.train.order.values import check_whole
 from gatrain.train.seeding import derive_seed
 
 _SHARED = ("vocab_size", "context", "tokenizer", "classes", "variable_length", "deterministic_collate")
@@ -117,12 +118,8 @@ class MixedSamples(ConcatDataset[Any]):
         self.names = names
         self._sized = parts
         self.samples = len(self) if samples is None else samples
-        if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int)):
-            raise ConfigError(
-                f"data.samples={samples!r} is not a whole number. Write it out: data.samples=1000."
-            )
-        if self.samples < 1:
-            raise ConfigError(f"data.samples={samples} is below 1, the smallest value allowed.")
+        if samples is not None:
+            check_whole("data.samples", samples, 1000)
         whole = [
             round(weight / max(weights) * 2**40) for weight in weights
         ]  # proportions of whole numbers are exact

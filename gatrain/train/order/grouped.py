@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from gatrain.errors import ConfigError
 from gatrain.train.order import Ids
 from gatrain.train.order.permutation import permutation
-from gatrain.train.order.values import values_of
+from gatrain.train.order.values import check_whole, values_of
 from gatrain.train.seeding import derive_seed
 
 _WINDOWS = 0x77696E64
@@ -35,12 +34,7 @@ class Grouped:
     def __init__(
         self, data: Any, seed: int, effective_batch: int, lengths: Any = "lengths", windows: int = 50
     ) -> None:
-        if isinstance(windows, bool) or not isinstance(windows, int):
-            raise ConfigError(
-                f"order.windows={windows!r} is not a whole number. Write it out: order.windows=10."
-            )
-        if windows < 1:
-            raise ConfigError(f"order.windows={windows} is below 1, the smallest value allowed.")
+        check_whole("order.windows", windows, 10)
         self._lengths = values_of(data, lengths, "order.lengths")
         self._seed = seed
         self._window = effective_batch

@@ -15,6 +15,20 @@ from gatrain.errors import ConfigError
 Values = npt.NDArray[np.float64]
 
 
+def check_whole(key: str, value: Any, example: int) -> None:
+    """
+    Args:
+        example: what the message writes out; ``1e3`` is no whole number to YAML.
+
+    Raises:
+        ConfigError: it is no whole number of at least 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{key}={value!r} is not a whole number. Write it out: {key}={example}.")
+    if value < 1:
+        raise ConfigError(f"{key}={value} is below 1, the smallest value allowed.")
+
+
 def values_of(data: Any, given: Any, where: str) -> Values:
     """Read them.
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from gatrain.errors import ConfigError
 from gatrain.train.order import Ids
-from gatrain.train.order.values import values_of
+from gatrain.train.order.values import check_whole, values_of
 from gatrain.train.seeding import derive_seed, mix64
 
 
@@ -31,12 +31,8 @@ class Weighted:
         with np.errstate(over="ignore"):
             if not np.isfinite(values.sum()):  # else all draws would be of the last sample
                 values = values / values.max()
-        if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int)):
-            raise ConfigError(
-                f"order.samples={samples!r} is not a whole number. Write it out: order.samples=1000."
-            )
-        if samples is not None and samples < 1:
-            raise ConfigError(f"order.samples={samples} is below 1, the smallest value allowed.")
+        if samples is not None:
+            check_whole("order.samples", samples, 1000)
         self.samples = len(values) if samples is None else samples
         self._ends = np.cumsum(values / values.sum())
         self._ends[-1] = 1.0
