@@ -773,7 +773,8 @@ def test_a_resumed_run_goes_on_in_the_same_run_of_weights_and_biases(
     monkeypatch.setenv("WANDB_MODE", "offline")
     ids = log_twice(tmp_path, lambda: WandbLogger(project="mine", tags=["a"]))
     runs = sorted((tmp_path / "wandb").glob("offline-run-*"))
-    assert [run.name.rpartition("-")[2] for run in runs] == [ids["wandb/mine"]] * 2
+    # offline-run-TIME-ID, and a number more for the second of one second
+    assert [run.name.split("-")[3] for run in runs] == [ids["wandb/mine"]] * 2
     files = [file for run in runs for file in run.glob("*.wandb")]
     deadline = time.monotonic() + 20  # wandb's own process writes them
     while not all(b"train/moves" in file.read_bytes() for file in files):
