@@ -8,6 +8,8 @@ never a rounding.
 
 from __future__ import annotations
 
+import collections
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,6 +59,14 @@ class Split:
     def sizes(self, micro_batch: int) -> list[list[int]]:
         """Sizes of all micro-batches, by rank."""
         return split_shares(self.shares, micro_batch)
+
+    def distinct_sizes(self, micro_batch: int) -> set[int]:
+        """Each size that a micro-batch of any rank has."""
+        return {size for share in set(self.shares) for size, _ in micro_batch_counts(share, micro_batch)}
+
+    def has_equal_steps(self, micro_batch: int) -> bool:
+        """Whether all ranks have as many micro-steps, as SyncBatchNorm needs it."""
+        return len({-(-share // micro_batch) for share in self.shares}) == 1
 
     def accumulation_steps(self, micro_batch: int) -> int:
         """Micro-steps of the busiest rank."""
@@ -147,6 +157,12 @@ def micro_batch_sizes(share: int, micro_batch: int) -> list[int]:
     """
     steps = -(-share // micro_batch)
     return rank_shares(share, steps) if steps else []
+
+
+@functools.lru_cache(maxsize=4096)
+def micro_batch_counts(share: int, micro_batch: int) -> tuple[tuple[int, int], ...]:
+    """The micro-batches of `micro_batch_sizes` as (samples, how many) of each size."""
+    return tuple(collections.Counter(micro_batch_sizes(share, micro_batch)).items())
 
 
 def even_size(share: int, micro_batch: int) -> int:

@@ -16,19 +16,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gatrain.batch import typical_samples
 from gatrain.config import RunConfig
 from gatrain.errors import GatrainError
 from gatrain.hardware import Hardware
 from gatrain.inspected import Inspected
 from gatrain.launch.world import Nodes
 from gatrain.plan import Plan
-from gatrain.tune import cache, explain, knobs
+from gatrain.tune import cache, knobs
 from gatrain.tune.cache import Known
-from gatrain.tune.estimate import check_state_fits, state_bytes
+from gatrain.tune.estimate import state_bytes
 from gatrain.tune.planner import Planner
 from gatrain.tune.processes import TrialHost
-from gatrain.tune.stages import with_stages
 
 __all__ = ["Tuner", "state_bytes"]
 
@@ -93,23 +91,25 @@ class Tuner:
             GatrainError: what went wrong while the model or its data were built.
             Interrupted, KeyboardInterrupt: a person stopped it; what was measured is kept in the cache.
         """
-        if self._config.batch.counts_tokens:
-            self.space = knobs.search_space(self._in_samples(found), self._hardware, self._nodes)
-        space = self.space
-        if space.fixed_micro_batch is not None:
-            space.split.check_micro_batch(space.fixed_micro_batch)
-        state_bytes = check_state_fits(space.config, found, self._hardware, self._nodes.nproc)
-        if space.fixed_micro_batch is not None and not space.needs_trials:
-            plan = Plan(
-                split=space.split,
-                micro_batch=space.fixed_micro_batch,
-                settings=space.base,
-                reason=f"batch.micro={space.fixed_micro_batch} was asked for; {space.precision_reason}",
-            )
-            plan = with_stages(plan, space.config.batch.stages, fixed=space.fixed_micro_batch)
-        else:
-            plan = self._search(found, state_bytes, run, progress, retune, config_yaml)
-        return explain.with_batch_notes(explain.with_model_notes(plan, found), self._config)
+
+        def keep(measured: Known) -> None:
+            if (trouble := cache.store(self._key, measured)) is not None:
+                progress(trouble)
+
+        known = Known(inspected=found) if retune else self._known.of(found)
+        if known.curves and self._known.inspected != found:
+            keep(known)  # just looked at: the curves still are theirs
+        planner = Planner(
+            self.space,
+            found,
+            known,
+            run,
+            keep=keep,
+            progress=progress,
+            shared=run.shared if isinstance(run, TrialHost) else None,
+            config_yaml=config_yaml,
+        )
+        return planner.plan()
 
     def remembered(self) -> tuple[Plan, Inspected] | None:
         """A plan that nothing has to be measured for, and the model and data that it is for, as they were when it
@@ -119,7 +119,7 @@ class Tuner:
         known would refuse the run: then they are inspected again, and whatever is said is of today.
         """
         known = self._known.inspected
-        if known is None or not known.is_current():
+        if known is None:
             return None
         counts_tokens = self._config.batch.counts_tokens
         if not known.mean_tokens if counts_tokens else known.samples < self.space.split.effective_batch:
@@ -128,7 +128,7 @@ class Tuner:
             plan = self.remembered_plan(known)
         except GatrainError:
             return None
-        if plan is None or plan.made_for is None:
+        if plan is None or plan.made_for is None or not known.is_current():
             return None
         return dataclasses.replace(
             plan, made_for=dataclasses.replace(plan.made_for, is_remembered=True)
@@ -147,42 +147,3 @@ class Tuner:
             return self.plan(found, refuse)
         except NotRemembered:
             return None
-
-    def _in_samples(self, found: Inspected) -> RunConfig:
-        """The configuration with the samples that a window of so many tokens has on average, or a fixed
-        micro-batch, if that is more."""
-        batch = self._config.batch
-        typical = typical_samples(batch.largest, found.mean_tokens, found.samples)
-        if isinstance(batch.micro, int):
-            typical = max(typical, batch.micro * self._nodes.world_size)
-        in_samples = dataclasses.replace(batch, effective=typical, count="samples", rule="none", base=None)
-        return dataclasses.replace(self._config, batch=in_samples)
-
-    def _search(
-        self,
-        found: Inspected,
-        state_bytes: int,
-        run: Run,
-        progress: Callable[[str], None],
-        retune: bool,
-        config_yaml: str | None,
-    ) -> Plan:
-        def keep(measured: Known) -> None:
-            if (trouble := cache.store(self._key, measured)) is not None:
-                progress(trouble)
-
-        known = Known(inspected=found) if retune else self._known.of(found)
-        if known.curves and self._known.inspected != found:
-            keep(known)  # just looked at: the curves still are theirs
-        planner = Planner(
-            self.space,
-            found,
-            state_bytes,
-            known,
-            run,
-            keep=keep,
-            progress=progress,
-            shared=run.shared if isinstance(run, TrialHost) else None,
-            config_yaml=config_yaml,
-        )
-        return planner.plan()

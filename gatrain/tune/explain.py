@@ -263,8 +263,8 @@ def norm_note(
     )
 
 
-def with_model_notes(plan: Plan, found: Inspected) -> Plan:
-    """The plan with what is to be said of the model and its data, and of which ones it was made for."""
+def with_notes(plan: Plan, found: Inspected, config: RunConfig) -> Plan:
+    """The plan with what is to be said of the model, its data and the window, and with what it was made for."""
     half = found.half_dtypes
     notes = [half_note(found.half_parameters, half, found.parameters)] if half else []
     notes += found.remarks
@@ -272,32 +272,27 @@ def with_model_notes(plan: Plan, found: Inspected) -> Plan:
     if (note := norm_note(*norms)) is not None:
         notes.append(note)
     made_for = MadeFor(found.parameters, found.samples, found.eval_samples)
-    return dataclasses.replace(plan, notes=[*notes, *plan.notes], made_for=made_for)
+    return dataclasses.replace(
+        plan, notes=[*notes, *plan.notes, *window_notes(plan, config)], made_for=made_for
+    )
 
 
-def with_batch_notes(plan: Plan, config: RunConfig) -> Plan:
-    """The plan with what ``batch.rule`` does to the optimizer at each effective batch of the run."""
-    batch, optimizer = config.batch, config.optimizer
+def window_notes(plan: Plan, config: RunConfig) -> list[str]:
+    """What a window counted in tokens holds, and what ``batch.rule`` does to the optimizer at each effective batch
+    of the run."""
+    batch, optimizer, notes = config.batch, config.optimizer, []
     if batch.counts_tokens:
-        note = (
+        notes.append(
             f"A window holds at most {batch.largest:,} tokens (batch.count=tokens), in this data "
             f"{plan.effective_batch} samples on average, which the plan is for; each is cut into micro-batches of "
             f"at most {plan.micro_batch} samples."
         )
-        plan = dataclasses.replace(plan, notes=[*plan.notes, note])
     if batch.rule == "none":
-        return plan
+        return notes
     betas, eps = (optimizer.betas, optimizer.eps) if isinstance(optimizer, AdamWConfig) else (None, None)
     base = batch_rule.Scaled(1.0, betas, eps)
-    notes = [
-        batch_rule.in_words(
-            batch.rule,
-            batch.rule_base,
-            effective,
-            optimizer.lr,
-            base,
-            batch_rule.scaled(batch.rule, effective / batch.rule_base, betas, eps),
-        )
-        for effective in batch.stages.sizes
-    ]
-    return dataclasses.replace(plan, notes=[*plan.notes, *(f"{note}." for note in notes)])
+    for effective in batch.stages.sizes:
+        scaled = batch_rule.scaled(batch.rule, effective / batch.rule_base, betas, eps)
+        words = batch_rule.in_words(batch.rule, batch.rule_base, effective, optimizer.lr, base, scaled)
+        notes.append(f"{words}.")
+    return notes

@@ -14,14 +14,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from gatrain import doors
-from gatrain.batch import Split
+from gatrain.batch import Split, typical_samples
 from gatrain.config import CHECKPOINTING as CHECKPOINTING_MODES
 from gatrain.config import REDUCE_OVERHEAD, RunConfig
 from gatrain.hardware import Hardware, choose_precision
+from gatrain.inspected import Inspected
 from gatrain.launch.world import Nodes
 from gatrain.plan import StepSettings, compile_text
 from gatrain.tune.curve import KnobOffer
-from gatrain.tune.estimate import memory_per_rank
+from gatrain.tune.estimate import check_state_fits, memory_per_rank
 
 USUAL = {"gradient": doors.SHIPPED["gradient"]["plain"], "dropout": doors.SHIPPED["dropout"]["torch"]}
 """Parts that CUDA graphs are tried with by themselves."""
@@ -128,7 +129,9 @@ class SearchSpace:
     """What the config leaves to the tuner on one world, with everything resolved that needs no measurement."""
 
     config: RunConfig
-    device: str
+    hardware: Hardware
+    local_ranks: int
+    """Of this machine; every node is taken to be like it."""
     split: Split
     base: StepSettings
     """What to measure first: no checkpointing and no compilation unless they were asked for."""
@@ -138,8 +141,18 @@ class SearchSpace:
     fixed_micro_batch: int | None
     max_seconds: float
     """Time for trials."""
-    free_bytes: int
-    """Memory that the weakest rank can take."""
+    state_bytes: int = 0
+    """What parameters, gradients and optimizer state take of it at every micro-batch, once the model is known."""
+
+    @property
+    def device(self) -> str:
+        """``cuda`` or ``cpu``."""
+        return self.hardware.device
+
+    @property
+    def free_bytes(self) -> int:
+        """Memory that the weakest rank can take."""
+        return memory_per_rank(self.hardware, self.local_ranks)
 
     @property
     def allowed_bytes(self) -> int:
@@ -202,15 +215,33 @@ def search_space(config: RunConfig, hardware: Hardware, nodes: Nodes) -> SearchS
     base = {row.name: row.values[0] if value == "auto" else value for row, value in asked.items()}
     return SearchSpace(
         config=config,
-        device=hardware.device,
+        hardware=hardware,
+        local_ranks=nodes.nproc,
         split=Split(config.batch.largest, nodes.world_size),
         base=StepSettings(precision=precision, **base),
         precision_reason=reason,
         open=tuple(row for row in ROWS if is_open.get(row, False)),
         fixed_micro_batch=fixed,
         max_seconds=config.tune.max_seconds or MAX_SECONDS[hardware.device],
-        free_bytes=memory_per_rank(hardware, nodes.nproc),
     )
+
+
+def for_model(space: SearchSpace, found: Inspected) -> SearchSpace:
+    """What is left of a space for this model and its data: a window that is counted in tokens has the samples that
+    so many tokens are on average, or a fixed micro-batch of each rank, if that is more.
+
+    Raises:
+        PlanError: a fixed micro-batch exceeds a rank's share.
+        DoesNotFitError: the model does not fit in memory, whatever the micro-batch.
+    """
+    split, fixed, batch = space.split, space.fixed_micro_batch, space.config.batch
+    if batch.counts_tokens:
+        samples = typical_samples(batch.largest, found.mean_tokens, found.samples)
+        split = Split(max(samples, (fixed or 0) * split.world_size), split.world_size)
+    if fixed is not None:
+        split.check_micro_batch(fixed)
+    state_bytes = check_state_fits(space.config, found, space.hardware, space.local_ranks)
+    return dataclasses.replace(space, split=split, state_bytes=state_bytes)
 
 
 def can_compile() -> bool:

@@ -62,8 +62,7 @@ class Planner:
     def __init__(
         self,
         space: SearchSpace,
-        info: Inspected,
-        state_bytes: int,
+        found: Inspected,
         known: Known,
         run: Run,
         *,
@@ -72,7 +71,7 @@ class Planner:
         shared: Path | None = None,
         config_yaml: str | None = None,
     ) -> None:
-        self._space = space
+        self._space = space = knobs.for_model(space, found)
         self._split = space.split
         self._fixed = space.fixed_micro_batch
         self._progress = progress
@@ -82,20 +81,35 @@ class Planner:
         self._keep_known = keep
         self._known = known
         self._curves = {curve.settings: curve for curve in known.curves}
-        self._equal_steps = info.synchronises and space.split.world_size > 1
-        self._state_bytes = state_bytes
+        self._found = found
+        self._equal_steps = found.synchronises and space.split.world_size > 1
         self._fresh: set[StepSettings] = set()  # measured now
         self._used: dict[StepSettings, Curve] = {}
         self._measured_anything = False
         self._loss_remarks: dict[StepSettings, str] = {}
 
     def plan(self) -> Plan:
-        """Measure what is missing and choose.
+        """Take what was asked for, or measure what is missing and choose.
 
         Raises:
             DoesNotFitError: not even the smallest size fits.
             WorkerError: every size failed for another reason.
         """
+        space, config, chosen_curve = self._space, self._space.config, None
+        if self._fixed is not None and not space.needs_trials:
+            reason = f"batch.micro={self._fixed} was asked for; {space.precision_reason}"
+            plan = Plan(split=space.split, micro_batch=self._fixed, settings=space.base, reason=reason)
+        else:
+            decision = self._search()
+            chosen_curve = self._curve_of(decision.chosen)
+            plan = explain.make(
+                decision, self._used, chosen_curve, space, is_remembered=not self._measured_anything
+            )
+        plan = explain.with_notes(plan, self._found, config)
+        stages, equal_steps = config.batch.stages, self._equal_steps
+        return with_stages(plan, stages, curve=chosen_curve, fixed=self._fixed, equal_steps=equal_steps)
+
+    def _search(self) -> Decision:
         asked = self._space.base
         # Each size compiles for long, so even where compilation is asked for the curve is found without it.
         explores = bool(asked.compile) and self._fixed is None
@@ -109,10 +123,9 @@ class Planner:
         self._explore([knobs.row_of(offer) for offer in base.knobs], base)
         self._measure_promising()
         options = [option for option in self._allowed() if option.measured]
-        if not options:
-            refusal.refuse(self._used, self._space)
-        decision = self._decide(options)
-        return self._answer(decision)
+        if options:
+            return self._decide(options)
+        raise refusal.why(self._used, self._space)
 
     def _allowed(self) -> list[Candidate]:
         """The candidates that may be chosen: uncompiled ones only lead the way where compilation is asked for."""
@@ -166,8 +179,9 @@ class Planner:
 
     def _judged(self, settings: StepSettings) -> Curve:
         """The curve with wrong results refused, and what does not fit any more if it is an old one."""
-        limit_bytes = None if settings in self._fresh else self._space.allowed_bytes
-        judged, remark = judging.judged(self._curves[settings], limit_bytes, refuses=self._space.checks_loss)
+        found, space = self._curves[settings], self._space
+        limit_bytes = None if settings in self._fresh else space.allowed_bytes
+        judged, remark = judging.judged(found, limit_bytes, refuses=space.checks_loss)
         if remark is not None:
             self._loss_remarks[settings] = remark
         self._used[settings] = judged
@@ -341,7 +355,7 @@ class Planner:
     def _predicted_peak(self, settings: StepSettings, size: int) -> float:
         """Peak bytes at ``size``, from the nearest size that fits: what is not state grows with the samples."""
         near = min(self._used[settings].fitting, key=lambda m: abs(m.micro_batch - size))
-        state = self._state_bytes
+        state = self._space.state_bytes
         return state + ((near.peak_memory_bytes or 0) - state) * size / near.micro_batch
 
     def _gain_of(self, settings: StepSettings, size: int, best: int) -> float | None:
@@ -385,10 +399,10 @@ class Planner:
 
     def _options(self) -> list[Candidate]:
         return [
-            candidate
+            option
             for settings in self._used
-            for candidate in search.candidates(self._extended(settings), self._split, self._fixed)
-            if not self._equal_steps or search.has_equal_steps(candidate)
+            for option in search.candidates(self._extended(settings), self._split, self._fixed)
+            if not self._equal_steps or option.split.has_equal_steps(option.micro_batch)
         ]
 
     def _measured(self) -> list[Candidate]:
@@ -458,8 +472,7 @@ class Planner:
         for option in near:
             known = self._curve_of(option)
             done = {m.micro_batch for m in known.fitting if not m.is_estimate}
-            shares = set(option.split.shares)
-            needed = {part for share in shares for part, _ in search.parts(share, option.micro_batch)}
+            needed = option.split.distinct_sizes(option.micro_batch)
             cost_s = len(needed - done) * max((m.compile_s or 0.0 for m in known.fitting), default=0.0)
             if not option.settings.compile or cost_s <= left_s:
                 left_s -= cost_s if option.settings.compile else 0.0
@@ -477,7 +490,7 @@ class Planner:
         largest = max(c.peak_bytes(o.micro_batch) or 0 for c, o in zip(curves, (option, best), strict=True))
         largest += max((m.fragmentation_bytes for c in curves for m in c.fitting), default=0)
         budget = self._space.allowed_bytes
-        others = MAX_ENGINES_BESIDE * self._state_bytes
+        others = MAX_ENGINES_BESIDE * self._space.state_bytes
         return largest + others <= budget
 
     def _curve_of(self, option: Candidate) -> Curve:
@@ -489,14 +502,6 @@ class Planner:
         plain = self._used.get(dataclasses.replace(settings, compile=False))
         used = self._used[settings]
         return search.extended(used, plain) if settings.compile and plain is not None else used
-
-    def _answer(self, decision: Decision) -> Plan:
-        curve = self._curve_of(decision.chosen)
-        plan = explain.make(
-            decision, self._used, curve, self._space, is_remembered=not self._measured_anything
-        )
-        stages = self._space.config.batch.stages
-        return with_stages(plan, stages, curve=curve, fixed=self._fixed, equal_steps=self._equal_steps)
 
 
 def _rate(measurement: Measurement) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NoReturn
 
 from gatrain import units
 from gatrain.errors import DoesNotFitError, WorkerError
@@ -13,15 +12,12 @@ from gatrain.tune.curve import Curve
 from gatrain.tune.knobs import SearchSpace
 
 
-def refuse(used: Mapping[StepSettings, Curve], space: SearchSpace) -> NoReturn:
-    """Say why there is no plan.
+def why(used: Mapping[StepSettings, Curve], space: SearchSpace) -> DoesNotFitError | WorkerError:
+    """The error to raise: memory, with what was tried and what to type next; or all sizes crashed or gave wrong
+    results.
 
     Args:
         used: all that was measured or remembered.
-
-    Raises:
-        DoesNotFitError: memory; names what was tried and what to type next.
-        WorkerError: all sizes crashed or gave wrong results.
     """
     asked = [each for way, each in used.items() if way.compile == space.base.compile]
     tried = [m for each in asked for m in each.measurements]
@@ -29,13 +25,13 @@ def refuse(used: Mapping[StepSettings, Curve], space: SearchSpace) -> NoReturn:
     if not refused:
         first = next((m for m in tried if m.outcome == FAILED), None)
         text = f"micro-batch {first.micro_batch}: {first.error}" if first else "no trial gave an answer"
-        raise WorkerError(
+        return WorkerError(
             f"no micro-batch could be computed. {text} Correct it, or set batch.micro to try one size."
         )
     smallest = min(refused, key=lambda m: m.micro_batch)
     ways = "; ".join(knobs.describe(way) for way in used)
     peak = f" (peak {units.size(smallest.peak_memory_bytes)})" if smallest.peak_memory_bytes else ""
-    raise DoesNotFitError(
+    return DoesNotFitError(
         f"the model does not fit at micro-batch {smallest.micro_batch}{peak}: {units.size(space.free_bytes)} were "
         f"free per rank, of which tune.memory_fraction={space.config.tune.memory_fraction:g} may be "
         f"used. Tried: {ways}. {smallest.error or ''} Use {', or '.join(_ways_out(used, space))}."

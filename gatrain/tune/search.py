@@ -11,9 +11,7 @@ share of its own.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import functools
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -52,12 +50,6 @@ class Candidate:
     def accumulation_steps(self) -> int:
         """Micro-steps of the busiest rank."""
         return self.split.accumulation_steps(self.micro_batch)
-
-
-@functools.lru_cache(maxsize=4096)
-def parts(share: int, size: int) -> tuple[tuple[int, int], ...]:
-    """The micro-batches that a share is cut into where none may exceed ``size``: (samples, how many) of each."""
-    return tuple(collections.Counter(batch.micro_batch_sizes(share, size)).items())
 
 
 def extended(compiled: Curve, plain: Curve) -> Curve:
@@ -116,7 +108,8 @@ def candidates(curve: Curve, even: Split, fixed: int | None = None) -> list[Cand
                 noise=(measured[size].noise or 0.0) if size in measured else 0.0,
             )
             for size in sorted(sizes)
-            if not _uses_unusable(curve, split, size)
+            # no rank may meet a size that is known to crash, such as BatchNorm's single sample
+            if not split.distinct_sizes(size) & curve.unusable
         ]
     return sorted(
         found, key=lambda option: (option.micro_batch, not option.split.is_even, option.split.shares)
@@ -131,11 +124,6 @@ def _name_of(share: int, size: int, measured: Collection[int]) -> int:
     return min(
         (each for each in alike if batch.even_size(share, each) == even and each <= share), default=even
     )
-
-
-def has_equal_steps(option: Candidate) -> bool:
-    """Whether all ranks have as many micro-steps, as SyncBatchNorm needs it."""
-    return len(set(map(len, option.split.sizes(option.micro_batch)))) == 1
 
 
 def unequal(curve: Curve, even: Split) -> Split:
@@ -160,25 +148,18 @@ def _size(measurement: Measurement) -> int:
     return measurement.micro_batch
 
 
-def _uses_unusable(curve: Curve, split: Split, size: int) -> bool:
-    """Whether any rank's part contains a size that is known to crash, such as BatchNorm's single sample."""
-    used = {part for share in set(split.shares) for part, _ in parts(share, size)}
-    return bool(used & curve.unusable)
-
-
 def step_seconds(curve: Curve, split: Split, size: int) -> float:
     """Modelled seconds of one optimizer step; see the module's docstring for the form."""
-    if split.is_even:
-        return share_seconds(curve, split.share, size) + curve.step_overhead_s
-    by_rank = zip(_factors(curve, split), split.shares, strict=True)
-    return (
-        max(factor * share_seconds(curve, share, size) for factor, share in by_rank) + curve.step_overhead_s
-    )
+    # a micro-step's time is the slowest rank's
+    factors, shares = ((1.0,), (split.share,)) if split.is_even else (_factors(curve, split), split.shares)
+    by_rank = zip(factors, shares, strict=True)
+    busiest_s = max(factor * share_seconds(curve, share, size) for factor, share in by_rank)
+    return busiest_s + curve.step_overhead_s
 
 
 def share_seconds(curve: Curve, share: int, size: int) -> float:
     """Seconds of all micro-steps of ``share`` samples on the slowest rank."""
-    return sum(count * curve.micro_step_s(part) for part, count in parts(share, size))
+    return sum(count * curve.micro_step_s(part) for part, count in batch.micro_batch_counts(share, size))
 
 
 def choose(options: Sequence[Candidate]) -> Candidate:

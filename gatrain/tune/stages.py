@@ -49,7 +49,7 @@ def _of(
         options = [  # sizes between two that were measured are smaller than one that fits
             dataclasses.replace(option, measured=True)
             for option in search.candidates(curve, even)
-            if not equal_steps or search.has_equal_steps(option)
+            if not equal_steps or option.split.has_equal_steps(option.micro_batch)
         ]
         if options:
             chosen = search.choose(options)
