@@ -1,4 +1,4 @@
-"""What only several GPUs can show: SyncBatchNorm, CUDA graphs and the overlapped reduction give one GPU's weights."""
+"""Several GPUs: with SyncBatchNorm, CUDA graphs and the overlapped reduction the weights are those of one GPU."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 USUAL = (
-    "device=cuda", "precision=fp32", "checkpointing=none", "optimizer=sgd", "optimizer.lr=0.05", "batch.effective=32",
-    "train.steps=4", "eval.every=0", "save.every=0",
+    "device=cuda", "precision=fp32", "checkpointing=none", "optimizer=sgd", "optimizer.lr=0.05",
+    "batch.effective=32", "train.steps=4", "eval.every=0", "save.every=0",
 )  # fmt: skip
 
 
