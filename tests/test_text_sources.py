@@ -161,6 +161,8 @@ HOSTILE = [
     Hostile("braces.txt", b'{"text": "a"}\nand then prose\n', "line 2: not valid JSON.*data.format=text"),
     # tables
     Hostile("no_field.csv", b"id,body\n1,hello\n", "line 2: has no field 'text'; it has 'id', 'body'"),
+    Hostile("mac.csv", b"id,text\r1,a\r2,b\r", "lines end with a carriage return alone"),
+    Hostile("sep.csv", b"sep=;\nid;text\n1;a\n2;b;c\n", "line 4: 3 columns under 2 names"),
     Hostile("ragged.csv", b"id,text\n1,a\n2,b,c\n", "line 3: 3 columns under 2 names"),
     Hostile("quote.csv", b'id,text\n1,"never closed\n2,b\n', "line 2: not valid CSV"),
     Hostile("twice.csv", b"text,text\na,b\n", "names the column 'text' twice"),
@@ -291,6 +293,9 @@ WRAPPINGS: dict[str, bytes | Callable[[], bytes]] = {
     "strings.json": json.dumps([record["text"] for record in RECORDS]).encode(),
     "table.csv": ("id,text\n" + "".join(f"{r['id']},{r['text']}\n" for r in RECORDS)).encode(),
     "table.txt": ("id,text\r\n" + "".join(f"{r['id']},{r['text']}\r\n" for r in RECORDS)).encode(),
+    "excel.csv": (
+        "sep=;\r\nid;text\r\n" + "".join(f"{r['id']};{r['text']}\r\n" for r in RECORDS)
+    ).encode(),
     "semicolons.csv": ("id;text\n" + "".join(f"{r['id']};{r['text']}\n" for r in RECORDS)).encode(),
     "table.tsv": ("text\tid\n" + "".join(f"{r['text']}\t{r['id']}\n" for r in RECORDS)).encode(),
     "packed.jsonl.gz": GZ,

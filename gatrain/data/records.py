@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -289,12 +290,19 @@ def _record(value: Any, file: Path, place: str) -> Record:
 
 # --- tables ---------------------------------------------------------------------------------------------
 
+_DELIMITER_LINE = re.compile(r'"?sep=(.)"?\r?\n')
+"""What Excel may write above the names: no row."""
+_OLD_LINE_END = re.compile(r"\r(?!\n|\Z)")
+
 
 def _table(
     file: Path, blocks: Iterator[str], reading: Reading, delimiter: str | None, omissions: Omissions | None
 ) -> Iterator[tuple[str, Record]]:
     """Rows as RFC 4180 has them: fields in double quotes may hold delimiters, line ends and doubled quotes."""
     first = next(blocks, "")
+    if (said := _DELIMITER_LINE.match(first)) is not None:
+        delimiter, first = said[1], first[said.end() :]
+    lines_above = 0 if said is None else 1
     if delimiter is None:
         fields = {reading.text_field, "prompt", "completion"}
         delimiter = table_delimiter(first[: 1 << 14].split("\n"), fields) or ","
@@ -302,13 +310,18 @@ def _table(
     rows = csv.reader(_lines(file, _chained(first, blocks)), delimiter=delimiter, strict=True)
     names: list[str] | None = None
     while True:
-        number = rows.line_num + 1
+        number = lines_above + rows.line_num + 1
         place = f"line {number}"
         try:
             row = next(rows)
         except StopIteration:
             return
         except csv.Error as error:
+            if _OLD_LINE_END.search(first):
+                raise DataError(
+                    f"{file}: its lines end with a carriage return alone, as of old Macs. Write line feeds: "
+                    f"tr '\\r' '\\n' < {shlex.quote(str(file))} > NEW"
+                ) from None
             raise DataError(
                 f"{file}, {place}: not valid {'TSV' if delimiter == chr(9) else 'CSV'} ({error}). "
                 "Correct the quotes of "
@@ -328,7 +341,7 @@ def _table(
                 f"({shown(', '.join(names[:10]))}). Correct that "
                 "row (a field with a delimiter or a line end stands in double quotes), or say data.format=text."
             )
-        if rows.line_num > number and omissions is not None:
+        if lines_above + rows.line_num > number and omissions is not None:
             omissions.add(LONG_ROWS, f"{shown(file.name)}, {place}")
         yield place, dict(zip(names, row, strict=True))
 
