@@ -19,8 +19,8 @@ from gatrain.compose import compose
 from gatrain.train import main_gradients
 from gatrain.train.ranks import Ranks
 from gatrain.verify.limits import CEILING, FLOOR, split_limit, trained_limit
+from gatrain.verify.looks import Verification
 from gatrain.verify.ranks import Cases
-from gatrain.verify.window import Verification
 
 MODULE = """
 import random
@@ -268,7 +268,7 @@ import gatrain
 from gatrain.compose import compose
 from gatrain.train.ranks import Ranks
 from gatrain.verify.ranks import Cases
-from gatrain.verify.window import Verification
+from gatrain.verify.looks import Verification
 import transformers as tf
 
 SIZES = dict(vocab_size=90, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)

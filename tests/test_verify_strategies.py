@@ -16,8 +16,8 @@ from gatrain.train.micro_batches import LoadedWindow
 from gatrain.train.ranks import Ranks
 from gatrain.train.step import Step
 from gatrain.verify import limits
+from gatrain.verify.looks import Verification
 from gatrain.verify.ranks import Cases
-from gatrain.verify.window import Verification
 
 RADIUS = 0.05
 

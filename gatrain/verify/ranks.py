@@ -18,9 +18,9 @@ from gatrain.train.gradient import GradientStrategy
 from gatrain.train.precision import forbid_tf32
 from gatrain.train.ranks import Ranks
 from gatrain.verify import limits
+from gatrain.verify.looks import Verification
 from gatrain.verify.mutations import ConstantStatistics, MeanOfMeans, RanksAveraged, SixteenBitSums
 from gatrain.verify.paths import FP32, FP64, Path
-from gatrain.verify.window import Verification
 
 Reference = tuple[Tensor, dict[str, float]]
 """The one-shot gradient and loss sums."""
