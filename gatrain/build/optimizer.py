@@ -117,7 +117,7 @@ def _make_own_optimizer(
         check_step(target)
     takes = believed_parameters(target) or {}
     is_open = any(each.kind is each.VAR_KEYWORD for each in takes.values())
-    names = [name for name, each in takes.items() if each.kind is not each.VAR_KEYWORD]
+    names = [name for name, each in takes.items() if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
     first = "params" if "params" in names or not names else names[0]
     given: dict[str, Any] = {}
     for key in ("lr", "weight_decay"):

@@ -77,9 +77,10 @@ class Built:
 
     def parts(self) -> dict[str, Any]:
         """Part of a saved state beside the state of each parameter: options that the optimizer has changed."""
-        if not self.behaviour.counts_in_groups:
+        changed = changed_options(self.optimizer, self.begun)
+        if not (self.behaviour.counts_in_groups or any(changed)):  # it may begin to change them late in a run
             return {}
-        return {PART: {"groups": changed_options(self.optimizer, self.begun)}}
+        return {PART: {"groups": changed}}
 
     def load(self, parts: dict[str, Any]) -> None:
         """Take this part out of those of a saved state.
@@ -88,7 +89,7 @@ class Built:
             SavedStateError: it is missing, or of other groups.
         """
         part = parts.pop(PART, None)
-        if not self.behaviour.counts_in_groups:
+        if part is None and not self.behaviour.counts_in_groups:
             return
         groups = part.get("groups") if isinstance(part, dict) else None
         if not isinstance(groups, list) or [type(each) for each in groups] != [dict] * len(self.begun):
@@ -138,7 +139,7 @@ def build_optimizer(
     if type(config) in (AdamWConfig, SGDConfig) or not try_first:
         behaviour = Behaviour(can_be_primed=True)
     else:
-        behaviour = try_out(make, groups, [of(p) for p in has_sparse])
+        behaviour = try_out(make, groups, [of(p) for p in has_sparse], large=maker is not None)
     optimizer = make(groups)
     what = type(optimizer).__name__
     held = [p for group in optimizer.param_groups for p in group["params"]]

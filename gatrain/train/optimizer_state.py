@@ -11,17 +11,16 @@ import copy
 import inspect
 import json
 import math
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gatrain.errors import ConfigError
 from gatrain.optimizers import AdamA
+from gatrain.train.optimizer_attributes import attributes_of, differing_attribute, same_value
 from gatrain.train.seeding import kept_random_state
 
 Make = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
@@ -31,8 +30,10 @@ _SIDES = (13, 11, 3, 5, 2)
 """Of the small parameters. No two are equal, so that the sides of a tensor of state tell which side of the
 parameter they follow."""
 _LARGE_SIDES = (131, 137, 3, 5, 2)
-"""Large enough for optimizers that factor only large matrices."""
-_STEPS = 2
+"""Large enough for optimizers that factor, or keep something else, only for large matrices."""
+_SAVED_AT = (2, 7)
+"""Steps after which the small parameters are saved: before and after what happens at every fifth step, say."""
+_STEPS = 14
 _OPEN = ("params", "param_names", "lr")
 """Keys of a group that others set."""
 
@@ -80,7 +81,11 @@ def prime(optimizer: torch.optim.Optimizer) -> None:
 
 
 def try_out(
-    make: Make, groups: Sequence[Mapping[str, Any]], sparse: Iterable[nn.Parameter] = ()
+    make: Make,
+    groups: Sequence[Mapping[str, Any]],
+    sparse: Iterable[nn.Parameter] = (),
+    *,
+    large: bool = False,
 ) -> Behaviour:
     """Step small parameters with an optimizer of this kind.
 
@@ -88,35 +93,101 @@ def try_out(
         make: makes it over groups.
         groups: those of the model; they are left alone.
         sparse: parameters in them that have sparse gradients.
+        large: step parameters of the model's own sizes too, as far as these are not above `_LARGE_SIDES`.
 
     Raises:
         ConfigError: its step needs more than gradients, fails, or keeps what would be lost at a resume.
     """
+    of_sparse = {id(p) for p in sparse}
     with kept_random_state():
-        small, is_sparse = _small_groups(groups, {id(p) for p in sparse})
-        mine = _copies(small)
-        first = make([dict(group) for group in mine])
-        what = type(first).__name__
-        check_step(type(first))
-        begun, made = options_of(first), attributes_of(first)
+        behaviour = _tried(make, *_small_groups(groups, of_sparse))
+        if large:
+            _tried(make, *_small_groups(groups, of_sparse, is_capped=True))
+        return behaviour
+
+
+def _tried(make: Make, small: list[dict[str, Any]], is_sparse: list[bool]) -> Behaviour:
+    """As `try_out`, of these parameters."""
+    mine = _copies(small)
+    first = make([dict(group) for group in mine])
+    what = type(first).__name__
+    check_step(type(first))
+    begun, made, rates = options_of(first), attributes_of(first), _rates(first)
+    resumed: list[tuple[torch.optim.Optimizer, list[dict[str, Any]], int]] = []
+    counts = False
+    for step in range(_STEPS):
         try:
-            _steps(first, mine, is_sparse, 0, _STEPS)
+            _steps(first, mine, is_sparse, step, step + 1, rates)
         except Exception as error:
             raise ConfigError(_fails(what, error, any(is_sparse))) from error
+        if step + 1 not in _SAVED_AT:
+            continue
         theirs = _copies(mine)
         again = make([dict(group) for group in theirs])
         try:
             give_state(again, *state_of(first, begun))
-            _steps(first, mine, is_sparse, _STEPS, 2 * _STEPS)
-            _steps(again, theirs, is_sparse, _STEPS, 2 * _STEPS)
         except Exception as error:
             raise ConfigError(_forgets(what, f": {type(error).__name__}: {error}")) from error
-        if not _agree(mine, theirs):
-            raise ConfigError(_forgets(what, ""))
+        resumed.append((again, theirs, step + 1))
+        counts = counts or any(changed_options(first, begun))
+    try:
+        state_of(first, begun)  # what it has made in the last steps
+        for again, theirs, at in resumed:
+            _steps(again, theirs, is_sparse, at, _STEPS, rates)
+    except Exception as error:
+        raise ConfigError(_forgets(what, f": {type(error).__name__}: {error}")) from error
+    _check_rates(make, small, is_sparse, mine, what)
+    for again, theirs, _ in resumed:
         if name := differing_attribute(first, again, made):
             raise ConfigError(_forgets(what, f": its attribute {name} is another after a resume"))
-        counts = any(changed_options(first, begun))
-        return Behaviour(_can_be_primed(make, small, is_sparse, mine, first), counts)
+        if not _agree(mine, theirs):
+            raise ConfigError(_forgets(what, ""))
+    return Behaviour(
+        _can_be_primed(make, small, is_sparse, mine, first), counts or any(changed_options(first, begun))
+    )
+
+
+def _check_rates(
+    make: Make, small: list[dict[str, Any]], is_sparse: list[bool], stepped: list[dict[str, Any]], what: str
+) -> None:
+    """Refuse an optimizer whose rate no schedule can set.
+
+    Args:
+        stepped: the small parameters after all steps, with the rate set before each.
+
+    Raises:
+        ConfigError: it makes other steps where nobody sets its groups' rate, or the same ones at half of it.
+    """
+    found = []
+    for factor in (1.0, 0.5):
+        given = _copies(small)
+        optimizer = make([dict(group) for group in given])
+        rates = _rates(optimizer)
+        if not all(isinstance(rate, int | float) and rate for rate in rates):
+            return  # `build_optimizer` says what a rate has to be
+        for group in optimizer.param_groups:
+            group["lr"] *= factor
+        try:
+            _steps(optimizer, given, is_sparse, 0, _STEPS)
+        except Exception:  # at half of the rate; or with a rate that it has made itself
+            return
+        found.append(given)
+        if factor == 1.0 and _rates(optimizer) != rates and not _agree(stepped, given):
+            raise ConfigError(
+                f"{what} changes the rate of its groups by itself ({rates[0]:g} is {_rates(optimizer)[0]:g} after "
+                f"{_STEPS} steps), and gatrain sets it before each step: what it makes of it would be lost. Write "
+                "the change as a schedule (schedule=...), and keep further factors in self.state[parameter]."
+            )
+    moved = any((p - q).abs().max() > 1e-3 for p, q in zip(_listed(small), _listed(found[0]), strict=True))
+    if moved and _agree(*found):
+        raise ConfigError(
+            f"{what} does not use the rate of its groups: it steps as far at half of it. A schedule or a warm-up "
+            "would do nothing, and the recorded rate would not be the one in use. Let step() read group['lr']."
+        )
+
+
+def _rates(optimizer: torch.optim.Optimizer) -> list[Any]:
+    return [group.get("lr") for group in optimizer.param_groups]
 
 
 def check_step(cls: type[torch.optim.Optimizer]) -> None:
@@ -179,12 +250,12 @@ def _can_be_primed(
     primed = make([dict(group) for group in given])
     if all(primed.state.get(p) for p in _parameters(primed)):
         return False  # it has its state already
-    before = options_of(primed)
+    before, rates = options_of(primed), _rates(primed)
     try:
         prime(primed)
         if changed_options(primed, before) != [{} for _ in before]:
             return False
-        _steps(primed, given, is_sparse, 0, 2 * _STEPS)
+        _steps(primed, given, is_sparse, 0, _STEPS, rates)
     except Exception:
         return False
     return _agree(wanted, given) and _agree_in_state(unprimed, primed)
@@ -209,7 +280,7 @@ def changed_options(
         {
             key: value
             for key, value in group.items()
-            if key not in _OPEN and not (key in before and _same(value, before[key]))
+            if key not in _OPEN and not (key in before and same_value(value, before[key]))
         }
         for group, before in zip(optimizer.param_groups, begun, strict=True)
     ]
@@ -231,6 +302,10 @@ def state_of(
     options = changed_options(optimizer, begun)
     for values in [*states, *options]:
         for key, value in values.items():
+            if not isinstance(key, str) or "/" in key:
+                raise TypeError(f"its state has the key {key!r}, where text without '/' is needed")
+            if isinstance(value, Tensor) and value.layout is not torch.strided:
+                raise TypeError(f"{key} is a tensor of {value.layout}")
             if not (isinstance(value, Tensor) or is_plain(value)):
                 raise TypeError(f"{key} is a {type(value).__name__}")
     return states, options
@@ -261,58 +336,10 @@ def is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-_OPTIMIZERS_OWN = ("state", "param_groups", "defaults")
-"""Attributes of every optimizer that are saved, or made anew; others of torch's begin with an underscore."""
-_DEEP = 4
-
-
-def attributes_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The numbers, texts and tensors (copied) in an optimizer's further attributes, by their place: none of them
-    is saved."""
-    found: dict[str, Any] = {}
-
-    def note(value: Any, place: str, depth: int) -> None:
-        if isinstance(value, Tensor):
-            found[place] = value.detach().clone()
-        elif isinstance(value, bool | int | float | str):
-            found[place] = value
-        elif isinstance(value, np.ndarray):
-            found[place] = torch.from_numpy(value.copy()) if value.dtype.kind in "biuf" else str(value)
-        elif depth < _DEEP and isinstance(value, Mapping):
-            for nth, each in enumerate(value.values()):  # keys may be parameters
-                note(each, f"{place}[{nth}]", depth + 1)
-        elif depth < _DEEP and isinstance(value, list | tuple | deque):
-            for nth, each in enumerate(value):
-                note(each, f"{place}[{nth}]", depth + 1)
-
-    base = set(vars(torch.optim.SGD([nn.Parameter(torch.zeros(()))])))
-    for name, value in vars(optimizer).items():
-        if name not in base and name not in _OPTIMIZERS_OWN:
-            note(value, name, 0)
-    return found
-
-
-def differing_attribute(
-    one: torch.optim.Optimizer, resumed: torch.optim.Optimizer, made: Mapping[str, Any]
-) -> str:
-    """Name of an attribute in which two optimizers differ that have come equally far; '' for none.
-
-    Args:
-        made: the attributes of ``one`` as it was made: a number that never moved since (the time, say) is no state.
-    """
-    mine, theirs = attributes_of(one), attributes_of(resumed)
-    for place in [*mine, *theirs]:
-        value, other = mine.get(place), theirs.get(place)
-        moves = isinstance(value, Tensor) or not _same(value, made.get(place))
-        if moves and not _same(value, other):
-            return place.partition("[")[0]
-    return ""
-
-
 def _agree_in_state(one: torch.optim.Optimizer, other: torch.optim.Optimizer) -> bool:
     states, others = ([dict(each.state.get(p, {})) for p in _parameters(each)] for each in (one, other))
     return all(
-        mine.keys() == theirs.keys() and all(_same(value, theirs[key]) for key, value in mine.items())
+        mine.keys() == theirs.keys() and all(same_value(value, theirs[key]) for key, value in mine.items())
         for mine, theirs in zip(states, others, strict=True)
     )
 
@@ -386,19 +413,31 @@ def _kind(parameter: Tensor, is_sparse: bool) -> tuple[int, torch.dtype, bool]:
 
 
 def _small_groups(
-    groups: Sequence[Mapping[str, Any]], sparse: set[int], sides: Sequence[int] = _SIDES
+    groups: Sequence[Mapping[str, Any]],
+    sparse: set[int],
+    sides: Sequence[int] = _SIDES,
+    *,
+    is_capped: bool = False,
 ) -> tuple[list[dict[str, Any]], list[bool]]:
-    """For each group one small parameter of each kind in it; and of all in a row whether its gradient is sparse."""
+    """For each group one small parameter of each kind in it; and of all in a row whether its gradient is sparse.
+
+    Args:
+        is_capped: of the shape of the largest of the kind, as far as its sides are not above `_LARGE_SIDES`.
+    """
     small: list[dict[str, Any]] = []
     is_sparse: list[bool] = []
     generator = torch.Generator().manual_seed(0)
     for group in groups:
         kinds: dict[tuple[int, torch.dtype, bool], Tensor] = {}
-        for parameter in group["params"]:
+        for parameter in (
+            sorted(group["params"], key=lambda each: -each.numel()) if is_capped else group["params"]
+        ):
             kinds.setdefault(_kind(parameter, id(parameter) in sparse), parameter)
         made = []
         for (dims, dtype, has_sparse), like in kinds.items():
-            shape = (*sides, *(2,) * dims)[:dims]
+            most = (*_LARGE_SIDES, *(2,) * dims)
+            capped = (min(side, limit) for side, limit in zip(like.shape, most, strict=False))
+            shape = tuple(capped) if is_capped else (*sides, *(2,) * dims)[:dims]
             value = torch.randn(shape, generator=generator).to(dtype)
             made.append(nn.Parameter(value.to("cpu" if like.is_meta else like.device)))
             is_sparse.append(has_sparse)
@@ -416,13 +455,17 @@ def _steps(
     is_sparse: Sequence[bool],
     start: int,
     stop: int,
+    rates: Sequence[Any] = (),
 ) -> None:
+    """Steps ``start`` to ``stop`` - 1, with the groups' rates set before each where they are given."""
     parameters = _listed(groups)
     for step in range(start, stop):
         generator = torch.Generator().manual_seed(1 + step)
         for parameter, has_sparse in zip(parameters, is_sparse, strict=True):
             gradient = torch.randn(parameter.shape, generator=generator).to(parameter)
             parameter.grad = gradient.to_sparse(1) if has_sparse else gradient
+        for group, rate in zip(optimizer.param_groups, rates, strict=False):
+            group["lr"] = rate
         optimizer.step()
         for parameter in parameters:
             parameter.grad = None
@@ -441,9 +484,3 @@ def _agree(some: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]
         torch.equal(p.detach(), q.detach()) or torch.equal(torch.nan_to_num(p), torch.nan_to_num(q))
         for p, q in zip(_listed(some), _listed(others), strict=True)
     )
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) or isinstance(other, Tensor):
-        return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
-    return type(one) is type(other) and bool(one == other)

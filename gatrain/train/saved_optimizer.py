@@ -14,6 +14,7 @@ from gatrain import schema
 from gatrain.errors import SavedStateError
 from gatrain.states import Contents, Progress
 from gatrain.train.main_gradients import MasterWeights
+from gatrain.train.optimizer_state import is_plain
 from gatrain.train.phased_optimizer import PhasedOptimizer
 from gatrain.train.seeding import kept_random_state
 
@@ -175,18 +176,34 @@ def _names(model: nn.Module, masters: MasterWeights | None) -> dict[Tensor, str]
 def optimizer_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, masters: MasterWeights | None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Optimizer state by parameter name: tensors as ``<parameter>/<key>``, everything else as JSON."""
+    """Optimizer state by parameter name: tensors as ``<parameter>/<key>``, everything else as JSON.
+
+    Raises:
+        SavedStateError: it has come to hold what no file can.
+    """
     names = _names(model, masters)
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {"class": _name_of(optimizer), "values": {}}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
+            is_known = parameter in names and isinstance(key, str) and "/" not in key
+            if not is_known or not (isinstance(value, Tensor) or is_plain(value)):
+                raise SavedStateError(
+                    f"{_name_of(optimizer)} has come to keep a {type(value).__name__} at {key!r} of its state, "
+                    "which cannot be saved: tensors, numbers and text, each in self.state[parameter], by a text "
+                    "without '/'."
+                )
             place = f"{names[parameter]}/{key}"
             if isinstance(value, Tensor):
                 tensors[place] = value.detach().cpu().contiguous()
             else:
                 scalars["values"][place] = value
     for _, master in masters.weights() if masters is not None else ():
-        tensors[f"{names[master]}/{_MASTER}"] = master.detach().cpu().contiguous()
+        if (place := f"{names[master]}/{_MASTER}") in tensors:
+            raise SavedStateError(
+                f"{_name_of(optimizer)} keeps something by the name {_MASTER!r}, by which the fp32 weight of the "
+                f"16-bit {names[master]} is saved. Give it another name in self.state[parameter]."
+            )
+        tensors[place] = master.detach().cpu().contiguous()
     scalars["tensors"] = len(tensors)
     return tensors, scalars
