@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import collections
+import copy
 import dataclasses
+import datetime
+import enum
 import json
 import random
 import subprocess
@@ -334,3 +338,73 @@ def test_a_stopped_run_on_a_stream_goes_on_to_the_same_weights_bit_for_bit(tmp_p
     assert [line["window"] for line in whole] == [line["window"] for line in parts]
     found = lines(tmp_path / "whole", "evaluations.jsonl")
     assert found[-1] == lines(tmp_path / "parts", "evaluations.jsonl")[-1]
+
+
+# --- samples that are objects -----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Pair:
+    x: torch.Tensor
+    name: str
+
+
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    x: Any
+
+
+class Colour(enum.Enum):
+    RED = 1
+    BLUE = 2
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (Pair(torch.ones(2), "a"), Pair(torch.zeros(2), "a")),
+        (Slotted([1]), Slotted([2])),
+        (collections.UserDict(ids=[1]), collections.UserDict(ids=[2])),  # as a tokenizer gives them
+        (Colour.RED, Colour.BLUE),
+        ({1, 2}, {1, 3}),
+        (datetime.date(2026, 1, 1), datetime.date(2026, 1, 2)),
+        (np.array([1, "a"], dtype=object), np.array([2, "a"], dtype=object)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_objects_are_told_apart_by_what_they_hold(one: Any, other: Any) -> None:
+    assert fingerprint(one) == fingerprint(copy.deepcopy(one)) != fingerprint(other)
+
+
+class Forgetful(torch.utils.data.IterableDataset[Pair]):
+    """Goes on with other samples than those that follow: its state loses what lies in its buffer of two."""
+
+    def __init__(self) -> None:
+        self.first = self.read = 0
+
+    def __iter__(self) -> Iterator[Pair]:
+        waiting: list[Pair] = []
+        self.read = self.first
+        while True:
+            waiting.append(Pair(torch.full((2,), float(self.read)), "x"))
+            self.read += 1
+            if len(waiting) > 2:
+                yield waiting.pop(0)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"read": self.read}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.first = state["read"]
+
+
+def test_a_state_that_loses_samples_is_not_believed_where_samples_are_objects() -> None:
+    reader = StreamReader(Stream(Forgetful(), "data"), 0, saves=True)
+    reader.take(4)
+    reader.position()
+    reader.take(4)
+    position = reader.position()
+    wanted = [float(each.x[0]) for each in reader.take(3)]
+    again = StreamReader(Stream(Forgetful(), "data"), 0, saves=True)
+    again.go_to(position)
+    assert [float(each.x[0]) for each in again.take(3)] == wanted == [8.0, 9.0, 10.0]

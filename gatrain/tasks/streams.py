@@ -12,8 +12,11 @@ import copy
 import inspect
 import json
 import time
+import types
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence, Set
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -326,31 +329,57 @@ def same(one: Any, other: Any) -> bool:
 
 
 def fingerprint(sample: Any) -> int:
-    """32 bits of what a sample holds, tensors and arrays with every byte."""
+    """32 bits of what a sample holds, tensors and arrays with every byte, objects with all that they keep."""
+    return _walked(sample, 0, 0)
 
-    def walk(value: Any, code: int) -> int:
-        if isinstance(value, torch.Tensor):
-            plain = value.detach().cpu().contiguous()
-            code = zlib.crc32(f"{plain.dtype}{tuple(plain.shape)}".encode(), code)
-            held = plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
-            return zlib.crc32(held, code)
-        if isinstance(value, np.ndarray):
-            code = zlib.crc32(f"{value.dtype}{value.shape}".encode(), code)
-            return zlib.crc32(np.ascontiguousarray(value).tobytes(), code)
-        if isinstance(value, dict):
-            for key in value:
-                code = walk(value[key], zlib.crc32(str(key).encode(), code))
-            return code
-        if isinstance(value, list | tuple):
-            for each in value:
-                code = walk(each, code)
-            return zlib.crc32(b"%d" % len(value), code)
-        if isinstance(value, bytes):
-            return zlib.crc32(value, code)
-        if hasattr(value, "tobytes"):  # an image
-            return zlib.crc32(value.tobytes(), code)
-        if value is None or isinstance(value, str | int | float | bool):
-            return zlib.crc32(repr(value).encode("utf-8", "backslashreplace"), code)
-        return zlib.crc32(type(value).__qualname__.encode(), code)
 
-    return walk(sample, 0)
+_DEEP = 20
+"""Objects may hold each other."""
+
+
+def _walked(value: Any, code: int, depth: int) -> int:
+    if isinstance(value, torch.Tensor):
+        plain = value.detach().cpu()
+        plain = (plain if plain.layout is torch.strided else plain.to_dense()).contiguous()
+        code = zlib.crc32(f"{plain.dtype}{tuple(plain.shape)}".encode(), code)
+        data = plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
+        return zlib.crc32(data, code)
+    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        code = zlib.crc32(f"{value.dtype}{value.shape}".encode(), code)
+        return zlib.crc32(np.ascontiguousarray(value).tobytes(), code)
+    if isinstance(value, Mapping):
+        for key in value:
+            code = _walked(
+                value[key], zlib.crc32(str(key).encode("utf-8", "backslashreplace"), code), depth + 1
+            )
+        return code
+    if isinstance(value, list | tuple | np.ndarray | deque):
+        for each in value:
+            code = _walked(each, code, depth + 1)
+        return zlib.crc32(b"%d" % len(value), code)
+    if isinstance(value, bytes | bytearray | memoryview):
+        return zlib.crc32(value, code)
+    if hasattr(value, "tobytes"):  # an image
+        return zlib.crc32(value.tobytes(), code)
+    if value is None or isinstance(value, str | int | float | bool | complex):
+        return zlib.crc32(repr(value).encode("utf-8", "backslashreplace"), code)
+    if isinstance(value, Set):
+        return zlib.crc32(str(sorted(fingerprint(each) for each in value)).encode(), code)
+    code = zlib.crc32(type(value).__qualname__.encode(), code)
+    if depth >= _DEEP or isinstance(value, type | types.ModuleType | types.FunctionType):
+        return code
+    if (held := held_by(value)) is not None:
+        return _walked(held, code, depth + 1)
+    text = repr(value)  # a date, a path, a member of an Enum
+    return code if " at 0x" in text else zlib.crc32(text.encode("utf-8", "backslashreplace"), code)
+
+
+def held_by(value: Any) -> dict[str, Any] | None:
+    """What an object keeps in attributes and slots, by name; None for one that keeps nothing so."""
+    if isinstance(value, Enum):
+        return None
+    given = [cls.__dict__.get("__slots__", ()) for cls in type(value).__mro__]
+    names = [name for each in given for name in ([each] if isinstance(each, str) else each)]
+    if not hasattr(value, "__dict__") and not names:
+        return None
+    return {**getattr(value, "__dict__", {}), **{n: getattr(value, n) for n in names if hasattr(value, n)}}
