@@ -362,6 +362,8 @@ def test_advice_is_short_and_fits_the_case() -> None:
     assert "One more GPU" not in said(64, on_gpu=False)
     assert "betas" not in said(64, optimizer=SGDConfig())
     assert "betas" not in said(64, 2)
+    assert "batch.effective" in said(64)
+    assert "batch.effective" not in said(64, is_plain=False)
     assert advice.next_gpu_step_s(measured, Split(2, 2)) is None
 
 

@@ -37,13 +37,18 @@ def sentences(
     *,
     optimizer: OptimizerConfig,
     on_gpu: bool,
+    is_plain: bool = True,
 ) -> list[str]:
-    """At most `MOST_SENTENCES` short pieces of advice, the most useful first."""
+    """At most `MOST_SENTENCES` short pieces of advice, the most useful first.
+
+    Args:
+        is_plain: the effective batch is one number of samples, by no rule: another one may be proposed.
+    """
     said = []
     if chosen.accumulation_steps == 1:
         said.append("The whole share of each rank is computed at once: no accumulation is needed.")
     split = Split(chosen.split.effective_batch, chosen.split.world_size)
-    better = better_batches(curve, split)
+    better = better_batches(curve, split) if is_plain else []
     if better:
         words = " or ".join(
             f"batch.effective={b.effective_batch} ({b.gain:.1%} less time per sample)" for b in better
@@ -57,7 +62,8 @@ def sentences(
         said.append(
             f"One more GPU: a step is predicted to take {units.seconds(faster)} instead of {now}{unknown}."
         )
-    if split.world_size == 1 and chosen.accumulation_steps > 1 and isinstance(optimizer, AdamWConfig):
+    is_choice = is_plain and split.world_size == 1 and chosen.accumulation_steps > 1
+    if is_choice and isinstance(optimizer, AdamWConfig):
         said.append(small_batch_sentence(chosen.micro_batch, split.effective_batch, optimizer))
     return said[:MOST_SENTENCES]
 

@@ -58,7 +58,7 @@ def make(
         chosen_curve: the one behind the decision.
         is_remembered: whether nothing was measured for this answer.
     """
-    chosen, verdict = decision.chosen, decision.verdict
+    chosen, verdict, batch = decision.chosen, decision.verdict, space.config.batch
     reason = search.explain(
         chosen, decision.options, used.values(), (verdict.step_s, verdict.sentence) if verdict else None
     )
@@ -80,7 +80,11 @@ def make(
             *loading(chosen_curve, chosen, space.config.train.data_workers),
         ],
         advice=advice.sentences(
-            chosen_curve, chosen, optimizer=space.config.optimizer, on_gpu=space.device == "cuda"
+            chosen_curve,
+            chosen,
+            optimizer=space.config.optimizer,
+            on_gpu=space.device == "cuda",
+            is_plain=batch.stages.is_constant and not batch.counts_tokens and batch.rule == "none",
         ),
         predicted_peak_bytes=chosen_curve.peak_bytes(chosen.micro_batch),
         memory_budget_bytes=min(budget, space.allowed_bytes) if is_remembered else budget,
@@ -285,7 +289,7 @@ def window_notes(plan: Plan, config: RunConfig) -> list[str]:
         notes.append(
             f"A window holds at most {batch.largest:,} tokens (batch.count=tokens), in this data "
             f"{plan.effective_batch} samples on average, which the plan is for; each is cut into micro-batches of "
-            f"at most {plan.micro_batch} samples."
+            f"at most {units.plural(plan.micro_batch, 'sample')}."
         )
     if batch.rule == "none":
         return notes
