@@ -9,6 +9,7 @@ plain folders of YAML on a real file system: running gatrain out of a zip file i
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import stat
 from dataclasses import dataclass
@@ -173,7 +174,7 @@ def _find_recipe(given: str, cwd: Path) -> Recipe:
         return Recipe(path.stem, path, True, first_comment(path))
     known = [recipe.name for recipe in list_recipes(cwd)]
     if looks_like_path:
-        state = "is a folder" if path.is_dir() else "does not exist"
+        state = "is a folder" if path.is_dir() else "is no .yaml file" if path.exists() else "does not exist"
         hint = nearest(Path(given).stem, known).replace("Did you mean '", "Did you mean 'recipe=")
         raise ConfigError(f"recipe={given}: {path} {state}. Give a YAML file or a recipe's name.{hint}")
     raise ConfigError(
@@ -183,17 +184,19 @@ def _find_recipe(given: str, cwd: Path) -> Recipe:
 
 
 def first_comment(path: Path) -> str:
-    """Return the first comment line of a file, which describes a recipe in one sentence."""
+    """Return the first sentence of the comment that a recipe begins with, or its first line if none ends."""
+    block: list[str] = []
     try:
         with path.open(encoding="utf-8") as lines:
             for line in lines:
-                text = line.strip()
-                if text.startswith("#"):
-                    description = text.lstrip("#").strip()
-                    if description and not description.startswith("@"):
-                        return description
-                elif text:
+                text = line.strip().lstrip("#").strip() if line.strip().startswith("#") else None
+                if text is None and (block or line.strip()):
+                    break
+                if text and not text.startswith("@"):
+                    block.append(text)
+                elif block:
                     break
     except (OSError, UnicodeDecodeError):
         return ""
-    return ""
+    sentence = re.match(r".*?\.(?=\s|$)", " ".join(block))
+    return sentence[0] if sentence else block[0] if block else ""

@@ -121,10 +121,10 @@ def _size(where: str, value: Any) -> int:
             "gatrain launch, and give the number that it proposes here."
         )
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(
-            f"{where}={value} is not a whole number of samples. Write for example batch.effective=64, or stages "
-            f"by step: {EXAMPLE}."
-        )
+        text = f"{where}={value} is not a whole number of samples. "
+        if isinstance(value, float) and value.is_integer() and value >= 1 and where == "batch.effective":
+            raise ConfigError(f"{text}Write {where}={int(value)}.")  # 1e3 and 512.0 are floats in YAML
+        raise ConfigError(f"{text}Write for example batch.effective=64, or stages by step: {EXAMPLE}.")
     if value < 1:
         raise ConfigError(f"{where}={value} is below 1, the smallest value allowed.")
     if value >= 2**63:

@@ -69,6 +69,9 @@ SHIPPED: dict[str, dict[str, str]] = {
 }
 """For each door, by its configuration key: the short names with what they stand for."""
 
+LISTS = ("hooks", "logger", "knobs")
+"""Doors that take any number of parts."""
+
 AS_WRITTEN = {SHIPPED["norm"]["exact"]}
 """Parts that step into the forward, which is then neither compiled nor recomputed: ``auto`` means no."""
 
@@ -109,9 +112,12 @@ def node_of(key: str, value: Any, where: str = "") -> dict[str, Any]:
     if "name" in node:
         name = node.pop("name")
         if name not in shipped:
+            only = f"'{next(iter(shipped))}', the only one that is shipped"
+            allowed = f"one of {', '.join(shipped)}" if len(shipped) > 1 else only
+            mine = "{_target_: my_module.MyClass}"
             raise ConfigError(
-                f"{where}={name} is not one of {', '.join(shipped)}.{nearest(str(name), tuple(shipped))} "
-                f"One of your own goes by its class: '{where}={{_target_: my_module.MyClass}}'."
+                f"{where}={name} is not {allowed}.{nearest(str(name), tuple(shipped))} One of your own goes by its "
+                f"class: '{key}={f'[{mine}]' if key in LISTS else mine}'."
             )
         node = {"_target_": shipped[name], **node}
     return node
@@ -125,7 +131,7 @@ def nodes_of(key: str, values: Any) -> list[tuple[str, dict[str, Any]]]:
     """
     if values is None:
         return []
-    if isinstance(values, str | Mapping):
+    if isinstance(values, str | Mapping) or key not in LISTS:
         return [(key, node_of(key, values))]
     if not isinstance(values, list | tuple):
         raise ConfigError(

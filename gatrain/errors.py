@@ -165,9 +165,14 @@ EXIT_CODES: dict[int, type[GatrainError]] = {
 }
 
 
-def nearest(given: str, allowed: Iterable[str]) -> str:
-    """Return ``" Did you mean 'x'?"`` for the closest allowed name, or an empty string."""
-    match = difflib.get_close_matches(str(given), [str(name) for name in allowed], n=1, cutoff=0.6)
+def nearest(given: str, allowed: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return ``" Did you mean 'x'?"`` for the closest allowed name, or an empty string.
+
+    A difference of case alone always counts as near.
+    """
+    names = [str(name) for name in allowed]
+    match = [name for name in names if name.lower() == str(given).lower()]
+    match = match or difflib.get_close_matches(str(given), names, n=1, cutoff=cutoff)
     return f" Did you mean '{match[0]}'?" if match else ""
 
 

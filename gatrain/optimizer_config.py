@@ -259,6 +259,11 @@ def check_optimizer(optimizer: OptimizerConfig) -> None:
             )
     if optimizer.layer_decay is not None and not 0 < optimizer.layer_decay <= 1:
         raise ConfigError(f"optimizer.layer_decay={optimizer.layer_decay} is not above 0 and at most 1.")
+    for nth, beta in enumerate(getattr(optimizer, "betas", None) or ()):
+        if not 0 <= beta < 1:
+            raise ConfigError(f"optimizer.betas[{nth}]={beta} is not at least 0 and below 1.")
+    if (eps := getattr(optimizer, "eps", None)) is not None:
+        at_least("optimizer.eps", eps, 0)
     if isinstance(optimizer, SGDConfig):
         at_least("optimizer.momentum", optimizer.momentum, 0)
         if optimizer.nesterov and not optimizer.momentum:

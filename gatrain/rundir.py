@@ -201,7 +201,10 @@ def open_run_dir(path: str | os.PathLike[str]) -> RunDir:
         reason = error.strerror if isinstance(error, OSError) else str(error).rstrip(".")
         raise RunFolderError(f"{str(path)[:80]} is not a run folder: {reason}.") from error
     if not is_run:
-        state = "has no config.yaml" if run_dir.path.is_dir() else "does not exist"
+        is_file = run_dir.path.exists()
+        state = (
+            "has no config.yaml" if run_dir.path.is_dir() else "is a file" if is_file else "does not exist"
+        )
         raise RunFolderError(
             f"{path} is not a run folder: it {state}. "
             "Give the folder that gatrain printed, such as outputs/llm/<time>."

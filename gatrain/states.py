@@ -312,6 +312,15 @@ def none_usable(folder: Path, problems: list[str]) -> SavedStateError:
     )
 
 
+def past_the_end(path: Path, step: int, total_steps: int) -> SavedStateError:
+    """What to say where the newest state is of a later step than the run is to have."""
+    steps = "1 step" if total_steps == 1 else f"{total_steps} steps"
+    return SavedStateError(
+        f"{path} is of step {step}, and this run is to have {steps}. To go on from it give train.steps={step} or "
+        "more; if it is not of this run, remove it."
+    )
+
+
 # --- keeping --------------------------------------------------------------------------------------------
 
 _Signature = tuple[tuple[int, int, int, int], ...]

@@ -123,7 +123,7 @@ BAD = [
     Bad("resume empty", FOLDER, ("empty", "config.yaml"), {"empty/": ""}),
     Bad("resume old", CONFIG, ("config.yaml", "YAML"), {"old/config.yaml": "x: [1\n"}),
     Bad("resume old", CONFIG, ("config.yaml", "nonsense"), {"old/config.yaml": "nonsense: 1\n"}),
-    Bad("resume", CONFIG, ("run_dir",)),
+    Bad("resume", CONFIG, ("run folder",)),
     # the user's code and data
     Bad("fit recipe=llm model._target_=nowhere.Model", CONFIG, ("nowhere.Model", "'nowhere'"), imports=True),
     Bad("fit recipe=llm model._target_=gatrain.models.gpt.GTP", CONFIG, ("GTP", "'GPT'"), imports=True),

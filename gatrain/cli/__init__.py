@@ -397,7 +397,7 @@ def recipes() -> None:
     from gatrain import assets
     from gatrain.cli import views
 
-    terminal.print_lines(views.recipe_lines(assets.list_recipes(Path.cwd())))
+    terminal.print_lines(views.recipe_lines(assets.list_recipes(Path.cwd()), terminal.width()))
 
 
 @app.command(cls=Command)
@@ -479,7 +479,7 @@ def doctor(overrides: _Overrides = None, as_json: _Json = False, trusted: _Trust
     if as_json:
         terminal.print_json(report.to_dict())
     else:
-        terminal.print_lines(report.lines())
+        terminal.print_lines(report.lines(terminal.width()))
 
 
 _torchrun: TorchrunWorld | None = None

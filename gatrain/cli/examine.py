@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from gatrain.errors import GatrainError
 from gatrain.fit.job import find_job
 from gatrain.hardware import Hardware, choose_precision, detect_hardware
 from gatrain.recorded import versions
+from gatrain.report.run_view import row_lines
 
 LOW_DISK_BYTES = 5 * units.GIB
 LOW_SHARED_MEMORY_BYTES = 2**28
@@ -48,7 +50,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def lines(self) -> list[str]:
+    def lines(self, columns: int = 80) -> list[str]:
         """The report as text for people."""
         rows = [(name, version or "not installed") for name, version in self.versions.items()]
         rows.append(("driver", self.hardware["driver"] or "none"))
@@ -71,11 +73,12 @@ class Report:
             rows.append((f"gpu {gpu['index']}", f"{gpu['name']}, {free} free of {total}"))
         if self.job:
             rows.append(("job", self.job))
-        width = max(len(name) for name, _ in rows)
-        lines = [f"{name:<{width}}  {value}" for name, value in rows]
-        lines.append("")
-        lines += [f"problem: {problem}" for problem in self.problems] or ["No problem found."]
-        return lines
+        lines = [*row_lines(rows, columns), ""]
+        for problem in self.problems:
+            lines += textwrap.wrap(
+                f"problem: {problem}", columns, break_long_words=False, break_on_hyphens=False
+            )
+        return lines if self.problems else [*lines, "No problem found."]
 
 
 def examine(overrides: Sequence[str] = ()) -> Report:

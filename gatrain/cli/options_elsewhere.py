@@ -10,7 +10,36 @@ def answer(option: str, arguments: Sequence[str]) -> str | None:
     """A message for an option of Hydra or sbatch; None for any other."""
     if option.partition("=")[0] in ("-m", "--multirun"):
         return _no_multirun(arguments)
+    if option.partition("=")[0] in _HYDRAS:
+        return f"there is no option '{option.partition('=')[0]}': {_HYDRAS[option.partition('=')[0]]}"
     return _of_sbatch(option) if arguments[0] == "launch" else None
+
+
+_OF_FOLDERS = (
+    "./recipes and ./conf are searched by themselves, and a recipe that lies elsewhere is given by its path: "
+    "recipe=/path/to/NAME.yaml."
+)
+_OF_COMPOSITION = "gatrain show recipe=NAME prints the composed configuration."
+_HYDRAS = {
+    "--config-dir": _OF_FOLDERS, "--config-path": _OF_FOLDERS, "--config-name": _OF_FOLDERS,
+    "-c": _OF_FOLDERS,  # as the first letter of -cd, -cp and -cn is read
+    "--cfg": _OF_COMPOSITION, "--info": _OF_COMPOSITION, "--resolve": _OF_COMPOSITION,
+}  # fmt: skip
+"""Options of Hydra's own command lines."""
+
+_COMMANDS = {
+    "train": "gatrain fit", "run": "gatrain fit", "start": "gatrain fit", "tune": "gatrain autotune",
+    "predict": "gatrain plan", "estimate": "gatrain plan", "submit": "gatrain launch --slurm",
+    "sbatch": "gatrain launch --slurm", "help": "gatrain --help", "version": "gatrain --version",
+    "list": "gatrain recipes", "config": "gatrain show", "check": "gatrain verify",
+}  # fmt: skip
+"""What other tools call a command that there is."""
+
+
+def command(given: str) -> str | None:
+    """A hint for the name of a command as other tools have it; None for any other."""
+    meant = _COMMANDS.get(given.lower())
+    return f" Did you mean: {meant}?" if meant else None
 
 
 def _no_multirun(arguments: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import textwrap
 from typing import Any
 
@@ -39,7 +40,7 @@ class Command(TyperCommand):
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the options as Typer does, then the settings and the example."""
         super().format_help(ctx, formatter)
-        print("\n".join(help_lines(self.name or "")))
+        print("\n".join(help_lines(self.name or "", min(80, shutil.get_terminal_size((80, 24)).columns))))
 
 
 def help_lines(command: str, columns: int = 80) -> list[str]:
@@ -54,7 +55,9 @@ def help_lines(command: str, columns: int = 80) -> list[str]:
         if not _reads(command, setting.key):
             continue
         head = f"   {setting.key}  ({setting.type_text}; {spelt(setting.default)})"
-        lines += textwrap.wrap(head, columns, subsequent_indent=" " * 10, break_long_words=False)
+        lines += textwrap.wrap(
+            head, columns, subsequent_indent=" " * 10, break_long_words=False, break_on_hyphens=False
+        )
         lines += textwrap.wrap(
             setting.text, columns, initial_indent=" " * 7, subsequent_indent=" " * 7, break_long_words=False,
             break_on_hyphens=False,

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import stat
@@ -191,24 +192,60 @@ def usage_text(error: Exception, arguments: Sequence[str], commands: Sequence[st
             from gatrain.commands import typed
 
             return f"'{first}' stands where a command belongs. Did you mean: {typed('fit', *arguments)}"
-        return f"there is no command '{first}'.{nearest(first.lower(), commands)} Commands: {', '.join(commands)}."
+        hint = options_elsewhere.command(first) or nearest(first, commands)
+        return f"there is no command '{first}'.{hint} Commands: {', '.join(commands)}."
     if text.startswith("No such option"):
         option = str(getattr(error, "option_name", ""))
         if answer := options_elsewhere.answer(option, arguments):
             return answer
         context = getattr(error, "ctx", None)
-        hint = nearest(option, _options(getattr(context, "command", None)))
+        known = _options(getattr(context, "command", None))
+        hint = nearest(option, known, 0.85) or nearest(
+            option, [each for each in known if each not in _TAKES_AWAY]
+        )
         group = getattr(context, "parent", None) or context  # before the command it is the group's
         siblings = getattr(getattr(group, "command", None), "commands", {})
         if owners := [f"gatrain {name}" for name, command in siblings.items() if option in _options(command)]:
             hint = f" It is one of {', '.join(owners)}{', and stands after it' if group is context else ''}."
         if option == "--recipe":  # not as near as it looks
             hint = ""
-        if not hint and first in commands and not option.lstrip("-").isdigit():
-            hint = f" Settings have no dashes: {option.lstrip('-').partition('=')[0]}=VALUE."
+        key = _setting(option.lstrip("-").partition("=")[0]) if first in commands and not hint else None
+        if key is not None:
+            hint = f" Settings have no dashes: {key}=VALUE."
         where = first if first in commands else ""
         return f"there is no option '{option}'.{hint} See gatrain {where + ' ' if where else ''}--help."
+    text = _in_our_words(text, arguments)
     return f"{text}. See gatrain {first if first in commands else ''} --help.".replace("  ", " ")
+
+
+def _in_our_words(text: str, arguments: Sequence[str]) -> str:
+    """What Typer says of the words of a command, as every other message here says it."""
+    if number := re.match(r"Invalid value for '([^']+)': .*valid (integer|float)", text):
+        name = number[1]
+        words = " ".join(arguments).replace(f"{name}=", f"{name} ").split(" ")
+        given = words[words.index(name) + 1] if name in words[:-1] else ""
+        return f"{name} {given} is not a {'whole ' if number[2] == 'integer' else ''}number"
+    if more := re.match(r"Got unexpected extra arguments?(?:\(s\))? \((.*)\)", text):
+        return f"gatrain {arguments[0]} takes no such word: {more[1]}"
+    if text == "Missing argument 'run_dir'":
+        return "no run folder is given. Write for example gatrain resume outputs/llm/2026-01-31_12-00-00"
+    return text
+
+
+_TAKES_AWAY = ("--overwrite", "--from-start", "--trust", "--accept-changes")
+"""Options that are proposed for a slip of the finger alone: they replace a run, or let pass what is refused."""
+
+
+def _setting(name: str) -> str | None:
+    """The setting that an option of this name stands for: itself, one whose last part it is, or None."""
+    from gatrain.config import OPEN_NODES
+    from gatrain.settings import settings
+
+    name = name.replace("-", "_")
+    keys = ["recipe", *(each.key for each in settings())]
+    if name in keys or (name.partition(".")[0] in OPEN_NODES and "." in name):
+        return name
+    return next((key for key in keys if key.rpartition(".")[2] == name), None)
 
 
 def _options(command: Any) -> list[str]:

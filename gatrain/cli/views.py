@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +13,11 @@ from gatrain.compose import COMMAND_LINE, DEFAULT, Composed
 from gatrain.secrets import redact_value
 
 
-def recipe_lines(recipes: Sequence[Recipe]) -> list[str]:
+def recipe_lines(recipes: Sequence[Recipe], columns: int = 80) -> list[str]:
     """One recipe a line with its description; tells which are the user's own."""
     if not recipes:
         return ["There is no recipe."]
     width = max(len(recipe.name) for recipe in recipes)
-    columns = max(40, shutil.get_terminal_size((100, 24)).columns)
     lines = []
     for recipe in recipes:
         notes = []
@@ -31,7 +29,7 @@ def recipe_lines(recipes: Sequence[Recipe]) -> list[str]:
         head = f"{recipe.name:<{width}}  "
         lines += textwrap.wrap(
             f"{head}{recipe.description}{note}", columns, subsequent_indent=" " * len(head),
-            drop_whitespace=True, break_long_words=False,
+            drop_whitespace=True, break_long_words=False, break_on_hyphens=False,
         )  # fmt: skip
     return [*lines, "", "Start one: gatrain fit recipe=NAME"]
 

@@ -12,8 +12,9 @@ A recipe is a Hydra primary config. Three facts about Hydra shape this file:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gatrain import assets, secrets
+from gatrain import assets, doors, secrets
 from gatrain.compose import (
     COMMAND_LINE,
     DEFAULT,
@@ -91,8 +92,10 @@ def compose(overrides: Sequence[str], cwd: Path) -> Composed:
     timed = moment.settle(composed, leaves)
     leaves |= timed
     config = _to_config(composed, leaves)
-    _check_stages(config, setters)
+    _in_their_file("batch.effective", setters, lambda: config.batch.stages)
     validate(config)
+    for door in doors.SHIPPED:
+        _in_their_file(door, setters, functools.partial(doors.nodes_of, door, getattr(config, door)))
     settled, references = settle(composed)
     return Composed(
         config=config,
@@ -185,12 +188,13 @@ def take_recipe(overrides: Sequence[str], cwd: Path) -> tuple[str, list[str]]:
     given, others = split_recipe(overrides)
     names = [recipe.name for recipe in assets.list_recipes(cwd)]
     known = ", ".join(names) or "none"
-    for word in others:
+    for nth, word in enumerate(others):
         if "=" not in word and not word.startswith("~"):
-            near = messages.close_to(word, names).replace("Did you mean '", "Did you mean 'recipe=")
-            raise ConfigError(f"'{word}' is not an override: those are written KEY=VALUE.{near}")
+            raise ConfigError(messages.no_override(word, others[nth + 1 : nth + 2], names, cwd))
     if not given:
-        raise ConfigError(f"no recipe is given. Add recipe=NAME. Known recipes: {known}.")
+        meant = next((word for word in others if word.lower().startswith("recipe=")), None)
+        hint = f" Did you mean 'recipe={meant.partition('=')[2]}'?" if meant else ""
+        raise ConfigError(f"no recipe is given. Add recipe=NAME.{hint} Known recipes: {known}.")
     if len(given) > 1:
         listed = " and ".join(f"recipe={name}" for name in given)
         raise ConfigError(f"{listed} are both given. Keep one of them.")
@@ -236,12 +240,12 @@ def _replace_stages(composed: DictConfig, parsed: list[Override]) -> None:
         OmegaConf.update(composed, "batch.effective", override.value(), merge=False)
 
 
-def _check_stages(config: RunConfig, setters: Mapping[str, str]) -> None:
-    """Name the file where the batch is no batch: the schema leaves open whether it has stages."""
+def _in_their_file(key: str, setters: Mapping[str, str], check: Callable[[], object]) -> None:
+    """Check a value whose type the schema leaves open; name the file that gives it."""
     try:
-        _ = config.batch.stages
+        check()
     except ConfigError as error:
-        whose = [setters[key] for key in setters if sources.is_below("batch.effective", key)]
+        whose = [setters[each] for each in setters if sources.is_below(key, each)]
         files = [each for each in whose if each not in (COMMAND_LINE, DEFAULT)]
         raise ConfigError(f"{files[0]}: {error}" if files else str(error)) from None
 

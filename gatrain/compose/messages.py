@@ -112,6 +112,25 @@ def _parse_override(word: str, whole: Sequence[str]) -> Override:
     return override
 
 
+def no_override(word: str, following: Sequence[str], recipes: Sequence[str], cwd: Path) -> str:
+    """For a word of the command line without ``=``: what else it may be.
+
+    Args:
+        following: the word after it, if any.
+    """
+    text = f"'{word}' is not an override: those are written KEY=VALUE."
+    key, colon, value = word.partition(":")
+    if key in schema.dotted_keys() and (colon or (following and "=" not in following[0])):
+        return f"{text} Did you mean {shlex.quote(f'{key}={value.strip() if colon else following[0]}')}?"
+    if (cwd / Path(word).expanduser() / "config.yaml").is_file():
+        folder = shlex.quote(word)
+        return (
+            f"'{word}' is a run folder, and a recipe belongs here.\n"
+            f"To go on with the run: gatrain resume {folder}\nTo see how it went: gatrain show {folder}"
+        )
+    return text + nearest(word, recipes).replace("Did you mean '", "Did you mean 'recipe=")
+
+
 def _several(word: str, key: str, value: str, whole: Sequence[str]) -> str:
     """For ``key=a,b`` and ``key=choice(a,b)``: what else may be meant, and a loop that runs them all."""
     name = key.lstrip("+~")
@@ -147,13 +166,6 @@ def _syntax(error: Exception) -> str:
 def _quoted_form(key: str, value: str) -> str:
     escaped = value.replace('"', '\\"')
     return shlex.quote(f'{key}="{escaped}"')
-
-
-def close_to(given: str, allowed: Iterable[str]) -> str:
-    """As `gatrain.errors.nearest`, and a difference of case alone always counts as near."""
-    names = list(allowed)
-    same = [name for name in names if name.lower() == given.lower()]
-    return nearest(same[0] if same else given, same or names)
 
 
 def unreadable(path: Path, error: Exception) -> str:
@@ -235,10 +247,12 @@ def explain_resolution(error: Exception, leaves: Mapping[str, Any]) -> str:
     if variable:
         name = variable.group(1)
         return f"{given}: the environment variable {name} is not set. Set it: export {name}=VALUE."
+    if "Recursive interpolation" in text:
+        return f"{given} refers to itself. Give it a value."
     absent = re.search(r"Interpolation key '([^']+)' not found", text)
     if absent:
         name = absent.group(1)
-        return f"{given}: there is no key '{name}' to refer to.{close_to(name, leaves)}"
+        return f"{given}: there is no key '{name}' to refer to.{nearest(name, leaves)}"
     unknown = re.search(r"Unsupported interpolation type (\S+)", text)
     if unknown:
         return no_resolver(given, unknown.group(1))
@@ -265,17 +279,15 @@ def _missing_config(error: MissingConfigException, context: Context) -> str:
         known = sorted({path.stem for folder in context.folders for path in folder.glob("*.yaml")})
         return (
             f"{where}: its defaults list names '{option}', and there is no such recipe."
-            f"{close_to(option, known)} Known: {', '.join(known)}."
+            f"{nearest(option, known)} Known: {', '.join(known)}."
         )
     options = _options(group, context.folders)
     if not options:
         groups = sorted({p.name for folder in context.folders for p in folder.iterdir() if p.is_dir()})
-        hint = close_to(group, groups)
+        hint = nearest(group, groups)
         return f"{where}: its defaults list names '{wanted}', and there is no group '{group}'.{hint}"
     given = f"{group}={option}"
-    return (
-        f"{given}: there is no such option.{close_to(option, options)} Known options: {', '.join(options)}."
-    )
+    return f"{given}: there is no such option.{nearest(option, options)} Known options: {', '.join(options)}."
 
 
 def _listed_options(group: str, context: Context) -> str:
@@ -311,10 +323,14 @@ def explain_override(override: Override, inner: BaseException | None, context: C
         )
     if isinstance(inner, ConfigKeyError | ConfigAttributeError):
         return f"'{word}': {_unknown_key(inner, word)}"
-    if isinstance(inner, OmegaConfBaseException):
+    if isinstance(inner, OmegaConfBaseException) and "list index out of range" not in str(inner):
         text = _value_or_key(inner)
         return text if text.startswith(word) else f"'{word}': {text}"
     options = _options(key, context.folders)
+    if "list index out of range" in str(inner or ""):
+        whole, _, _ = key.rpartition(".")
+        typed = shlex.quote(f"{whole}=[{word.partition('=')[2]}]")
+        return f"'{word}': the list {whole} has no such item. Write the whole list: {typed}."
     if options:
         return (
             f"'{word}': recipe '{context.recipe}' does not choose {key} from a group, so there is nothing to "
@@ -323,7 +339,7 @@ def explain_override(override: Override, inner: BaseException | None, context: C
     if "already at" in str(inner or "") or override.is_add():
         return f"'{word}': '{key}' is there already. Leave out the plus sign: {word.lstrip('+')}."
     everywhere = schema.dotted_keys()
-    return f"'{word}': there is no key '{key}'.{close_to(key, everywhere)}"
+    return f"'{word}': there is no key '{key}'.{nearest(key, everywhere)}"
 
 
 def _value_or_key(error: OmegaConfBaseException) -> str:
@@ -340,7 +356,13 @@ def _value_or_key(error: OmegaConfBaseException) -> str:
         return f"{full_key}: {sentence}" if full_key else sentence
     given = error.value
     shown = f"{full_key}={given}" if isinstance(given, str | int | float | bool) else full_key
-    return f"{shown} does not fit: {full_key} takes {settings.describe(hint)}. ({sentence}.)"
+    if re.search(r"could not be converted|is not a subclass of", sentence):  # says the same in other words
+        sentence = ""
+        if isinstance(given, float) and given.is_integer() and "whole number" in settings.describe(hint):
+            sentence = f" Write {full_key}={int(given)}."
+    else:
+        sentence = f" ({sentence}.)"
+    return f"{shown} does not fit: {full_key} takes {settings.describe(hint)}.{sentence}"
 
 
 def _unknown_key(error: OmegaConfBaseException, word: str | None) -> str:
@@ -359,10 +381,12 @@ def unknown_key(full_key: str, siblings: Sequence[str], word: str | None) -> str
     if parent and not siblings:
         return f"there is no key '{last}' below {parent}: {parent} is a single value."
     place = f"in {parent}" if parent else "at the top level"
-    suggestion = close_to(last, siblings)
+    suggestion = nearest(last, siblings)
     if suggestion and parent:
         suggestion = suggestion.replace("Did you mean '", f"Did you mean '{parent}.")
     elsewhere = [key for key in schema.dotted_keys() if key.rsplit(".", 1)[-1] == last and key != full_key]
+    if not suggestion and not elsewhere:
+        elsewhere = [key for key in schema.dotted_keys() if _with_dots(key) == _with_dots(full_key)]
     if not suggestion and elsewhere:
         suggestion = f" Did you mean '{elsewhere[0]}'?"
     if full_key == "optimizers":
@@ -375,6 +399,11 @@ def unknown_key(full_key: str, siblings: Sequence[str], word: str | None) -> str
     if is_open and word is not None:
         text += f" To pass a further argument to the _target_, write {shlex.quote('+' + word.lstrip('+'))}."
     return text
+
+
+def _with_dots(key: str) -> str:
+    """A key with dots for other signs between its parts: ``batch_effective``, ``batch/effective``."""
+    return re.sub(r"[_/:-]", ".", key)
 
 
 def _file_of(error: BaseException, context: Context) -> str:

@@ -243,8 +243,13 @@ def _create(path: Path, named: bool) -> tuple[RunDir, list[Path]]:
         for folder in created:
             with contextlib.suppress(OSError):
                 folder.rmdir()
+        reason = error.strerror
+        if path.is_symlink() and not path.exists():
+            reason = f"it is a link to {os.readlink(path)}, which is not there"
+        elif path.exists() and not path.is_dir():
+            reason = "it is a file, not a folder"
         raise RunFolderError(
-            f"the run folder {path} cannot be written: {error.strerror}. Choose another with run.dir=FOLDER."
+            f"the run folder {path} cannot be written: {reason}. Choose another with run.dir=FOLDER."
         ) from error
     return RunDir(path.resolve()), created
 

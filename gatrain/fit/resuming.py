@@ -88,6 +88,8 @@ def resume(
         raise SavedStateError(_nothing_saved(run_dir))
     if not from_start:
         _refuse_if_all_are_damaged(run_dir)
+        if config.train.steps is not None:
+            _refuse_if_past_the_end(run_dir, config.train.steps)
     summary = _summary_of(run_dir)
     is_complete = summary.get("status") == "completed" and not summary.get("failed")
     if is_complete and not overrides and not from_start and not changes.differences:
@@ -106,6 +108,8 @@ def resume(
         found = changes.inspect(cwd, plan, listener.progress)
         if from_start and (kept := set_aside(run_dir)) is not None:
             listener.progress(f"Starting from step 0; what there was is kept in {kept}")
+        if not from_start and (steps := _steps_of_epochs(config, found.samples)) is not None:
+            _refuse_if_past_the_end(run_dir, steps)
         if found.data is not None:
             listener.read(found.data)
         if why := why_plan_again(run_dir, plan, found):
@@ -174,6 +178,32 @@ def _refuse_if_all_are_damaged(run_dir: RunDir) -> None:
         problems.append(f"{path.name}: {problem}")
     if not any(run_dir.saved.glob(f"{states.TEMPORARY}*")):  # one of these may be whole
         raise states.none_usable(run_dir.saved, problems)
+
+
+def _refuse_if_past_the_end(run_dir: RunDir, total_steps: int) -> None:
+    """Before the run's configuration is written: what the ranks would refuse shall not stay in it.
+
+    Raises:
+        SavedStateError: the newest state is of a later step.
+    """
+    for step, path in reversed(run_dir.saved_entries()):
+        if states.damage_at_a_glance(path) is None:
+            if step > total_steps:
+                raise states.past_the_end(path, step, total_steps)
+            return
+
+
+def _steps_of_epochs(config: RunConfig, samples: int) -> int | None:
+    """The steps that ``train.epochs`` come to; None where only the ranks can tell, or where steps are given."""
+    batch, epochs = config.batch, config.train.epochs
+    if epochs is None or samples < 1 or batch.counts_tokens or not batch.stages.is_constant:
+        return None
+    if config.order != "shuffle":
+        return None
+    from gatrain.train.windows import WindowSchedule
+
+    schedule = WindowSchedule(samples, batch.largest, config.train.seed, config.train.drop_last)
+    return schedule.steps(None, epochs)
 
 
 def _has_whole_state(run_dir: RunDir) -> bool:

@@ -16,6 +16,7 @@ from gatrain.compose import compose
 from gatrain.errors import ConfigError, RunFolderError
 from gatrain.fit.claim import check_free, check_length
 from gatrain.imports import SAFE_PATH
+from gatrain.inspection import check_modules
 from gatrain.launch.schedulers import sbatch
 from gatrain.launch.schedulers.sbatch import Resources
 from gatrain.rundir import RunDir, write_text
@@ -58,6 +59,7 @@ def submit(
                 f"variable, such as MY_SECRET, and refer to it: {word.partition('=')[0]}='${{oc.env:MY_SECRET}}'."
             )
     config, cwd = composed.config, Path.cwd().resolve()
+    check_modules(config, cwd)
     # relative to the working folder, so that odd characters in its name stay out of the command
     folder = (
         config.run.dir or f"outputs/{composed.recipe}/{config.run.name or time.strftime('%Y-%m-%d_%H-%M-%S')}"

@@ -31,6 +31,7 @@ from gatrain.states import (
     check_same_run,
     fingerprint,
     finish_interrupted,
+    past_the_end,
     put_in_place,
     read_contents,
     read_part,
@@ -238,10 +239,7 @@ def newest_usable(
                 problem = str(error).removeprefix(f"{path} ")
             else:
                 if progress.step > total_steps:
-                    raise SavedStateError(
-                        f"{path} is of step {progress.step}, and this run has {total_steps} steps. To go on from "
-                        f"it give train.steps={progress.step} or more; if it is not of this run, remove it."
-                    )
+                    raise past_the_end(path, progress.step, total_steps)
                 return loaded, problems
         problems.append(f"{path.name}: {problem}")
     return None, problems
