@@ -195,3 +195,39 @@ def test_what_is_no_function_of_the_step_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         own(target, **arguments)
+
+
+class Remembers:
+    """A factor for each step that was ever asked for, in the order of asking."""
+
+    def __init__(self) -> None:
+        self.given: dict[int, float] = {}
+
+    def __call__(self, step: int) -> float:
+        return self.given.setdefault(step, 0.9 ** len(self.given))
+
+
+class Adds:
+    """Fine: however it is asked, a step has one rate."""
+
+    def __init__(self) -> None:
+        self.rates = [1.0]
+
+    def __call__(self, step: int) -> float:
+        while len(self.rates) <= step:
+            self.rates.append(0.9 * self.rates[-1])
+        return self.rates[step]
+
+
+def late_noise(step: int) -> float:
+    return 1.0 if step < 7 or step == 11 else random.random()
+
+
+@pytest.mark.parametrize("name", ["Remembers", "late_noise"])
+def test_a_schedule_that_follows_from_more_than_the_step_is_refused_wherever_it_shows(name: str) -> None:
+    with pytest.raises(ConfigError, match="for the same step"):
+        own(f"{__name__}.{name}")
+
+
+def test_a_schedule_that_computes_its_steps_in_turn_is_taken() -> None:
+    assert own(f"{__name__}.Adds") == pytest.approx([0.9**step for step in range(12)])

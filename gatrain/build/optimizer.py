@@ -97,7 +97,7 @@ def step_clock(config: RunConfig, total_steps: int, windows: WindowSchedule | No
         of_step = instantiate("schedule", {**node, "_partial_": True}, **given)
         own = lambda step: float(of_step(step=step))  # noqa: E731
     else:
-        own = instantiate("schedule", node, **given)
+        own, again = (instantiate("schedule", node, **given) for _ in range(2))
         if not callable(own):
             raise ConfigError(
                 f"schedule._target_={dotted} gave a {type(own).__name__}, not a function of the optimizer step. "

@@ -194,6 +194,8 @@ class TorchFactor:
         return {name: group[name] for name in names}
 
 
+_ALL_TRIED = 1000
+"""Steps from the first on at which a schedule of the user's own is asked before training."""
 _MADE_TWICE = 1000
 """Steps up to which two schedulers of torch are compared: one takes all steps before the one asked for."""
 
@@ -202,7 +204,7 @@ def check_factor(made: Factor, total_steps: int, name: str, again: Factor | None
     """Refuse a schedule of the user's own that a resumed run could not repeat, or that is no factor.
 
     Args:
-        again: the same made anew, where what was made keeps what it has once given.
+        again: the same made anew, where it is an object, which may keep something.
 
     Raises:
         ConfigError: it fails, gives no finite number of 0 or more, or depends on how often it was asked.
@@ -220,16 +222,23 @@ def check_factor(made: Factor, total_steps: int, name: str, again: Factor | None
             raise ConfigError(f"{name} gives {value} at step {step}, not a factor of 0 or more.")
         return value
 
-    tried = sorted({0, 1, total_steps // 2, total_steps - 1} & set(range(total_steps)))
-    before = [checked(step) for step in tried]
-    if again is not None:
-        tried = sorted({step for step in (*tried, 10, 100) if step < min(total_steps, _MADE_TWICE)})
-        before = [checked(step) for step in tried]
-    after = [checked(step, again or made) for step in tried]
+    tried = sorted(
+        {
+            *range(min(total_steps, _ALL_TRIED)),
+            *range(0, total_steps, 1 + total_steps // 100),
+            max(0, total_steps - 1),
+        }
+    )
+    given = {step: checked(step) for step in tried}
+    if isinstance(made, TorchFactor):
+        tried = [step for step in tried if step < _MADE_TWICE]
+    before = [given[step] for step in tried]
+    # from the last step to the first: what adds up at each call, or remembers what it was asked before, shows
+    after = [checked(step, again or made) for step in reversed(tried)][::-1]
     if before != after:
         one, other = next((a, b) for a, b in zip(after, before, strict=True) if a != b)
         raise ConfigError(
-            f"{name} gives {one} and {other} for the same step: it counts its calls or draws random "
-            "numbers, so a resumed run would have other rates. Let it follow from the step alone."
+            f"{name} gives {one} and {other} for the same step: it counts its calls, remembers them or draws "
+            "random numbers, so a resumed run would have other rates. Let it follow from the step alone."
         )
     return checked
