@@ -19,10 +19,10 @@ from gatrain.errors import ConfigError, PeerFailed, SavedStateError
 from gatrain.states import FURTHER_NAME, RESERVED
 from gatrain.train.hook import Hook, HookRun, TrainedStep
 from gatrain.train.modes import Modes
-from gatrain.train.parts import check
+from gatrain.train.parts import check, digest
 from gatrain.train.ranks import Ranks
 from gatrain.train.records import StepRecord
-from gatrain.train.seeding import EVALUATION, HOOK, seed_everything
+from gatrain.train.seeding import EVALUATION, HOOK, MEASURED, seed_everything
 
 PART = "hooks"
 """Of a saved state."""
@@ -135,7 +135,7 @@ class Hooks:
     def measured(self, record: StepRecord) -> StepRecord:
         """The record with what `Hook.measured` of all adds to its metrics. Raises nothing, as `update`."""
         found = dict(record.metrics)
-        for name, hook in self._running():
+        for name, hook in self._running(record.step, MEASURED):
             try:
                 for metric, value in (hook.measured(record) or {}).items():
                     if metric in found:
@@ -257,6 +257,14 @@ class Hooks:
             "unfinished": self._unfinished,
             "modes": None if self._modes is None else self._modes.changed(),
         }
+
+    def digests(self) -> dict[str, int]:
+        """Of each hook's state, by which ranks see whether it is the same on all of them."""
+        found = {}
+        for name, hook in self.hooks.items():
+            with contextlib.suppress(Exception):  # a save tells of it
+                found[name] = digest(dict(hook.state_dict()), f"hooks at states/{name}")
+        return found
 
     def parts(self) -> dict[str, Any]:
         """The parts of a saved state that are the hooks': none where there are no hooks."""

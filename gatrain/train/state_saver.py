@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gatrain import disk
@@ -12,6 +12,7 @@ from gatrain.errors import ExactnessError, SavedStateError
 from gatrain.rundir import RunDir
 from gatrain.states import keep_state
 from gatrain.train import nonfinite, saved_state
+from gatrain.train.agreement import ranks_differ
 from gatrain.train.engine import Engine
 from gatrain.train.events import Sink
 from gatrain.train.hooks import Hooks
@@ -41,6 +42,8 @@ class StateSaver:
     _disk_error: OSError | None = None
     """Why the last save failed, on rank 0."""
     _slowness_told: bool = False
+    _told: set[str] = field(default_factory=set)
+    """In what ranks differ."""
 
     def __post_init__(self) -> None:
         self.clock = SaveClock(60 * self.config.save.minutes)
@@ -66,6 +69,10 @@ class StateSaver:
                 "so its state is not saved: a hook or the model put a new nn.Parameter there. Change the values of "
                 "the one that is there: parameter.copy_(...) under torch.no_grad()."
             )
+        for text in ranks_differ(self.engine.model, self.hooks, self.engine.ranks):
+            if text not in self._told:
+                self._told.add(text)
+                self.sinks.notice(f"step {progress.step}: {text}")
         # the others wait for the disk outside of any collective, which would fail after its timeout
         is_written = self.engine.ranks.alone(lambda: self._write(progress, began, is_last))
         if is_written:
