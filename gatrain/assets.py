@@ -121,7 +121,7 @@ def list_recipes(cwd: Path) -> list[Recipe]:
     shipped = shipped_folder("recipes").resolve()
     for folder in reversed(search_folders("recipes", cwd)):
         for path in sorted(folder.rglob("*.yaml")):
-            if path.name.startswith(("_", ".")):
+            if path.name.startswith(("_", ".")) or not path.is_file():
                 continue
             name = path.relative_to(folder).with_suffix("").as_posix()
             hidden = found[name].path if name in found else None

@@ -31,6 +31,7 @@ _REMEDIES = {
     errno.EPERM: "Make the folder writable for you",
     errno.EIO: "Look at dmesg and at the disk",
     errno.EFBIG: "Raise the limit (ulimit -f unlimited)",
+    errno.EMFILE: "Raise the limit (ulimit -n 4096)",
 }
 FAULTS = (
     errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ESTALE, errno.EMFILE,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
+import warnings
 from pathlib import Path
 
 import pytest
 
 from gatrain import cli, doors, states
-from gatrain.assets import first_comment
+from gatrain.assets import first_comment, list_recipes
 from gatrain.cli import examine, settings_help, views
 from gatrain.compose import compose
 from gatrain.errors import ConfigError, SavedStateError, nearest
@@ -76,6 +77,41 @@ def test_a_value_that_refers_to_itself_and_an_item_that_is_not_there_are_told_in
     assert "index" not in text
     (proposed,) = shlex.split(text.rpartition("Write the whole list: ")[2].rstrip("."))
     assert compose(["recipe=llm", proposed]).config.hooks == ["ema"]
+
+
+# --- recipes --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("defaults: [llm, _self_]\nbatch.effective: 64\n", "Write batch: {effective: VALUE}"),
+        ("defaults: [llm, optimizer: sgd, _self_]\n", "'- override /optimizer: NAME'"),
+        ("defaults: [llm, _self_]\nhydra: {run: {dir: x}}\n", "hydra.run.dir: Hydra's own settings"),
+        ("defaults: [llm, _self_]\nbatch:\n", "takes keys with values: effective"),
+    ],
+)
+def test_a_mistake_in_a_recipe_is_answered_with_what_to_write_in_the_recipe(
+    text: str, said: str, cwd: Path
+) -> None:
+    (cwd / "own.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        compose(["recipe=own.yaml"])
+    assert said in str(caught.value)
+    assert str(cwd / "own.yaml") in str(caught.value)
+    assert "Optional" not in str(caught.value)
+
+
+def test_what_a_recipe_without_self_says_counts_and_hydra_is_quiet(cwd: Path) -> None:
+    (cwd / "own.yaml").write_text("defaults: [llm]\nbatch: {effective: 3}\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert compose(["recipe=own.yaml"]).config.batch.effective == 3
+
+
+def test_a_folder_is_no_recipe(cwd: Path) -> None:
+    (cwd / "recipes" / "a.yaml").mkdir(parents=True)
+    assert "a" not in [recipe.name for recipe in list_recipes(cwd)]
 
 
 # --- names of parts -------------------------------------------------------------------------------------
@@ -179,8 +215,6 @@ def test_a_resume_that_is_refused_for_its_steps_leaves_the_run_as_it_was(
 def test_help_doctor_and_recipes_fit_their_columns_and_fold_no_word(columns: int) -> None:
     lines = settings_help.help_lines("fit", columns)
     lines += examine.examine([]).lines(columns)
-    from gatrain.assets import list_recipes
-
     listed = views.recipe_lines(list_recipes(Path.cwd()), columns)
     assert not [line for line in listed if line.endswith("-")]
     wide = [line for line in [*lines, *listed] if len(line) > columns and len(line.split()) > 2]

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings, filterwarnings
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -80,6 +81,7 @@ def compose(overrides: Sequence[str], cwd: Path) -> Composed:
     _replace_stages(composed, parsed)
     leaves = dict(sources.leaves_of(OmegaConf.to_container(composed)))
     parts = sources.parts_of(elements, folders, read_yaml)
+    _refuse_hydras_own(parts)
     setters = sources.sources_of(leaves, parts, parsed)
     typed_keys = [override.key_or_group for override in parsed]
     if switched:
@@ -240,6 +242,14 @@ def _replace_stages(composed: DictConfig, parsed: list[Override]) -> None:
         OmegaConf.update(composed, "batch.effective", override.value(), merge=False)
 
 
+def _refuse_hydras_own(parts: Sequence[sources.Part]) -> None:
+    """Hydra merges what a file says of Hydra itself elsewhere, where nothing here reads it."""
+    for part in parts:
+        for key in part.leaves:
+            if sources.is_below("hydra", key):
+                raise ConfigError(f"{part.path}: {key}: {messages.HYDRAS_OWN}")
+
+
 def _in_their_file(key: str, setters: Mapping[str, str], check: Callable[[], object]) -> None:
     """Check a value whose type the schema leaves open; name the file that gives it."""
     try:
@@ -313,7 +323,9 @@ def _check_extension(name: str, chain: list[Path], folders: list[Path]) -> None:
 def _initialized(folders: list[Path]) -> Iterator[str]:
     """Start Hydra at the first folder; yield the override that adds the others in order."""
     quoted = ",".join(QuotedString(f"file://{folder}", Quote.single).with_quotes() for folder in folders[1:])
-    with initialize_config_dir(str(folders[0]), job_name="gatrain", version_base="1.3"):
+    with initialize_config_dir(str(folders[0]), job_name="gatrain", version_base="1.3"), catch_warnings():
+        # what a recipe says itself then counts last, which is what everybody means who leaves _self_ out
+        filterwarnings("ignore", "(?s).*Defaults list is missing `_self_`", UserWarning)
         yield f"hydra.searchpath=[{quoted}]"
 
 

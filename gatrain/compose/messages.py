@@ -43,6 +43,12 @@ FOREIGN = (
 """What Hydra, OmegaConf and PyYAML raise for a wrong input."""
 
 
+HYDRAS_OWN = (
+    "Hydra's own settings are not used here. The run folder is run.dir=FOLDER, and ./recipes and ./conf are "
+    "searched by themselves."
+)
+
+
 @dataclass(frozen=True)
 class Context:
     """What was being composed when it failed."""
@@ -76,10 +82,7 @@ def _parse_override(word: str, whole: Sequence[str]) -> Override:
     if name == "recipe":
         raise ConfigError(f"'{word}': write recipe={value or 'NAME'}, without a sign before it.")
     if name == "hydra" or name.startswith(("hydra.", "hydra/")):
-        raise ConfigError(
-            f"'{word}': Hydra's own settings are not used here. The run folder is run.dir=FOLDER, "
-            "and ./recipes and ./conf are searched by themselves."
-        )
+        raise ConfigError(f"'{word}': {HYDRAS_OWN}")
     if (dotted := typed_key(key)) != key:
         typed = shlex.quote(f"{dotted}{equals}{value}")
         raise ConfigError(f"'{word}': the number of a list's item stands after a dot here. Write {typed}.")
@@ -228,7 +231,14 @@ def explain(error: Exception, context: Context) -> str:
         )
     if choice:
         group = choice.group(2) or choice.group(3)
-        return f"{where}: {group} is chosen more than once. To switch it, write {group}=NAME without a plus."
+        if any(override.key_or_group == group for override in context.overrides):
+            return (
+                f"{where}: {group} is chosen more than once. To switch it, write {group}=NAME without a plus."
+            )
+        return (
+            f"{where}: its defaults list and what it extends both choose {group}. To switch it there, write "
+            f"'- override /{group}: NAME'."
+        )
     for override in context.overrides:
         if "Config group override must be" in str(error) and not isinstance(override.value(), str | list):
             group = override.key_or_group
@@ -356,7 +366,9 @@ def _value_or_key(error: OmegaConfBaseException) -> str:
         return f"{full_key}: {sentence}" if full_key else sentence
     given = error.value
     shown = f"{full_key}={given}" if isinstance(given, str | int | float | bool) else full_key
-    if re.search(r"could not be converted|is not a subclass of", sentence):  # says the same in other words
+    if re.search(
+        r"could not be converted|is not a subclass of|is not Optional", sentence
+    ):  # says the same in other words
         sentence = ""
         if isinstance(given, float) and given.is_integer() and "whole number" in settings.describe(hint):
             sentence = f" Write {full_key}={int(given)}."
@@ -368,6 +380,10 @@ def _value_or_key(error: OmegaConfBaseException) -> str:
 def _unknown_key(error: OmegaConfBaseException, word: str | None) -> str:
     full_key = str(error.full_key or error.key)
     parent = full_key.rpartition(".")[0]
+    if word is None and "." in (written := str(error.key)):
+        first, *inner = written.split(".")
+        nested = "".join(f"{{{each}: " for each in inner) + "VALUE" + "}" * len(inner)
+        return f"'{written}' is no key: in a file, its parts stand below each other. Write {first}: {nested}."
     node = error.parent_node
     siblings = (
         sorted(str(key) for key in node) if isinstance(node, DictConfig) and not node._is_none() else []
