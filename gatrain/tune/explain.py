@@ -58,7 +58,7 @@ def make(
         chosen_curve: the one behind the decision.
         is_remembered: whether nothing was measured for this answer.
     """
-    chosen, verdict, batch = decision.chosen, decision.verdict, space.config.batch
+    chosen, verdict = decision.chosen, decision.verdict
     reason = search.explain(
         chosen, decision.options, used.values(), (verdict.step_s, verdict.sentence) if verdict else None
     )
@@ -84,7 +84,7 @@ def make(
             chosen,
             optimizer=space.config.optimizer,
             on_gpu=space.device == "cuda",
-            is_plain=batch.stages.is_constant and not batch.counts_tokens and batch.rule == "none",
+            is_plain=space.has_plain_batch,
         ),
         predicted_peak_bytes=chosen_curve.peak_bytes(chosen.micro_batch),
         memory_budget_bytes=min(budget, space.allowed_bytes) if is_remembered else budget,

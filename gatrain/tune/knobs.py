@@ -165,6 +165,12 @@ class SearchSpace:
         return self.config.train.check == "error"
 
     @property
+    def has_plain_batch(self) -> bool:
+        """Whether the effective batch is one number of samples, by no rule."""
+        batch = self.config.batch
+        return batch.stages.is_constant and not batch.counts_tokens and batch.rule == "none"
+
+    @property
     def sizes(self) -> list[int]:
         """Micro-batches worth measuring, rising."""
         return self.split.candidates() if self.fixed_micro_batch is None else [self.fixed_micro_batch]
