@@ -27,7 +27,7 @@ def by_precision(dtype: torch.dtype) -> float:
 class Precisions(TorchDispatchMode):
     """Notes whether anything is computed with 16 bits: then rounding explains more."""
 
-    supports_higherby_precision_operators = True
+    supports_higher_order_operators = True
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
