@@ -31,7 +31,8 @@ def frozen_randomness(model: nn.Module) -> Iterator[None]:
     """Context in which ``model`` computes in training mode but draws no random numbers.
 
     Dropout and drop path pass everything on; ``torch.rand`` and its like give 0.5, ``randn`` 0.5,
-    ``bernoulli(p)`` gives p, ``randint`` the middle of its range, ``randperm`` the identity. Works under autograd
+    ``bernoulli(p)`` gives p, ``randint`` the middle of its range, ``randperm`` each place's neighbour: with the
+    identity a model that pairs samples at random would pair each with itself. Works under autograd
     (keep the backward inside: checkpointed layers are computed again there) and under autocast; not for code that
     is compiled already. Draws of Python's and NumPy's generators are not seen: seed them alike for what is to be
     compared.
@@ -135,7 +136,7 @@ _CONSTANT: dict[str, Callable[[dict[str, Any]], Tensor | float]] = {
     "randint": _whole_number,
     "randint_like": _whole_number,
     "random": _whole_number,
-    "randperm": lambda given: torch.arange(given["n"]),
+    "randperm": lambda given: torch.arange(given["n"]).roll(1),
     "bernoulli": _probability,
     "uniform": _uniform,
     "normal": _normal,
@@ -166,7 +167,7 @@ def _likeliest(func: Any, given: dict[str, Any]) -> Tensor:
     count: int = given["num_samples"]
     if given["replacement"]:
         return weights.argmax(-1, keepdim=True).expand(*weights.shape[:-1], count).contiguous()
-    return torch.sort(weights, dim=-1, descending=True, stable=True).indices[..., :count]
+    return _sorted(weights, -1, True)[1][..., :count]
 
 
 def _mean_slope(func: Any, given: dict[str, Any]) -> Any:
@@ -174,10 +175,17 @@ def _mean_slope(func: Any, given: dict[str, Any]) -> Any:
 
 
 def _stable_sort(func: Any, given: dict[str, Any]) -> Any:
-    """Random orders are sorts of random numbers: equal ones must keep their places, whatever the shape."""
-    return torch.ops.aten.sort.stable(
-        given["self"], stable=True, dim=given.get("dim", -1), descending=bool(given.get("descending", False))
-    )
+    """Random orders are sorts of random numbers: equal ones must keep their places, whatever the shape. Where all
+    are equal their order is the one that stands for a random one."""
+    return _sorted(given["self"], given.get("dim", -1), bool(given.get("descending", False)))
+
+
+def _sorted(values: Tensor, dim: int, descending: bool) -> tuple[Tensor, Tensor]:
+    found, places = torch.ops.aten.sort.stable(values, stable=True, dim=dim, descending=descending)
+    if not values.dim() or not values.numel():
+        return found, places
+    is_tie = found.select(dim, 0).eq(found.select(dim, -1)).unsqueeze(dim)
+    return found, torch.where(is_tie, places.roll(1, dim), places)
 
 
 _INSTEAD: dict[str, Callable[[Any, dict[str, Any]], Any]] = {

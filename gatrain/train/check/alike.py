@@ -12,10 +12,6 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 
-def same_numpy(one: Any, other: Any) -> bool:
-    return one[2:] == other[2:] and np.array_equal(one[1], other[1])
-
-
 def copied(samples: list[Any]) -> list[Any]:
     """Copies of the samples; what cannot be copied stands for itself."""
     found = []

@@ -73,9 +73,10 @@ def _cause(n: Numbers) -> tuple[str, str]:
     if n.turned_round is not None and not n.equal(n.turned_round, n.whole):
         return (
             "it depends on the place of a sample in its micro-batch (a collate function or a loss that goes by "
-            f"position): in the opposite order the same samples give {n.turned_round:.6g}",
+            "position, or pairs samples at random: mixup, shuffled negatives): in the opposite order the same "
+            f"samples give {n.turned_round:.6g}",
             "Let each sample count alike wherever it stands: put what goes by position into the dataset, where it "
-            "belongs to the sample.",
+            "belongs to the sample, and let its __getitem__ draw the sample to pair it with.",
         )
     if n.cut is not None and n.equal(n.cut, n.whole):
         return (

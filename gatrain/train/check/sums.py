@@ -9,7 +9,6 @@ from typing import Any, NoReturn
 import torch
 
 from gatrain.train import seeding
-from gatrain.train.check.alike import same_numpy
 from gatrain.train.check.causes import Numbers, cause_of_difference
 from gatrain.train.check.computing import TOLERANCE, by_precision
 from gatrain.train.check.faults import Fault, Unclear
@@ -142,7 +141,7 @@ class Sums:
             except Exception:
                 return None
 
-        if self._depends_on_host_numbers(name, wanted, tolerance):
+        if self._depends_on_host_numbers(name, wanted, pieces, tolerance):
             raise Unclear(
                 "the model or the loss draws from random or numpy.random for each sample, and whole and pieces "
                 "draw differently. Draw from torch's generator instead."
@@ -172,15 +171,17 @@ class Sums:
         )
         raise Fault(cause_of_difference(numbers))
 
-    def _depends_on_host_numbers(self, name: str, wanted: float, tolerance: float) -> bool:
+    def _depends_on_host_numbers(
+        self, name: str, wanted: float, pieces: list[Made], tolerance: float
+    ) -> bool:
+        """Whether numbers of ``random`` and NumPy may be what makes the pieces differ from the whole."""
         forwards, seed = self._forwards, self._forwards.seed
-        self._loss(name, self._whole)
-        after = seeding.random_state()
-        # the seed is set in between: compare with what seeding alone leaves
-        seeding.seed_everything(seed, seeding.MICRO_STEP, forwards.epoch, 0)
-        untouched = seeding.random_state()
-        if after[0] == untouched[0] and same_numpy(after[1], untouched[1]):
-            return False
+        states = []
+        for made in (self._whole, *pieces):
+            self._loss(name, made)
+            states.append(seeding.random_state()[:2])
+        if all(seeding.same_host_random_state(states[0], other) for other in states[1:]):
+            return False  # none, or as many for any number of samples: the same ones, as all are seeded alike
         forwards.seed = seed + 1
         try:
             other = self._loss(name, self._whole)
