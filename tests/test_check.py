@@ -26,7 +26,9 @@ from gatrain.errors import ExactnessError
 from gatrain.plan import StepSettings
 from gatrain.tasks import Supervised, Task
 from gatrain.train.check import check_loss
+from gatrain.train.check.computing import Precisions
 from gatrain.train.engine import Engine
+from gatrain.train.frozen import _Constants
 from gatrain.train.ranks import Ranks
 
 CLASSES, WIDTH, IGNORED = 5, 6, -100
@@ -88,6 +90,12 @@ class Reader(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.head(self.drop(self.embed(tokens)))
+
+
+class Frequent(Reader):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(13, 8, scale_grad_by_freq=True)
 
 
 class Averaging(Reader):
@@ -209,10 +217,126 @@ RIGHT: dict[str, Callable[[], Task]] = {
         collate=lambda samples: masked(samples, torch.default_generator),
     ),
     "a critic without a lower bound": lambda: OwnTask(lambda m, b: (m(b["x"])[:, 0].sum(), len(b["y"]))),
+    "a gradient that is masked, reversed or clamped place by place": lambda: OwnTask(
+        lambda m, b: (losses(m, b).sum(), len(b["y"])), model=ShapedGradient
+    ),
+    "places of each sample in a random order": lambda: OwnTask(
+        lambda m, b: (losses(m, {**b, "x": shuffled_places(b["x"])}).sum(), len(b["y"]))
+    ),
+    "samples computed in a random order": lambda: OwnTask(
+        lambda m, b: (losses(m, {k: v[torch.randperm(len(v))] for k, v in b.items()}).sum(), len(b["y"])),
+        data=PlainPoints(),
+    ),
+    "random collate that draws for each sample": lambda: OwnTask(
+        lambda m, b: (losses(m, b).sum(), len(b["y"])), collate=jittered
+    ),
     "a loss that needs its own gradient": lambda: OwnTask(
         lambda m, b: (losses(m, b).sum() + gradient_penalty(m, b["x"]), len(b["y"]))
     ),
 }
+
+
+class Backward(torch.autograd.Function):
+    """The identity, with a backward of one's own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.change = change
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return ctx.change(gradient), None
+
+
+class ShapedGradient(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(WIDTH, 16), nn.Linear(16, CLASSES)
+        self.body.weight.register_hook(lambda gradient: gradient * (torch.arange(16) % 2)[:, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.body(x).tanh()
+        if hidden.requires_grad:
+            hidden.register_hook(lambda gradient: gradient.clamp(-1e-3, 1e-3))
+        return self.head(Backward.apply(hidden, lambda gradient: -0.3 * gradient))
+
+
+def hooked(hook: Callable[[Tensor], Tensor]) -> Callable[[], nn.Module]:
+    """A net whose parameters' gradients go through ``hook``."""
+
+    def make() -> nn.Module:
+        model = net()
+        for parameter in model.parameters():
+            parameter.register_hook(hook)
+        return model
+
+    return make
+
+
+class OwnBackward(nn.Module):
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.body, self.head, self.change = nn.Linear(WIDTH, 16), nn.Linear(16, CLASSES), change
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(Backward.apply(self.body(x).tanh(), self.change))
+
+
+class AddedAuxiliary(torch.autograd.Function):
+    """Hands an output on and adds an auxiliary loss in the backward (as DeepSeek's mixtures of experts do)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, auxiliary: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient, torch.ones(())
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.body = nn.Linear(WIDTH, 4), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shares = self.router(x).softmax(-1)
+        return AddedAuxiliary.apply(self.body(shares), shares.square().mean())
+
+
+class Paired(nn.Module):
+    """Mixes each sample with one that an order pairs it with."""
+
+    def __init__(self, order: Callable[[int], Tensor]) -> None:
+        super().__init__()
+        self.body, self.order = net(), order
+
+    def forward(self, x: Tensor) -> Tensor:
+        share = np.random.beta(1.0, 1.0)
+        return self.body(share * x + (1 - share) * x[self.order(len(x))])
+
+
+class PlainPoints(Points):
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"x": self.x[index], "y": self.y[index]}
+
+
+def shuffled_places(x: Tensor) -> Tensor:
+    return x[:, torch.randperm(WIDTH)] * (torch.rand(x.shape).argsort(1) < 4)
+
+
+def jittered(samples: list[Any]) -> Any:
+    """Noise for each sample, some of it twice as often for some."""
+    return torch.utils.data.default_collate(
+        [{**s, "x": s["x"] + sum(torch.rand(WIDTH) for _ in range(1 + int(s["y"])))} for s in samples]
+    )
+
+
+def mixed_at_random(samples: list[Any]) -> Any:
+    batch = torch.utils.data.default_collate(samples)
+    share, order = float(np.random.beta(1.0, 1.0)), torch.randperm(len(samples))
+    return {**batch, "x": share * batch["x"] + (1 - share) * batch["x"][order]}
 
 
 def gradient_penalty(model: nn.Module, x: Tensor) -> Tensor:
@@ -537,6 +661,37 @@ FAULTS: dict[str, Callable[[], Task]] = {
     "collate goes by position": lambda: OwnTask(
         lambda m, b: ((losses(m, b) * b["weight"]).sum(), len(b["y"])), collate=first_counts_twice
     ),
+    "collate mixes samples at random": lambda: OwnTask(
+        lambda m, b: (losses(m, b).sum(), len(b["y"])), collate=mixed_at_random
+    ),
+    "samples mixed in the forward, by a random permutation": lambda: OwnTask(
+        lambda m, b: (losses(m, b).sum(), len(b["y"])), model=lambda: Paired(torch.randperm)
+    ),
+    "samples mixed in the forward, by the order of random numbers": lambda: OwnTask(
+        lambda m, b: (losses(m, b).sum(), len(b["y"])),
+        model=lambda: Paired(lambda n: torch.rand(n).argsort()),
+    ),
+    "samples mixed in the forward, drawn without replacement": lambda: OwnTask(
+        lambda m, b: (losses(m, b).sum(), len(b["y"])),
+        model=lambda: Paired(lambda n: torch.ones(n).multinomial(n)),
+    ),
+    "gradients that a hook clamps": lambda: OwnTask(
+        lambda m, b: (losses(m, b).sum(), len(b["y"])), model=hooked(lambda g: g.clamp(-0.01, 0.01))
+    ),
+    "gradients that a hook would clamp were they larger": lambda: OwnTask(
+        lambda m, b: (losses(m, b).sum(), len(b["y"])), model=hooked(lambda g: g.clamp(-5, 5))
+    ),
+    "a backward that normalises over the batch": lambda: OwnTask(
+        lambda m, b: (losses(m, b).sum(), len(b["y"])), model=lambda: OwnBackward(lambda g: g / g.norm())
+    ),
+    "gradients divided by how often the batch has a word": lambda: of_texts(
+        lambda m, b: (shifted_losses(m, b, "sum"), (b["labels"][:, 1:] != IGNORED).sum()),
+        label_count,
+        Frequent,
+    ),
+    "an auxiliary loss that only the backward knows": lambda: OwnTask(
+        lambda m, b: (losses(m, b).sum(), len(b["y"])), model=Experts
+    ),
     "collate mixes neighbours": lambda: OwnTask(
         lambda m, b: (losses(m, b).sum(), len(b["y"])), collate=mixed_with_neighbour
     ),
@@ -624,6 +779,37 @@ def test_a_regulariser_is_told_from_samples_that_are_compared() -> None:
     assert "compares or combines the samples" in found["in-batch negatives"]
     assert "added once for every micro-batch" in found["a regulariser in every micro-batch"]
     assert "returns a mean over what weight() counts" in found["a mean handed on as a sum"]
+
+
+class RunningMean(nn.Module):
+    """Moves a mean in each forward of training; only evaluation reads it, or nobody."""
+
+    def __init__(self, is_read: bool) -> None:
+        super().__init__()
+        self.body, self.is_read = net(), is_read
+        self.register_buffer("mean", torch.zeros(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)
+        return self.body(x - self.mean if self.is_read and not self.training else x)
+
+
+@pytest.mark.parametrize("is_read", [True, False])
+def test_state_that_each_forward_moves_is_told_of_where_evaluation_reads_it(is_read: bool) -> None:
+    notices = check(
+        OwnTask(lambda m, b: (losses(m, b).sum(), len(b["y"])), model=lambda: RunningMean(is_read))
+    )
+    assert len(notices) == is_read
+    assert all("evaluation reads (RunningMean.mean)" in notice for notice in notices)
+
+
+def test_operators_of_higher_order_pass_through_what_watches_the_forward() -> None:
+    for mode in (
+        Precisions,
+        _Constants,
+    ):  # without it torch refuses flex_attention and checkpointed layers in them
+        assert mode.supports_higher_order_operators
 
 
 def test_the_check_leaves_everything_as_it_was() -> None:

@@ -109,7 +109,7 @@ def collated(
 
     The collate function gets lists and dicts of its own: many take entries out of them.
     """
-    own = _unchanged if task.collates_by_default else _own_containers
+    own = _unchanged if task.collates_by_default else own_containers
     if task.collates_deterministically:
         if trusted:
             return task.collate(own(samples))
@@ -118,7 +118,7 @@ def collated(
             return batch
         _note_draw(undeclared=True)
     with seeding.seeded(seed, seeding.COLLATE, *keys[0]):
-        return _watched(lambda: task.collate(_own_containers(samples)))
+        return _watched(lambda: task.collate(own_containers(samples)))
 
 
 def load(
@@ -359,14 +359,14 @@ def _read_one(data: Samples, sample: int) -> Any:
         return Skipped(str(error))
 
 
-def _own_containers(nested: Any) -> Any:
+def own_containers(nested: Any) -> Any:
     """Copies of lists and dicts, however nested; whatever else they hold is the same."""
     if type(nested) is list:
-        return [_own_containers(part) for part in nested]
+        return [own_containers(part) for part in nested]
     if type(nested) is dict:
-        return {key: _own_containers(value) for key, value in nested.items()}
+        return {key: own_containers(value) for key, value in nested.items()}
     if type(nested) is tuple:
-        return tuple(_own_containers(part) for part in nested)
+        return tuple(own_containers(part) for part in nested)
     return copy.copy(nested) if isinstance(nested, MutableMapping) else nested
 
 

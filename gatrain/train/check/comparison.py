@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -17,13 +16,16 @@ from gatrain.tasks.base import Batch
 from gatrain.train import seeding
 from gatrain.train.check.computing import TOLERANCE, batch_statistics_aside, by_precision
 from gatrain.train.check.faults import Fault, Unclear
-from gatrain.train.check.forwards import REPEATED, Forwards, Terms, Way, number
+from gatrain.train.check.forwards import REPEATED, Forwards, Terms, Way
+from gatrain.train.check.gradients import check_gradients
 from gatrain.train.check.host import FEWEST, HostSamples, Made
+from gatrain.train.check.memory import check_memory, uncontrolled
+from gatrain.train.check.mixing import check_mixing
 from gatrain.train.check.sums import Sums
 from gatrain.train.counts import agree
 from gatrain.train.dropout.notice import NoticeDraws
 from gatrain.train.engine import Engine
-from gatrain.train.held_state import HeldState, perturb
+from gatrain.train.held_state import HeldState
 
 SLOW_S = 0.5
 """A GPU whose forward takes longer than this gets the fewest samples, in the precision of training."""
@@ -46,6 +48,7 @@ class Comparison:
         epoch, seed: which decide their augmentation.
         micro_batch: of the plan, if there is one.
         of_rows: what must be a sum over samples instead of the loss.
+        has_gradients: gradients are compared, too.
     """
 
     def __init__(
@@ -56,7 +59,10 @@ class Comparison:
         seed: int,
         micro_batch: int | None,
         of_rows: Callable[[Batch], Tensor] | None = None,
+        *,
+        has_gradients: bool = True,
     ) -> None:
+        self._has_gradients = has_gradients
         self._engine, self._ids, self._micro_batch = engine, ids, micro_batch
         self._host = HostSamples(engine.task, ids, epoch, seed, micro_batch)
         self._forwards = Forwards(engine, epoch, seed, of_rows)
@@ -130,10 +136,6 @@ class Comparison:
                     torch.cuda.empty_cache()
                 chosen = chosen[: max(1, len(chosen) // 2)]  # training needs no more than its own micro-batch
 
-    # --- samples on the host ----------------------------------------------------------------------------
-
-    # --- forwards ---------------------------------------------------------------------------------------
-
     # --- the comparison ---------------------------------------------------------------------------------
 
     def _compare_samples(self, chosen: list[tuple[int, Any]], state: HeldState) -> None:
@@ -152,7 +154,7 @@ class Comparison:
             pieces, own = self._host.pieces(chosen, whole, draws, first=2) if len(chosen) > 3 else ([], own)
             probe = pieces[0] if pieces else whole
             terms = self._forwards.settle(probe)
-        self._check_memory(probe, terms)
+        self._note(check_memory(self._engine, self._forwards, probe, terms))
         state.restore()
         self._check_repeats(probe, state)
         if not terms.has_graph and any(p.requires_grad for p in self._engine.model.parameters()):
@@ -184,6 +186,16 @@ class Comparison:
             self._note(sums.check(others, parts))
         if self._engine.step.random.is_keyed:
             self._check_keys(whole, pieces, state)
+        if draws:
+            check_mixing(self._host, self._forwards, chosen, state)
+        if self._has_gradients and together.is_finite and not self._forwards.in_haste:
+            if took > SLOW_S and own:
+                chosen = chosen[:FEWEST]
+                whole = self._host.made(chosen)
+                pieces, _ = self._host.pieces(chosen, whole, draws)
+            turned, first = chosen[::-1] if own else chosen, max(1, len(chosen) // 2 - 1)
+            others, _ = self._host.pieces(turned, whole, draws, first=first)
+            check_gradients(self._forwards, whole, (pieces, others), state)
 
     def _note(self, text: str | None) -> None:
         if text is not None and text not in self._notices:
@@ -221,40 +233,6 @@ class Comparison:
                     "are not those of one sample after the other. Use dropout=torch otherwise."
                 )
 
-    def _check_memory(self, probe: Made, first: Terms) -> None:
-        """Does the loss depend on what earlier micro-steps left behind?"""
-        before = HeldState(self._engine.model, self._engine.task)
-        second = self._forwards.terms(probe, graph=True)
-        changed = before.changed()
-        if not changed:
-            if self._forwards.agree(second, first, REPEATED) or not second.is_finite:
-                return
-            third = self._forwards.terms(probe, graph=True)
-            if self._forwards.agree(third, second, REPEATED):
-                return  # something was made at the first call
-            raise Fault(_uncontrolled(second, third))
-        later = self._forwards.terms(probe, graph=True)
-        before.restore()
-        again = self._forwards.terms(probe, graph=True)
-        if not self._forwards.agree(again, second, REPEATED):
-            raise Fault(_uncontrolled(second, again))
-        noise = max(1e-6, *(abs(again.losses[n] / v - 1) * 10 for n, v in second.losses.items() if v), 0.0)
-        if self._forwards.agree(later, second, noise):
-            before.restore()
-            perturb(changed)
-            with contextlib.suppress(Exception):  # such as an index out of range
-                later = self._forwards.terms(probe, graph=True)
-        before.restore()
-        if not self._forwards.agree(later, second, noise):
-            names = ", ".join(slot.name for slot in changed[:3]) + (", ..." if len(changed) > 3 else "")
-            raise Fault(
-                f"loss_sum() keeps state that changes with each micro-step and that the loss depends on ({names}): "
-                f"the same micro-batch gives {number(second)}, and {number(later)} once that state has moved on. "
-                "So the result depends on the number of micro-steps in a step, that is on the split and on the "
-                "number of ranks. A moving average, a counter or a queue must move once for each optimizer step: "
-                "loss_sum is no place for it."
-            )
-
     def _check_repeats(self, probe: Made, state: HeldState) -> None:
         """With its random numbers, equally seeded and from the same state, is a micro-step repeatable?"""
         way = dataclasses.replace(self._forwards.way, frozen=False)
@@ -263,7 +241,7 @@ class Comparison:
             twice.append(self._forwards.terms(probe, way, graph=True))
             state.restore()
         if twice[0].is_finite and not self._forwards.agree(twice[0], twice[1], 10 * REPEATED):
-            raise Fault(_uncontrolled(*twice))
+            raise Fault(uncontrolled(*twice))
 
     def _check_used(self, made: Made, terms: Terms) -> None:
         """Do the host's count and the weight that the loss used agree?"""
@@ -281,13 +259,3 @@ class Comparison:
                     f"loss_sum() used {used:g}. Both must apply the same mask (mind shifted labels and ignored "
                     "positions)."
                 )
-
-
-def _uncontrolled(one: Terms, other: Terms) -> str:
-    return (
-        f"the same micro-batch with the same seeds gives the loss {number(one)} and then {number(other)}: the "
-        "model or loss_sum() draws numbers that gatrain does not control (a torch.Generator, "
-        "numpy.random.default_rng or random.Random of its own), or keeps what it saw before (a list, a queue, a "
-        "counter). Draw from the global generators, which gatrain seeds for each micro-step, and keep nothing "
-        "between micro-steps."
-    )

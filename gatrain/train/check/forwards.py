@@ -6,14 +6,14 @@ import contextlib
 import copy
 import dataclasses
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gatrain.errors import GatrainError, is_out_of_memory
-from gatrain.tasks.base import Batch, named_loss_sums
+from gatrain.tasks.base import Batch, LossSum, named_loss_sums
 from gatrain.train import seeding
 from gatrain.train.check.computing import Precisions, computing_in
 from gatrain.train.check.faults import Fault, Unclear
@@ -34,6 +34,8 @@ class Terms:
     weights: dict[str, float]
     has_graph: bool
     sixteen_bit: torch.dtype | None = None
+    gradients: list[Tensor | None] = field(default_factory=list)
+    """Of the terms' sum, where they were asked for: one for each trained parameter."""
 
     @property
     def is_finite(self) -> bool:
@@ -66,8 +68,10 @@ class Forwards:
         self.in_haste = False
         """The model is large: no more precision than training has."""
 
-    def terms(self, made: Made, way: Way | None = None, *, graph: bool = False) -> Terms:
-        """One forward on the device."""
+    def terms(
+        self, made: Made, way: Way | None = None, *, graph: bool = False, factor: float | None = None
+    ) -> Terms:
+        """One forward on the device; with ``factor`` a backward, too, of the loss sums times it."""
         way = way or self.way
         engine = self._engine
         random = engine.step.random
@@ -94,6 +98,7 @@ class Forwards:
             else:
                 total = self.of_rows(batch)
                 sums = {name: (total, weight) for name, weight in made.weights.items()}
+            gradients = [] if factor is None else self._gradients(sums, factor)
         losses, weights, has_graph = {}, {}, False
         for name, (total, weight) in sums.items():
             if not isinstance(total, Tensor) or total.numel() != 1:
@@ -104,7 +109,16 @@ class Forwards:
                 )
             has_graph |= total.requires_grad
             losses[name], weights[name] = float(total.detach()), float(weight)
-        return Terms(losses, weights, has_graph, watch.lowest)
+        return Terms(losses, weights, has_graph, watch.lowest, gradients)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self._engine.model.named_parameters() if p.requires_grad}
+
+    def _gradients(self, sums: Mapping[str, LossSum], factor: float) -> list[Tensor | None]:
+        totals = [total.reshape(()) for total, _ in sums.values() if total.requires_grad]
+        trained = list(self.trained().values())
+        # not into .grad: what a strategy does where gradients are accumulated is no business of the loss
+        return list(torch.autograd.grad(torch.stack(totals).sum() * factor, trained, allow_unused=True))
 
     def settle(self, probe: Made) -> Terms:
         """Find a way to compute that this model and loss allow; the result of ``probe`` with a graph.

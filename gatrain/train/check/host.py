@@ -51,12 +51,12 @@ class HostSamples:
         self.task, self._ids, self._epoch, self._seed = task, ids, epoch, seed
         self._micro_batch = micro_batch
 
-    def _keys(self, ids: Sequence[int]) -> list[tuple[int, int]]:
+    def keys(self, ids: Sequence[int]) -> list[tuple[int, int]]:
         return [(self._epoch, int(sample)) for sample in ids]
 
     def read(self, ids: Sequence[int]) -> list[Any]:
         with _loading(self.task.train_data, ids):
-            return reading.read(self.task, self.task.train_data, self._keys(ids), self._seed)
+            return reading.read(self.task, self.task.train_data, self.keys(ids), self._seed)
 
     def chosen(self) -> list[tuple[int, Any]]:
         """(id, sample), those of unlike weight first: the lightest that counts, the heaviest, then in turn."""
@@ -98,7 +98,7 @@ class HostSamples:
 
     def made(self, pairs: Sequence[tuple[int, Any]]) -> Made:
         ids, samples = [int(pair[0]) for pair in pairs], [pair[1] for pair in pairs]
-        keys = self._keys(ids)
+        keys = self.keys(ids)
         made = reading.make(self.task, samples, keys, self._seed)
         return Made(made.batch, {name: float(w) for name, w in made.weights.items()}, tuple(ids))
 
