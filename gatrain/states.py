@@ -33,7 +33,17 @@ MODEL, OPTIMIZER, PROGRESS, MANIFEST = (
 FILES = (MODEL, OPTIMIZER, PROGRESS)
 """What every state has; parts and further weights come beside them."""
 FURTHER_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
-RESERVED = ("model", "optimizer", "optimizer_groups", "batch_rule", "progress", "manifest", "hooks", "data")
+RESERVED = (
+    "model",
+    "optimizer",
+    "optimizer_groups",
+    "batch_rule",
+    "progress",
+    "manifest",
+    "hooks",
+    "data",
+    "gradient",
+)
 """Names of files and parts that no further weights have."""
 _FURTHER = re.compile(rf"{FURTHER_NAME.pattern}\.(safetensors|json)")
 MOST_FURTHER = 64

@@ -315,6 +315,7 @@ def _go_on(
         engine.scaler.load_state_dict(progress.scaler)
     engine.built.load(loaded.parts)
     engine.scaling.load(loaded.parts)
+    engine.strategy_state.load(loaded.parts)
     return progress, problems, loaded.parts
 
 

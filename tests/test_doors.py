@@ -65,13 +65,21 @@ class Counted(GradientStrategy):
     """A backward for each micro-batch; windows are counted."""
 
     exact = "the gradient of the whole window, for any loss that is a sum over samples"
+    windows = 0
 
     def __call__(self, window, step):
+        self.windows += 1
         for k, batch in step.batches(window):
             step.seed(window, k)
             step.forward_backward(batch)
         with open("passes.txt", "a") as file:
             file.write(f"{len(window.micro_batches)}\\n")
+
+    def state_dict(self):
+        return {"windows": self.windows}
+
+    def load_state_dict(self, state):
+        self.windows = state["windows"]
 
 
 class Travelled(Hook):
@@ -179,6 +187,11 @@ def test_every_part_of_ones_own_was_used(folder: Path) -> None:
     state = json.loads((folder / "whole/saved/step_00000009/progress.json").read_text())
     assert "108" in json.dumps(state["stream"])  # samples that were read
     assert "HeavyBall" in (folder / "whole/config.yaml").read_text()
+
+
+def test_a_gradient_strategy_goes_on_from_the_state_that_it_gave(folder: Path) -> None:
+    for name in ("whole", "killed"):
+        assert json.loads((folder / name / "saved/step_00000009/gradient.json").read_text()) == {"windows": 9}
 
 
 def test_the_scheduler_of_ones_own_names_the_run(folder: Path) -> None:

@@ -31,6 +31,7 @@ from gatrain.train.clipping import Clipping
 from gatrain.train.compiling import CompiledLossSum
 from gatrain.train.dropout import RandomNumbers
 from gatrain.train.gradient import GradientStrategy
+from gatrain.train.gradient.kept import StrategyState
 from gatrain.train.groups import Thawing
 from gatrain.train.guard import Guard
 from gatrain.train.main_gradients import MasterWeights
@@ -165,6 +166,7 @@ class Engine:
             thaw=self._thawing.before_step if clock is not None else None,
         )
         self.step.strategy.set_up(self.step, self.optimizer)
+        self.strategy_state = StrategyState(self.step.strategy)
 
     def _loss_function(self) -> Callable[[Batch], LossSums]:
         compiled, task, model = self._compiled, self.task, self.model

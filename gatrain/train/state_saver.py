@@ -43,7 +43,7 @@ class StateSaver:
     """Why the last save failed, on rank 0."""
     _slowness_told: bool = False
     _told: set[str] = field(default_factory=set)
-    """In what ranks differ."""
+    """In what ranks differ, and what is not saved."""
 
     def __post_init__(self) -> None:
         self.clock = SaveClock(60 * self.config.save.minutes)
@@ -69,7 +69,9 @@ class StateSaver:
                 "so its state is not saved: a hook or the model put a new nn.Parameter there. Change the values of "
                 "the one that is there: parameter.copy_(...) under torch.no_grad()."
             )
-        for text in ranks_differ(self.engine.model, self.hooks, self.engine.ranks):
+        unsaved = self.engine.strategy_state.unsaved()
+        differing = ranks_differ(self.engine.model, self.hooks, self.engine.ranks)
+        for text in [*differing, *([unsaved] if unsaved else [])]:
             if text not in self._told:
                 self._told.add(text)
                 self.sinks.notice(f"step {progress.step}: {text}")
@@ -148,7 +150,12 @@ class StateSaver:
             self.engine.model,
             self.engine.optimizer,
             self.engine.masters,
-            {**self.hooks.parts(), **self.engine.built.parts(), **self.engine.scaling.parts()},
+            {
+                **self.hooks.parts(),
+                **self.engine.built.parts(),
+                **self.engine.scaling.parts(),
+                **self.engine.strategy_state.parts(),
+            },
             self.hooks.exports(),
         )
         return saved_state.write(folder, state, self.config.save.keep, self.sinks.notice)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +125,14 @@ class GradientStrategy(abc.ABC):
         Raises:
             ConfigError: as `check`, for what only these show.
         """
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """What later windows need of earlier ones, for a resume: nested mappings and lists of tensors, numbers and
+        text. Rank 0's is saved, so it must be the same on every rank."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Go on from what `state_dict` gave; tensors are on the host. Called on every rank, after `set_up`."""
 
     def passes(self, step: Step) -> Mapping[str, int]:
         """How often each loss term of the window in hand is computed, where that is not once. The same on every
