@@ -8,7 +8,15 @@ from typing import NoReturn
 
 
 def main() -> NoReturn:
-    """Run the command line."""
+    """Run the command line; a Ctrl-C before that can answer by itself has its words and its exit code."""
+    try:
+        _run()
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _run() -> NoReturn:
     try:
         here = os.path.realpath(os.getcwd())
     except OSError:  # told by the command

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import shlex
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
 import pytest
 
-from gatrain import cli, doors, states
+from gatrain import cli, disk, doors, start, states
 from gatrain.assets import first_comment, list_recipes
 from gatrain.cli import examine, settings_help, views
 from gatrain.compose import compose
@@ -206,6 +210,45 @@ def test_a_resume_that_is_refused_for_its_steps_leaves_the_run_as_it_was(
     with pytest.raises(SavedStateError, match=r"of step 8, .* to have 1 step\. .*train\.steps=8"):
         resume(run_dir.path, ["train.steps=1"])
     assert run_dir.config.read_text() == stored
+
+
+# --- the machine ----------------------------------------------------------------------------------------
+
+
+def test_a_ctrl_c_while_the_command_line_is_loading_has_one_line_and_its_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "main", interrupted)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit) as ended:
+        start.main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
+
+
+def test_a_word_in_an_environment_that_is_not_utf8_is_told_what_to_export(cwd: Path) -> None:
+    code = (
+        "from gatrain.compose import compose\n"
+        "import sys\n"
+        "try:\n    compose(['recipe=llm', *sys.argv[1:]])\n"
+        "except Exception as error:\n    print(ascii(str(error)))"
+    )
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    words = [sys.executable, "-c", code, "run.name=\u00e9"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+    assert "export LC_ALL=C.UTF-8" in done.stdout
+    assert "not UTF-8" not in done.stdout
+    for name in ("LC_ALL", "PYTHONUTF8", "PYTHONCOERCECLOCALE"):
+        environment.pop(name)
+    environment |= {"LC_ALL": "C.UTF-8", "PYTHONUTF8": "1"}
+    assert subprocess.run(words, env=environment, capture_output=True, text=True, check=True).stdout == ""
+
+
+def test_too_many_open_files_are_answered_with_the_limit_to_raise() -> None:
+    assert "ulimit -n" in disk.remedy(OSError(errno.EMFILE, "Too many open files"))
 
 
 # --- columns --------------------------------------------------------------------------------------------

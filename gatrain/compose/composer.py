@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
+import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from warnings import catch_warnings, filterwarnings
@@ -183,6 +185,12 @@ def take_recipe(overrides: Sequence[str], cwd: Path) -> tuple[str, list[str]]:
     """
     for word in overrides:
         if not word.isprintable() and any("\ud800" <= each <= "\udfff" for each in word):
+            with suppress(UnicodeDecodeError):
+                readable = os.fsencode(word).decode("utf-8")
+                raise ConfigError(
+                    f"'{readable}' cannot be read: Python takes {sys.getfilesystemencoding()} from the "
+                    "environment as its encoding. Type export LC_ALL=C.UTF-8 PYTHONUTF8=1, then the same command again."
+                )
             raise ConfigError(
                 f"{word!r} holds bytes that are not UTF-8, which no file of a run can keep. Rename that file or "
                 "folder, or name it through a link."

@@ -65,9 +65,10 @@ class Notices:
         if given < self.full(step.index) and not self._short_window_told:
             self._short_window_told = True
             every = "may, of whatever is left" if self.has_stages else "will"
+            samples, those = ("1 sample", "that one") if given == 1 else (f"{given} samples", "those")
             self.tell(
-                f"step {record.step} ends an epoch with a window of {given} samples, as every epoch {every}; "
-                "its gradient is the exact mean over those."
+                f"step {record.step} ends an epoch with a window of {samples}, as every epoch {every}; its "
+                f"gradient is the exact mean over {those}."
             )
 
     def thawed(self, step: int, names: list[str]) -> None:
