@@ -188,8 +188,8 @@ def take_recipe(overrides: Sequence[str], cwd: Path) -> tuple[str, list[str]]:
             with suppress(UnicodeDecodeError):
                 readable = os.fsencode(word).decode("utf-8")
                 raise ConfigError(
-                    f"'{readable}' cannot be read: Python takes {sys.getfilesystemencoding()} from the "
-                    "environment as its encoding. Type export LC_ALL=C.UTF-8 PYTHONUTF8=1, then the same command again."
+                    f"'{readable}' cannot be read: the encoding that Python takes from the environment is "
+                    f"{sys.getfilesystemencoding()}. Type export LC_ALL=C.UTF-8 PYTHONUTF8=1, then the same again."
                 )
             raise ConfigError(
                 f"{word!r} holds bytes that are not UTF-8, which no file of a run can keep. Rename that file or "
