@@ -148,7 +148,7 @@ def check(
     engine = Engine(
         task, task.build_model().train(), settings, SGDConfig(), Ranks.current(), torch.device("cpu")
     )
-    ids = range(min(samples, len(task.train_data)))
+    ids = range(min(samples, len(task.train_data)))[::-1]
     return check_loss(engine, ids, seed=1, mode=mode, micro_batch=micro_batch)
 
 
@@ -400,6 +400,15 @@ class InPlace(Points):
         sample = self.kept[index]
         sample["x"].mul_(self.again)
         return sample
+
+
+class Sorted(Points):
+    """Reads several samples at once, in the order of its file."""
+
+    deterministic = True
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Tensor]]:
+        return [self[index] for index in sorted(indices)]
 
 
 class OneBuffer(Points):
@@ -700,6 +709,9 @@ FAULTS: dict[str, Callable[[], Task]] = {
     ),
     "data that changes what it keeps": lambda: OwnTask(
         lambda m, b: (losses(m, b).sum(), len(b["y"])), data=InPlace(again=1.01)
+    ),
+    "data that reads several samples in another order": lambda: OwnTask(
+        lambda m, b: (losses(m, b).sum(), len(b["y"])), data=Sorted()
     ),
     "data that hands out one buffer": lambda: OwnTask(
         lambda m, b: (losses(m, b).sum(), len(b["y"])), data=OneBuffer()

@@ -108,6 +108,20 @@ def test_a_sample_follows_from_seed_epoch_and_number_alone() -> None:
     assert not torch.equal(samples.read(task, task.train_data, [(0, 5)], 8)[0][0], alone[0])
 
 
+@pytest.mark.parametrize("kept", [slice(-1), slice(0)])
+def test_data_that_gives_fewer_samples_than_numbers_is_refused(kept: slice) -> None:
+    class Short(TensorDataset):
+        deterministic = True
+
+        def __getitems__(self, ids: list[int]) -> list[Any]:
+            return [self[number] for number in ids][kept]
+
+    data = Short(torch.arange(9.0), torch.arange(9.0))
+    task = Supervised(lambda: nn.Linear(1, 1), data, nn.MSELoss())
+    with pytest.raises(DataError, match=r"Short.__getitems__ gives [02] samples for 3 numbers"):
+        samples.load(task, data, [(0, 1), (0, 4), (0, 2)], 0)
+
+
 def test_reading_and_collating_leave_the_generators_alone() -> None:
     task = task_of(Source(Drawn(), masking))
     before = seeding.random_state()

@@ -342,7 +342,14 @@ def _read_plain(data: Samples, keys: Sequence[Key]) -> list[Any]:
     if hasattr(data, "__getitems__") and len(ids) != 1:
         _watch.reading = None
         try:
-            return list(data.__getitems__(ids))
+            found = list(data.__getitems__(ids))
+            if len(found) != len(ids):
+                raise DataError(
+                    f"{type(data).__name__}.__getitems__ gives {len(found)} samples for {len(ids)} numbers "
+                    f"({names_of(data, ids)}). Let it return one for each, in their order; None, which a collate "
+                    "of yours leaves out, for one that is not there."
+                )
+            return found
         except BrokenSampleError as error:  # which of them is it?
             if not error.skip:
                 raise

@@ -64,7 +64,16 @@ class HostSamples:
         first = self.read(ids)
         kept = copied(first)  # an object that is handed out again may have been changed in place
         again = self.read(ids)
-        if share_memory(first) and not same(kept, [copied(self.read([each]))[0] for each in ids]):
+        is_batched = hasattr(self.task.train_data, "__getitems__")
+        is_shared = share_memory(first)
+        alone = [copied(self.read([each]))[0] for each in ids] if is_batched or is_shared else kept
+        if is_batched and not is_shared and not same(kept, alone):
+            raise Fault(
+                "the dataset's __getitems__ gives other samples for several numbers than for each alone, or in "
+                "another order (sorted, say), so what belongs to a sample would be another's. Let it return the "
+                "samples in the order of the numbers that it is given."
+            )
+        if is_shared and not same(kept, alone):
             raise Fault(
                 "the dataset hands out the same memory for several training samples (one array or tensor that it "
                 "fills anew for each), so samples that are read together all hold what was read last. Let it "
