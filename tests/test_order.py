@@ -23,7 +23,7 @@ from gatrain.states import Progress, check_same_run
 from gatrain.tasks import Supervised
 from gatrain.tasks.parts import Part
 from gatrain.train.loader import WindowLoader
-from gatrain.train.order import unused_sampler
+from gatrain.train.order import check_repeats, unused_sampler
 from gatrain.train.order.grouped import Grouped
 from gatrain.train.order.sequential import Sequential
 from gatrain.train.order.values import values_of
@@ -210,3 +210,33 @@ def test_weights_come_from_a_file_an_attribute_or_a_function(tmp_path: Path) -> 
 def test_a_sampler_of_the_data_is_not_passed_over_in_silence() -> None:
     assert "order={name: weighted, weights: sampler.weights}" in unused_sampler(Rare())
     assert unused_sampler([1, 2]) == ""
+
+
+class CountsCalls:
+    def __init__(self, data: Any) -> None:
+        self.samples, self.calls = len(data), 0
+
+    def ids(self, epoch: int, positions: Any) -> Any:
+        self.calls += 1
+        return np.random.default_rng(self.calls).permutation(self.samples)[positions]
+
+
+class DrawsWhenMade:
+    def __init__(self, data: Any) -> None:
+        self.order = np.random.default_rng().permutation(len(data))
+
+    def ids(self, epoch: int, positions: Any) -> Any:
+        return self.order[positions]
+
+
+class ByEpoch(CountsCalls):
+    def ids(self, epoch: int, positions: Any) -> Any:
+        return np.random.default_rng([7, epoch]).permutation(self.samples)[positions]
+
+
+@pytest.mark.parametrize("kind", [CountsCalls, DrawsWhenMade])
+def test_an_order_that_a_resumed_run_could_not_repeat_is_refused(kind: type[CountsCalls]) -> None:
+    data = range(50)
+    with pytest.raises(ConfigError, match="a resumed run would train on other samples"):
+        check_repeats(kind(data), kind(data), 12)
+    check_repeats(ByEpoch(data), ByEpoch(data), 12)

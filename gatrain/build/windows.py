@@ -9,6 +9,7 @@ import numpy as np
 from gatrain.batch import typical_samples
 from gatrain.build.nodes import part
 from gatrain.config import RunConfig
+from gatrain.doors import is_shipped, node_of
 from gatrain.errors import ConfigError, DataError
 from gatrain.tasks.base import Task
 from gatrain.tasks.streams import ENDLESS, Stream
@@ -64,12 +65,16 @@ def window_schedule(config: RunConfig, task: Task, effective_batch: int | None =
     else:
         # an order that lays out windows: smaller ones make up larger ones
         smallest = effective if stages is None else stages.smallest
-        made = part("order", config.order, data=data, seed=seed, effective_batch=smallest)
+        given = {"data": data, "seed": seed, "effective_batch": smallest}
+        made = part("order", config.order, **given)
         if not isinstance(made, order.Order):
             raise ConfigError(
                 f"order gave a {type(made).__name__}, which has no method ids(epoch, positions) that gives the "
                 "numbers of the samples at these positions."
             )
+        if not is_shipped(node_of("order", config.order)["_target_"]):
+            again = part("order", config.order, **given)
+            order.check_repeats(made, again, min(smallest, getattr(made, "samples", total)))
     samples = getattr(made, "samples", total)
     tokens = None
     if by_tokens:

@@ -60,6 +60,35 @@ def unused_sampler(data: Any, source: Any = None) -> str:
     return ""
 
 
+def check_repeats(made: Order, again: Order, count: int) -> None:
+    """Refuse an order that would give a resumed run, or another rank, other samples.
+
+    Args:
+        made: the order.
+        again: the same, made anew.
+        count: positions of a window.
+
+    Raises:
+        ConfigError: they differ, or one differs from itself.
+    """
+    positions = np.arange(count, dtype=np.int64)
+
+    def ids(order: Order, epoch: int) -> list[Any] | None:
+        try:
+            return list(np.asarray(order.ids(epoch, positions)).tolist())
+        except Exception:  # said where windows are made, if one ever asks for it
+            return None
+
+    first, second = ids(made, 0), ids(made, 1)
+    if (ids(again, 1), ids(again, 0)) != (second, first) or ids(made, 0) != first:
+        raise ConfigError(
+            f"order: {type(made).__qualname__} gives other samples for the same epoch and positions when it is "
+            "asked again or made anew: it counts its calls or draws random numbers, so a resumed run would train "
+            "on other samples. Let ids follow from epoch, positions and the seed alone: "
+            "np.random.default_rng([self.seed, epoch])."
+        )
+
+
 def checked_ids(ids: Any, positions: Ids, total: int, order: Any) -> Ids:
     """What an order gave, as int64.
 
