@@ -14,6 +14,7 @@ from gatrain.errors import GatrainError
 from gatrain.tasks.base import Batch
 from gatrain.train import samples, seeding
 from gatrain.train.batches import tensors_of
+from gatrain.train.check.mixing import beside_others
 from gatrain.train.dropout.notice import NoticeDraws
 from gatrain.train.gradient.plain import Plain
 from gatrain.train.held_state import HeldState, perturb
@@ -232,6 +233,15 @@ class Verification(VerifiedWindow):
             self.notes.append(
                 f"{what}: the pieces are cut from the whole window's batch, so that they agree."
             )
+            keys = [(0, number) for number in ids]
+            given = [self.samples_read[number] for number in ids]
+            found = beside_others(self.task, given, keys, self.config.train.seed)
+            if any(not _equal(one, other) for one, other in found):
+                self.notes.append(
+                    "The collate function mixes samples (mixup, cutmix). Cut from one batch the pieces agree, but "
+                    "in training each micro-batch mixes within itself: the result depends on the split, and fit "
+                    "refuses it."
+                )
             return
         self.causes.append(
             "the collate function draws random numbers, other ones for pieces than for the whole"
