@@ -193,6 +193,16 @@ def test_numbers_that_gatrain_does_not_control_are_named_and_the_loss_is_not_bla
     assert any("no proof of a wrong split" in note for note in notes)
 
 
+@pytest.mark.parametrize("mixes", [True, False])
+def test_a_collate_function_that_mixes_samples_is_named(folder: Path, mixes: bool) -> None:
+    mixture = "    return 0.7 * x + 0.3 * x[torch.randperm(len(x))], y\n"
+    kept = "    return x * (torch.rand_like(x) > 0.3), y\n"
+    assert kept in MODULE
+    (folder / "paths.py").write_text(MODULE.replace(kept, mixture if mixes else kept))
+    _, notes = cases_of("recipe=plain", "data.masks=true")
+    assert any("mixes samples (mixup, cutmix)" in note for note in notes) == mixes
+
+
 def test_a_loss_that_counts_its_calls_is_named(folder: Path) -> None:
     cases, _ = cases_of("recipe=annealed")
     assert not is_exact(cases)
