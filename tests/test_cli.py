@@ -68,10 +68,10 @@ def test_commands_and_options_are_frozen() -> None:
 
 
 def test_every_exit_code_is_documented(capsys: pytest.CaptureFixture[str]) -> None:
-    assert set(cli.EXIT_CODE_HELP) == {0, 143, *EXIT_CODES}
+    assert set(cli.subcommands.EXIT_CODE_HELP) == {0, 143, *EXIT_CODES}
     code, out, _ = call(capsys, "--help")
     assert code == 0
-    for number in cli.EXIT_CODE_HELP:
+    for number in cli.subcommands.EXIT_CODE_HELP:
         assert f" {number}  " in out
 
 

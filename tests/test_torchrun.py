@@ -173,10 +173,12 @@ def test_torchrun_trains_one_run_equal_to_launch_and_saves_on_a_signal(folder: P
 
 def test_options_that_contradict_torchrun_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        cli, "_torchrun", TorchrunWorld(0, 2, 0, 1, "127.0.0.1", 1, has_store=True, run_id="none")
+        cli.subcommands,
+        "torchrun_world",
+        TorchrunWorld(0, 2, 0, 1, "127.0.0.1", 1, has_store=True, run_id="none"),
     )
-    assert cli._world_request(nproc=2).nproc == cli._world_request().nproc == 2
+    assert cli.subcommands.world_request(nproc=2).nproc == cli.subcommands.world_request().nproc == 2
     with pytest.raises(ConfigError, match="--nproc 3 is torchrun's to say"):
-        cli._world_request(nproc=3)
+        cli.subcommands.world_request(nproc=3)
     with pytest.raises(ConfigError, match="--nnodes 2 is torchrun's to say"):
-        cli._world_request(nnodes=2)
+        cli.subcommands.world_request(nnodes=2)
