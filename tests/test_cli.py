@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from command import run
+from command import REPO, run
 
 from gatrain import cli
 from gatrain.errors import EXIT_CODES, ConfigError, LaunchError
@@ -221,6 +222,22 @@ def test_a_run_that_is_stopped_while_it_prepares_leaves_nothing() -> None:
     assert process.returncode == 143
     assert "Traceback" not in err
     assert not list(Path().iterdir())
+
+
+def test_the_exit_code_of_a_stop_outlives_an_interrupt_while_a_dataclass_is_made(tmp_path: Path) -> None:
+    program = """
+from gatrain.cli import terminal
+try:
+    exec("raise KeyboardInterrupt")
+except KeyboardInterrupt:
+    terminal.leave(143, is_program=True)
+"""
+    (tmp_path / "stopped.py").write_text(program)
+    path = os.pathsep.join([str(tmp_path), str(REPO)])
+    done = subprocess.run(
+        [sys.executable, "-m", "stopped"], env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path
+    )
+    assert done.returncode == 143
 
 
 def test_unexpected_errors_are_told_in_short_with_a_file_for_the_rest(

@@ -25,7 +25,7 @@ import typer
 
 from gatrain import __version__, disk, offspring
 from gatrain.cli import options_elsewhere
-from gatrain.errors import GatrainError, RunFolderError, nearest
+from gatrain.errors import GatrainError, Interrupted, RunFolderError, nearest
 from gatrain.secrets import hide, hide_in, hide_known
 
 if TYPE_CHECKING:
@@ -155,7 +155,8 @@ def leave(code: int, is_program: bool) -> NoReturn:
     """End the process.
 
     A thread that is still inside of a library would abort it while Python ends; and taking torch apart, module by
-    module, takes longer than somebody who has stopped the command twice will wait.
+    module, takes longer than somebody who has stopped the command twice will wait. `python -m` would end by SIGINT,
+    whatever the code, where a KeyboardInterrupt once came out of ``exec``, by which dataclasses are made.
 
     Args:
         is_program: nothing but this command runs in the process.
@@ -166,8 +167,9 @@ def leave(code: int, is_program: bool) -> NoReturn:
         signal.signal(signum, signal.SIG_IGN)
     threads = [thread for thread in threading.enumerate() if thread is not threading.current_thread()]
     is_inside = any(thread.name == offspring.AGENT_THREAD for thread in threads)
-    is_slow = is_program and "torch" in sys.modules and all(thread.daemon for thread in threads)
-    if not is_inside and not is_slow:
+    is_stopped = code in (Interrupted.exit_code, Terminable.EXIT_CODE)
+    is_quick = is_program and all(thread.daemon for thread in threads)
+    if not is_inside and not (is_quick and (is_stopped or "torch" in sys.modules)):
         sys.exit(code)
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
