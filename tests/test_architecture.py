@@ -55,7 +55,7 @@ ROOMS: dict[str, set[str]] = {
     "states": {"codec", "commands", "rundir"},
     "commands": {"rundir"},
     "recorded": {"commands", "data.compare", "data.report", "rundir"},
-    "compose": {"settings", "codec", "config", "assets", "rundir"},
+    "compose": {"settings", "codec", "commands", "config", "assets", "rundir"},
     "train": {
         "assets",
         "commands",

@@ -22,6 +22,7 @@ from omegaconf.errors import (
 )
 
 from gatrain import settings
+from gatrain.commands import typed
 from gatrain.compose import defaults_list, schema, words
 from gatrain.compose.declared import Text
 from gatrain.config import OPEN_NODES, RunConfig
@@ -126,10 +127,9 @@ def no_override(word: str, following: Sequence[str], recipes: Sequence[str], cwd
     if key in schema.dotted_keys() and (colon or (following and "=" not in following[0])):
         return f"{text} Did you mean {shlex.quote(f'{key}={value.strip() if colon else following[0]}')}?"
     if (cwd / Path(word).expanduser() / "config.yaml").is_file():
-        folder = shlex.quote(word)
         return (
-            f"'{word}' is a run folder, and a recipe belongs here.\n"
-            f"To go on with the run: gatrain resume {folder}\nTo see how it went: gatrain show {folder}"
+            f"'{word}' is a run folder, and a recipe belongs here.\nTo go on with the run: "
+            f"{typed('resume', word)}\nTo see how it went: {typed('show', word)}"
         )
     return text + nearest(word, recipes).replace("Did you mean '", "Did you mean 'recipe=")
 
