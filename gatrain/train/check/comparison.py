@@ -193,9 +193,7 @@ class Comparison:
                 chosen = chosen[:FEWEST]
                 whole = self._host.made(chosen)
                 pieces, _ = self._host.pieces(chosen, whole, draws)
-            turned, first = chosen[::-1] if own else chosen, max(1, len(chosen) // 2 - 1)
-            others, _ = self._host.pieces(turned, whole, draws, first=first)
-            check_gradients(self._forwards, whole, (pieces, others), state)
+            check_gradients(self._forwards, whole, pieces, state)
 
     def _note(self, text: str | None) -> None:
         if text is not None and text not in self._notices:

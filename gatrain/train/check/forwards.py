@@ -6,7 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -34,8 +34,8 @@ class Terms:
     weights: dict[str, float]
     has_graph: bool
     sixteen_bit: torch.dtype | None = None
-    gradients: list[Tensor | None] = field(default_factory=list)
-    """Of the terms' sum, where they were asked for: one for each trained parameter."""
+    gradients: list[list[Tensor | None]] = field(default_factory=list)
+    """Of the terms' sum, for each factor that was asked for: one for each trained parameter."""
 
     @property
     def is_finite(self) -> bool:
@@ -69,9 +69,9 @@ class Forwards:
         """The model is large: no more precision than training has."""
 
     def terms(
-        self, made: Made, way: Way | None = None, *, graph: bool = False, factor: float | None = None
+        self, made: Made, way: Way | None = None, *, graph: bool = False, factors: Sequence[float] = ()
     ) -> Terms:
-        """One forward on the device; with ``factor`` a backward, too, of the loss sums times it."""
+        """One forward on the device; with ``factors`` a backward for each, too, of the loss sums times it."""
         way = way or self.way
         engine = self._engine
         random = engine.step.random
@@ -98,7 +98,10 @@ class Forwards:
             else:
                 total = self.of_rows(batch)
                 sums = {name: (total, weight) for name, weight in made.weights.items()}
-            gradients = [] if factor is None else self._gradients(sums, factor)
+            gradients = [
+                self._gradients(sums, factor, keeps_graph=nth < len(factors))
+                for nth, factor in enumerate(factors, 1)
+            ]
         losses, weights, has_graph = {}, {}, False
         for name, (total, weight) in sums.items():
             if not isinstance(total, Tensor) or total.numel() != 1:
@@ -114,11 +117,14 @@ class Forwards:
     def trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self._engine.model.named_parameters() if p.requires_grad}
 
-    def _gradients(self, sums: Mapping[str, LossSum], factor: float) -> list[Tensor | None]:
+    def _gradients(
+        self, sums: Mapping[str, LossSum], factor: float, *, keeps_graph: bool
+    ) -> list[Tensor | None]:
         totals = [total.reshape(()) for total, _ in sums.values() if total.requires_grad]
         trained = list(self.trained().values())
         # not into .grad: what a strategy does where gradients are accumulated is no business of the loss
-        return list(torch.autograd.grad(torch.stack(totals).sum() * factor, trained, allow_unused=True))
+        total = torch.stack(totals).sum() * factor
+        return list(torch.autograd.grad(total, trained, allow_unused=True, retain_graph=keeps_graph))
 
     def settle(self, probe: Made) -> Terms:
         """Find a way to compute that this model and loss allow; the result of ``probe`` with a graph.
