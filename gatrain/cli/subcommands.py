@@ -92,15 +92,7 @@ def fit(
     trusted: Trust = None,
 ) -> None:
     """Train: find the fastest exact split for this hardware, then run it to the end."""
-    from gatrain import fit as work
-
-    request = world_request()
-    _propose_if_asked(overrides or [], request, retune)
-    with terminal.Progress() as progress:
-        outcome = work.fit(
-            overrides or [], request, progress.listener(), retune, overwrite, _start_nodes(context, progress)
-        )
-    _print_outcome(outcome)
+    _train(context, overrides or [], world_request(), retune, overwrite)
 
 
 @app.command(cls=Command)
@@ -232,8 +224,6 @@ def launch(
     trusted: Trust = None,
 ) -> None:
     """Train on a stated number of processes, on several nodes, or through Slurm."""
-    from gatrain import fit as work
-
     resources: dict[str, Any] = {
         "nodes": nodes, "gpus_per_node": gpus_per_node, "cpus_per_gpu": cpus_per_gpu, "mem": mem,
         "partition": partition, "time": time_limit, "account": account, "qos": qos, "constraint": constraint,
@@ -264,12 +254,7 @@ def launch(
             hint = " Did you mean '--nnodes'?" if name == "nodes" else ""
             raise ConfigError(f"--{name.replace('_', '-')} belongs to --slurm, which is not given.{hint}")
     request = world_request(nproc, nnodes, node_rank, endpoint, max_restarts)
-    _propose_if_asked(overrides or [], request, retune)
-    with terminal.Progress() as progress:
-        outcome = work.fit(
-            overrides or [], request, progress.listener(), retune, overwrite, _start_nodes(context, progress)
-        )
-    _print_outcome(outcome)
+    _train(context, overrides or [], request, retune, overwrite)
 
 
 @app.command(cls=Command)
@@ -476,6 +461,20 @@ def _start_nodes(context: typer.Context, progress: terminal.Progress) -> StartNo
         job.start_on_every_node([*context.obj, *words])
 
     return start
+
+
+def _train(
+    context: typer.Context, overrides: Sequence[str], request: WorldRequest, retune: bool, overwrite: bool
+) -> None:
+    """What `fit` and `launch` do in the world that was asked for."""
+    from gatrain import fit as work
+
+    _propose_if_asked(overrides, request, retune)
+    with terminal.Progress() as progress:
+        outcome = work.fit(
+            overrides, request, progress.listener(), retune, overwrite, _start_nodes(context, progress)
+        )
+    _print_outcome(outcome)
 
 
 def _propose_if_asked(overrides: Sequence[str], request: WorldRequest, retune: bool) -> None:
