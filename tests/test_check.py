@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from command import project, run
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gatrain.config import SGDConfig
 from gatrain.errors import ExactnessError
@@ -281,6 +282,19 @@ class OwnBackward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(Backward.apply(self.body(x).tanh(), self.change))
+
+
+class InFp32Alone(nn.Module):
+    """Like a model of kernels that are written for one precision."""
+
+    def __init__(self, hook: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.net = hooked(hook)()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float64:
+            raise RuntimeError("not implemented for 'Double'")
+        return self.net(x.float())
 
 
 class AddedAuxiliary(torch.autograd.Function):
@@ -687,6 +701,10 @@ FAULTS: dict[str, Callable[[], Task]] = {
     "gradients that a hook clamps": lambda: OwnTask(
         lambda m, b: (losses(m, b).sum(), len(b["y"])), model=hooked(lambda g: g.clamp(-0.01, 0.01))
     ),
+    "gradients that a hook clamps in a model that computes in fp32 alone": lambda: OwnTask(
+        lambda m, b: (losses(m, b).sum(), len(b["y"])),
+        model=lambda: InFp32Alone(lambda g: g.clamp(-0.01, 0.01)),
+    ),
     "gradients that a hook would clamp were they larger": lambda: OwnTask(
         lambda m, b: (losses(m, b).sum(), len(b["y"])), model=hooked(lambda g: g.clamp(-5, 5))
     ),
@@ -822,6 +840,29 @@ def test_operators_of_higher_order_pass_through_what_watches_the_forward() -> No
         _Constants,
     ):  # without it torch refuses flex_attention and checkpointed layers in them
         assert mode.supports_higher_order_operators
+
+
+def test_a_backward_that_cannot_be_compared_is_told_of_and_training_may_begin() -> None:
+    class Recomputed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(WIDTH, 16), nn.Linear(16, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(checkpoint(self.body, x.requires_grad_(), use_reentrant=True))
+
+    (notice,) = check(OwnTask(lambda m, b: (losses(m, b).sum(), len(b["y"])), model=Recomputed))
+    assert "gradients could not be compared before the first step (reentrant checkpointing hides" in notice
+
+
+def test_an_error_while_gradients_are_compared_is_the_users_own() -> None:
+    def raises_on_whole_batches_with_a_graph(model: nn.Module, batch: Any) -> Any:
+        if torch.is_grad_enabled() and len(batch["y"]) > 4:
+            raise ValueError("planted")
+        return losses(model, batch).sum(), len(batch["y"])
+
+    with pytest.raises(ValueError, match="planted"):
+        check(OwnTask(raises_on_whole_batches_with_a_graph), micro_batch=9)
 
 
 def test_the_check_leaves_everything_as_it_was() -> None:

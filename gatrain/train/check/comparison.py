@@ -193,7 +193,7 @@ class Comparison:
                 chosen = chosen[:FEWEST]
                 whole = self._host.made(chosen)
                 pieces, _ = self._host.pieces(chosen, whole, draws)
-            check_gradients(self._forwards, whole, pieces, state)
+            self._note(check_gradients(self._forwards, whole, pieces, state))
 
     def _note(self, text: str | None) -> None:
         if text is not None and text not in self._notices:

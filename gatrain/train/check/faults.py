@@ -9,3 +9,7 @@ class Fault(Exception):
 
 class Unclear(Exception):
     """The check can say nothing; the text says why."""
+
+
+class NoGradients(Exception):
+    """A forward was computed and its backward was not; the text says why."""

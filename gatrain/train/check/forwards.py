@@ -16,7 +16,7 @@ from gatrain.errors import GatrainError, is_out_of_memory
 from gatrain.tasks.base import Batch, LossSum, named_loss_sums
 from gatrain.train import seeding
 from gatrain.train.check.computing import Precisions, computing_in
-from gatrain.train.check.faults import Fault, Unclear
+from gatrain.train.check.faults import Fault, NoGradients, Unclear
 from gatrain.train.check.host import Made
 from gatrain.train.engine import Engine
 from gatrain.train.frozen import frozen_randomness
@@ -71,7 +71,12 @@ class Forwards:
     def terms(
         self, made: Made, way: Way | None = None, *, graph: bool = False, factors: Sequence[float] = ()
     ) -> Terms:
-        """One forward on the device; with ``factors`` a backward for each, too, of the loss sums times it."""
+        """One forward on the device; with ``factors`` a backward for each, too, of the loss sums times it.
+
+        Raises:
+            NoGradients: a backward failed.
+            Exception: the user's own error in the forward.
+        """
         way = way or self.way
         engine = self._engine
         random = engine.step.random
@@ -124,7 +129,16 @@ class Forwards:
         trained = list(self.trained().values())
         # not into .grad: what a strategy does where gradients are accumulated is no business of the loss
         total = torch.stack(totals).sum() * factor
-        return list(torch.autograd.grad(total, trained, allow_unused=True, retain_graph=keeps_graph))
+        if _is_hidden(total):
+            raise NoGradients(
+                "reentrant checkpointing hides parameters from it, use_reentrant=False does not"
+            )
+        try:
+            return list(torch.autograd.grad(total, trained, allow_unused=True, retain_graph=keeps_graph))
+        except Exception as error:
+            raise NoGradients(
+                f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            ) from error
 
     def settle(self, probe: Made) -> Terms:
         """Find a way to compute that this model and loss allow; the result of ``probe`` with a graph.
@@ -165,6 +179,21 @@ class Forwards:
             self.way = dataclasses.replace(self.way, graph=True)
             state.restore()
             return self.terms(made)
+
+
+def _is_hidden(total: Tensor) -> bool:
+    """Whether part of the graph is made in the backward alone, where `torch.autograd.grad` finds no parameter."""
+    seen: set[object] = set()
+    nodes = [total.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        if type(node).__name__ == "CheckpointFunctionBackward":
+            return True
+        seen.add(node)
+        nodes += [each for each, _ in node.next_functions]
+    return False
 
 
 def number(terms: Terms) -> str:
