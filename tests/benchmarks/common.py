@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import json
+import os
 import platform
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +36,26 @@ def header() -> dict[str, Any]:
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
         },
+        "torch_has_byte_code": has_byte_code(),
     }
+
+
+def has_byte_code() -> bool:
+    """Whether torch was compiled to byte code, as pip does on installing: without, each process that imports it
+    compiles some thousand sources again, for 5 to 12 s."""
+    import torch
+
+    return Path(importlib.util.cache_from_source(torch.__file__)).exists()
+
+
+def make_byte_code() -> None:
+    """Compile what the commands import, in a folder of its own, where an installation came without byte code."""
+    if has_byte_code():
+        return
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = tempfile.mkdtemp()
+    modules = "gatrain.tune.trials.session, gatrain.inspection, torch._inductor.compile_fx"
+    subprocess.run([sys.executable, "-c", f"import {modules}"], check=True)
 
 
 def result_path(kind: str, out: Path | None) -> Path:

@@ -114,7 +114,7 @@ def plain_loop(micro: int, micro_steps: int, steps: int) -> float:
     end.record()
     torch.cuda.synchronize()
     seconds = start.elapsed_time(end) / 1e3
-    return micro * micro_steps * CONTEXT * (steps - WARM_UP_STEPS) / seconds
+    return float(micro * micro_steps * CONTEXT * (steps - WARM_UP_STEPS) / seconds)
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import dataclasses
 import datetime
 import gc
 import json
@@ -364,7 +365,7 @@ def compare(folder: Path, measured: dict[str, Any], arguments: argparse.Namespac
         "data_prepared_before_s": prepare_s,
         "cores": len(os.sched_getaffinity(0)),
         "versions": versions(),
-        "table_entry": gpu.to_dict(),
+        "table_entry": dataclasses.asdict(gpu),
         "measured": {
             "optimizer_state": STATE_LATER,
             **{key: value for key, value in measured.items() if key != "rows"},

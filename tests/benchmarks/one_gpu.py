@@ -1,6 +1,7 @@
 """What is promised of one GPU, in one call of a few minutes: the plan, its rate, what the check of the loss costs.
 
-    python tests/benchmarks/one_gpu.py [--steps 50] [--seconds 520] [--out FILE] [--work FOLDER] [--smoke]
+    python tests/benchmarks/one_gpu.py [--steps 50] [--seconds 520] [--out FILE] [--work FOLDER] [--byte-code]
+                                       [--smoke]
 
 GPT-2 124M at an effective batch of 512 (`recipe=gpt2`), in this order:
 
@@ -10,7 +11,8 @@ GPT-2 124M at an effective batch of 512 (`recipe=gpt2`), in this order:
     best    every compiled size that fits, then the best of them beside the plan as full steps, in turn
 
 One JSON file with hardware, versions and commands is written after each part; what time does not allow is left out
-and named. `--smoke` runs a tiny model on the CPU.
+and named. `--byte-code` first compiles torch's sources, where an installation came without byte code:
+pip would have left it. `--smoke` runs a tiny model on the CPU.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import header, result_path, write_result
+from common import header, make_byte_code, result_path, write_result
 from tuner_sweep import FINALISTS, WHOLE_S, Bench
 
 PROMISED_TOKENS_PER_S = 503_600
@@ -157,7 +159,7 @@ class OneGpu:
         sizes = (4, 8, 16) if self._arguments.smoke else SIZES
         runner = self._bench._runner()
         curve, _ = runner.measure(way, sizes, stop_early=False)
-        options = [o for o in search.candidates(curve, self._effective, 1) if o.measured]
+        options = [o for o in search.candidates(curve, plan.split) if o.measured]
         best = sorted(options, key=lambda o: o.step_s)[: FINALISTS + 1]
         chosen = Finalist(plan.settings, plan.micro_batch, plan.split)
         rivals = [Finalist(o.settings, o.micro_batch, o.split) for o in best]
@@ -206,8 +208,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=520.0)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "gatrain_one_gpu")
+    parser.add_argument("--byte-code", action="store_true", help="compile torch's sources first, as pip does")
     parser.add_argument("--smoke", action="store_true", help="a tiny model on the CPU")
     arguments = parser.parse_args()
+    if arguments.byte_code:
+        make_byte_code()
     arguments.deadline = time.monotonic() + arguments.seconds
     arguments.checkpointing = None
     OneGpu(arguments, result_path("one_gpu_smoke" if arguments.smoke else "one_gpu", arguments.out)).run()

@@ -114,7 +114,7 @@ def measure(
     way: str, batch: Batch, micro: int, device: str, steps: int, dtype: torch.dtype
 ) -> dict[str, Any]:
     forbid_tf32("fp32")
-    exact_norm.room_now = third_of_room if way == "exact-offload" else room_now  # type: ignore[assignment]
+    exact_norm.room_now = third_of_room if way == "exact-offload" else room_now  # type: ignore[attr-defined]
     precise = batch[0].to(dtype), batch[1]
     wanted, moved = one_shot(WAYS[way](), precise, device)
     norm = WAYS[way]()

@@ -120,14 +120,15 @@ class Bench:
         return [*self.workload.words, *extra, f"batch.effective={effective}"]
 
     def part(self, effective: int) -> dict[str, Any]:
-        return self.found.setdefault(str(effective), {})
+        found: dict[str, Any] = self.found.setdefault(str(effective), {})
+        return found
 
     def save(self) -> None:
         write_result(self._out, self._result)
 
     @property
     def seconds_left(self) -> float:
-        return self.deadline - time.monotonic()
+        return float(self.deadline) - time.monotonic()
 
     # --- plan -------------------------------------------------------------------------------------------
 
@@ -202,11 +203,12 @@ class Bench:
         from gatrain import build
         from gatrain.compose import compose
         from gatrain.hardware import detect_hardware
+        from gatrain.launch.world import Nodes
         from gatrain.train.checkpointing import available_modes
         from gatrain.tune import knobs
 
         config = compose(self.words(self.effective_batches[0])).config
-        base = knobs.resolve(config, detect_hardware(config.device)).base
+        base = knobs.search_space(config, detect_hardware(config.device), Nodes(1)).base
         modes = available_modes(build.model_for_a_look(build.build_task(config), config.train.seed))
         compiles = (False,) if self.smoke else (False, True)
         return [
