@@ -138,6 +138,7 @@ def _deep(width: int = 1024, layers: int = 12) -> tuple[nn.Module, Tensor]:
     return nn.Sequential(*made).cuda(), torch.randn(8192, width, device="cuda")
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_transfers_beside_the_computation_change_no_bit_and_free_memory(
     monkeypatch: pytest.MonkeyPatch,
@@ -159,6 +160,7 @@ def test_on_a_gpu_transfers_beside_the_computation_change_no_bit_and_free_memory
     assert peaks[1] < 0.7 * peaks[0]
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_the_mode_is_offered() -> None:
     assert available_modes(_deep(8, 2)[0])[-1] == "offload"

@@ -10,7 +10,10 @@ import torch
 from command import gatrain
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+]
 USUAL = (
     "device=cuda", "precision=fp32", "checkpointing=none", "optimizer=sgd", "optimizer.lr=0.05",
     "batch.effective=32", "train.steps=4", "eval.every=0", "save.every=0",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shlex
@@ -249,7 +248,6 @@ def test_the_time_limit_saves_and_queues_again(cluster: SlurmCluster, run: Path)
 
 
 @pytest.mark.slurm
-@pytest.mark.skipif(importlib.util.find_spec("gatrain.cli") is None, reason="there is no command line yet")
 def test_gatrain_launch_submits_a_job_that_trains(cluster: SlurmCluster, run: Path) -> None:
     command = [sys.executable, "-m", "gatrain", "launch", "--slurm", "--nodes", "2", "--nproc", "1"]
     command += [
