@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from gatrain import units
 from gatrain.errors import ConfigError
 
 UNITS = ("steps", "samples", "tokens", "epochs")
@@ -121,7 +122,7 @@ def _size(where: str, value: Any) -> int:
             "gatrain launch, and give the number that it proposes here."
         )
     if isinstance(value, bool) or not isinstance(value, int):
-        text = f"{where}={value} is not a whole number of samples. "
+        text = f"{where}={units.as_typed(value)} is not a whole number of samples. "
         if isinstance(value, float) and value.is_integer() and value >= 1 and where == "batch.effective":
             raise ConfigError(f"{text}Write {where}={int(value)}.")  # 1e3 and 512.0 are floats in YAML
         raise ConfigError(f"{text}Write for example batch.effective=64, or stages by step: {EXAMPLE}.")

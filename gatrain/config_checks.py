@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from gatrain import units
 from gatrain.errors import ConfigError, nearest
 
 LARGEST = 2**63
@@ -11,7 +12,9 @@ LARGEST = 2**63
 
 def one_of(key: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ConfigError(f"{key}={value} is not one of {', '.join(allowed)}.{nearest(str(value), allowed)}")
+        raise ConfigError(
+            f"{key}={units.as_typed(value)} is not one of {', '.join(allowed)}.{nearest(str(value), allowed)}"
+        )
 
 
 def at_least(key: str, value: float, lowest: int) -> None:

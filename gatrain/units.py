@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from typing import Any
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 
@@ -49,3 +51,8 @@ def rate(value: float) -> str:
 def plural(count: int, noun: str) -> str:
     """Write ``1 step``, ``1,200 steps``."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def as_typed(value: Any) -> str:
+    """A value as a person types it: null and true, not None and True."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)

@@ -26,8 +26,10 @@ def check_can_draw(path: Path) -> None:
     """Refuse a picture that could not be written, before anything slow begins.
 
     Raises:
-        ConfigError: matplotlib is missing, or the file's folder is.
+        ConfigError: matplotlib is missing, or the file's folder is, or its name is that of something else.
     """
+    if path.suffix.lower() not in ("", ".png"):
+        raise ConfigError(f"--plot {path}: the picture is a PNG file. Use --plot {path.with_suffix('.png')}.")
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError(f"--plot {path} needs matplotlib: pip install 'gatrain[plot]'.")
     if not path.absolute().parent.is_dir():
