@@ -51,6 +51,7 @@ def _train(run_dir: RunDir, stored: Reloaded, plan: Plan, rank: Rank) -> None:
     from gatrain.train import groups, order, out_of_memory, samples
     from gatrain.train.aftermath import Aftermath
     from gatrain.train.check import check_before_first_step
+    from gatrain.train.check.own_gradients import registered_hooks
     from gatrain.train.checkpointing import available_modes
     from gatrain.train.events import RunInfo
     from gatrain.train.hooks import Hooks, fingerprint_of
@@ -99,12 +100,17 @@ def _train(run_dir: RunDir, stored: Reloaded, plan: Plan, rank: Rank) -> None:
             # contents may have to be read whole, while the others wait
             engine.ranks.alone(lambda: _compare_data(run_dir, task, source))
     problems = [*told, *(f"skipped a damaged saved state, {problem}" for problem in problems)]
-    if progress.step < total_steps:
+
+    def checked() -> list[str]:
+        if progress.step >= total_steps:
+            return []
         with (
             out_of_memory.told(config, plan, run_dir, rank.device.type, modes=available_modes(engine.model)),
             samples.read_in_a_process(config.train.data_workers > 0),
         ):
-            problems += check_before_first_step(engine, config, schedule, progress.step, plan.micro_batch)
+            return check_before_first_step(engine, config, schedule, progress.step, plan.micro_batch)
+
+    problems += checked()
 
     def forward_of_one() -> None:
         with samples.read_in_a_process(config.train.data_workers > 0):
@@ -183,10 +189,15 @@ def _train(run_dir: RunDir, stored: Reloaded, plan: Plan, rank: Rank) -> None:
             sinks.notice(noticed.sentence)
         for problem in problems:
             sinks.notice(problem)
+        without = registered_hooks(engine.model)
         for text in hooks.start(
             partial(_hook_run, engine, progress, total_steps, run_dir, sinks), parts.get("hooks")
         ):
             sinks.notice(text)
+        if registered_hooks(engine.model) - without:  # the model computes otherwise now, on every rank
+            for text in checked():
+                if text not in problems:
+                    sinks.notice(text)
         folder_watch = RunFolder(run_dir, sinks.notice, sinks.put_back) if rank.is_first else None
         trainer = Trainer(
             engine=engine,

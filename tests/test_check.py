@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from command import project, run
 from torch import Tensor, nn
+from torch.nn.utils import spectral_norm
 from torch.utils.checkpoint import checkpoint
 
 from gatrain.config import SGDConfig
@@ -99,6 +100,19 @@ class Frequent(Reader):
         self.embed = nn.Embedding(13, 8, scale_grad_by_freq=True)
 
 
+class SparseReader(Reader):
+    """Its embedding's sparse gradient goes through a hook that clamps its values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(13, 8, sparse=True)
+        self.embed.weight.register_hook(
+            lambda g: torch.sparse_coo_tensor(
+                g.coalesce().indices(), g.coalesce().values().clamp(-0.01, 0.01), g.shape
+            )
+        )
+
+
 class Averaging(Reader):
     """Reads the mean of all positions, padding included."""
 
@@ -169,6 +183,25 @@ def shifted_losses(model: nn.Module, batch: Any, reduction: str = "none") -> Ten
     return F.cross_entropy(logits, batch["labels"][:, 1:], ignore_index=IGNORED, reduction=reduction)
 
 
+class Casting(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.body, self.head, self.dtype = nn.Linear(WIDTH, 16), nn.Linear(16, CLASSES), dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        narrow = [each.to(self.dtype) for each in (x, self.body.weight, self.body.bias)]
+        return self.head(F.linear(*narrow).to(x.dtype).tanh())
+
+
+def on_policy(model: nn.Module, batch: Any) -> Any:
+    """Of each sample, four answers with advantages that add up to 0, as in GRPO."""
+    chosen = model(batch["x"]).log_softmax(-1)[:, :4]
+    ratio = (chosen - chosen.detach()).exp()
+    advantages = torch.tensor([1.3, -0.2, -0.4, -0.7], dtype=ratio.dtype)
+    clipped = ratio.clamp(0.8, 1.2)
+    return -torch.minimum(ratio * advantages, clipped * advantages).sum(), len(batch["y"])
+
+
 RIGHT: dict[str, Callable[[], Task]] = {
     "a data set that gives what it keeps": lambda: OwnTask(
         lambda m, b: (losses(m, b).sum(), len(b["y"])), data=InPlace(again=1.0)
@@ -177,6 +210,13 @@ RIGHT: dict[str, Callable[[], Task]] = {
         lambda m, b: ((losses(m, b) * b["scale"][:, 0]).sum(), len(b["y"])), data=OneBuffer(copies=True)
     ),
     "a sum over samples": lambda: OwnTask(lambda m, b: (losses(m, b).sum(), len(b["y"]))),
+    "advantages of a group, which cancel at the first step": lambda: OwnTask(on_policy),
+    "a layer that casts to bf16 by itself": lambda: OwnTask(
+        lambda m, b: (losses(m, b).sum(), len(b["y"])), model=lambda: Casting(torch.bfloat16)
+    ),
+    "a layer that casts to fp16 by itself": lambda: OwnTask(
+        lambda m, b: (losses(m, b).sum(), len(b["y"])), model=lambda: Casting(torch.float16)
+    ),
     "weighted samples": lambda: OwnTask(
         lambda m, b: ((losses(m, b) * b["weight"]).sum(), b["weight"].double().sum()),
         lambda b: float(b["weight"].double().sum()),
@@ -282,6 +322,27 @@ class OwnBackward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(Backward.apply(self.body(x).tanh(), self.change))
+
+
+def adversarial(*, clears: bool) -> Callable[[nn.Module, Any], Any]:
+    """Samples moved against the model, by a backward within the loss."""
+
+    def loss_sum(model: nn.Module, batch: Any) -> Any:
+        with torch.enable_grad():
+            moved = batch["x"].clone().requires_grad_()
+            F.cross_entropy(model(moved), batch["y"], reduction="sum").backward()
+            x = (moved + 0.1 * moved.grad.sign()).detach()
+            if clears:
+                model.zero_grad()
+        return F.cross_entropy(model(x), batch["y"], reduction="sum"), len(batch["y"])
+
+    return loss_sum
+
+
+def halved() -> nn.Module:
+    model = net()
+    next(model.parameters()).register_post_accumulate_grad_hook(lambda p: p.grad.mul_(0.5))
+    return model
 
 
 class InFp32Alone(nn.Module):
@@ -698,6 +759,16 @@ FAULTS: dict[str, Callable[[], Task]] = {
         lambda m, b: (losses(m, b).sum(), len(b["y"])),
         model=lambda: Paired(lambda n: torch.ones(n).multinomial(n)),
     ),
+    "a loss that runs a backward of its own": lambda: OwnTask(adversarial(clears=False)),
+    "a loss that clears gradients": lambda: OwnTask(adversarial(clears=True)),
+    "a hook on the sum of the micro-steps so far": lambda: OwnTask(
+        lambda m, b: (losses(m, b).sum(), len(b["y"])), model=halved
+    ),
+    "a hook on sparse gradients": lambda: of_texts(
+        lambda m, b: (shifted_losses(m, b, "sum"), (b["labels"][:, 1:] != IGNORED).sum()),
+        label_count,
+        SparseReader,
+    ),
     "gradients that a hook clamps": lambda: OwnTask(
         lambda m, b: (losses(m, b).sum(), len(b["y"])), model=hooked(lambda g: g.clamp(-0.01, 0.01))
     ),
@@ -853,6 +924,28 @@ def test_a_backward_that_cannot_be_compared_is_told_of_and_training_may_begin() 
 
     (notice,) = check(OwnTask(lambda m, b: (losses(m, b).sum(), len(b["y"])), model=Recomputed))
     assert "gradients could not be compared before the first step (reentrant checkpointing hides" in notice
+
+
+class HandWrittenBatchNorm(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt() if self.training else x
+
+
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        (HandWrittenBatchNorm, "as BatchNorm by its name"),
+        (lambda: spectral_norm(nn.Linear(8, 8)), "moves its"),
+    ],
+)
+def test_what_is_set_aside_and_depends_on_the_split_is_told(
+    layer: Callable[[], nn.Module], words: str
+) -> None:
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Linear(WIDTH, 8), layer(), nn.Linear(8, CLASSES))
+
+    (notice,) = check(OwnTask(lambda m, b: (losses(m, b).sum(), len(b["y"])), model=model))
+    assert words in notice
 
 
 def test_an_error_while_gradients_are_compared_is_the_users_own() -> None:

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
 
+from gatrain.train.gradient import GradientStrategy
 from gatrain.train.hooks import Hooks
+from gatrain.train.parts import digest
 from gatrain.train.ranks import Ranks
 
 _WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Whole numbers of as many bytes."""
 
 
-def ranks_differ(model: nn.Module, hooks: Hooks, ranks: Ranks) -> list[str]:
+def ranks_differ(model: nn.Module, hooks: Hooks, ranks: Ranks, strategy: GradientStrategy) -> list[str]:
     """In words, where they do. Collective; waits for the device.
 
     It is told and ends nothing: unlike GPUs may round an update differently.
     """
     if ranks.world_size == 1:
         return []
-    found = ranks.gather((_bits(model), hooks.digests()))
+    found = ranks.gather((_bits(model), hooks.digests(), _digest(strategy)))
     texts = []
-    ours, states = found[0]
-    for rank, (theirs, _) in enumerate(found):
+    ours, states, kept = found[0]
+    for rank, (theirs, _, _) in enumerate(found):
         if name := next((name for name in ours if theirs.get(name) != ours[name]), None):
             texts.append(
                 f"the ranks have different weights by now ({name} of rank {rank} is not that of rank 0), so the "
@@ -32,13 +36,26 @@ def ranks_differ(model: nn.Module, hooks: Hooks, ranks: Ranks) -> list[str]:
             )
             break
     for name, state in states.items():
-        if any(theirs.get(name) != state for _, theirs in found):
+        if any(theirs.get(name) != state for _, theirs, _ in found):
             texts.append(
                 f"the hook {name} has another state on each rank; rank 0's is saved, and all ranks go on from it "
                 "after a resume. Keep in state_dict() only what is the same on every rank: means over all ranks "
                 "are in Hook.measured."
             )
+    if any(theirs != kept for _, _, theirs in found):
+        texts.append(
+            f"the gradient strategy {type(strategy).__name__} has another state on each rank; rank 0's is saved, "
+            "and all ranks go on from it after a resume, which is another run. Keep what is the same on every rank "
+            "(after the reduction), or gather the ranks' in state_dict()."
+        )
     return texts
+
+
+def _digest(strategy: GradientStrategy) -> int:
+    with contextlib.suppress(Exception):  # a save tells of it
+        if state := dict(strategy.state_dict()):
+            return digest(state, f"gradient strategy {type(strategy).__name__}")
+    return 0
 
 
 def _bits(model: nn.Module) -> dict[str, int]:

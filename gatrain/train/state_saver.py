@@ -70,7 +70,8 @@ class StateSaver:
                 "the one that is there: parameter.copy_(...) under torch.no_grad()."
             )
         unsaved = self.engine.strategy_state.unsaved()
-        differing = ranks_differ(self.engine.model, self.hooks, self.engine.ranks)
+        engine = self.engine
+        differing = ranks_differ(engine.model, self.hooks, engine.ranks, engine.step.strategy)
         for text in [*differing, *([unsaved] if unsaved else [])]:
             if text not in self._told:
                 self._told.add(text)

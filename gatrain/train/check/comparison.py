@@ -14,13 +14,14 @@ from torch import Tensor
 from gatrain.errors import GatrainError, is_out_of_memory
 from gatrain.tasks.base import Batch
 from gatrain.train import seeding
-from gatrain.train.check.computing import TOLERANCE, batch_statistics_aside, by_precision
+from gatrain.train.check.computing import TOLERANCE, aside_texts, batch_statistics_aside, by_precision
 from gatrain.train.check.faults import Fault, Unclear
 from gatrain.train.check.forwards import REPEATED, Forwards, Terms, Way
 from gatrain.train.check.gradients import check_gradients
 from gatrain.train.check.host import FEWEST, HostSamples, Made
 from gatrain.train.check.memory import check_memory, uncontrolled
 from gatrain.train.check.mixing import check_mixing
+from gatrain.train.check.own_gradients import check_accumulation_hooks, gradients_left_alone
 from gatrain.train.check.sums import Sums
 from gatrain.train.counts import agree
 from gatrain.train.dropout.notice import NoticeDraws
@@ -71,6 +72,8 @@ class Comparison:
     def run(self) -> LossCheck:
         model, task = self._engine.model, self._engine.task
         state = HeldState(model, task)
+        for text in aside_texts(model):
+            self._note(text)
         try:
             with seeding.kept_random_state(), batch_statistics_aside(model):
                 self._compare(state)
@@ -139,11 +142,14 @@ class Comparison:
     # --- the comparison ---------------------------------------------------------------------------------
 
     def _compare_samples(self, chosen: list[tuple[int, Any]], state: HeldState) -> None:
+        check_accumulation_hooks(self._engine.model)
         whole, draws = self._host.collated(chosen)
         pieces, own = self._host.pieces(chosen, whole, draws)
         probe = pieces[0] if pieces else whole
+        model = self._engine.model
         try:
-            terms = self._forwards.settle(probe)
+            with gradients_left_alone(model):
+                terms = self._forwards.settle(probe)
         except GatrainError:
             raise
         except Fault:
@@ -153,11 +159,12 @@ class Comparison:
             state.restore()
             pieces, own = self._host.pieces(chosen, whole, draws, first=2) if len(chosen) > 3 else ([], own)
             probe = pieces[0] if pieces else whole
-            terms = self._forwards.settle(probe)
+            with gradients_left_alone(model):
+                terms = self._forwards.settle(probe)
         self._note(check_memory(self._engine, self._forwards, probe, terms))
         state.restore()
         self._check_repeats(probe, state)
-        if not terms.has_graph and any(p.requires_grad for p in self._engine.model.parameters()):
+        if not terms.has_graph and any(p.requires_grad for p in model.parameters()):
             raise Fault(
                 "loss_sum() returns a loss without a graph: no parameter would get a gradient, so the weights "
                 "would never move. Do not detach it, compute it under torch.no_grad() or from .item() or numpy "

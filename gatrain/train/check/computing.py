@@ -76,7 +76,7 @@ def computing_in(dtype: torch.dtype, model: nn.Module, batch: Batch, device: tor
 @contextlib.contextmanager
 def batch_statistics_aside(model: nn.Module) -> Iterator[None]:
     """BatchNorm by its running statistics and spectral norm without its iteration: both are known to depend on the
-    micro-batch and are told of elsewhere, and must not hide or look like a wrong loss."""
+    micro-batch, are told of in the plan or by `aside_texts`, and must not hide or look like a wrong loss."""
     aside = [module for module in model.modules() if module.training and _is_known(module)]
     bare = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is None]
     for norm in bare:  # statistics of nothing
@@ -94,9 +94,38 @@ def batch_statistics_aside(model: nn.Module) -> Iterator[None]:
             norm.running_mean = norm.running_var = None
 
 
+def aside_texts(model: nn.Module) -> list[str]:
+    """What to tell of modules that are set aside here and that the plan says nothing of."""
+    texts = []
+    training = [(name, module) for name, module in model.named_modules() if module.training]
+    named = [(name, type(m).__name__) for name, m in training if _is_batch_norm_by_name(m)]
+    if named:
+        texts.append(
+            f"{named[0][1]} ('{named[0][0]}') was left out of the check of the loss, as BatchNorm by its name. If "
+            "it normalises over the samples of a micro-batch, the result depends on the split, and no norm=... "
+            "reaches it: use nn.BatchNorm1d to 3d, which norm=exact makes exact, or nn.GroupNorm. gatrain verify "
+            "measures it."
+        )
+    spectral = [name for name, module in training if _iterates(module)]
+    if spectral:
+        texts.append(
+            f"spectral_norm ('{spectral[0]}') moves its estimate in each forward, so the result depends on the "
+            "number of micro-steps. With batch.micro as large as memory allows it does least; gatrain verify "
+            "measures it."
+        )
+    return texts
+
+
 def _is_known(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) or _is_batch_norm_by_name(module) or _iterates(module)
+
+
+def _is_batch_norm_by_name(module: nn.Module) -> bool:
     name = type(module).__name__.lower()
-    if isinstance(module, _BatchNorm):
-        return True
+    holds_one = any(isinstance(each, _BatchNorm) for each in module.modules())
+    return "batchnorm" in name and "frozen" not in name and not holds_one
+
+
+def _iterates(module: nn.Module) -> bool:
     hooks = (type(hook).__name__ for hook in module._forward_pre_hooks.values())
-    return "batchnorm" in name or name == "_spectralnorm" or "SpectralNorm" in hooks
+    return type(module).__name__ == "_SpectralNorm" or "SpectralNorm" in hooks

@@ -21,6 +21,9 @@ from gatrain.train.check.forwards import Forwards
 from gatrain.train.check.host import Made
 from gatrain.train.held_state import HeldState
 
+_DENSE = 2**26
+"""Numbers of a sparse gradient's parameter up to which it is compared."""
+
 FACTORS = (1.0, 2.0**12)
 """By which losses are multiplied, beside 1/T as in training: a clamp that lets today's gradient pass shows at the
 larger one."""
@@ -43,11 +46,15 @@ def check_gradients(forwards: Forwards, whole: Made, pieces: Sequence[Made], sta
     if not names or not total:
         return None
 
+    has_16_bit = False
+
     def measured(*factors: float) -> list[tuple[float, str]]:
+        nonlocal has_16_bit
         found: list[list[Sketch]] = [[] for _ in factors]
         for made in (whole, *pieces):
             state.restore()
             terms = forwards.terms(made, graph=True, factors=[factor / total for factor in factors])
+            has_16_bit = has_16_bit or terms.sixteen_bit is not None
             for row, gradients in zip(found, terms.gradients, strict=True):
                 row.append(sketch(gradients))
         return [(difference(row[0], row[1:]), furthest(names, row[0], row[1:])) for row in found]
@@ -73,11 +80,11 @@ def check_gradients(forwards: Forwards, whole: Made, pieces: Sequence[Made], sta
         return f"The gradients could not be compared before the first step ({why})."
     if relative <= TOLERANCE:
         return None
-    allowed = SURELY_WRONG if kept.precise is not None else SURELY_WRONG_IN_16_BIT
-    forwards.way = dataclasses.replace(kept, precise=torch.float64)
+    allowed = SURELY_WRONG if kept.precise is not None and not has_16_bit else SURELY_WRONG_IN_16_BIT
+    forwards.way, has_16_bit = dataclasses.replace(kept, precise=torch.float64), False
     try:
         relative, name = worst()
-        allowed = TOLERANCE
+        allowed = SURELY_WRONG_IN_16_BIT if has_16_bit else TOLERANCE  # a model may cast by itself
     except (GatrainError, Fault):
         raise
     except Exception:  # the model cannot be computed in fp64: what was found before counts
@@ -107,10 +114,12 @@ class Sketch:
 
 
 def sketch(gradients: Sequence[Tensor | None]) -> Sketch:
-    """The sketch of one tensor or None for each parameter; sparse ones are left out."""
+    """The sketch of one tensor or None for each parameter; large sparse ones are left out."""
     rows = []
     for nth, gradient in enumerate(gradients):
         row = torch.zeros(SEGMENTS, dtype=torch.float64)
+        if gradient is not None and gradient.layout == torch.sparse_coo and gradient.numel() <= _DENSE:
+            gradient = gradient.to_dense()
         if gradient is not None and gradient.layout == torch.strided and gradient.numel():
             flat = (torch.view_as_real(gradient) if gradient.is_complex() else gradient).reshape(-1)
             drawn = torch.Generator(flat.device).manual_seed(nth)
