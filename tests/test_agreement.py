@@ -13,7 +13,9 @@ from torch import nn
 
 from gatrain import Hook
 from gatrain.train.agreement import ranks_differ
+from gatrain.train.gradient.plain import Plain
 from gatrain.train.hooks import Hooks
+from gatrain.train.module_numbers import ModuleNumbers
 from gatrain.train.ranks import Ranks
 from gatrain.train.records import StepRecord
 
@@ -26,27 +28,49 @@ class Keeps(Hook):
         return self.kept
 
 
+class ErrorFeedback(Plain):
+    """Keeps what compression has left over, which is each rank's own."""
+
+    def __init__(self, left: float) -> None:
+        self.left = left
+
+    def state_dict(self) -> Mapping[str, Any]:
+        return {"left": self.left}
+
+
 def told() -> list[list[str]]:
     ranks = Ranks.current()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1).double(), nn.Linear(1, 1).half())
     same = Hooks({"same": Keeps(n=1, mean=torch.ones(2))}, ranks)
-    found = [ranks_differ(model, same, ranks)]
-    found.append(ranks_differ(model, Hooks({"own": Keeps(n=ranks.rank)}, ranks), ranks))
-    found.append(ranks_differ(model, Hooks({"tensor": Keeps(x=torch.full((2,), ranks.rank))}, ranks), ranks))
+    plain, own = Plain(), ErrorFeedback(ranks.rank)
+    found = [ranks_differ(model, same, ranks, plain)]
+    found.append(ranks_differ(model, Hooks({"own": Keeps(n=ranks.rank)}, ranks), ranks, plain))
+    hooks = Hooks({"tensor": Keeps(x=torch.full((2,), ranks.rank))}, ranks)
+    found.append(ranks_differ(model, hooks, ranks, plain))
+    found.append(ranks_differ(model, same, ranks, own))
     with torch.no_grad():
         model[2].bias += 0.25 * ranks.rank  # type: ignore[operator]
-    found.append(ranks_differ(model, same, ranks))
+    found.append(ranks_differ(model, same, ranks, plain))
     return found
 
 
 def test_weights_and_states_that_are_others_on_some_rank_are_told_and_equal_ones_are_not() -> None:
-    for equal, number, tensor, weights in run_on_ranks(2, told):
+    for equal, number, tensor, strategy, weights in run_on_ranks(2, told):
         assert equal == []
         assert "the hook own has another state on each rank" in number[0]
         assert "the hook tensor has another state on each rank" in tensor[0]
         assert "different weights by now (2.bias of rank 1 is not that of rank 0)" in weights[0]
-        assert len(number) == len(tensor) == len(weights) == 1
+        assert "the gradient strategy ErrorFeedback has another state on each rank" in strategy[0]
+        assert len(number) == len(tensor) == len(strategy) == len(weights) == 1
+
+
+def test_attributes_of_modules_that_change_are_told() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.1))
+    numbers = ModuleNumbers(model)
+    assert numbers.unsaved() == ""
+    model[1].p = 0.3
+    assert "p of Dropout ('1') is another than at the start and is not saved" in numbers.unsaved()
 
 
 class Draws(Hook):

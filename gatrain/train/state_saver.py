@@ -16,6 +16,7 @@ from gatrain.train.agreement import ranks_differ
 from gatrain.train.engine import Engine
 from gatrain.train.events import Sink
 from gatrain.train.hooks import Hooks
+from gatrain.train.module_numbers import ModuleNumbers
 from gatrain.train.nonfinite_policy import remedies
 from gatrain.train.rescue import rescue
 from gatrain.train.run_folder import RunFolder
@@ -47,6 +48,7 @@ class StateSaver:
 
     def __post_init__(self) -> None:
         self.clock = SaveClock(60 * self.config.save.minutes)
+        self._numbers = ModuleNumbers(self.engine.model)
 
     def is_wanted(self, *, before_evaluation: bool) -> bool:
         """Whether a state must be written after the step that begins now. Asked on rank 0, once a step."""
@@ -72,8 +74,8 @@ class StateSaver:
         unsaved = self.engine.strategy_state.unsaved()
         engine = self.engine
         differing = ranks_differ(engine.model, self.hooks, engine.ranks, engine.step.strategy)
-        for text in [*differing, *([unsaved] if unsaved else [])]:
-            if text not in self._told:
+        for text in [*differing, unsaved, self._numbers.unsaved()]:
+            if text and text not in self._told:
                 self._told.add(text)
                 self.sinks.notice(f"step {progress.step}: {text}")
         # the others wait for the disk outside of any collective, which would fail after its timeout
