@@ -118,7 +118,8 @@ def test_checkpointing_changes_no_gradient(name: str) -> None:
         found = gradients(make, call, mode)
         assert found.keys() == plain.keys()
         for key, gradient in plain.items():
-            assert torch.allclose(found[key], gradient, rtol=1e-6, atol=1e-6 * float(gradient.abs().max())), (
+            # a tensor that all blocks share gets its parts in another order: 1.5e-6 off in T5 on some processors
+            assert torch.allclose(found[key], gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max())), (
                 key
             )
 
