@@ -312,6 +312,56 @@ def test_arguments_that_it_does_not_take_are_refused_with_the_nearest() -> None:
     assert engine_for(OwnOptimizer(target="torch.optim.Rprop", arguments={})).built.lr == 0.01  # its own
 
 
+# --- the rules reach it ---------------------------------------------------------------------------------
+
+
+def hidden_decay(params: Any, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=lr, weight_decay=0.5)
+
+
+class NoDecay(torch.optim.Optimizer):
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in (p for group in self.param_groups for p in group["params"]):
+            p.add_(p.grad, alpha=-self.param_groups[0]["lr"])
+
+
+class Swallows(NoDecay):
+    def __init__(self, params: Any, lr: float = 0.1, **more: Any) -> None:
+        super().__init__(params, lr)
+
+
+def test_a_rules_decay_reaches_an_optimizer_whose_arguments_do_not_name_it() -> None:
+    rules = [{"match": "first.*", "weight_decay": 0.25}]
+    config = OwnOptimizer(lr=0.01, target=f"{__name__}.hidden_decay", arguments={}, groups=rules)
+    built = engine_for(config).built
+    decays = {p: group["weight_decay"] for group in built.optimizer.param_groups for p in group["params"]}
+    for group in built.grouping.groups:
+        for name, p in zip(group.names, group.parameters, strict=True):
+            assert decays[p] == (0.25 if name.startswith("first") else 0.5 if p.dim() > 1 else 0.0), name
+
+
+@pytest.mark.parametrize("name", ["NoDecay", "Swallows"])
+def test_a_rules_decay_that_an_optimizer_does_not_have_is_refused(name: str) -> None:
+    def config(decay: float) -> OwnOptimizer:
+        rules = [{"match": "first.*", "weight_decay": decay}]
+        return OwnOptimizer(lr=0.01, target=f"{__name__}.{name}", arguments={}, groups=rules)
+
+    with pytest.raises(ConfigError, match=f"weight_decay=0.25: .*{name} has no weight decay. Leave it out"):
+        engine_for(config(0.25))
+    engine_for(config(0.0))
+
+
+def test_options_in_a_rule_make_a_shipped_optimizer_step_as_torchs_with_them() -> None:
+    config = SGDConfig(lr=0.01, momentum=0.9, groups=[{"match": "*", "dampening": 0.9}])
+    found = train(engine_for(config), [6])
+    wanted = plain(lambda model: [torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, dampening=0.9)])
+    assert all(torch.allclose(found[name], value, rtol=1e-10) for name, value in wanted.items())
+
+
 # --- state ----------------------------------------------------------------------------------------------
 
 

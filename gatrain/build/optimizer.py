@@ -23,6 +23,7 @@ from gatrain.train.optimizer import Maker, check_takes_sparse
 from gatrain.train.optimizer_state import check_step
 from gatrain.train.phased_optimizer import counted_for, groupings
 from gatrain.train.schedule import Factor, TorchFactor, check_factor, check_scheduler
+from gatrain.train.seeding import kept_random_state
 from gatrain.train.windows import WindowSchedule
 
 
@@ -128,13 +129,32 @@ def _make_own_optimizer(
             )
         if value is not None and (key in names or is_open):
             given[key] = value
-    if "weight_decay" not in names and not is_open:
-        groups = [{key: value for key, value in group.items() if key != "weight_decay"} for group in groups]
+    if "weight_decay" not in names and any("weight_decay" in group for group in groups):
+        groups = _with_decay_if_known(config, groups, first, given, is_open)
     given[first] = groups
     if fused and "fused" in names and not {"fused", "foreach"} & config.node.keys():
         with contextlib.suppress(ConfigError):  # not for this class, device or combination of options
             return _as_optimizer(dotted, instantiate("optimizer", config.node, **given, fused=True))
     return _as_optimizer(dotted, instantiate("optimizer", config.node, **given))
+
+
+def _with_decay_if_known(
+    config: OptimizerConfig, groups: list[dict[str, Any]], first: str, given: dict[str, Any], is_open: bool
+) -> list[dict[str, Any]]:
+    """The groups for an optimizer that names no weight decay: what it makes of others shows whether it has one."""
+    assert config.node is not None
+    dotted = config.node["_target_"]
+    without = [{key: value for key, value in group.items() if key != "weight_decay"} for group in groups]
+    copies = [{**group, "params": [nn.Parameter(p.detach()) for p in group["params"]]} for group in without]
+    with kept_random_state():
+        probe = _as_optimizer(dotted, instantiate("optimizer", config.node, **given, **{first: copies}))
+    if any("weight_decay" in options for options in (probe.defaults, *probe.param_groups)):
+        return groups
+    if decay := next((value for group in groups if (value := group.get("weight_decay"))), None):
+        raise ConfigError(
+            f"optimizer.groups: weight_decay={decay:g}: {dotted} has no weight decay. Leave it out of the rule."
+        )
+    return groups if is_open else without
 
 
 def _as_optimizer(dotted: str, made: Any) -> torch.optim.Optimizer:

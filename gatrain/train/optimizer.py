@@ -136,7 +136,10 @@ def build_optimizer(
         return (maker or make_shipped)(config, given, fused)
 
     has_sparse = [p for group in grouping.groups for p in group.parameters if id(p) in sparse]
-    if type(config) in (AdamWConfig, SGDConfig) or not try_first:
+    has_options = any(
+        group.options for group in grouping.groups
+    )  # a rule may name any of the class: dampening
+    if (type(config) in (AdamWConfig, SGDConfig) and not has_options) or not try_first:
         behaviour = Behaviour(can_be_primed=True)
     else:
         behaviour = try_out(make, groups, [of(p) for p in has_sparse], large=maker is not None)
