@@ -166,6 +166,28 @@ def no_scheduler(optimizer: torch.optim.Optimizer) -> float:
     return 1.0
 
 
+def by_decay(optimizer: torch.optim.Optimizer) -> lr_scheduler.LRScheduler:
+    decays = [bool(group["weight_decay"]) for group in optimizer.param_groups]
+    return lr_scheduler.LambdaLR(optimizer, [lambda step, on=on: 0.9**step if on else 1.0 for on in decays])
+
+
+class FirstFast(lr_scheduler.LRScheduler):
+    def get_lr(self) -> list[Any]:
+        return [base * 0.1 ** (nth > 0) for nth, base in enumerate(self.base_lrs)]
+
+
+def one_rate(optimizer: torch.optim.Optimizer) -> lr_scheduler.LRScheduler:
+    return lr_scheduler.LambdaLR(optimizer, [lambda step: 0.5**step])
+
+
+def unnamed(opt: torch.optim.Optimizer) -> lr_scheduler.LRScheduler:
+    return lr_scheduler.ExponentialLR(opt, 0.9)
+
+
+def test_a_scheduler_that_takes_a_list_of_one_rate_is_taken() -> None:
+    assert own(f"{__name__}.one_rate") == [0.5**step for step in range(12)]
+
+
 def test_a_function_of_an_optimizer_gives_a_scheduler_made_of_others() -> None:
     assert own(f"{__name__}.in_turn") == pytest.approx(
         [0.25, 0.4375, 0.625, 0.8125, *(0.5**step for step in range(8))]
@@ -185,6 +207,9 @@ def test_a_class_or_a_function_of_the_users_gives_the_factor() -> None:
         (f"{__name__}.plateau", {}, "follows the evaluation's loss"),
         (f"{__name__}.at_random", {}, "for the same step"),
         (f"{__name__}.no_scheduler", {}, "takes an optimizer and gave a float"),
+        (f"{__name__}.by_decay", {}, r"different rates \(0.9 and 1 of optimizer.lr at step 1\).*lr_scale"),
+        (f"{__name__}.FirstFast", {}, "different rates"),
+        (f"{__name__}.unnamed", {}, "'opt'.* Call it 'optimizer' .* or 'step'"),
         (f"{__name__}.text", {}, "not a function of the optimizer step"),
         ("torch.optim.lr_scheduler.ReduceLROnPlateau", {}, "follows the evaluation's loss"),
         ("torch.optim.lr_scheduler.OneCycleLR", {"max_lr": 0.2}, "cycle_momentum=false"),
@@ -227,6 +252,25 @@ def late_noise(step: int) -> float:
 def test_a_schedule_that_follows_from_more_than_the_step_is_refused_wherever_it_shows(name: str) -> None:
     with pytest.raises(ConfigError, match="for the same step"):
         own(f"{__name__}.{name}")
+
+
+LOSSES: list[float] = []
+
+
+def by_loss(step: int) -> float:
+    return 1.0 if not LOSSES else 0.1
+
+
+def test_a_schedule_that_follows_what_moves_in_the_run_is_refused_where_it_shows() -> None:
+    config = RunConfig(batch=BatchConfig(4), schedule=OwnSchedule(target=f"{__name__}.by_loss", arguments={}))
+    clock = build.step_clock(config, 12)
+    assert clock.factor(3) == 1.0
+    LOSSES.append(0.5)
+    try:
+        with pytest.raises(ConfigError, match="for the same step, 4, before training and now"):
+            clock.factor(4)
+    finally:
+        LOSSES.clear()
 
 
 def test_a_schedule_that_computes_its_steps_in_turn_is_taken() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from gatrain import targets
 from gatrain.build.nodes import instantiate
@@ -22,7 +24,7 @@ from gatrain.train.modules import sparse_parameters
 from gatrain.train.optimizer import Maker, check_takes_sparse
 from gatrain.train.optimizer_state import check_step
 from gatrain.train.phased_optimizer import counted_for, groupings
-from gatrain.train.schedule import Factor, TorchFactor, check_factor, check_scheduler
+from gatrain.train.schedule import Factor, TorchFactor, check_factor, check_groups_alike, check_scheduler
 from gatrain.train.seeding import kept_random_state
 from gatrain.train.windows import WindowSchedule
 
@@ -91,22 +93,41 @@ def step_clock(config: RunConfig, total_steps: int, windows: WindowSchedule | No
     given = {name: value for name, value in span.items() if name in takes and name not in node}
     own: Factor
     again: Factor | None = None
-    is_torchs = isinstance(target, type) and issubclass(target, torch.optim.lr_scheduler.LRScheduler)
+    what = f"schedule._target_={dotted}"
+    is_torchs = isinstance(target, type) and issubclass(target, LRScheduler)
     if is_torchs or (not isinstance(target, type) and "optimizer" in takes and "step" not in takes):
-        own, again = (_torch_schedule(config, node, given) for _ in range(2))
-    elif not isinstance(target, type) and "step" in takes:
+        make, peak = _torch_schedule(config, node, given)
+        checked = check_factor(TorchFactor(make, peak), total_steps, what, TorchFactor(make, peak))
+        check_groups_alike(make, peak, checked, total_steps, what)
+        return dataclasses.replace(clock, own=checked)
+    if not isinstance(target, type) and "step" in takes:
         of_step = instantiate("schedule", {**node, "_partial_": True}, **given)
         own = lambda step: float(of_step(step=step))  # noqa: E731
     else:
+        if not isinstance(target, type):
+            _check_named(target, node, given)
         own, again = (instantiate("schedule", node, **given) for _ in range(2))
         if not callable(own):
             raise ConfigError(
-                f"schedule._target_={dotted} gave a {type(own).__name__}, not a function of the optimizer step. "
+                f"{what} gave a {type(own).__name__}, not a function of the optimizer step. "
                 "Give it __call__(self, step), or name a function with the argument 'step'."
             )
-    return dataclasses.replace(
-        clock, own=check_factor(own, total_steps, f"schedule._target_={dotted}", again)
-    )
+    return dataclasses.replace(clock, own=check_factor(own, total_steps, what, again))
+
+
+def _check_named(target: Any, node: dict[str, Any], given: dict[str, Any]) -> None:
+    """Refuse a function whose argument nothing gives: what it is for is told by its name."""
+    if node.get("_args_") or node.get("_partial_"):
+        return
+    for name, each in (believed_parameters(target) or {}).items():
+        if each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD) or each.default is not each.empty:
+            continue
+        if name not in node and name not in given:
+            raise ConfigError(
+                f"schedule: {node['_target_']} needs the argument {name!r}, which gatrain does not know. Call it "
+                "'optimizer' where the function gets one and returns a torch scheduler, or 'step' where it gives "
+                f"the factor of optimizer.lr; a value of your own is schedule.{name}=...."
+            )
 
 
 def _make_own_optimizer(
@@ -165,13 +186,16 @@ def _as_optimizer(dotted: str, made: Any) -> torch.optim.Optimizer:
     return made
 
 
-def _torch_schedule(config: RunConfig, node: dict[str, Any], given: dict[str, Any]) -> Factor:
+def _torch_schedule(
+    config: RunConfig, node: dict[str, Any], given: dict[str, Any]
+) -> tuple[Callable[[torch.optim.Optimizer], LRScheduler], float]:
+    """What makes the scheduler of an optimizer, and that optimizer's rate."""
     if "epochs" in node:
         given = {}
     if config.optimizer.lr is None:
         raise ConfigError(f"{node['_target_']} needs the peak rate. Give it optimizer.lr=....")
 
-    def make(dummy: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    def make(dummy: torch.optim.Optimizer) -> LRScheduler:
         return check_scheduler(node["_target_"], instantiate("schedule", node, optimizer=dummy, **given))
 
-    return TorchFactor(make, config.optimizer.lr)
+    return make, config.optimizer.lr

@@ -207,7 +207,8 @@ def check_factor(made: Factor, total_steps: int, name: str, again: Factor | None
         again: the same made anew, where it is an object, which may keep something.
 
     Raises:
-        ConfigError: it fails, gives no finite number of 0 or more, or depends on how often it was asked.
+        ConfigError: it fails, gives no finite number of 0 or more, or depends on how often it was asked. What is
+            returned raises it where a step's factor is another than before training.
     """
 
     def checked(step: int, made: Factor = made) -> float:
@@ -241,4 +242,54 @@ def check_factor(made: Factor, total_steps: int, name: str, again: Factor | None
             f"{name} gives {one} and {other} for the same step: it counts its calls, remembers them or draws "
             "random numbers, so a resumed run would have other rates. Let it follow from the step alone."
         )
-    return checked
+
+    def as_before(step: int) -> float:
+        value = checked(step)
+        if value != (before := given.get(step, value)):
+            raise ConfigError(
+                f"{name} gives {before} and {value} for the same step, {step}, before training and now: it follows "
+                "something beside the step (a loss, say), so a resumed run would have other rates. Let it follow "
+                "from the step alone."
+            )
+        return value
+
+    return as_before
+
+
+def check_groups_alike(
+    make: Callable[[torch.optim.Optimizer], LRScheduler],
+    peak: float,
+    checked: Factor,
+    total_steps: int,
+    name: str,
+) -> None:
+    """Refuse a scheduler that gives the optimizer's groups different rates: `TorchFactor` follows those of one.
+
+    Args:
+        make: makes the scheduler of an optimizer.
+        peak: rate of that optimizer.
+        checked: the factors of an optimizer with one group.
+
+    Raises:
+        ConfigError: it does, in one of the first steps.
+    """
+    groups = [{"params": [nn.Parameter(torch.zeros(()))], "weight_decay": decay} for decay in (0.1, 0.0)]
+    optimizer = torch.optim.SGD(groups, lr=peak, momentum=0.9)
+    found = []
+    try:
+        scheduler = make(optimizer)
+        for step in range(min(total_steps, _ALL_TRIED)):
+            if step:
+                optimizer.step()
+                scheduler.step()
+            found.append([float(group["lr"]) / peak for group in optimizer.param_groups])
+    except Exception:  # it is for one group: a list of one rate, say
+        return
+    for step, factors in enumerate(found):
+        one, *_, other = sorted([*factors, checked(step)])
+        if one != other:
+            raise ConfigError(
+                f"{name} gives groups of parameters different rates ({one:g} and {other:g} of optimizer.lr at step "
+                f"{step}), and gatrain follows one for all. Write lr or lr_scale in the rules of optimizer.groups, "
+                "or let it give every group the same factor."
+            )
