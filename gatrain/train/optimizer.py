@@ -136,9 +136,7 @@ def build_optimizer(
         return (maker or make_shipped)(config, given, fused)
 
     has_sparse = [p for group in grouping.groups for p in group.parameters if id(p) in sparse]
-    has_options = any(
-        group.options for group in grouping.groups
-    )  # a rule may name any of the class: dampening
+    has_options = any(group.options for group in grouping.groups)  # any of the class, such as dampening
     if (type(config) in (AdamWConfig, SGDConfig) and not has_options) or not try_first:
         behaviour = Behaviour(can_be_primed=True)
     else:
