@@ -10,8 +10,9 @@ from torch import nn
 
 from gatrain.train.check.faults import Fault
 
-_LARGEST = 2**22
-"""Parameters with more numbers are not marked: whoever changes gradients changes small ones, too."""
+_LARGEST = 2**16
+"""Parameters with more numbers are not marked where there are smaller ones: a backward reaches those, too, and
+memory for all gradients, taken this early, would stay with the allocator."""
 
 
 @contextlib.contextmanager
@@ -21,7 +22,9 @@ def gradients_left_alone(model: nn.Module) -> Iterator[None]:
     Raises:
         Fault: a forward ran a backward of its own, or cleared gradients: those of the micro-steps before.
     """
-    marked = [(n, p) for n, p in model.named_parameters() if p.requires_grad and p.numel() <= _LARGEST]
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    limit = max(_LARGEST, min((p.numel() for _, p in trained), default=0))
+    marked = [(name, parameter) for name, parameter in trained if parameter.numel() <= limit]
     kept = [parameter.grad for _, parameter in marked]
     marks = []
     for _, parameter in marked:
