@@ -185,6 +185,20 @@ class NoRate(Plain):
         return float(self.rate / group["lr"])
 
 
+class OptionalSAM(Plain):
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if closure is not None:
+            moves = [0.05 * p.grad for p in parameters]
+            for p, move in zip(parameters, moves, strict=True):
+                p.add_(move)
+            closure()
+            for p, move in zip(parameters, moves, strict=True):
+                p.sub_(move)
+        super().step()
+
+
 GROUPS = [{"params": list(nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 3)).parameters())}]
 
 
@@ -206,6 +220,7 @@ GROUPS = [{"params": list(nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 3)).par
         (SharedLate, "cannot be resumed exactly"),
         (OwnRate, "changes the rate of its groups by itself"),
         (NoRate, "does not use the rate of its groups"),
+        (OptionalSAM, "another step where step\\(\\) gets a closure"),
     ],
 )
 def test_what_a_resume_would_lose_is_refused_wherever_it_is_kept(kind: type[Plain], words: str) -> None:

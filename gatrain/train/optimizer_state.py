@@ -142,6 +142,8 @@ def _tried(make: Make, small: list[dict[str, Any]], is_sparse: list[bool]) -> Be
             raise ConfigError(_forgets(what, f": its attribute {name} is another after a resume"))
         if not _agree(mine, theirs):
             raise ConfigError(_forgets(what, ""))
+    if not any(is_sparse):
+        _check_closure(make, small, what)  # last: one that draws random numbers was told so above
     return Behaviour(
         _can_be_primed(make, small, is_sparse, mine, first), counts or any(changed_options(first, begun))
     )
@@ -183,6 +185,39 @@ def _check_rates(
         raise ConfigError(
             f"{what} does not use the rate of its groups: it steps as far at half of it. A schedule or a warm-up "
             "would do nothing, and the recorded rate would not be the one in use. Let step() read group['lr']."
+        )
+
+
+def _check_closure(make: Make, small: list[dict[str, Any]], what: str) -> None:
+    """Refuse an optimizer that steps differently where it may compute the loss again, as SAM does.
+
+    Raises:
+        ConfigError: it does; one that fails is let pass.
+    """
+    found = []
+    for with_closure in (False, True):
+        given = _copies(small)
+        parameters = _listed(given)
+
+        def gradients(parameters: list[Tensor] = parameters) -> Tensor:
+            """Of half of the sum of squares."""
+            for p in parameters:
+                p.grad = p.detach().clone()
+            return torch.stack([p.detach().double().square().sum().cpu() for p in parameters]).sum() / 2
+
+        try:
+            gradients()
+            with kept_random_state():  # both draw the same
+                optimizer: Any = make([dict(group) for group in given])
+                optimizer.step(**({"closure": gradients} if with_closure else {}))
+        except Exception:
+            return
+        found.append(given)
+    if not _agree(*found):
+        raise ConfigError(
+            f"{what} takes another step where step() gets a closure: it computes the loss again at other weights, "
+            "say, as SAM does. gatrain gives an optimizer the gradient of the whole window, once, so it would "
+            "train as the plain one. Use another one, such as optimizer=adamw."
         )
 
 
