@@ -301,6 +301,25 @@ def test_groups_that_change_late_are_saved(tmp_path: Path) -> None:
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), resumed.parameters(), strict=True))
 
 
+class LateAttribute(Plain):
+    """Lookahead's kind, with a start: slow weights are kept from step 20 on."""
+
+    def factor(self, p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> float:
+        state["step"] = state.get("step", 0) + 1
+        self.last = state["step"]
+        if state["step"] >= 20:
+            self.slow = {**getattr(self, "slow", {}), p: p.clone()}
+        return 1.0
+
+
+def test_attributes_that_come_late_are_told() -> None:
+    model, built = made("LateAttribute")
+    train(model, built, range(19))
+    assert built.late() == ""  # `last` follows from what is saved
+    train(model, built, range(19, 25))
+    assert "LateAttribute has begun to change slow, and no saved state holds" in built.late()
+
+
 def test_state_that_no_file_holds_and_comes_late_is_said_in_words(tmp_path: Path) -> None:
     with pytest.raises(SavedStateError, match="LateInAList has come to keep a list at 'kept'"):
         save(tmp_path, "LateInAList", 25)

@@ -24,6 +24,7 @@ from gatrain.optimizers import AdamA, Lion, Muon
 from gatrain.train.groups import Group, Grouping, check_options
 from gatrain.train.main_gradients import HALF
 from gatrain.train.modules import sparse_modules
+from gatrain.train.optimizer_attributes import LateAttributes
 from gatrain.train.optimizer_state import Behaviour, changed_options, options_of, state_bytes, try_out
 
 PART = "optimizer_groups"
@@ -74,6 +75,8 @@ class Built:
     begun: list[dict[str, Any]]
     """The options of its groups before the first step."""
     behaviour: Behaviour
+    late: Callable[[], str] = lambda: ""
+    """What it has begun to keep where no state holds it, in words; '' for nothing."""
 
     def parts(self) -> dict[str, Any]:
         """Part of a saved state beside the state of each parameter: options that the optimizer has changed."""
@@ -157,7 +160,10 @@ def build_optimizer(
     if not isinstance(lr, int | float) or not 0 <= lr < math.inf:
         raise ConfigError(f"{what} has no usual rate (lr={lr!r}). Give it optimizer.lr=....")
     scales = _scales(optimizer, grouping.groups, of, float(lr))
-    return Built(optimizer, float(lr), scales, grouping, options_of(optimizer), behaviour)
+    built = Built(optimizer, float(lr), scales, grouping, options_of(optimizer), behaviour)
+    if maker is not None:
+        built.late = LateAttributes(optimizer, behaviour.moves).unsaved
+    return built
 
 
 def counted_state(

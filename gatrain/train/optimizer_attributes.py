@@ -16,6 +16,7 @@ from torch import Tensor, nn
 _OPTIMIZERS_OWN = ("state", "param_groups", "defaults")
 """Attributes of every optimizer that are saved, or made anew; others of torch's begin with an underscore."""
 _STEP_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+_NOTHING = object()
 _DEEP = 6
 _MOST_OBJECTS = 10_000
 """That are looked into: more are data, not state."""
@@ -111,6 +112,46 @@ def differing_attribute(
         if moves and not same_value(value, other):
             return place.partition("[")[0]
     return ""
+
+
+def moved_attributes(optimizer: torch.optim.Optimizer, made: Mapping[str, Any]) -> frozenset[str]:
+    """Names of the attributes in which something is another than in ``made``, or is there since."""
+    now = attributes_of(optimizer)
+    places = [place for place in {**made, **now} if not same_value(now.get(place), made.get(place))]
+    return frozenset(place.partition("[")[0] for place in places)
+
+
+class LateAttributes:
+    """Watches for attributes that begin to change in the run, where the trial's few steps showed nothing.
+
+    Args:
+        optimizer: as it was made.
+        moves: names of those that changed in the trial: there a resume came to the same.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, moves: frozenset[str]) -> None:
+        self._optimizer, self._moves = optimizer, moves
+        self._begun = self._plain()
+
+    def unsaved(self) -> str:
+        """A sentence where there are such; else ''."""
+        now = self._plain()
+        others = [place for place, value in now.items() if value != self._begun.get(place, _NOTHING)]
+        if not others:
+            return ""
+        names = ", ".join(sorted({place.partition("[")[0] for place in others})[:3])
+        return (
+            f"{type(self._optimizer).__name__} has begun to change {names}, and no saved state holds "
+            "an optimizer's attributes: a resumed run goes on without it. Keep it in self.state[parameter]."
+        )
+
+    def _plain(self) -> dict[str, Any]:
+        """Numbers and texts as they are, of tensors only that they are there."""
+        return {
+            place: "a tensor" if isinstance(value, Tensor) else value
+            for place, value in attributes_of(self._optimizer).items()
+            if (name := place.partition("[")[0]) not in self._moves and name not in _STEP_HOOKS
+        }
 
 
 def same_value(one: Any, other: Any) -> bool:

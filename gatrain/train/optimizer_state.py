@@ -8,6 +8,7 @@ and whether its state can be made ahead of the first step.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import json
 import math
@@ -20,7 +21,12 @@ from torch import Tensor, nn
 
 from gatrain.errors import ConfigError
 from gatrain.optimizers import AdamA
-from gatrain.train.optimizer_attributes import attributes_of, differing_attribute, same_value
+from gatrain.train.optimizer_attributes import (
+    attributes_of,
+    differing_attribute,
+    moved_attributes,
+    same_value,
+)
 from gatrain.train.seeding import kept_random_state
 
 Make = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
@@ -46,6 +52,8 @@ class Behaviour:
     """`prime` leaves it as it was before its first step."""
     counts_in_groups: bool = False
     """It changes options of its groups as it steps, which belong to its state."""
+    moves: frozenset[str] = frozenset()
+    """Names of attributes that it changes, and comes to again after a resume."""
 
 
 # --- before the first step ------------------------------------------------------------------------------
@@ -102,7 +110,8 @@ def try_out(
     with kept_random_state():
         behaviour = _tried(make, *_small_groups(groups, of_sparse))
         if large:
-            _tried(make, *_small_groups(groups, of_sparse, is_capped=True))
+            other = _tried(make, *_small_groups(groups, of_sparse, is_capped=True))
+            behaviour = dataclasses.replace(behaviour, moves=behaviour.moves | other.moves)
         return behaviour
 
 
@@ -145,7 +154,9 @@ def _tried(make: Make, small: list[dict[str, Any]], is_sparse: list[bool]) -> Be
     if not any(is_sparse):
         _check_closure(make, small, what)  # last: one that draws random numbers was told so above
     return Behaviour(
-        _can_be_primed(make, small, is_sparse, mine, first), counts or any(changed_options(first, begun))
+        _can_be_primed(make, small, is_sparse, mine, first),
+        counts or any(changed_options(first, begun)),
+        moved_attributes(first, made),
     )
 
 

@@ -156,6 +156,7 @@ def build_for(
             can_be_primed=all(built.behaviour.can_be_primed for built in made.values()),
             counts_in_groups=any(built.behaviour.counts_in_groups for built in made.values()),
         ),
+        late=lambda: next((text for built in made.values() if (text := built.late())), ""),
     )
 
 

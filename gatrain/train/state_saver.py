@@ -74,7 +74,7 @@ class StateSaver:
         unsaved = self.engine.strategy_state.unsaved()
         engine = self.engine
         differing = ranks_differ(engine.model, self.hooks, engine.ranks, engine.step.strategy)
-        for text in [*differing, unsaved, self._numbers.unsaved()]:
+        for text in [*differing, unsaved, self._numbers.unsaved(), engine.built.late()]:
             if text and text not in self._told:
                 self._told.add(text)
                 self.sinks.notice(f"step {progress.step}: {text}")
