@@ -19,7 +19,7 @@ from gatrain.train.held_state import HeldState
 SURELY_EQUAL, SURELY_WRONG = 2e-6, 1e-3
 """Of fp32: differences in between are computed again in fp64, where only a wrong loss leaves any."""
 NOTHING = 1e-5
-"""A loss per unit weight below this is what is left of terms that cancel (policy gradients of a group, a divergence
+"""A loss per sample below this is what is left of terms that cancel (policy gradients of a group, a divergence
 from itself): rounding alone decides its digits. The gradients are compared all the same."""
 
 
@@ -87,7 +87,7 @@ class Sums:
         for name, wanted in together.losses.items():
             given = [part.losses[name] for part in parts]
             size = max(abs(wanted), sum(map(abs, given)))
-            if size <= NOTHING * whole.weights[name]:
+            if size <= NOTHING * whole.count:
                 continue
             difference = abs(sum(given) - wanted) / max(size, 1e-12)
             if lowest is None and SURELY_EQUAL < difference < SURELY_WRONG:
