@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import resource
 import subprocess
 import sys
@@ -268,3 +269,20 @@ def test_nothing_unpickles() -> None:
         for word in ("import pickle", "torch.load(", "yaml.load(", "eval(", "exec("):
             lines = [line for line in source.splitlines() if word in line and ".eval(" not in line]
             assert not lines, f"{path.name}: {lines}"
+
+
+def test_every_file_that_contributors_are_sent_to_is_there() -> None:
+    rows = [
+        line
+        for line in (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith("| ")
+    ]
+    named = 0
+    for row in rows:
+        folder = PACKAGE
+        for word in re.findall(r"`([\w/]+\.py)`", row):
+            places = [folder / word, PACKAGE / word, PACKAGE.parent / word]  # beside the one before, say
+            found = next((place for place in places if place.is_file()), None)
+            assert found is not None, f"{word} in: {row}"
+            folder, named = found.parent, named + 1
+    assert named > 50
