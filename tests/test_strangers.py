@@ -84,7 +84,7 @@ def timm_vit() -> nn.Module:
 
 def total(outputs: Any) -> Tensor:
     scores = outputs if isinstance(outputs, Tensor) else outputs.logits
-    return (scores.float() ** 2).sum()
+    return (scores.double() ** 2).sum()
 
 
 FAMILIES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any]]] = {
@@ -92,8 +92,8 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any]]] 
     "llama": (llama, lambda model: model(input_ids=IDS, attention_mask=MASK)),
     "t5": (t5, lambda model: model(input_ids=IDS, attention_mask=MASK, decoder_input_ids=IDS)),
     "bert": (bert, lambda model: model(input_ids=IDS, attention_mask=MASK)),
-    "vit": (vit, lambda model: model(pixel_values=PIXELS)),
-    "timm": (timm_vit, lambda model: model(PIXELS)),
+    "vit": (vit, lambda model: model(pixel_values=PIXELS.to(next(model.parameters()).dtype))),
+    "timm": (timm_vit, lambda model: model(PIXELS.to(next(model.parameters()).dtype))),
 }
 
 
@@ -101,7 +101,8 @@ def gradients(
     make: Callable[[], nn.Module], call: Callable[[nn.Module], Any], mode: str
 ) -> dict[str, Tensor]:
     torch.manual_seed(0)
-    model = make().train()
+    # in fp64: a tensor that all blocks share gets its parts in another order, which fp32 shows on some processors
+    model = make().double().train()
     assert {"none", "selective", "every_2", "full"} <= set(available_modes(model))
     apply_checkpointing(model, mode)
     torch.manual_seed(1)
@@ -118,8 +119,7 @@ def test_checkpointing_changes_no_gradient(name: str) -> None:
         found = gradients(make, call, mode)
         assert found.keys() == plain.keys()
         for key, gradient in plain.items():
-            # a tensor that all blocks share gets its parts in another order: 1.5e-6 off in T5 on some processors
-            assert torch.allclose(found[key], gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max())), (
+            assert torch.allclose(found[key], gradient, rtol=1e-6, atol=1e-6 * float(gradient.abs().max())), (
                 key
             )
 
